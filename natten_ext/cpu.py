@@ -1,0 +1,64 @@
+"""The ``cpu`` backend: C++ kernels (csrc/cpu), vectorised for AVX2 or AVX-512, whichever the machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+_library = Path(__file__).parent / "libnatten_ext_cpu.so"
+_built = _library.exists()
+if _built:
+    torch.ops.load_library(_library)
+
+
+def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Why this backend can't run a problem; empty if it can."""
+    if not _built:
+        return f"not built ({_library} is missing)"
+    if device_type not in ("cpu", "meta"):
+        return f"device must be cpu, got {device_type}"
+    if dtype not in DTYPES:
+        return f"dtype must be one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}"
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {head_dim}"
+    return ""
+
+
+def forward(query, key, value, bias, neighborhood, score, scale):
+    """``(output, lse)``; see ``natten_ext.ops``."""
+    return torch.ops.natten_ext_cpu.forward(query, key, value, bias, neighborhood, score == "l2", scale)
+
+
+def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
+    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
+    return torch.ops.natten_ext_cpu.backward(
+        grad_output, query, key, value, bias, output, lse, neighborhood, score == "l2", scale, needs
+    )
+
+
+def double_backward(
+    cot_query,
+    cot_key,
+    cot_value,
+    cot_bias,
+    grad_output,
+    query,
+    key,
+    value,
+    bias,
+    output,
+    lse,
+    neighborhood,
+    score,
+    scale,
+    needs,
+):
+    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
+    return torch.ops.natten_ext_cpu.double_backward(
+        cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
+        neighborhood, score == "l2", scale, needs,
+    )  # fmt: skip

@@ -1,0 +1,119 @@
+"""Which implementation runs a problem, and why.
+
+Every fused backend is a module with ``cannot_run(device_type, dtype, head_dim) -> str`` (empty: it can) and the
+three functions ``forward``, ``backward`` and ``double_backward`` that ``natten_ext.ops`` calls.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from . import cpu
+
+FUSED: dict[str, ModuleType] = {"cpu": cpu}
+"""Fused backends by name, in the order in which ``auto`` tries them."""
+
+NAMES = (*FUSED, "reference")
+
+ENVIRONMENT_VARIABLE = "NATTEN_EXT_BACKEND"
+
+# Read at import and changed by use_backend. A plain module attribute, because torch.compile guards on it.
+_override: str | None = None
+
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One backend's answer for a kind of problem. ``reason`` is empty when it is available."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+def backends(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64
+) -> tuple[BackendStatus, ...]:
+    """Every backend, in the order in which ``"auto"`` tries them, and why those that can't run this problem can't."""
+    device_type = torch.device(device).type
+    return tuple(_status(name, device_type, dtype, head_dim) for name in NAMES)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use backend ``name`` wherever ``backend`` is None, inside a ``with`` block (for the whole process).
+
+    Goes before the environment variable ``NATTEN_EXT_BACKEND``. Raises ValueError for an unknown name.
+    """
+    global _override
+    check_name(name)
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless ``name`` is "auto" or a backend of this package."""
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {name!r}")
+
+
+def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that runs a problem: ``name``, or by ``use_backend``, the environment, or what can run it.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run the problem.
+    """
+    if name is None:
+        name = _override or "auto"
+    check_name(name)
+    if name != "auto":
+        status = _status(name, device_type, dtype, head_dim)
+        if not status.available:
+            raise RuntimeError(f"backend {name!r} cannot run this: {status.reason}")
+        return name
+    reasons = []
+    for candidate in FUSED:
+        status = _status(candidate, device_type, dtype, head_dim)
+        if status.available:
+            return candidate
+        reasons.append(f"{candidate}: {status.reason}")
+    if device_type != "cpu":
+        _warn_once(
+            f"natten_ext runs unfused on {device_type} (slow, memory grows with tokens x keys): {'; '.join(reasons)}"
+        )
+    return "reference"
+
+
+def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> BackendStatus:
+    reason = "" if name == "reference" else FUSED[name].cannot_run(device_type, dtype, head_dim)
+    return BackendStatus(name, not reason, reason)
+
+
+@torch.compiler.disable
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _read_environment() -> str | None:
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None:
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"environment variable {ENVIRONMENT_VARIABLE}: {error}") from None
+    return name
+
+
+_override = _read_environment()

@@ -1,0 +1,115 @@
+"""Which keys a query attends: the one Python definition of every neighborhood.
+
+The C++ twin is ``csrc/geometry.h``; ``tests/natten_ext/test_geometry.py`` holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+IntPair = tuple[int, int]
+
+# Leading code of the integer list that describes a neighborhood to the operators (csrc/problem.h).
+FULL, GRID, NEIGHBORHOOD = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every query attends every key."""
+
+    def encode(self) -> list[int]:
+        return [FULL]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every query attends the keys of the non-overlapping ``window`` (height, width) that holds it."""
+
+    window: IntPair
+
+    @property
+    def kernel(self) -> IntPair:
+        """Extent that sizes the relative position table."""
+        return self.window
+
+    def encode(self) -> list[int]:
+        return [GRID, *self.window]
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """Sliding window with a kernel size and a dilation per head, each a (height, width) pair.
+
+    A query attends exactly ``kernel`` keys of its residue class modulo the dilation. The window is
+    centred on the query and shifted inward at the borders, never padded (Hassani et al.,
+    "Neighborhood Attention Transformer", arXiv 2204.07143; dilated: arXiv 2209.15001).
+    """
+
+    kernels: tuple[IntPair, ...]
+    dilations: tuple[IntPair, ...]
+
+    @property
+    def kernel(self) -> IntPair:
+        """Largest kernel over the heads: the extent that sizes the relative position table."""
+        return max(k[0] for k in self.kernels), max(k[1] for k in self.kernels)
+
+    def encode(self) -> list[int]:
+        code = [NEIGHBORHOOD]
+        for kernel, dilation in zip(self.kernels, self.dilations, strict=True):
+            code += [*kernel, *dilation]
+        return code
+
+    def head_groups(self) -> list[tuple[int, int]]:
+        """Ranges ``(first, last + 1)`` of consecutive heads that share kernel and dilation."""
+        bounds = [0]
+        for head in range(1, len(self.kernels)):
+            if (self.kernels[head], self.dilations[head]) != (
+                self.kernels[head - 1],
+                self.dilations[head - 1],
+            ):
+                bounds.append(head)
+        return list(zip(bounds, [*bounds[1:], len(self.kernels)], strict=True))
+
+
+AnyNeighborhood = Full | Grid | Neighborhood
+
+
+def decode(code: Sequence[int]) -> AnyNeighborhood:
+    """Inverse of ``encode``."""
+    kind, rest = code[0], list(code[1:])
+    if kind == FULL:
+        return Full()
+    if kind == GRID:
+        return Grid((rest[0], rest[1]))
+    quads = [rest[i : i + 4] for i in range(0, len(rest), 4)]
+    return Neighborhood(tuple((q[0], q[1]) for q in quads), tuple((q[2], q[3]) for q in quads))
+
+
+def window_start(index: int, length: int, kernel: int, dilation: int) -> int:
+    """First key on one axis of the window of the query at ``index``; the next keys follow ``dilation`` apart."""
+    residue, position = index % dilation, index // dilation
+    class_length = (length - residue + dilation - 1) // dilation
+    start = min(max(position - kernel // 2, 0), class_length - kernel)
+    return start * dilation + residue
+
+
+def neighbor_indices(length: int, kernel: int, dilation: int) -> torch.Tensor:
+    """Keys of every query on one axis: int64 ``(length, kernel)``."""
+    starts = torch.tensor(
+        [window_start(i, length, kernel, dilation) for i in range(length)], dtype=torch.int64
+    )
+    return starts[:, None] + dilation * torch.arange(kernel)
+
+
+def neighbor_offsets(length: int, kernel: int, dilation: int) -> torch.Tensor:
+    """Key minus query on one axis, in units of the dilation: int64 ``(length, kernel)``."""
+    return (neighbor_indices(length, kernel, dilation) - torch.arange(length)[:, None]) // dilation
+
+
+def window_offsets(window: int) -> torch.Tensor:
+    """Key minus query on one axis of a grid window: int64 ``(window, window)``, queries first."""
+    position = torch.arange(window)
+    return position[None, :] - position[:, None]

@@ -1,0 +1,193 @@
+"""``nn.Module``s around the functions: query-key-value projection, relative position table, output projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from . import functional
+from .functional import SizePerAxis, _pair, _per_head
+
+
+class _AttentionModule(nn.Module):
+    """Projections and table that the four modules share. Channels are the last dimension of the input."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        projections: int = 3,
+        table_kernel: tuple[int, int] | None = None,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        score: str = "dot",
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"num_heads must be positive and divide embed_dim {embed_dim}, got {num_heads}")
+        if score not in functional.SCORES:
+            raise ValueError(f"score must be one of {functional.SCORES}, got {score!r}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.qk_scale = qk_scale
+        self.score = score
+        self.backend = backend
+        self.projections = projections
+        self.qkv = nn.Linear(embed_dim, projections * embed_dim, bias=qkv_bias)
+        if table_kernel is None:
+            self.register_parameter("rel_pos_bias", None)
+        else:
+            rows, columns = table_kernel
+            self.rel_pos_bias = nn.Parameter(torch.zeros(num_heads, 2 * rows - 1, 2 * columns - 1))
+            nn.init.trunc_normal_(self.rel_pos_bias, std=0.02)
+        self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views ``(..., heads, head_dim)`` of one packed projection: nothing is copied."""
+        packed = self.qkv(x).unflatten(-1, (self.projections, self.num_heads, self.head_dim))
+        return packed.unbind(-3)
+
+    def _merge(self, output: torch.Tensor) -> torch.Tensor:
+        return self.proj_drop(self.proj(output.flatten(-2)))
+
+    def _check_input(self, x: torch.Tensor, dims: int, layout: str) -> None:
+        if x.dim() != dims or x.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"input must be {layout} with {self.embed_dim} channels, got shape {tuple(x.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, score={self.score!r}, backend={self.backend!r}"
+
+
+class Attention(_AttentionModule):
+    """Self-attention of ``(batch, tokens, embed_dim)``; see ``natten_ext.attention``.
+
+    Args:
+        embed_dim, num_heads: channels and heads; the heads divide the channels.
+        qkv_bias, proj_bias: whether the two projections have a bias.
+        qk_scale: factor of the score; ``head_dim ** -0.5`` if None.
+        score: "dot" or "l2".
+        proj_drop: dropout after the output projection.
+        backend: as ``natten_ext.attention``.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, **options):
+        super().__init__(embed_dim, num_heads, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_input(x, 3, "(batch, tokens, channels)")
+        query, key, value = self._project(x)
+        output = functional.attention(
+            query, key, value, score=self.score, scale=self.qk_scale, backend=self.backend
+        )
+        return self._merge(output)
+
+
+class L2Attention(_AttentionModule):
+    """Self-attention with L2-distance scores and one projection for query and key (tied), as Kim et al. require.
+
+    Arguments as ``Attention`` but ``score``. ``qkv`` projects to (query = key, value).
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, **options):
+        super().__init__(embed_dim, num_heads, projections=2, score="l2", **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_input(x, 3, "(batch, tokens, channels)")
+        query, value = self._project(x)
+        output = functional.l2_attention(query, query, value, scale=self.qk_scale, backend=self.backend)
+        return self._merge(output)
+
+
+class GridAttention(_AttentionModule):
+    """Self-attention inside the windows of ``(batch, height, width, embed_dim)``; see ``natten_ext.grid_attention``.
+
+    Args:
+        window_size: int or (height, width).
+        rel_pos_bias: whether there is a relative position table.
+        Others as ``Attention``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        window_size: SizePerAxis,
+        *,
+        rel_pos_bias: bool = True,
+        **options,
+    ):
+        self_window = _pair("window_size", window_size)
+        super().__init__(embed_dim, num_heads, table_kernel=self_window if rel_pos_bias else None, **options)
+        self.window_size = self_window
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_input(x, 4, "(batch, height, width, channels)")
+        query, key, value = self._project(x)
+        output = functional.grid_attention(
+            query,
+            key,
+            value,
+            self.window_size,
+            bias=self.rel_pos_bias,
+            score=self.score,
+            scale=self.qk_scale,
+            backend=self.backend,
+        )
+        return self._merge(output)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, window_size={self.window_size}"
+
+
+class NeighborhoodAttention(_AttentionModule):
+    """Dilated neighborhood self-attention of ``(batch, height, width, embed_dim)``.
+
+    Args:
+        kernel_size, dilation: as ``natten_ext.neighborhood_attention``; lists give one entry per equal group of heads.
+        rel_pos_bias: whether there is a relative position table.
+        Others as ``Attention``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: SizePerAxis | list[SizePerAxis],
+        dilation: SizePerAxis | list[SizePerAxis] = 1,
+        *,
+        rel_pos_bias: bool = True,
+        **options,
+    ):
+        kernels = _per_head("kernel_size", kernel_size, num_heads)
+        _per_head("dilation", dilation, num_heads)
+        largest = max(k[0] for k in kernels), max(k[1] for k in kernels)
+        super().__init__(embed_dim, num_heads, table_kernel=largest if rel_pos_bias else None, **options)
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_input(x, 4, "(batch, height, width, channels)")
+        query, key, value = self._project(x)
+        output = functional.neighborhood_attention(
+            query,
+            key,
+            value,
+            self.kernel_size,
+            self.dilation,
+            bias=self.rel_pos_bias,
+            score=self.score,
+            scale=self.qk_scale,
+            backend=self.backend,
+        )
+        return self._merge(output)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kernel_size={self.kernel_size}, dilation={self.dilation}"
