@@ -1,0 +1,1 @@
+"""Transformer GANs that train with fused attention: `python -m gans train --help`."""

@@ -1,0 +1,35 @@
+"""Image grids."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images `(N, C, H, W)` in [-1, 1] (clamped) as uint8 `(N, H, W, C)`."""
+    scaled = images.detach().float().add(1).mul(127.5).round().clamp(0, 255)
+    return scaled.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """Images `(N, C, H, W)` side by side without gaps, row by row; about square unless `columns` is given."""
+    tiles = to_uint8(images)
+    count, height, width, channels = tiles.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    canvas = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
+    canvas[:count] = tiles
+    canvas = canvas.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return Image.fromarray(canvas.reshape(rows * height, columns * width, channels).squeeze())
+
+
+def save_png(image: Image.Image, path: Path, scale: int = 1) -> None:
+    """Writes a PNG, enlarged by whole pixels; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)

@@ -1,0 +1,137 @@
+"""Layers shared by the transformer GANs: norms, noise, the transformer block, initialisation.
+
+Maps are channels-last, `(batch, height, width, channels)`; sequences are `(batch, tokens, channels)`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from natten_ext import Attention, GridAttention
+
+NormName = Literal["layer", "rms"]
+LinearInit = Literal["torch", "trunc_normal"]
+
+
+class ScaleFreeRMSNorm(nn.Module):
+    """`y = x / sqrt(mean_c(x^2) + eps)` over the last axis, without learned parameters.
+
+    TransGAN's "modified normalization" (arXiv 2102.07074, section 3), the pixel norm of ProGAN. Any shape;
+    the dtype is kept.
+    """
+
+    def __init__(self, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+def make_norm(name: NormName, dim: int) -> nn.Module:
+    """The norm called `name` over a last axis of `dim` channels; ValueError for another name."""
+    if name == "layer":
+        return nn.LayerNorm(dim)
+    if name == "rms":
+        return ScaleFreeRMSNorm()
+    raise ValueError(f"norm must be 'layer' or 'rms', got {name!r}")
+
+
+class TokenNoise(nn.Module):
+    """Adds one Gaussian number per token to all of its channels, times a learned strength that starts at 0.
+
+    Drawn from torch's global generator, in evaluation too (as the published TransGAN code does).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn(*x.shape[:-1], 1, device=x.device, dtype=x.dtype) * self.strength
+
+
+class MLP(nn.Module):
+    """Linear, erf-GELU, Linear; the hidden width is `dim * ratio`."""
+
+    def __init__(self, dim: int, ratio: int = 4) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, dim * ratio)
+        self.fc2 = nn.Linear(dim * ratio, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: `x + attn(noise(norm1(x)))`, then `x + mlp(norm2(x))`.
+
+    With a `window` it takes maps `(B, H, W, dim)` and attends within windows of that side with a relative
+    position table; with `window=None` it takes sequences `(B, N, dim)` and attends over all tokens without a
+    table.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        window: int | None,
+        norm: NormName = "layer",
+        noise: bool = False,
+        mlp_ratio: int = 4,
+        qkv_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = make_norm(norm, dim)
+        self.noise = TokenNoise() if noise else nn.Identity()
+        self.attn: nn.Module = (
+            Attention(dim, heads, qkv_bias=qkv_bias)
+            if window is None
+            else GridAttention(dim, heads, window, qkv_bias=qkv_bias)
+        )
+        self.norm2 = make_norm(norm, dim)
+        self.mlp = MLP(dim, mlp_ratio)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.noise(self.norm1(x)))
+        return x + self.mlp(self.norm2(x))
+
+
+def init_weights(model: nn.Module, linear: LinearInit) -> None:
+    """Initialise every Linear and Conv2d of `model` in place.
+
+    Linear: "torch" keeps PyTorch's default, "trunc_normal" draws N(0, 0.02^2) and zeroes the bias. Conv2d:
+    Xavier uniform, bias as PyTorch draws it.
+    """
+    if linear not in ("torch", "trunc_normal"):
+        raise ValueError(f"linear must be 'torch' or 'trunc_normal', got {linear!r}")
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and linear == "trunc_normal":
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight)
+
+
+def learned_embedding(*shape: int) -> nn.Parameter:
+    """A parameter of the given shape drawn from N(0, 0.02^2): position embeddings and class tokens."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
+
+
+def to_map(x: Tensor) -> Tensor:
+    """Images `(B, C, H, W)` to a map `(B, H, W, C)`."""
+    return x.permute(0, 2, 3, 1)
+
+
+def to_image(x: Tensor) -> Tensor:
+    """A map `(B, H, W, C)` to images `(B, C, H, W)`."""
+    return x.permute(0, 3, 1, 2)
