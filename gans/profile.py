@@ -1,0 +1,124 @@
+"""Time and peak memory of one training step (a discriminator step with its penalty and a generator step).
+
+Memory is what the step needs beyond weights, optimiser states and the images given to it. On the CPU that is
+the resident peak of a process of its own, which has only been warmed up with two images before, minus what
+was resident then; on a GPU it is the peak of torch's allocator.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import natten_ext
+from gans.config import TrainConfig, from_dict, to_dict
+from gans.registry import build
+from gans.train import adam, choose_device, discriminator_step, generator_step
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step costs with one attention backend."""
+
+    backend: str
+    seconds: float
+    peak_mib: float
+
+
+def _status_mib(field: str) -> float:
+    """A field of /proc/self/status, such as VmRSS or VmHWM."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _reset_peak(device: torch.device) -> float:
+    """Forgets the peak so far; returns the memory in use, in MiB."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 2**20
+    # Not permitted everywhere. The peak is then the process's, which warming up kept below the step's.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status_mib("VmRSS")
+
+
+def _peak(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return _status_mib("VmHWM")
+
+
+def measure(config: TrainConfig, *, backend: str, device: str = "auto", repeats: int = 3) -> StepCost:
+    """Measures a recipe's step in this process: median time of `repeats` steps, and the first's peak
+    memory.
+    """
+    target = choose_device(device)
+    torch.manual_seed(config.seed)
+    generator = build(config.generator).to(target)
+    discriminator = build(config.discriminator).to(target)
+    loss = build(config.loss)
+    optimizer_g = adam(generator, config.lr_g, config.betas)
+    optimizer_d = adam(discriminator, config.lr_d, config.betas)
+    size = config.generator.image_size
+
+    def step(config: TrainConfig) -> None:
+        real = torch.rand(config.batch_d, config.generator.channels, size, size, device=target) * 2 - 1
+        discriminator_step(0, config, loss, generator, discriminator, optimizer_d, real)
+        generator_step(0, config, loss, generator, discriminator, optimizer_g, target)
+
+    with natten_ext.use_backend(backend):
+        step(replace(config, batch_d=2, batch_g=2, accumulate=1))
+        before = _reset_peak(target)
+        step(config)
+        peak = _peak(target) - before
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            step(config)
+            times.append(time.perf_counter() - started)
+    return StepCost(backend, median(times), peak)
+
+
+def measure_apart(
+    config: TrainConfig, *, backend: str, device: str = "auto", threads: int = 0, repeats: int = 3
+) -> StepCost:
+    """`measure` in a fresh process; RuntimeError with its output if it fails."""
+    request = {
+        "recipe": to_dict(config),
+        "backend": backend,
+        "device": device,
+        "repeats": repeats,
+        "threads": threads,
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "gans.profile"], input=json.dumps(request), capture_output=True, text=True
+    )
+    if result.returncode:
+        raise RuntimeError(f"measuring backend {backend!r} failed:\n{result.stderr}")
+    return StepCost(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Reads a request of `measure_apart` from stdin and prints the cost as JSON."""
+    request = json.load(sys.stdin)
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    config = from_dict(TrainConfig, request["recipe"])
+    cost = measure(config, backend=request["backend"], device=request["device"], repeats=request["repeats"])
+    print(json.dumps(asdict(cost)))
+
+
+if __name__ == "__main__":
+    main()
