@@ -57,7 +57,7 @@ def _full(query, key, value, bias, key_bias, scale):
 
 
 def _grid(query, key, value, bias, key_bias, scale, neighborhood):
-    batch, height, width, heads, _ = query.shape
+    batch, height, width, heads, head_dim = query.shape
     rows, columns = neighborhood.window
 
     def partition(x):
@@ -72,8 +72,8 @@ def _grid(query, key, value, bias, key_bias, scale, neighborhood):
         )
     key_bias = None if key_bias is None else partition(key_bias)
     output = _full(partition(query), partition(key), partition(value), bias, key_bias, scale)
-    output = output.reshape(batch, height // rows, width // columns, rows, columns, heads, -1)
-    return output.transpose(2, 3).reshape(batch, height, width, heads, -1)
+    output = output.reshape(batch, height // rows, width // columns, rows, columns, heads, head_dim)
+    return output.transpose(2, 3).reshape(query.shape)
 
 
 def _neighborhood(query, key, value, bias, key_bias, scale, neighborhood, head):
