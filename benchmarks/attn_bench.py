@@ -1,0 +1,152 @@
+"""Attention benchmark: ours beside plain PyTorch, SDPA, FlexAttention and NATTEN, for three derivative orders.
+
+    python -m benchmarks.attn_bench --suite cpu --json out.json --plot out.png
+
+Three steps are timed (``--order``):
+
+- ``forward``: without a graph;
+- ``backward``: forward and backward to every input and the table;
+- ``double``: a gradient-penalty step: forward, backward with a graph, and the backward of the summed squares of the
+  gradients to every input, the table and the incoming gradient.
+
+Every result is checked against a float64 reference first; a wrong one is printed as WRONG and not timed. A peer that
+can't do a shape or an order says why. Candidates take turns within each round; medians are reported with half the
+distance between the quartiles. What the columns mean is printed with the table; memory is defined in
+``benchmarks.memory``, floors in ``benchmarks.floors``, what naive is in ``benchmarks.naive``.
+
+Exit status: 0; 1 if one of our backends was wrong or failed; 2 for arguments that make no sense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+if __package__ in (
+    None,
+    "",
+):  # run as a file: import the package from the tree, and no module by its bare name
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from tqdm import tqdm
+
+from benchmarks.candidates import PEER_NAMES, Candidate, find_candidates
+from benchmarks.environment import describe_environment, limit_memory
+from benchmarks.floors import measure_rates
+from benchmarks.problem import ORDERS
+from benchmarks.report import LEGEND, figures_block, figures_to_reach, shape_block, write_json
+from benchmarks.runner import Options, Row, run
+from benchmarks.shapes import SHAPES
+from benchmarks.suites import DEFAULT_DTYPE, SUITES
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="attn_bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--suite", choices=SUITES, default=None, help="default: gpu where there is one, else cpu")
+    add(
+        "--shape",
+        action="append",
+        metavar="NAME",
+        help="only this shape (repeatable), scaled as in the suite",
+    )
+    add(
+        "--backend",
+        action="append",
+        metavar="NAME",
+        help="only this backend of ours (repeatable); default: all",
+    )
+    add("--peers", default=",".join(PEER_NAMES), metavar="LIST", help=f"of {','.join(PEER_NAMES)}; or none")
+    add("--dtype", choices=DTYPES, default=None, help="default: float32 in cpu and smoke, bfloat16 in gpu")
+    add("--order", action="append", choices=ORDERS, help="repeatable; default: all")
+    add("--device", default=None, help="default: cuda in suite gpu, else cpu")
+    add(
+        "--threads", type=int, default=None, help="CPU threads; default: at most 2 in suite cpu, else torch's"
+    )
+    add("--repeats", type=int, default=15, help="rounds (default 15)")
+    add("--budget", type=float, default=4.0, help="seconds of timing per candidate and cell (default 4)")
+    add("--no-memory", action="store_true", help="skip the memory measurements")
+    add("--json", type=Path, metavar="FILE", help="write everything there, raw samples included")
+    add("--plot", type=Path, metavar="FILE", help="draw the ratios and the memory")
+    add("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args(arguments)
+    options.suite = options.suite or ("gpu" if torch.cuda.is_available() else "cpu")
+    options.device = options.device or ("cuda" if options.suite == "gpu" else "cpu")
+    options.dtype = options.dtype or DEFAULT_DTYPE[options.suite]
+    if options.threads is None and options.suite == "cpu":
+        options.threads = min(2, torch.get_num_threads())
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    for name, least in (("threads", 1), ("repeats", 1), ("budget", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}, got {value}")
+    scaled = {shape.name: shape for shape in SUITES[options.suite]}
+    for name in options.shape or ():
+        if name not in SHAPES:
+            parser.error(f"--shape must be one of {', '.join(SHAPES)}; got {name!r}")
+    # A named shape that the suite doesn't scale runs as it is.
+    options.shapes = [scaled.get(name, SHAPES[name]) for name in options.shape or scaled]
+    options.peers = () if options.peers == "none" else tuple(options.peers.split(","))
+    return options
+
+
+def main(arguments: list[str] | None = None, extra: tuple[Candidate, ...] = ()) -> int:
+    """Run the benchmark; ``extra`` candidates come before the others. Returns the exit status."""
+    options = parse(arguments)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    try:
+        candidates = [*extra, *find_candidates(device, dtype, options.backend, options.peers)]
+    except ValueError as error:
+        print(f"attn_bench: {error}", file=sys.stderr)
+        return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if device.type == "cpu":
+        limit_memory()
+
+    environment = describe_environment(device, dtype)
+    rates = measure_rates(device, dtype)
+    where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
+    print(f"suite {options.suite}, {options.dtype}, {where}, torch {environment['torch']}")
+    print(
+        f"measured rates: {rates.fmas / 1e9:.1f} G multiply-adds/s (matrix product), {rates.bytes / 1e9:.1f} GB/s (copy),"
+        f" {rates.exps / 1e9:.2f} G exponentials/s"
+    )
+    for name, state in environment["backends"].items():
+        if state != "available":
+            print(f"backend {name}: cannot: {state}")
+    print(f"\n{LEGEND}\n")
+
+    rows: list[Row] = []
+    settings = Options(
+        device, dtype, tuple(o for o in ORDERS if o in (options.order or ORDERS)),
+        options.repeats, options.budget, not options.no_memory, not options.quiet,
+    )  # fmt: skip
+    named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "shapes"}
+    for shape, new_rows in run(options.shapes, candidates, settings, rates):
+        rows += new_rows
+        tqdm.write(shape_block(shape, new_rows), file=sys.stdout)
+        if options.json:
+            write_json(options.json, environment, named, rates, rows)
+    if options.suite == "cpu" and device.type == "cpu":
+        print(figures_block(figures_to_reach(rows)))
+    if options.plot:
+        from benchmarks.plot import draw
+
+        draw([row.to_dict() for row in rows], environment, options.plot)
+    failed = [row for row in rows if row.failed]
+    for row in failed:
+        print(f"FAILED: {row.candidate} on {row.shape.name}, {row.order}: {row.reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The least time a step can take on this machine: bytes, multiply-adds and exponentials, against measured rates.
+
+Useful work, per query, head and key pair (recomputation that a fused kernel adds is not counted as useful):
+
+- products of length head_dim: forward 2 (scores, output); backward 5 (scores again, dP, dQ, dK, dV); double backward 12:
+  scores, dP, the two of X = gQ K^T + Q gK^T, dO gV^T, w = P gV, u = (P X) V, the two of q_bar, the two of k_bar, v_bar
+  (shared/design.md, section 2; sums along rows and the norms of L2 are not counted);
+- exponentials: one per pair in each of the three;
+- bytes: every tensor that goes in or out, once, with one float32 statistic per query and head:
+  forward q k v -> o; backward q k v o dO -> dq dk dv; double q k v o dO gq gk gv -> four gradients; plus tables.
+
+A step's floor is the sum over its stages (``forward``: forward; ``backward``: forward and backward; ``double``: all
+three) of the largest of the three times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from .shapes import Shape
+from .timing import make_clock
+
+STAGES = {
+    "forward": ("forward",),
+    "backward": ("forward", "backward"),
+    "double": ("forward", "backward", "double"),
+}
+
+PRODUCTS = {"forward": 2, "backward": 5, "double": 12}
+# Tensors the size of the query and of the key that a stage reads and writes, and accesses to the table.
+_QUERY_SIZED = {"forward": 2, "backward": 4, "double": 6}  # q o | q o dO dq | q o dO gq, q_bar dO_bar
+_KEY_SIZED = {"forward": 2, "backward": 4, "double": 6}  # k v | k v dk dv | k v gk gv, k_bar v_bar
+_TABLES = {"forward": 1, "backward": 2, "double": 2}
+
+EXPS_PER_SM_AND_CLOCK = 16  # special-function units of every NVIDIA GPU since compute capability 3.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage can't do without. ``fmas`` are multiply-adds."""
+
+    fmas: float
+    exps: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured on this machine: multiply-adds, exponentials and bytes per second."""
+
+    fmas: float
+    exps: float
+    bytes: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def stage_work(shape: Shape, stage: str, itemsize: int) -> Work:
+    """Useful work of "forward", "backward" or "double" (the double backward alone)."""
+    pairs = shape.batch * shape.heads * shape.queries * shape.keys_per_query
+    query_size = shape.batch * shape.queries * shape.heads * shape.head_dim
+    key_size = shape.batch * shape.key_tokens * shape.heads * shape.head_dim
+    elements = _QUERY_SIZED[stage] * query_size + _KEY_SIZED[stage] * key_size
+    if shape.table:
+        heads, rows, columns = shape.table_shape
+        elements += _TABLES[stage] * heads * rows * columns
+    statistics = 4 * shape.batch * shape.queries * shape.heads
+    return Work(PRODUCTS[stage] * pairs * shape.head_dim, pairs, elements * itemsize + statistics)
+
+
+def step_fmas(shape: Shape, order: str) -> float:
+    """Useful multiply-adds of a whole step."""
+    return sum(stage_work(shape, stage, 4).fmas for stage in STAGES[order])
+
+
+def step_floor(shape: Shape, order: str, itemsize: int, rates: Rates) -> tuple[float, str]:
+    """Seconds that a step takes at least, and which of "fmas", "exps" and "bytes" bounds most of it."""
+    total, by_bound = 0.0, dict.fromkeys(("fmas", "exps", "bytes"), 0.0)
+    for stage in STAGES[order]:
+        work = stage_work(shape, stage, itemsize)
+        times = {bound: getattr(work, bound) / getattr(rates, bound) for bound in by_bound}
+        bound = max(times, key=times.__getitem__)
+        by_bound[bound] += times[bound]
+        total += times[bound]
+    return total, max(by_bound, key=by_bound.__getitem__)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, samples: int = 12) -> Rates:
+    """Peak rates: the best of several samples of a large matrix product, a copy, and an exponential.
+
+    Multiply-adds: on a CPU the better of ``dtype`` and float32, since low precision is computed in float32 there.
+    Exponentials: on a CPU ``torch.exp`` on a buffer that stays in cache; on a GPU the rate of the special-function
+    units, since ``torch.exp`` is bound by memory.
+    """
+    clock = make_clock(device)
+
+    def best(call, units: float) -> float:
+        call()
+        return units / min(clock.sample(call, 1) for _ in range(samples))
+
+    on_cpu = device.type == "cpu"
+    n = 1536 if on_cpu else 8192
+    fmas = 0.0
+    for compute in {dtype, torch.float32} if on_cpu else {dtype}:
+        a, b = (torch.randn(n, n, device=device).to(compute) for _ in range(2))
+        fmas = max(
+            fmas, best(lambda a=a, b=b, out=torch.empty_like(a): torch.mm(a, b, out=out), float(n) ** 3)
+        )
+
+    source = torch.ones((1 << 28) // 4 if on_cpu else 1 << 28, device=device)
+    target = torch.zeros_like(source)
+    copy = best(lambda: target.copy_(source), 2.0 * source.nbytes)
+
+    if on_cpu:
+        x = torch.linspace(-8, 0, 1 << 16)
+        out = torch.empty_like(x)
+
+        def many_exps() -> None:
+            for _ in range(64):
+                torch.exp(x, out=out)
+
+        exps = best(many_exps, 64.0 * x.numel())
+    else:
+        properties = torch.cuda.get_device_properties(device)
+        exps = float(properties.multi_processor_count * EXPS_PER_SM_AND_CLOCK * _clock_hertz(properties))
+    return Rates(fmas, exps, copy)
+
+
+def _clock_hertz(properties: object) -> float:
+    """The GPU's boost clock; 1.7 GHz (between an A100 and an H100) where torch does not tell."""
+    return 1e3 * getattr(properties, "clock_rate", 1.7e6)

@@ -1,0 +1,169 @@
+"""Peak memory of an attention, on a CPU (resident set, so C++ scratch counts) and on CUDA (torch's allocator).
+
+Definitions, in bytes, for every candidate alike:
+
+- ``beyond``: the peak while **one** operator runs (the forward, the backward alone, or the double backward alone), less
+  everything the user holds: its inputs and what this and the earlier operators returned. What an earlier order
+  saved for this one (softmax matrices in plain PyTorch, one statistic per query in a fused kernel) therefore counts.
+    forward: without a graph; beyond query, key, value, table and the output;
+    backward: beyond those, the incoming gradient and the returned gradients of all leaves;
+    double: beyond those, the first gradients (of query, key and value), their cotangents, and the gradients returned for
+    all leaves and for the incoming gradient.
+- ``returned``: the output (forward), or the gradients which that operator returned. The figure to reach is
+  ``beyond / returned <= 0.25``.
+- ``step``: the peak of the whole step as it is timed, beyond its inputs alone; nothing else is subtracted.
+
+On a CPU a subprocess measures (``python -m benchmarks.memory_worker``), because what malloc keeps for reuse would hide
+growth: there every block from 64 KiB on is mapped when allocated and unmapped when freed. The kernel's record of the
+largest resident set is reset before each run. It is exact to about 0.3 MiB (the kernel counts pages in batches);
+pages that are reserved and never touched do not count, and file pages (code loaded at first use) are taken out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from .problem import STEPS, Attend, Inputs, first_gradients
+
+RUNS = 3
+
+# Environment of the subprocess: glibc maps blocks from 64 KiB on, returns the heap's end; MKL keeps no buffers.
+WORKER_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_MMAP_MAX_": "1000000",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+    "MKL_DISABLE_FAST_MM": "1",
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes; see the module's docstring."""
+
+    beyond: int
+    returned: int
+    step: int
+
+    @property
+    def ratio(self) -> float:
+        return self.beyond / self.returned
+
+    def to_dict(self) -> dict[str, float]:
+        return {**asdict(self), "ratio": self.ratio}
+
+
+class ResidentSet:
+    """Peak of the process's anonymous memory. Only means something in the worker (see WORKER_ENVIRONMENT)."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+
+    def current(self) -> int:
+        """Bytes in use now."""
+        self._release()
+        fields = self._status()
+        return fields["VmRSS"] - fields["RssFile"]
+
+    def start(self) -> None:
+        """Forget the peak so far."""
+        self._release()
+        with open("/proc/self/clear_refs", "w") as clear:
+            clear.write("5")
+
+    def peak(self) -> int:
+        """The most bytes in use since ``start``."""
+        fields = self._status()
+        return fields["VmHWM"] - fields["RssFile"]
+
+    def _release(self) -> None:
+        gc.collect()
+        if hasattr(self._libc, "malloc_trim"):
+            self._libc.malloc_trim(0)
+
+    @staticmethod
+    def _status() -> dict[str, int]:
+        with open("/proc/self/status") as status:
+            pairs = (line.split(":", 1) for line in status)
+            return {name: 1024 * int(rest.split()[0]) for name, rest in pairs if rest.rstrip().endswith("kB")}
+
+
+class CudaAllocator:
+    """Peak of torch's CUDA allocator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def current(self) -> int:
+        gc.collect()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def start(self) -> None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+Meter = ResidentSet | CudaAllocator
+
+
+def measure(
+    attend: Attend, inputs: Inputs, order: str, meter: Meter, warm_up: Callable[[], object] | None = None
+) -> Memory:
+    """The largest of three runs. ``warm_up`` runs once before, to start threads and load code; keep it tiny."""
+    if warm_up is not None:
+        warm_up()
+    base = meter.current()
+    operator = {"forward": _forward, "backward": _backward, "double": _double}[order]
+    runs = [operator(attend, inputs, meter, base) for _ in range(RUNS)]
+    steps = []
+    for _ in range(RUNS):
+        meter.start()
+        STEPS[order](attend, inputs)
+        steps.append(meter.peak() - base)
+    beyond, returned = max(runs)
+    return Memory(max(0, beyond), returned, max(0, *steps))
+
+
+def _forward(attend: Attend, inputs: Inputs, meter: Meter, base: int) -> tuple[int, int]:
+    meter.start()
+    with torch.no_grad():
+        output = attend(inputs.query, inputs.key, inputs.value, inputs.table)
+    peak = meter.peak()
+    return peak - base - size_of([output]), size_of([output])
+
+
+def _backward(attend: Attend, inputs: Inputs, meter: Meter, base: int) -> tuple[int, int]:
+    output = attend(inputs.query, inputs.key, inputs.value, inputs.table)
+    meter.start()
+    grads = first_gradients(output, inputs.leaves, inputs, create_graph=False)
+    peak = meter.peak()
+    return peak - base - size_of([output, *grads.values()]), size_of(grads.values())
+
+
+def _double(attend: Attend, inputs: Inputs, meter: Meter, base: int) -> tuple[int, int]:
+    output = attend(inputs.query, inputs.key, inputs.value, inputs.table)
+    first = first_gradients(output, inputs.features, inputs, create_graph=True)
+    cotangents = [2 * grad.detach() for grad in first.values()]
+    meter.start()
+    leaves = [*inputs.leaves.values(), inputs.weight]
+    second = torch.autograd.grad(list(first.values()), leaves, cotangents)
+    peak = meter.peak()
+    held = [output, *first.values(), *cotangents, *second]
+    return peak - base - size_of(held), size_of(second)
+
+
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind some tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -1,0 +1,121 @@
+"""The process that measures memory on a CPU, and the client that talks to it (one JSON line per question)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .candidates import all_candidates
+from .environment import limit_memory
+from .memory import WORKER_ENVIRONMENT, Memory, ResidentSet, measure
+from .problem import STEPS, CannotError, make_inputs
+from .shapes import Shape
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class MemoryWorker:
+    """Starts the subprocess at the first question, and again if it died. Use as a context manager."""
+
+    def __init__(self, threads: int, timeout: float = 300.0) -> None:
+        self.threads = threads
+        self.timeout = timeout
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> MemoryWorker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def measure(self, candidate: str, shape: Shape, dtype: torch.dtype, order: str) -> Memory:
+        """Raises CannotError where the candidate fails, the process dies, or the answer takes too long."""
+        question = {
+            "candidate": candidate,
+            "shape": shape.to_dict(),
+            "dtype": str(dtype).removeprefix("torch."),
+            "order": order,
+        }
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._start()
+        process = self._process
+        timer = threading.Timer(self.timeout, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timer.cancel()
+        if not line:
+            raise CannotError(f"the memory measurement died (exit status {process.wait()})")
+        answer = json.loads(line)
+        if "cannot" in answer:
+            raise CannotError(answer["cannot"])
+        return Memory(**answer)
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.memory_worker", str(self.threads)],
+            cwd=ROOT,
+            env={**os.environ, **WORKER_ENVIRONMENT},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def _stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.stdin.close()
+            try:
+                self._process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = None
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """Measure one candidate on one shape and order."""
+    device, dtype = torch.device("cpu"), getattr(torch, question["dtype"])
+    shape = Shape.from_dict(question["shape"])
+    name, order = question["candidate"], question["order"]
+    candidate = next(c for c in all_candidates(device.type) if c.name == name)
+    inputs = make_inputs(shape, dtype, device)
+    if candidate.drops_table:
+        inputs = inputs.without_table()
+    tiny = shape.tiny()
+    tiny_inputs = make_inputs(tiny, dtype, device)
+    warm_up = candidate.prepare(tiny, device, dtype)
+    attend = candidate.prepare(shape, device, dtype)
+    memory = measure(attend, inputs, order, ResidentSet(), lambda: STEPS[order](warm_up, tiny_inputs))
+    return {"beyond": memory.beyond, "returned": memory.returned, "step": memory.step}
+
+
+def main() -> None:
+    torch.set_num_threads(int(sys.argv[1]))
+    limit_memory()
+    # Libraries may print; only answers may go to the pipe.
+    replies, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        try:
+            reply = answer(json.loads(line))
+        except CannotError as error:
+            reply = {"cannot": str(error)}
+        except Exception as error:  # any library may raise anything: the client reports it
+            reply = {"cannot": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Inputs of a shape and the three steps that are timed, checked and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from .shapes import Shape
+
+ORDERS = ("forward", "backward", "double")
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""``(query, key, value, table) -> output`` in natten_ext's layout: heads and channels are the last dimensions."""
+
+
+class CannotError(Exception):
+    """A candidate can't do a shape or an order; the message is the reason."""
+
+
+@dataclass
+class Inputs:
+    """Leaves of the graph. ``weight`` multiplies the output: the gradient that comes down from the layers above."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    table: torch.Tensor | None
+    weight: torch.Tensor
+
+    @property
+    def features(self) -> dict[str, torch.Tensor]:
+        """Query, key and value; one entry for both query and key where they are tied."""
+        if self.query is self.key:
+            return {"query": self.query, "value": self.value}
+        return {"query": self.query, "key": self.key, "value": self.value}
+
+    @property
+    def leaves(self) -> dict[str, torch.Tensor]:
+        table = {} if self.table is None else {"table": self.table}
+        return {**self.features, **table}
+
+    def without_table(self) -> Inputs:
+        return replace(self, table=None)
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+    """Normal random leaves, the same for every candidate; the spread keeps softmax away from one-hot rows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(size: tuple[int, ...], spread: float = 1.0) -> torch.Tensor:
+        values = torch.randn(size, generator=generator) * spread
+        return values.to(device, dtype).requires_grad_()
+
+    spread = 0.5 if shape.score == "l2" else 1.0
+    query = leaf(shape.query_shape, spread)
+    key = query if shape.tied else leaf(shape.key_shape, spread)
+    value, weight = leaf(shape.key_shape), leaf(shape.query_shape)
+    table = leaf(shape.table_shape) if shape.table else None
+    return Inputs(query, key, value, table, weight)
+
+
+def forward_step(attend: Attend, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The output, without a graph (as in sampling from a generator)."""
+    with torch.no_grad():
+        return {"output": attend(inputs.query, inputs.key, inputs.value, inputs.table)}
+
+
+def backward_step(attend: Attend, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Forward and backward: the output and the gradients of every leaf."""
+    output = attend(inputs.query, inputs.key, inputs.value, inputs.table)
+    grads = first_gradients(output, inputs.leaves, inputs, create_graph=False)
+    return {"output": output.detach()} | {f"grad_{name}": grad for name, grad in grads.items()}
+
+
+def double_step(attend: Attend, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """A gradient-penalty step: forward, backward with a graph, and the backward of the sum of the squared gradients.
+
+    The penalty is on the gradients of query, key and value (in a discriminator it is on the image, which all three
+    come from). Its gradient is taken for every leaf, the table and the incoming gradient ``weight`` included.
+    """
+    output = attend(inputs.query, inputs.key, inputs.value, inputs.table)
+    first = first_gradients(output, inputs.features, inputs, create_graph=True)
+    penalty = sum(grad.square().sum() for grad in first.values())
+    leaves = {**inputs.leaves, "weight": inputs.weight}
+    second = torch.autograd.grad(penalty, list(leaves.values()))
+    results = {f"grad_{name}": grad.detach() for name, grad in first.items()}
+    return results | {f"penalty_{name}": grad for name, grad in zip(leaves, second, strict=True)}
+
+
+STEPS = {"forward": forward_step, "backward": backward_step, "double": double_step}
+
+
+def first_gradients(
+    output: torch.Tensor, leaves: dict[str, torch.Tensor], inputs: Inputs, create_graph: bool
+) -> dict[str, torch.Tensor]:
+    """Gradients of ``sum(output * weight)``; CannotError where they come back without the graph that was asked for."""
+    if not output.requires_grad:
+        raise CannotError("no gradient: the output is detached from its inputs")
+    weight = inputs.weight if create_graph else inputs.weight.detach()
+    grads = torch.autograd.grad(output, list(leaves.values()), weight, create_graph=create_graph)
+    if create_graph:
+        detached = [name for name, grad in zip(leaves, grads, strict=True) if not grad.requires_grad]
+        if detached:
+            raise CannotError(
+                f"second derivative silently missing: gradients of {', '.join(detached)} are detached"
+            )
+    return dict(zip(leaves, grads, strict=True))

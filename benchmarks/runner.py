@@ -1,0 +1,234 @@
+"""Runs candidates over shapes and orders: check, time in turns, measure memory, one row for each."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .candidates import Candidate
+from .check import Expected, compare, expect
+from .floors import Rates, step_floor, step_fmas
+from .memory import CudaAllocator, Memory, measure
+from .memory_worker import MemoryWorker
+from .problem import STEPS, Attend, CannotError, Inputs, make_inputs
+from .shapes import Shape
+from .suites import how_scaled
+from .timing import Timing, make_clock, time_in_turns
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run. ``budget`` is the seconds of timing that one candidate may take per shape and order."""
+
+    device: torch.device
+    dtype: torch.dtype
+    orders: tuple[str, ...]
+    repeats: int = 15
+    budget: float = 4.0
+    memory: bool = True
+    progress: bool = True
+
+
+@dataclass
+class Row:
+    """One candidate on one shape and order.
+
+    ``status`` is "ok", "unchecked" (the float64 reference did not fit), "wrong" or "cannot"; ``reason`` says why.
+    ``ratio`` is the fastest naive form's time over this one's.
+    """
+
+    shape: Shape
+    order: str
+    candidate: str
+    group: str
+    status: str = "ok"
+    reason: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    timing: Timing | None = None
+    ratio: float | None = None
+    floor: float = 0.0
+    bound: str = ""
+    floor_percent: float | None = None
+    fma_percent: float | None = None
+    memory: Memory | None = None
+    memory_reason: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether this is ours and did not give the right result."""
+        return self.group == "ours" and self.status in ("wrong", "cannot")
+
+    def to_dict(self) -> dict[str, Any]:
+        row = {k: v for k, v in vars(self).items() if k not in ("shape", "timing", "memory")}
+        return row | {
+            "shape": self.shape.name,
+            "problem": self.shape.to_dict(),
+            "scaled": how_scaled(self.shape),
+            "median": self.timing and self.timing.median,
+            "spread": self.timing and self.timing.spread,
+            "samples": self.timing and self.timing.samples,
+            "memory": self.memory and self.memory.to_dict(),
+        }
+
+
+def run(
+    shapes: list[Shape], candidates: list[Candidate], options: Options, rates: Rates
+) -> Iterator[tuple[Shape, list[Row]]]:
+    """Yield every shape with its rows as soon as they are known."""
+    clock = make_clock(options.device)
+    steps = sum(sum(c.covers(s) for c in candidates) for s in shapes) * len(options.orders)
+    with (
+        tqdm(total=steps, unit="cell", disable=not options.progress, dynamic_ncols=True) as bar,
+        MemoryWorker(torch.get_num_threads()) as worker,
+    ):
+        for shape in shapes:
+            covering = [c for c in candidates if c.covers(shape)]
+            inputs = make_inputs(shape, options.dtype, options.device)
+            attends = {c.name: _prepare(c, shape, options) for c in covering}
+            rows = []
+            for order in options.orders:
+
+                def note(what: str, order: str = order, shape: Shape = shape) -> None:
+                    bar.set_postfix_str(f"{shape.name} {order}: {what}")
+
+                cell = _Cell(shape, order, inputs, covering, attends, options, note)
+                cell.check()
+                cell.time(clock)
+                if options.memory:
+                    cell.measure_memory(worker)
+                cell.relate(rates)
+                rows += cell.rows.values()
+                bar.update(len(covering))
+            yield shape, rows
+
+
+def _prepare(candidate: Candidate, shape: Shape, options: Options) -> Attend | str:
+    """The function, or the reason why there is none."""
+    try:
+        return candidate.prepare(shape, options.device, options.dtype)
+    except Exception as error:  # any library may raise anything: it is reported
+        return one_line(error)
+
+
+class _Cell:
+    """All candidates on one shape and order."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        order: str,
+        inputs: Inputs,
+        candidates: list[Candidate],
+        attends: dict[str, Attend | str],
+        options: Options,
+        note: Callable[[str], None],
+    ) -> None:
+        self.shape, self.order, self.options, self.note = shape, order, options, note
+        self.candidates = {c.name: c for c in candidates}
+        self.attends = attends
+        self.rows = {c.name: Row(shape, order, c.name, c.group) for c in candidates}
+        self.inputs = {False: inputs, True: inputs.without_table()}
+        self._expected: dict[bool, Expected | str] = {}
+
+    def inputs_of(self, name: str) -> Inputs:
+        return self.inputs[self.candidates[name].drops_table]
+
+    def check(self) -> None:
+        """Run every candidate once and compare; "cannot" where it raises."""
+        for name, row in self.rows.items():
+            attend = self.attends[name]
+            if isinstance(attend, str):
+                row.status, row.reason = "cannot", attend
+                continue
+            self.note(f"check {name}")
+            try:
+                results = STEPS[self.order](attend, self.inputs_of(name))
+            except Exception as error:  # as above
+                row.status, row.reason = "cannot", one_line(error)
+                _free()
+                continue
+            expected = self._expect(self.candidates[name].drops_table)
+            if isinstance(expected, str):
+                row.status, row.reason = "unchecked", expected
+            else:
+                row.errors, row.reason = compare(results, expected, self.options.dtype)
+                row.status = "wrong" if row.reason else "ok"
+            del results
+        self._expected.clear()
+        _free()
+
+    def _expect(self, without_table: bool) -> Expected | str:
+        if without_table not in self._expected:
+            self.note("float64 reference")
+            try:
+                expected = expect(self.shape, self.inputs[without_table], self.order)
+            except RuntimeError as error:  # out of memory
+                expected = f"no float64 reference: {one_line(error)}"
+                _free()
+            self._expected[without_table] = expected
+        return self._expected[without_table]
+
+    def time(self, clock) -> None:
+        calls = {
+            name: self._step(name) for name, row in self.rows.items() if row.status in ("ok", "unchecked")
+        }
+        timings = time_in_turns(
+            calls, clock, self.options.repeats, self.options.budget, lambda name: self.note(f"time {name}")
+        )
+        for name, timing in timings.items():
+            self.rows[name].timing = timing
+
+    def _step(self, name: str) -> Callable[[], object]:
+        step, attend, inputs = STEPS[self.order], self.attends[name], self.inputs_of(name)
+        return lambda: step(attend, inputs)
+
+    def measure_memory(self, worker: MemoryWorker) -> None:
+        for name, row in self.rows.items():
+            if row.timing is None:
+                continue
+            self.note(f"memory of {name}")
+            try:
+                if self.options.device.type == "cuda":
+                    meter = CudaAllocator(self.options.device)
+                    row.memory = measure(self.attends[name], self.inputs_of(name), self.order, meter)
+                else:
+                    row.memory = worker.measure(name, self.shape, self.options.dtype, self.order)
+            except (CannotError, RuntimeError) as error:
+                row.memory_reason = one_line(error)
+                _free()
+
+    def relate(self, rates: Rates) -> None:
+        """Ratio to naive, percent of the floor and of the multiply-add rate."""
+        naive = [row.timing.median for row in self.rows.values() if row.group == "naive" and row.timing]
+        for row in self.rows.values():
+            row.floor, row.bound = step_floor(self.shape, self.order, self.options.dtype.itemsize, rates)
+            if row.timing is None:
+                continue
+            seconds = row.timing.median
+            row.ratio = min(naive) / seconds if naive else None
+            row.floor_percent = 100 * row.floor / seconds
+            row.fma_percent = 100 * step_fmas(self.shape, self.order) / rates.fmas / seconds
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+def one_line(error: Exception, limit: int = 160) -> str:
+    """The telling line of an exception: the first of a CannotError, else with the exception's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["(no message)"]
+    text = lines[0]
+    if text.endswith(":") and len(lines) > 1:
+        text = f"{text} {lines[1]}"
+    if not isinstance(error, CannotError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
