@@ -1,0 +1,75 @@
+"""Which backends and devices the operator tests run on.
+
+A test that asks for `target` runs once per fused backend and device that `natten_ext.backends` calls available, one
+that asks for `any_target` also on `reference`; a backend that joins the package joins the tests with no code here. A
+test that also asks for `case` gets its cases from the marker `pytest.mark.cases(...)`: all of them where kernels run
+at full speed, the small ones where they are interpreted or emulated.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cases import Case
+
+import natten_ext
+
+# Backends whose kernels are not made for the CPU run there through an interpreter or an emulator.
+NATIVE_ON_CPU = {"reference", "cpu"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend on a device."""
+
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-on-{self.device}"
+
+    @property
+    def slow(self) -> bool:
+        """Whether only small cases should run."""
+        return self.device == "cpu" and self.backend not in NATIVE_ON_CPU
+
+    def can(self, dtype: torch.dtype, head_dim: int = 8) -> bool:
+        return any(s.available and s.name == self.backend for s in natten_ext.backends(self.device, dtype, head_dim))
+
+    def skip_unless_can(self, dtype: torch.dtype, head_dim: int = 8) -> None:
+        for status in natten_ext.backends(self.device, dtype, head_dim):
+            if status.name == self.backend and not status.available:
+                pytest.skip(f"{self}: {status.reason}")
+
+
+def _targets(with_reference: bool) -> list[Target]:
+    """All targets, or those named in NATTEN_EXT_TEST_BACKENDS (names separated by commas)."""
+    wanted = [name for name in os.environ.get("NATTEN_EXT_TEST_BACKENDS", "").split(",") if name]
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [
+        Target(status.name, device)
+        for device in devices
+        for status in natten_ext.backends(device, torch.float32, 8)
+        if status.available and (with_reference or status.name != "reference") and (not wanted or status.name in wanted)
+    ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cases(cases): the attention problems that a test runs on")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    name = next((n for n in ("target", "any_target") if n in metafunc.fixturenames), None)
+    targets = _targets(with_reference=name == "any_target") if name else []
+    marker = metafunc.definition.get_closest_marker("cases")
+    cases: list[Case] = list(marker.args[0]) if marker else []
+    if name and "case" in metafunc.fixturenames:
+        pairs = [(target, case) for target in targets for case in cases if case.small or not target.slow]
+        metafunc.parametrize((name, "case"), pairs, ids=lambda value: str(value))
+    elif name:
+        metafunc.parametrize(name, targets, ids=str)
+    elif "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", cases, ids=str)
