@@ -4,8 +4,7 @@ from . import ops as _ops  # registers the operators  # noqa: F401
 from .dispatch import BackendStatus, backends, use_backend
 from .functional import attention, grid_attention, l2_attention, neighborhood_attention
 from .modules import Attention, GridAttention, L2Attention, NeighborhoodAttention
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "Attention",
@@ -13,6 +12,7 @@ __all__ = [
     "GridAttention",
     "L2Attention",
     "NeighborhoodAttention",
+    "__version__",
     "attention",
     "backends",
     "grid_attention",

@@ -10,15 +10,16 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 _library = Path(__file__).parent / "libnatten_ext_cpu.so"
-_built = _library.exists()
-if _built:
-    torch.ops.load_library(_library)
+if not _library.exists():
+    raise ImportError(
+        f"natten_ext is not built: {_library} is missing. In a checkout, run"
+        " `pip install --no-build-isolation .` (or `-e .`), and do not import from its folder without installing."
+    )
+torch.ops.load_library(_library)
 
 
 def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """Why this backend can't run a problem; empty if it can."""
-    if not _built:
-        return f"not built ({_library} is missing)"
     if device_type not in ("cpu", "meta"):
         return f"device must be cpu, got {device_type}"
     if dtype not in DTYPES:
@@ -36,7 +37,7 @@ def forward(query, key, value, bias, neighborhood, score, scale):
 def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
     """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
     return torch.ops.natten_ext_cpu.backward(
-        grad_output, query, key, value, bias, output, lse, neighborhood, score == "l2", scale, needs
+        grad_output, query, key, value, bias, output, lse, neighborhood, score == "l2", scale, _bits(needs)
     )
 
 
@@ -60,5 +61,14 @@ def double_backward(
     """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
     return torch.ops.natten_ext_cpu.double_backward(
         cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
-        neighborhood, score == "l2", scale, needs,
+        neighborhood, score == "l2", scale, _bits(needs),
     )  # fmt: skip
+
+
+def instruction_set() -> str:
+    """The variant of the kernels that this machine runs: "avx512", "avx2" or "baseline"."""
+    return torch.ops.natten_ext_cpu.instruction_set()
+
+
+def _bits(needs) -> int:
+    return sum(1 << position for position, need in enumerate(needs) if need)

@@ -251,8 +251,6 @@ def _per_head(name: str, size: Any, heads: int) -> tuple[IntPair, ...]:
     """One pair per head from an int, a pair, or a list with one entry per equal group of heads."""
     groups: Sequence[Any] = size if isinstance(size, list) else [size]
     if not groups or heads % len(groups):
-        raise ValueError(
-            f"{name} must be a list whose length divides the {heads} heads, got {len(groups)} entries"
-        )
+        raise ValueError(f"{name} must be a list whose length divides the {heads} heads, got {len(groups)} entries")
     pairs = [_pair(f"{name} entry" if isinstance(size, list) else name, entry) for entry in groups]
     return tuple(pair for pair in pairs for _ in range(heads // len(groups)))

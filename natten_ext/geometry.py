@@ -98,9 +98,7 @@ def window_start(index: int, length: int, kernel: int, dilation: int) -> int:
 
 def neighbor_indices(length: int, kernel: int, dilation: int) -> torch.Tensor:
     """Keys of every query on one axis: int64 ``(length, kernel)``."""
-    starts = torch.tensor(
-        [window_start(i, length, kernel, dilation) for i in range(length)], dtype=torch.int64
-    )
+    starts = torch.tensor([window_start(i, length, kernel, dilation) for i in range(length)], dtype=torch.int64)
     return starts[:, None] + dilation * torch.arange(kernel)
 
 

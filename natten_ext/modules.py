@@ -58,9 +58,7 @@ class _AttentionModule(nn.Module):
 
     def _check_input(self, x: torch.Tensor, dims: int, layout: str) -> None:
         if x.dim() != dims or x.shape[-1] != self.embed_dim:
-            raise ValueError(
-                f"input must be {layout} with {self.embed_dim} channels, got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"input must be {layout} with {self.embed_dim} channels, got shape {tuple(x.shape)}")
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, score={self.score!r}, backend={self.backend!r}"
@@ -84,9 +82,7 @@ class Attention(_AttentionModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input(x, 3, "(batch, tokens, channels)")
         query, key, value = self._project(x)
-        output = functional.attention(
-            query, key, value, score=self.score, scale=self.qk_scale, backend=self.backend
-        )
+        output = functional.attention(query, key, value, score=self.score, scale=self.qk_scale, backend=self.backend)
         return self._merge(output)
 
 

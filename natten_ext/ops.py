@@ -74,9 +74,7 @@ def _attention_backward_of_forward(ctx, grad_output, _grad_lse):
     return *_asked(grads, needs), None, None, None, None
 
 
-torch.library.register_autograd(
-    "natten_ext::attention", _attention_backward_of_forward, setup_context=_attention_setup
-)
+torch.library.register_autograd("natten_ext::attention", _attention_backward_of_forward, setup_context=_attention_setup)
 
 # ---------------------------------------------------------------------------------------------- backward
 
@@ -88,14 +86,12 @@ def _backward(grad_output, query, key, value, bias, output, lse, neighborhood, s
 
 
 @torch.library.register_fake("natten_ext::attention_backward")
-def _backward_fake(
-    grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs, backend
-):
+def _backward_fake(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs, backend):
     return _fake_gradients((query, key, value, bias), needs)
 
 
 def _backward_setup(ctx, inputs, output):
-    *tensors, neighborhood, score, scale, needs, backend = inputs
+    *tensors, neighborhood, score, scale, _needs, backend = inputs
     ctx.save_for_backward(*tensors)
     ctx.choices = neighborhood, score, scale, backend
     ctx.set_materialize_grads(False)

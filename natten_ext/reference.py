@@ -67,9 +67,7 @@ def _grid(query, key, value, bias, key_bias, scale, neighborhood):
     if bias is not None:
         dy = (window_offsets(rows) + rows - 1).to(bias.device)
         dx = (window_offsets(columns) + columns - 1).to(bias.device)
-        bias = bias[:, dy[:, None, :, None], dx[None, :, None, :]].reshape(
-            heads, rows * columns, rows * columns
-        )
+        bias = bias[:, dy[:, None, :, None], dx[None, :, None, :]].reshape(heads, rows * columns, rows * columns)
     key_bias = None if key_bias is None else partition(key_bias)
     output = _full(partition(query), partition(key), partition(value), bias, key_bias, scale)
     output = output.reshape(batch, height // rows, width // columns, rows, columns, heads, head_dim)

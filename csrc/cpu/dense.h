@@ -1,0 +1,318 @@
+// Shared parts of the dense kernels (full and grid attention): jobs, blocks, packed operands, tables.
+//
+// A job is one (batch, window, head). Blocks of scores are held transposed, [key][query lane], so that the
+// softmax runs down the rows with one query per lane and never crosses lanes.
+#pragma once
+
+#include "gemm.h"
+#include "rows.h"
+
+namespace natten_ext::NATTEN_EXT_ISA {
+
+struct DenseJob {
+  int64_t batch, head, y0, x0;  // origin of the window
+};
+
+// Sizes and block sizes that every job of one problem shares.
+template <class T>
+struct DensePlan {
+  explicit DensePlan(const Problem& p, int64_t block_queries_at_most, int64_t block_keys_at_most) {
+    const bool full = p.kind == Kind::full;
+    window_y = full ? 1 : p.window_y;
+    window_x = full ? p.width : p.window_x;
+    windows_y = full ? 1 : p.height / window_y;
+    windows_x = full ? 1 : p.width / window_x;
+    queries = window_y * window_x;
+    keys = full ? p.key_width : queries;
+    key_window_x = full ? p.key_width : window_x;
+    channels = p.head_dim;
+    padded = round_up_to_lanes<T>(channels);
+    jobs_per_head = p.batch * windows_y * windows_x;
+    block_queries = round_up_to_lanes<T>(even_block(queries, block_queries_at_most));
+    block_keys = even_block(keys, block_keys_at_most);
+    table_width = p.table_width();
+    table_size = p.table_height() * table_width;
+  }
+
+  DenseJob job(int64_t head, int64_t index) const {
+    const int64_t windows = windows_y * windows_x;
+    const int64_t window = index % windows;
+    return {index / windows, head, window / windows_x * window_y, window % windows_x * window_x};
+  }
+
+  int64_t window_y, window_x, windows_y, windows_x, queries, keys, key_window_x, channels, padded;
+  int64_t jobs_per_head, block_queries, block_keys, table_width, table_size;
+
+ private:
+  // Largest block size that splits n into equal blocks of at most `limit`.
+  static int64_t even_block(int64_t n, int64_t limit) {
+    const int64_t blocks = (n + limit - 1) / limit;
+    return blocks == 0 ? 1 : (n + blocks - 1) / blocks;
+  }
+};
+
+// Offset of row `r` of a window that is `width` wide.
+inline int64_t row_offset(const View& v, const DenseJob& job, int64_t width, int64_t r) {
+  return job.batch * v.batch + job.head * v.head + (job.y0 + r / width) * v.y + (job.x0 + r % width) * v.x;
+}
+
+// Rows [first, first + count) of a window to target[count][padded], the padding zero.
+template <class T>
+void pack_rows(T* target, const View& v, const DensePlan<T>& plan, const DenseJob& job, int64_t width, int64_t first,
+               int64_t count, T factor) {
+  for (int64_t r = 0; r < count; ++r, target += plan.padded) {
+    load_row(target, v, row_offset(v, job, width, first + r), plan.channels, factor);
+    for (int64_t c = plan.channels; c < plan.padded; ++c) target[c] = 0;
+  }
+}
+
+// The same for queries, whose rows up to the block's lanes are zero, and transposed to [padded][lanes].
+template <class T>
+void pack_queries(T* rows, T* transposed, const View& v, const DensePlan<T>& plan, const DenseJob& job, int64_t first,
+                  int64_t count, T factor) {
+  pack_rows(rows, v, plan, job, plan.window_x, first, count, factor);
+  std::fill(rows + count * plan.padded, rows + plan.block_queries * plan.padded, T(0));
+  transpose(transposed, plan.block_queries, rows, plan.padded, plan.block_queries, plan.padded);
+}
+
+// Rows [first, first + count) of target, scaled.
+template <class T>
+void unpack_rows(const T* rows, const View& v, const DensePlan<T>& plan, const DenseJob& job, int64_t width,
+                 int64_t first, int64_t count, T factor) {
+  for (int64_t r = 0; r < count; ++r) {
+    store_row(rows + r * plan.padded, v, row_offset(v, job, width, first + r), plan.channels, factor);
+  }
+}
+
+// Key-side operand of a job: packed once if it fits in the cache, otherwise block by block.
+template <class T>
+class KeyOperand {
+ public:
+  static constexpr int64_t kWholeAtMost = 1 << 16;
+
+  KeyOperand(const View& view, const DensePlan<T>& plan)
+      : view_(view), plan_(plan), whole_(plan.keys * plan.padded <= kWholeAtMost) {
+    if (view) buffer_ = Buffer<T>((whole_ ? plan.keys : plan.block_keys) * plan.padded);
+  }
+  void start(const DenseJob& job) {
+    job_ = job;
+    if (whole_ && view_) pack_rows<T>(buffer_, view_, plan_, job_, plan_.key_window_x, 0, plan_.keys, 1);
+  }
+  // Rows [first, first + count), at most a block of them, [count][padded].
+  const T* block(int64_t first, int64_t count) {
+    if (whole_) return buffer_ + first * plan_.padded;
+    pack_rows<T>(buffer_, view_, plan_, job_, plan_.key_window_x, first, count, 1);
+    return buffer_;
+  }
+
+ private:
+  View view_;
+  const DensePlan<T>& plan_;
+  bool whole_;
+  Buffer<T> buffer_;
+  DenseJob job_{};
+};
+
+// Key-side gradient of a job, added up over the blocks of queries: in working memory, or, where a job is large,
+// straight in the output if that has the compute type and whole vectors per row.
+template <class T>
+class KeyGradient {
+ public:
+  static constexpr int64_t kBufferAtMost = 1 << 17;
+
+  static bool in_place(const View& view, const DensePlan<T>& plan) {
+    const bool same = view.dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64);
+    return same && plan.windows_y * plan.windows_x == 1 && plan.window_y == 1 && plan.channels == plan.padded &&
+           plan.keys * plan.padded > kBufferAtMost;
+  }
+  KeyGradient(const View& view, const DensePlan<T>& plan, int64_t keys)
+      : view_(view), plan_(plan), in_place_(in_place(view, plan)), stride_(in_place_ ? view.x : plan.padded) {
+    if (view && !in_place_) buffer_ = Buffer<T>(keys * plan.padded);
+  }
+  explicit operator bool() const { return static_cast<bool>(view_); }
+  // Keys [first, last) of the job.
+  void start(const DenseJob& job, int64_t first) {
+    job_ = job;
+    first_ = first;
+  }
+  T* row(int64_t key) {
+    if (in_place_) return static_cast<T*>(view_.data) + row_offset(view_, job_, plan_.key_window_x, key);
+    return buffer_ + (key - first_) * plan_.padded;
+  }
+  int64_t stride() const { return stride_; }
+  void finish(int64_t last, T factor) {
+    for (int64_t key = first_; key < last; ++key) {
+      const int64_t offset = row_offset(view_, job_, plan_.key_window_x, key);
+      T* from = row(key);
+      if (!in_place_) {
+        store_row(from, view_, offset, plan_.channels, factor);
+      } else if (factor != 1) {
+        for (int64_t c = 0; c < plan_.channels; ++c) from[c] *= factor;
+      }
+    }
+  }
+
+ private:
+  View view_;
+  const DensePlan<T>& plan_;
+  bool in_place_;
+  int64_t stride_;
+  Buffer<T> buffer_;
+  DenseJob job_{};
+  int64_t first_ = 0;
+};
+
+// Tables of all heads in the compute type, times `factor` and reversed along x: an offset then grows with the
+// query's x, so that a vector of queries of one row reads (and its gradient adds to) consecutive values.
+template <class T>
+class ReversedTables {
+ public:
+  ReversedTables(const View& view, const DensePlan<T>& plan, int64_t heads, T factor) {
+    if (!view) return;
+    stride_ = plan.table_size + kLanes<T>;  // the last vector of a row may read past the table
+    buffer_ = Buffer<T>(heads * stride_);
+    for (int64_t head = 0; head < heads; ++head) {
+      T* table = buffer_ + head * stride_;
+      for (int64_t i = 0; i < plan.table_size; ++i) {
+        const int64_t y = i / plan.table_width, x = plan.table_width - 1 - i % plan.table_width;
+        table[i] = load_value<T>(view, head * view.head + y * view.y + x * view.x) * factor;
+      }
+      std::fill(table + plan.table_size, table + stride_, T(0));
+    }
+  }
+  const T* head(int64_t head) const { return buffer_.data() == nullptr ? nullptr : buffer_ + head * stride_; }
+
+ private:
+  Buffer<T> buffer_;
+  int64_t stride_ = 0;
+};
+
+// Where a block of queries finds its values in a reversed table: index(key, lane) = key_base + lane_base[lane].
+template <class T>
+class TableIndex {
+ public:
+  explicit TableIndex(const DensePlan<T>& plan, bool used)
+      : plan_(plan),
+        key_base_(used ? plan.keys : 0),
+        lane_base_(plan.block_queries),
+        one_row_(plan.block_queries / kLanes<T>) {
+    for (int64_t key = 0; used && key < plan.keys; ++key) {
+      const int64_t y = key / plan.window_x, x = key % plan.window_x;
+      key_base_[key] = (y + plan.window_y - 1) * plan.table_width + plan.window_x - 1 - x;
+    }
+  }
+
+  void start(int64_t first, int64_t count) {
+    constexpr int L = kLanes<T>;
+    count_ = count;
+    for (int64_t lane = 0; lane < plan_.block_queries; ++lane) {
+      const int64_t query = first + std::min(lane, count - 1);
+      lane_base_[lane] = query % plan_.window_x - query / plan_.window_x * plan_.table_width;
+    }
+    for (int64_t lane = 0; lane < plan_.block_queries; lane += L) {
+      const int64_t valid = std::min<int64_t>(L, count - lane);
+      one_row_[lane / L] = valid > 0 && (first + lane) % plan_.window_x + valid <= plan_.window_x;
+    }
+  }
+  NATTEN_EXT_INLINE Vector<T> read(const T* table, int64_t key, int64_t lane) const {
+    constexpr int L = kLanes<T>;
+    table += key_base_[key];
+    if (one_row_[lane / L]) return load(table + lane_base_[lane]);
+    Vector<T> result{};
+    for (int i = 0; i < L; ++i) result[i] = table[lane_base_[lane + i]];
+    return result;
+  }
+  // Lanes past the block's queries must hold zero where a vector lies in one row.
+  NATTEN_EXT_INLINE void add(T* table, int64_t key, int64_t lane, Vector<T> value) const {
+    constexpr int L = kLanes<T>;
+    table += key_base_[key];
+    if (one_row_[lane / L]) {
+      T* target = table + lane_base_[lane];
+      store(target, load(target) + value);
+    } else {
+      for (int i = 0; i < L && lane + i < count_; ++i) table[lane_base_[lane + i]] += value[i];
+    }
+  }
+
+ private:
+  const DensePlan<T>& plan_;
+  Buffer<int64_t> key_base_, lane_base_;
+  Buffer<bool> one_row_;
+  int64_t count_ = 0;
+};
+
+// sum over channels of a[c] * b[c]
+template <class T>
+NATTEN_EXT_INLINE T dot_row(const T* a, const T* b, int64_t n) {
+  constexpr int L = kLanes<T>;
+  Vector<T> sum{};
+  int64_t c = 0;
+  for (; c + L <= n; c += L) sum += load(a + c) * load(b + c);
+  T result = horizontal_sum<T>(sum);
+  for (; c < n; ++c) result += a[c] * b[c];
+  return result;
+}
+
+template <class T>
+NATTEN_EXT_INLINE T sum_row(const T* a, int64_t n) {
+  constexpr int L = kLanes<T>;
+  Vector<T> sum{};
+  int64_t c = 0;
+  for (; c + L <= n; c += L) sum += load(a + c);
+  T result = horizontal_sum<T>(sum);
+  for (; c < n; ++c) result += a[c];
+  return result;
+}
+
+// Runs the gradient kernel `make(keys_at_once)` over all jobs, so that every element is summed by one thread in an
+// order that does not depend on the threads, and reduces the partial gradients of the tables.
+//
+// A job is usually one task. A few large jobs are split instead: first by queries, then again by keys, which
+// computes the scores twice but keeps every thread busy.
+template <class T, class Make>
+void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const View& grad_table, const Make& make) {
+  const Problem& p = a.problem;
+  const int64_t jobs = p.heads * plan.jobs_per_head;
+  const bool split = jobs < 8 && plan.queries * plan.keys >= int64_t(1) << 18;
+  // Partial tables per head: few enough to be small beside the other gradients.
+  const int64_t slices = split ? std::min<int64_t>(8, (plan.queries + plan.block_queries - 1) / plan.block_queries) : 1;
+  const int64_t chunks = split ? plan.jobs_per_head : std::min<int64_t>(plan.jobs_per_head, 64);
+  const int64_t parts = chunks * slices;
+  Buffer<T> partial(grad_table ? p.heads * parts * (plan.table_size + kLanes<T>) : 0);
+  const auto slice_begin = [](int64_t slice, int64_t slices, int64_t n, int64_t block) {
+    return std::min(n, slice * ((n + slices * block - 1) / (slices * block)) * block);
+  };
+  const auto query_tasks = [&](auto& worker, int64_t task) {
+    const int64_t head = task / parts, part = task % parts, chunk = part / slices, slice = part % slices;
+    T* table = nullptr;
+    if (grad_table) {
+      table = partial + task * (plan.table_size + kLanes<T>);
+      std::fill(table, table + plan.table_size + kLanes<T>, T(0));
+    }
+    const int64_t query_begin = slice_begin(slice, slices, plan.queries, plan.block_queries);
+    const int64_t query_end = slice_begin(slice + 1, slices, plan.queries, plan.block_queries);
+    for (int64_t job = chunk * plan.jobs_per_head / chunks; job < (chunk + 1) * plan.jobs_per_head / chunks; ++job) {
+      worker.run(plan.job(head, job), query_begin, query_end, 0, plan.keys, true, !split, table);
+    }
+  };
+  for_each_task(p.heads * parts, [&] { return make(split ? 0 : plan.keys); }, query_tasks);
+  if (split) {
+    const int64_t key_slices = std::min<int64_t>(8, (plan.keys + plan.block_keys - 1) / plan.block_keys);
+    const int64_t keys_at_once = slice_begin(1, key_slices, plan.keys, plan.block_keys);
+    for_each_task(
+        jobs * key_slices, [&] { return make(keys_at_once); },
+        [&](auto& worker, int64_t task) {
+          const int64_t job = task / key_slices, slice = task % key_slices;
+          const int64_t begin = slice_begin(slice, key_slices, plan.keys, plan.block_keys);
+          const int64_t end = slice_begin(slice + 1, key_slices, plan.keys, plan.block_keys);
+          worker.run(plan.job(job / plan.jobs_per_head, job % plan.jobs_per_head), 0, plan.queries, begin, end, false,
+                     true, nullptr);
+        });
+  }
+  if (grad_table) {
+    reduce_tables<T>(partial, parts, plan.table_size + kLanes<T>, grad_table, p.heads, p.table_height(),
+                     plan.table_width, true);
+  }
+}
+
+}  // namespace natten_ext::NATTEN_EXT_ISA

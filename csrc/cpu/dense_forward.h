@@ -1,0 +1,125 @@
+// Forward of full and grid attention: online softmax over blocks of keys.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "dense.h"
+
+namespace natten_ext::NATTEN_EXT_ISA {
+
+template <class T>
+class DenseForward {
+ public:
+  DenseForward(const Arguments& a, const DensePlan<T>& plan, const ReversedTables<T>& tables)
+      : a_(a),
+        plan_(plan),
+        tables_(tables),
+        key_(a.key, plan),
+        value_(a.value, plan),
+        index_(plan, static_cast<bool>(a.bias)),
+        query_(plan.block_queries * plan.padded),
+        query_t_(plan.padded * plan.block_queries),
+        scores_(plan.block_keys * plan.block_queries),
+        output_(plan.block_queries * plan.padded),
+        maximum_(plan.block_queries),
+        sum_(plan.block_queries),
+        correction_(plan.block_queries),
+        key_bias_(plan.block_keys) {}
+
+  // Queries [begin, end) of one job.
+  void run(const DenseJob& job, int64_t begin, int64_t end) {
+    key_.start(job);
+    value_.start(job);
+    for (int64_t first = begin; first < end; first += plan_.block_queries) {
+      block(job, first, std::min(plan_.block_queries, end - first));
+    }
+  }
+
+ private:
+  void block(const DenseJob& job, int64_t first, int64_t count) {
+    const int64_t lanes = plan_.block_queries, padded = plan_.padded;
+    const Problem& p = a_.problem;
+    const T* table = tables_.head(job.head);
+    pack_queries<T>(query_, query_t_, a_.query, plan_, job, first, count, T(p.dot_scale()) * kLog2E<T>);
+    if (table != nullptr) index_.start(first, count);
+    std::fill(maximum_.data(), maximum_ + lanes, -std::numeric_limits<T>::infinity());
+    std::fill(sum_.data(), sum_ + lanes, T(0));
+    for (int64_t k = 0; k < plan_.keys; k += plan_.block_keys) {
+      const int64_t keys = std::min(plan_.block_keys, plan_.keys - k);
+      const T* key = key_.block(k, keys);
+      gemm<T>(keys, lanes, plan_.channels, {key, padded, 1}, query_t_, lanes, scores_, lanes, false);
+      if (p.l2) {
+        for (int64_t j = 0; j < keys; ++j) {
+          key_bias_[j] = T(-p.scale) * kLog2E<T> * dot_row(key + j * padded, key + j * padded, plan_.channels);
+        }
+      }
+      for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) softmax(table, k, keys, lane, p.l2);
+      if (k > 0) {
+        for (int64_t i = 0; i < count; ++i) {
+          if (correction_[i] == 1) continue;
+          for (int64_t c = 0; c < padded; ++c) output_[i * padded + c] *= correction_[i];
+        }
+      }
+      gemm<T>(count, padded, keys, {scores_, 1, lanes}, value_.block(k, keys), padded, output_, padded, k > 0);
+    }
+    T* lse = static_cast<T*>(a_.lse) + (job.batch * p.heads + job.head) * p.queries();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t query = first + i;
+      unpack_rows<T>(output_ + i * padded, a_.output, plan_, job, plan_.window_x, query, 1, 1 / sum_[i]);
+      const int64_t y = job.y0 + query / plan_.window_x, x = job.x0 + query % plan_.window_x;
+      lse[y * p.width + x] = (maximum_[i] + std::log2(sum_[i])) * kLn2<T>;
+    }
+  }
+
+  // One vector of queries: adds the biases, moves the running maximum, and leaves exponentials in the block.
+  NATTEN_EXT_INLINE void softmax(const T* table, int64_t first_key, int64_t keys, int64_t lane, bool l2) {
+    const int64_t lanes = plan_.block_queries;
+    T* scores = scores_ + lane;
+    const Vector<T> before = load(maximum_ + lane);
+    Vector<T> top = before;
+    for (int64_t j = 0; j < keys; ++j) {
+      Vector<T> s = load(scores + j * lanes);
+      if (table != nullptr) s += index_.read(table, first_key + j, lane);
+      if (l2) s += broadcast(key_bias_[j]);
+      top = maximum<T>(top, s);
+      if (table != nullptr || l2) store(scores + j * lanes, s);
+    }
+    Vector<T> total{};
+    for (int64_t j = 0; j < keys; ++j) {
+      const Vector<T> e = exp2(load(scores + j * lanes) - top);
+      total += e;
+      store(scores + j * lanes, e);
+    }
+    const Vector<T> correction = exp2(before - top);
+    store(correction_ + lane, correction);
+    store(maximum_ + lane, top);
+    store(sum_ + lane, load(sum_ + lane) * correction + total);
+  }
+
+  const Arguments& a_;
+  const DensePlan<T>& plan_;
+  const ReversedTables<T>& tables_;
+  KeyOperand<T> key_, value_;
+  TableIndex<T> index_;
+  Buffer<T> query_, query_t_, scores_, output_, maximum_, sum_, correction_, key_bias_;
+};
+
+template <class T>
+void dense_forward(const Arguments& a) {
+  const Problem& p = a.problem;
+  const DensePlan<T> plan(p, p.head_dim > 128 ? 32 : 64, 128);
+  const ReversedTables<T> tables(a.bias, plan, p.heads, kLog2E<T>);
+  // Long jobs are shared between threads by groups of queries; short ones pack their keys once.
+  const int64_t group = plan.queries <= 512 ? plan.queries : 4 * plan.block_queries;
+  const int64_t groups = (plan.queries + group - 1) / group;
+  for_each_task(
+      p.heads * plan.jobs_per_head * groups, [&] { return DenseForward<T>(a, plan, tables); },
+      [&](DenseForward<T>& worker, int64_t task) {
+        const int64_t job = task / groups, begin = task % groups * group;
+        worker.run(plan.job(job / plan.jobs_per_head, job % plan.jobs_per_head), begin,
+                   std::min(plan.queries, begin + group));
+      });
+}
+
+}  // namespace natten_ext::NATTEN_EXT_ISA

@@ -1,0 +1,14 @@
+// Entry point of the double backward, compiled once per instruction set.
+#include "dense_double_backward.h"
+#include "neighborhood_double_backward.h"
+
+namespace natten_ext::NATTEN_EXT_ISA {
+
+template <class T>
+static void run(const Arguments& a) {
+  a.problem.kind == Kind::neighborhood ? neighborhood_double_backward<T>(a) : dense_double_backward<T>(a);
+}
+
+void double_backward(const Arguments& a) { a.query.dtype == DType::float64 ? run<double>(a) : run<float>(a); }
+
+}  // namespace natten_ext::NATTEN_EXT_ISA

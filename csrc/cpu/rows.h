@@ -1,0 +1,144 @@
+// Moving rows of channels between tensors of any dtype and blocks of the compute type.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace natten_ext::NATTEN_EXT_ISA {
+
+// Working memory of one thread: cache-line aligned, uninitialised.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) {
+    const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
+    if (bytes == 0) return;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+  T* data() const { return data_; }
+  operator T*() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+inline float bfloat16_to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+inline uint16_t float_to_bfloat16(float value) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t wide;
+  std::memcpy(&wide, &value, sizeof wide);
+  if ((wide & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<uint16_t>((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
+}
+
+// One value of a tensor at an element offset.
+template <class T>
+T load_value(const View& view, int64_t offset) {
+  switch (view.dtype) {
+    case DType::float32: return static_cast<T>(static_cast<const float*>(view.data)[offset]);
+    case DType::float64: return static_cast<T>(static_cast<const double*>(view.data)[offset]);
+    default: return static_cast<T>(bfloat16_to_float(static_cast<const uint16_t*>(view.data)[offset]));
+  }
+}
+template <class T>
+void store_value(const View& view, int64_t offset, T value) {
+  switch (view.dtype) {
+    case DType::float32: static_cast<float*>(view.data)[offset] = static_cast<float>(value); break;
+    case DType::float64: static_cast<double*>(view.data)[offset] = static_cast<double>(value); break;
+    default: static_cast<uint16_t*>(view.data)[offset] = float_to_bfloat16(static_cast<float>(value));
+  }
+}
+
+// n channels from an element offset, times `factor`. The compute type is float, or double for float64 tensors.
+template <class T>
+NATTEN_EXT_INLINE void load_row(T* NATTEN_EXT_RESTRICT row, const View& view, int64_t offset, int64_t n, T factor) {
+  if (view.dtype == DType::bfloat16) {
+    const uint16_t* source = static_cast<const uint16_t*>(view.data) + offset;
+    for (int64_t c = 0; c < n; ++c) row[c] = bfloat16_to_float(source[c]) * factor;
+  } else {
+    const T* source = static_cast<const T*>(view.data) + offset;
+    for (int64_t c = 0; c < n; ++c) row[c] = source[c] * factor;
+  }
+}
+template <class T>
+NATTEN_EXT_INLINE void store_row(const T* NATTEN_EXT_RESTRICT row, const View& view, int64_t offset, int64_t n, T factor) {
+  if (view.dtype == DType::bfloat16) {
+    uint16_t* target = static_cast<uint16_t*>(view.data) + offset;
+    for (int64_t c = 0; c < n; ++c) target[c] = float_to_bfloat16(static_cast<float>(row[c] * factor));
+  } else {
+    T* target = static_cast<T*>(view.data) + offset;
+    for (int64_t c = 0; c < n; ++c) target[c] = row[c] * factor;
+  }
+}
+
+// target[column][row] = source[row][column]; rows and columns are multiples of the lanes.
+template <class T>
+void transpose(T* target, int64_t target_stride, const T* source, int64_t source_stride, int64_t rows, int64_t columns) {
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += L) {
+    for (int64_t c = 0; c < columns; c += L) {
+      Vector<T> square[L];
+      for (int i = 0; i < L; ++i) square[i] = load(source + (r + i) * source_stride + c);
+      transpose_square<T>(square);
+      for (int i = 0; i < L; ++i) store(target + (c + i) * target_stride + r, square[i]);
+    }
+  }
+}
+
+// Fixed-order sum of partial tables [head][part][part_stride], so that the result does not depend on the threads.
+// Each holds [y][x], with x counted from the end if `reversed`.
+template <class T>
+void reduce_tables(const T* partial, int64_t parts, int64_t part_stride, const View& table, int64_t heads,
+                   int64_t height, int64_t width, bool reversed) {
+  for (int64_t head = 0; head < heads; ++head) {
+    for (int64_t i = 0; i < height * width; ++i) {
+      const int64_t y = i / width, x = i % width;
+      T sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += partial[(head * parts + part) * part_stride + i];
+      store_value(table, head * table.head + y * table.y + (reversed ? width - 1 - x : x), sum);
+    }
+  }
+}
+
+template <class T>
+constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189214);
+template <class T>
+constexpr T kLn2 = static_cast<T>(0.693147180559945309417232121458176568);
+
+// Runs body(worker, index) for every index, with one Worker (working memory) per thread, made by make().
+template <class Make, class Body>
+void for_each_task(int64_t count, const Make& make, const Body& body) {
+  struct Context {
+    const Make& make;
+    const Body& body;
+  } context{make, body};
+  parallel_tasks(
+      count,
+      [](void* opaque, int64_t (*next)(void*), void* queue) {
+        const Context& c = *static_cast<Context*>(opaque);
+        int64_t index = next(queue);
+        if (index < 0) return;
+        auto worker = c.make();
+        for (; index >= 0; index = next(queue)) c.body(worker, index);
+      },
+      &context);
+}
+
+}  // namespace natten_ext::NATTEN_EXT_ISA

@@ -1,0 +1,189 @@
+"""Builds the compiled parts of natten_ext with ninja; metadata is in pyproject.toml.
+
+Two shared objects: ``natten_ext/libnatten_ext_cpu.so``, the CPU kernels on LibTorch's stable ABI (any Python, torch
+2.11 and later), and ``natten_ext/_C``, a small pybind11 module. The kernels are compiled once per instruction set.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CPU_KERNELS = ("forward", "backward", "double_backward")
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
+MINIMUM_TORCH = (2, 11)
+
+
+def instruction_sets() -> dict[str, tuple[int, list[str]]]:
+    """Name -> (vector bytes, compiler flags), the first being what every machine of this kind has."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {"baseline": (16, [])}
+    return {
+        "baseline": (16, []),
+        "avx2": (32, ["-mavx2", "-mfma", "-mf16c"]),
+        "avx512": (
+            64,
+            [
+                "-mavx2",
+                "-mfma",
+                "-mf16c",
+                "-mavx512f",
+                "-mavx512dq",
+                "-mavx512vl",
+                "-mavx512bw",
+                "-mprefer-vector-width=512",
+            ],
+        ),
+    }
+
+
+def find_compiler() -> str:
+    """The C++ compiler: CXX, or c++/g++/clang++ from the path, tried on a small program."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        if shutil.which(shlex.split(candidate)[0]) is None:
+            continue
+        check = subprocess.run(
+            [*shlex.split(candidate), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"],
+            input="#include <vector>\nint main() { return [] { return 0; }(); }\n",
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        if check.returncode == 0:
+            return candidate
+        raise SystemExit(f"natten_ext: the C++ compiler {candidate!r} does not compile C++20:\n{check.stderr}")
+    raise SystemExit(
+        "natten_ext needs a C++ compiler (GCC 11 or later, or Clang 14 or later), and found none of: "
+        f"{', '.join(candidates)}. Install one (Debian, Ubuntu: apt install g++) or set CXX to its path."
+    )
+
+
+def import_build_requirements():
+    """torch, pybind11 and ninja, or a message that says how to get them."""
+    try:
+        import ninja
+        import pybind11
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"natten_ext builds with the torch that is installed, with ninja and pybind11; {error.name!r} is missing."
+            " Install torch, ninja and pybind11 first, then: pip install --no-build-isolation ."
+        ) from None
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
+        raise SystemExit(f"natten_ext needs torch >= {'.'.join(map(str, MINIMUM_TORCH))}, found {torch.__version__}")
+    return torch, pybind11, ninja
+
+
+class NinjaFile:
+    """Compile and link statements of one build."""
+
+    def __init__(self, compiler: str):
+        self.lines = [
+            f"cxx = {compiler}",
+            "rule compile",
+            "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule link",
+            "  command = $cxx -shared $in $flags -o $out",
+            "  description = link $out",
+        ]
+
+    def statement(self, rule: str, output: Path, inputs: list[Path], flags: list[str]) -> Path:
+        def escape(path: Path) -> str:
+            return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+        self.lines.append(f"build {escape(output)}: {rule} {' '.join(map(escape, inputs))}")
+        self.lines.append(f"  flags = {' '.join(shlex.quote(flag).replace('$', '$$') for flag in flags)}")
+        return output
+
+
+class BuildWithNinja(build_ext):
+    """Builds both shared objects in one ninja run and puts them into the package."""
+
+    def run(self):
+        compiler = find_compiler()
+        torch, pybind11, ninja = import_build_requirements()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
+        package = package / "natten_ext"
+        package.mkdir(parents=True, exist_ok=True)
+
+        file = NinjaFile(compiler)
+        self._cpu_library(file, build, package / "libnatten_ext_cpu.so", Path(torch.__file__).parent)
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        self._bindings(file, build, package / f"_C{suffix}", pybind11.get_include(), torch.__version__)
+        (build / "build.ninja").write_text("\n".join(file.lines) + "\n")
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        if self.verbose:
+            command.append("-v")
+        if subprocess.run(command, check=False).returncode != 0:
+            raise SystemExit("natten_ext: compilation failed; the compiler's messages are above")
+
+    def get_outputs(self):
+        package = Path(self.build_lib) / "natten_ext"
+        return [str(path) for path in package.glob("*.so")]
+
+    @staticmethod
+    def _cpu_library(file: NinjaFile, build: Path, output: Path, torch: Path) -> None:
+        common = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+        torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-isystem{torch / 'include'}"]
+        sets = instruction_sets()
+        if "avx2" in sets:
+            torch_flags.append("-DNATTEN_EXT_X86")
+        source = ROOT / "csrc" / "cpu"
+        library = build / "library.o"
+        objects = [file.statement("compile", library, [source / "library.cpp"], common + torch_flags)]
+        for name, (vector_bytes, flags) in sets.items():
+            macros = [f"-DNATTEN_EXT_ISA={name}", f"-DNATTEN_EXT_VECTOR_BYTES={vector_bytes}"]
+            for kernel in CPU_KERNELS:
+                target = build / f"{kernel}_{name}.o"
+                objects.append(file.statement("compile", target, [source / f"{kernel}.cpp"], common + flags + macros))
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+        file.statement("link", output, objects, libraries)
+
+    @staticmethod
+    def _bindings(file: NinjaFile, build: Path, output: Path, pybind11_include: str, torch_version: str) -> None:
+        flags = [
+            "-std=c++20",
+            "-O2",
+            "-fPIC",
+            "-fvisibility=hidden",
+            f"-isystem{pybind11_include}",
+            f"-isystem{sysconfig.get_path('include')}",
+            f'-DNATTEN_EXT_VERSION="{version()}"',
+            f'-DNATTEN_EXT_BUILT_WITH_TORCH="{torch_version}"',
+            f'-DNATTEN_EXT_INSTRUCTION_SETS="{" ".join(instruction_sets())}"',
+        ]
+        bindings = build / "bindings.o"
+        objects = [file.statement("compile", bindings, [ROOT / "csrc" / "bindings.cpp"], flags)]
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        file.statement("link", output, objects, undefined)
+
+
+def version() -> str:
+    scope: dict[str, str] = {}
+    exec((ROOT / "natten_ext" / "version.py").read_text(), scope)
+    return scope["__version__"]
+
+
+# The extension's name and sources are for setuptools; BuildWithNinja builds what there is to build.
+setup(
+    ext_modules=[Extension("natten_ext._C", ["csrc/bindings.cpp"])],
+    cmdclass={"build_ext": BuildWithNinja},
+)
