@@ -68,9 +68,7 @@ def parse_train(arguments: list[str]) -> TrainArguments:
             name = arguments[i + 1]
         elif argument.startswith("--preset="):
             name = argument.removeprefix("--preset=")
-    default = TrainArguments(
-        run=RunConfig(data=tyro.MISSING, out=tyro.MISSING), recipe=preset(name), preset=name
-    )
+    default = TrainArguments(run=RunConfig(data=tyro.MISSING, out=tyro.MISSING), recipe=preset(name), preset=name)
     return tyro.cli(TrainArguments, args=arguments, default=default, prog="python -m gans train")
 
 

@@ -59,17 +59,13 @@ class TrainConfig:
         for name in ("image_size", "channels"):
             ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
             if ours != theirs:
-                raise ValueError(
-                    f"generator.{name} is {ours} and discriminator.{name} is {theirs}; they must agree"
-                )
+                raise ValueError(f"generator.{name} is {ours} and discriminator.{name} is {theirs}; they must agree")
         for name in ("n_critic", "batch_d", "batch_g", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("batch_d", "batch_g"):
             if getattr(self, name) % self.accumulate:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; accumulate ({self.accumulate}) must divide it"
-                )
+                raise ValueError(f"{name} is {getattr(self, name)}; accumulate ({self.accumulate}) must divide it")
         if self.steps < 0 or self.clip < 0:
             raise ValueError(f"steps ({self.steps}) and clip ({self.clip}) cannot be negative")
 
@@ -117,11 +113,7 @@ class RunConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain values for JSON (tuples become lists)."""
     return {
-        key: to_dict(value)
-        if dataclasses.is_dataclass(value)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
+        key: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
         for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
     }
 

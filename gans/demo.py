@@ -33,6 +33,9 @@ from matplotlib import pyplot as plt
 NEEDED_FALL = 5.0
 """How many times smaller the distance has to become for the demo to count as successful."""
 
+METRIC_IMAGES = 1797
+"""Generated images in a measurement of the distance: as many as there are real ones."""
+
 COST_RECIPE = replace(
     DIGITS,
     generator=replace(DIGITS.generator, base_size=8, windows=(8, 16, 32)),
@@ -73,9 +76,7 @@ def plot_samples(run: Path, steps: list[int], size: int, path: Path, columns: in
     """One row of samples per step from the same z, and a last row block of real images."""
     rows = [(f"step {step}", run / "samples" / f"step-{step:08d}.png", 0) for step in steps]
     rows += [("real", run / "samples" / "real.png", start) for start in (0, columns)]
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(0.62 * columns + 1, 0.62 * len(rows) + 0.5), squeeze=False
-    )
+    figure, axes = plt.subplots(len(rows), columns, figsize=(0.62 * columns + 1, 0.62 * len(rows) + 0.5), squeeze=False)
     for line, (label, grid, start) in zip(axes, rows, strict=True):
         for axis, tile in zip(line, read_tiles(grid, size, start + columns)[start:], strict=True):
             axis.imshow(tile, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -132,9 +133,7 @@ def cost_table(costs: list[StepCost]) -> str:
     for label, cost in zip(("fused", "naive"), costs, strict=True):
         lines.append(f"| {label} | {cost.backend} | {cost.seconds:.2f} | {cost.peak_mib:.0f} |")
     fused = costs[0]
-    lines.append(
-        f"| naive / fused | | {naive.seconds / fused.seconds:.1f} | {naive.peak_mib / fused.peak_mib:.1f} |"
-    )
+    lines.append(f"| naive / fused | | {naive.seconds / fused.seconds:.1f} | {naive.peak_mib / fused.peak_mib:.1f} |")
     return "\n".join(lines)
 
 
@@ -162,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
             log_every=max(1, options.steps // 100),
             sample_every=sample_every,
             metric_every=sample_every,
-            metric_images=1797,
+            metric_images=METRIC_IMAGES,
             checkpoint_every=max(1, options.steps),
         ),
     )

@@ -26,9 +26,7 @@ class EMAConfig:
         if self.decay is not None and not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay is {self.decay}; it must be in [0, 1)")
         if self.half_life < 1 or self.rampup <= 0:
-            raise ValueError(
-                f"ema.half_life ({self.half_life}) and ema.rampup ({self.rampup}) must be positive"
-            )
+            raise ValueError(f"ema.half_life ({self.half_life}) and ema.rampup ({self.rampup}) must be positive")
 
 
 class EMA:

@@ -52,9 +52,7 @@ def gradient_penalty(discriminator: Network, real: Tensor, fake: Tensor, target:
     (second order).
     """
     if real.shape != fake.shape:
-        raise ValueError(
-            f"real and fake must have one shape, got {tuple(real.shape)} and {tuple(fake.shape)}"
-        )
+        raise ValueError(f"real and fake must have one shape, got {tuple(real.shape)} and {tuple(fake.shape)}")
     mix = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
     between = (mix * real + (1 - mix) * fake).detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
@@ -78,9 +76,7 @@ class WGANGP:
         real_score = discriminator(real).mean()
         terms = {"wasserstein": discriminator(fake).mean() - real_score}
         if config.gp_weight:
-            terms["penalty"] = config.gp_weight * gradient_penalty(
-                discriminator, real, fake, config.gp_target
-            )
+            terms["penalty"] = config.gp_weight * gradient_penalty(discriminator, real, fake, config.gp_target)
         if config.drift:
             terms["drift"] = config.drift * real_score.square()
         return terms

@@ -11,9 +11,7 @@ CIFAR10 = TrainConfig()
 """TransGAN's published CIFAR-10 recipe: 32 px, G 83.3 M and D 10.2 M parameters."""
 
 STL10 = TrainConfig(
-    generator=GeneratorConfig(
-        latent_dim=512, base_size=12, depths=(7, 5, 3), windows=(12, 24, 48), norm="rms"
-    ),
+    generator=GeneratorConfig(latent_dim=512, base_size=12, depths=(7, 5, 3), windows=(12, 24, 48), norm="rms"),
     discriminator=DiscriminatorConfig(
         image_size=48, windows=(24, 12), norm="rms", augment=("translation", "stl_erase_ratio", "color")
     ),

@@ -171,9 +171,7 @@ def check_resumable(path: Path, root: Path, config: TrainConfig) -> None:
         raise ValueError(f"cannot resume {path} with another recipe; it differs in {', '.join(changed)}")
     later = [other.name for other in checkpoint.list_checkpoints(root) if other.name > path.name]
     if later:
-        raise ValueError(
-            f"cannot resume {path}: {root} has later checkpoints ({', '.join(later)}); move them away"
-        )
+        raise ValueError(f"cannot resume {path}: {root} has later checkpoints ({', '.join(later)}); move them away")
 
 
 def train(config: TrainConfig, run: RunConfig, *, progress: bool = True) -> Path:
@@ -197,9 +195,7 @@ def train(config: TrainConfig, run: RunConfig, *, progress: bool = True) -> Path
     if resume_from:
         check_resumable(resume_from, checkpoints, config)
     elif checkpoint.list_checkpoints(checkpoints):
-        raise FileExistsError(
-            f"out {str(out)!r} holds a run; continue it with resume 'latest' or give another out"
-        )
+        raise FileExistsError(f"out {str(out)!r} holds a run; continue it with resume 'latest' or give another out")
 
     # Data
     source = data.open_source(run.data)
@@ -265,9 +261,7 @@ def train(config: TrainConfig, run: RunConfig, *, progress: bool = True) -> Path
         if run.metric_every:
             real = data.load_images(source, size=size, channels=channels, limit=run.metric_images)
             metric = RandomFeatureFrechet(real)
-            tqdm.write(
-                f"{metric.name}: real against real (two halves of {metric.count} images) {metric.floor:.4g}"
-            )
+            tqdm.write(f"{metric.name}: real against real (two halves of {metric.count} images) {metric.floor:.4g}")
 
         def measure() -> dict[str, float]:
             assert metric is not None
@@ -291,9 +285,7 @@ def train(config: TrainConfig, run: RunConfig, *, progress: bool = True) -> Path
             for _ in range(config.n_critic):
                 real = next(real_batches).to(device)
                 position += config.batch_d
-                means.add(
-                    discriminator_step(step + 1, config, loss, generator, discriminator, optimizer_d, real)
-                )
+                means.add(discriminator_step(step + 1, config, loss, generator, discriminator, optimizer_d, real))
             means.add(generator_step(step + 1, config, loss, generator, discriminator, optimizer_g, device))
             step += 1
             average.update(generator, images=step * config.batch_g, batch=config.batch_g)

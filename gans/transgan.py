@@ -37,18 +37,16 @@ def _check_stages(owner: str, sizes: tuple[int, ...], dims: tuple[int, ...], con
     for name in ("depths", "windows"):
         values = getattr(config, name)
         if len(values) != len(sizes):
-            raise ValueError(
-                f"{owner}.{name} is {values}; it needs one value for each of {len(sizes)} stages"
-            )
+            raise ValueError(f"{owner}.{name} is {values}; it needs one value for each of {len(sizes)} stages")
+    if not sizes:
+        raise ValueError(f"{owner}.depths and its widths are empty; there must be at least one stage")
     if min(config.depths) < 0:
         raise ValueError(f"{owner}.depths is {config.depths}; a depth cannot be negative")
     for size, dim, window in zip(sizes, dims, config.windows, strict=True):
         if size < 1 or window < 1 or size % window:
             raise ValueError(f"{owner}.windows has {window}, which does not divide its map of {size}x{size}")
         if dim < 1 or dim % config.heads:
-            raise ValueError(
-                f"{owner}.heads is {config.heads}, which does not divide the {dim} channels of a stage"
-            )
+            raise ValueError(f"{owner}.heads is {config.heads}, which does not divide the {dim} channels of a stage")
 
 
 @dataclass(frozen=True)
@@ -205,13 +203,10 @@ class DiscriminatorConfig(_Stages):
         coarsest = self.patch_size * 2 ** (len(self.patch_dims) - 1)
         if self.patch_size < 1 or self.image_size % coarsest:
             raise ValueError(
-                f"discriminator.image_size is {self.image_size}; its coarsest patches ({coarsest} px) "
-                "must divide it"
+                f"discriminator.image_size is {self.image_size}; its coarsest patches ({coarsest} px) must divide it"
             )
         if self.last_depth < 1:
-            raise ValueError(
-                f"discriminator.last_depth is {self.last_depth}; the class token needs at least 1 block"
-            )
+            raise ValueError(f"discriminator.last_depth is {self.last_depth}; the class token needs at least 1 block")
         check_policy(self.augment)
         _check_stages("discriminator", self.sizes, self.dims, self)
 
@@ -256,9 +251,7 @@ class Discriminator(nn.Module):
         )
         width = config.dims[-1]
         self.cls_token = learned_embedding(1, 1, width)
-        self.last = nn.Sequential(
-            *(Block(width, config.heads, window=None, **block) for _ in range(config.last_depth))
-        )
+        self.last = nn.Sequential(*(Block(width, config.heads, window=None, **block) for _ in range(config.last_depth)))
         self.norm = make_norm(config.norm, width)
         self.head = nn.Linear(width, 1)
         init_weights(self, config.linear_init)

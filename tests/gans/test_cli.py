@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from gans import checkpoint
+from gans.cli import main, parse_train
+from gans.presets import preset
+
+OPTIONS = """--preset digits --data digits --steps 2 --batch-d 2 --batch-g 2 --n-critic 1
+    --generator.base-dim 64 --discriminator.patch-dims 8 8 --sample-count 4 --threads 1"""
+SMALL = OPTIONS.split()
+
+
+def test_train_sample_and_resume(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *SMALL, "--out", str(out)]) == 0
+    assert "step-00000002" in capsys.readouterr().out
+    config = checkpoint.load_config(out / "checkpoints" / "step-00000002")
+    assert config["recipe"]["generator"]["base_dim"] == 64
+    assert main(["train", *SMALL, "--out", str(out), "--steps", "3", "--resume", "latest"]) == 0
+    picture = tmp_path / "samples.png"
+    arguments = ["sample", "--checkpoint", str(out), "--out", str(picture), "--count", "4", "--scale", "2"]
+    assert main(arguments) == 0
+    assert Image.open(picture).size == (64, 64)
+
+
+def test_overrides_start_from_the_preset():
+    arguments = """--preset=stl10 --data x --out y --loss.gp-weight 5 --generator.windows 4 8 16
+        --ema.decay 0.99 --discriminator.augment color --images.no-flip --backend reference --device cpu"""
+    parsed = parse_train(arguments.split())
+    recipe, base = parsed.recipe, preset("stl10")
+    assert recipe.loss.gp_weight == 5 and recipe.ema.decay == 0.99 and not recipe.images.flip
+    assert recipe.generator.windows == (4, 8, 16) and recipe.generator.depths == base.generator.depths
+    assert recipe.discriminator.augment == ("color",)
+    assert parsed.run.backend == "reference" and parsed.run.device == "cpu"
+
+
+def test_dry_run_prints_the_resolved_settings(tmp_path, capsys):
+    out = tmp_path / "never"
+    assert main(["train", "--preset", "cifar10", "--data", "x", "--out", str(out), "--dry-run"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["parameters"] == {"generator": 83_312_495, "discriminator": 10_210_400}
+    assert shown["recipe"]["lr_g"] == 1e-4
+    assert not out.exists()
+
+
+def test_presets(capsys):
+    assert main(["presets"]) == 0
+    assert "168,466,623" in capsys.readouterr().out
+    assert main(["presets", "stl10"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_critic"] == 5
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    assert main(["train", *SMALL, "--data", str(tmp_path / "missing"), "--out", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err.startswith("error: data ")
+    assert main(["train", "--preset", "nothing", "--data", "x", "--out", "y"]) == 1
+    assert "preset must be one of" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    with pytest.raises(SystemExit):
+        main(["train", "--preset", "digits"])  # data and out are required
+    with pytest.raises(SystemExit):
+        main(["train", *SMALL, "--out", str(tmp_path / "run"), "--no-such-option", "1"])

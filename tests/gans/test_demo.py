@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+from PIL import Image
+
+from gans import demo
+from gans.profile import measure_apart
+
+
+def test_demo_in_two_steps(tmp_path, monkeypatch, capsys):
+    small = {"backend": "reference", "seconds": 2.0, "peak_mib": 300.0}
+    costs = [demo.StepCost(**small), demo.StepCost(**(small | {"seconds": 8.0, "peak_mib": 900.0}))]
+    monkeypatch.setattr(demo, "compare_costs", lambda *arguments: costs)
+    monkeypatch.setattr(demo, "DIGITS", replace(demo.DIGITS, batch_d=2, batch_g=2))
+    monkeypatch.setattr(demo, "METRIC_IMAGES", 100)
+    status = demo.main(["--out", str(tmp_path), "--steps", "2", "--device", "cpu"])
+    assert status == 1  # two steps do not make the distance fall, and the demo says so
+    out = capsys.readouterr().out
+    assert "NOT the 5 times" in out
+    report = (tmp_path / "report.md").read_text()
+    assert "| naive / fused | | 4.0 | 3.0 |" in report
+    for name in ("samples.png", "curves.png"):
+        assert Image.open(tmp_path / name).size[0] > 400
+
+
+def test_step_cost_of_a_fresh_process(tiny):
+    cost = measure_apart(tiny, backend="reference", device="cpu", threads=1, repeats=1)
+    assert cost.backend == "reference"
+    assert 0 < cost.seconds < 60
+    assert 0 <= cost.peak_mib < 2000

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from gans import checkpoint, logs
+from gans.losses import WGANGP, WGANGPConfig
+from gans.registry import build
+from gans.train import (
+    NonFiniteError,
+    adam,
+    discriminator_step,
+    generate,
+    generator_step,
+    train,
+)
+
+CPU = torch.device("cpu")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.stem}.{name}": tensor
+        for file in sorted(path.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def make(config):
+    torch.manual_seed(config.seed)
+    generator, discriminator = build(config.generator), build(config.discriminator)
+    return (
+        generator,
+        discriminator,
+        adam(generator, 1e-3, config.betas),
+        adam(discriminator, 1e-3, config.betas),
+    )
+
+
+def test_resume_is_exact_and_repeatable(tiny, tiny_run, tmp_path):
+    """Six steps at once, twice, against two and then four: DiffAug, noise, flips, Adam and EMA included."""
+    at_once = train(tiny, tiny_run, progress=False)
+    again = train(tiny, replace(tiny_run, out=str(tmp_path / "again")), progress=False)
+    assert same(weights(at_once), weights(again))
+
+    parts = replace(tiny_run, out=str(tmp_path / "parts"))
+    first = train(replace(tiny, steps=2), parts, progress=False)
+    assert first.name == "step-00000002"
+    torch.manual_seed(99)  # whatever the process did before must not matter
+    second = train(tiny, replace(parts, resume="latest"), progress=False)
+    assert second.name == "step-00000006"
+    assert same(weights(at_once), weights(second))
+    assert not same(weights(at_once), weights(first))
+    one, two = (checkpoint.load_state(path) for path in (at_once, second))
+    assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
+    assert one["position"] == two["position"] == 6 * 2 * 4
+    for name in ("optimizer_g", "optimizer_d"):
+        for a, b in zip(one[name]["state"].values(), two[name]["state"].values(), strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resume_from_a_named_checkpoint_in_another_folder(tiny, tiny_run, tmp_path):
+    at_once = train(tiny, tiny_run, progress=False)
+    middle = Path(tiny_run.out) / "checkpoints" / "step-00000004"
+    moved = replace(tiny_run, out=str(tmp_path / "moved"), resume=str(middle))
+    assert same(weights(at_once), weights(train(tiny, moved, progress=False)))
+
+
+def test_logging_does_not_change_training(tiny, tiny_run, tmp_path):
+    quiet = train(tiny, tiny_run, progress=False)
+    busy = replace(tiny_run, out=str(tmp_path / "busy"), log_every=1, sample_every=1, metric_every=1, metric_images=10)
+    assert same(weights(quiet), weights(train(tiny, busy, progress=False)))
+
+
+def test_run_folder(tiny, tiny_run):
+    out = Path(tiny_run.out)
+    train(tiny, replace(tiny_run, metric_every=3, metric_images=20, keep=1), progress=False)
+    assert [p.name for p in checkpoint.list_checkpoints(out / "checkpoints")] == ["step-00000006"]
+    assert sorted(p.name for p in (out / "samples").iterdir()) == [
+        "real.png",
+        "step-00000000.png",
+        "step-00000003.png",
+        "step-00000006.png",
+    ]
+    grid = np.asarray(Image.open(out / "samples" / "step-00000006.png"))
+    assert grid.shape == (16, 16)
+    lines = logs.read(out)
+    assert [line["step"] for line in lines if "generator/adversarial" in line] == [2, 4, 6]
+    assert [line["step"] for line in lines if "distance" in line] == [0, 3, 6]
+    assert lines[-2]["real_images"] == 48
+    assert (out / "config.json").exists()
+    assert list(out.glob("events.out.tfevents.*"))
+
+
+def test_resume_rewrites_later_log_lines(tiny, tiny_run):
+    train(replace(tiny, steps=4), replace(tiny_run, log_every=1, checkpoint_every=3), progress=False)
+    out = Path(tiny_run.out)
+    before = logs.read(out)
+    newest = out / "checkpoints" / "step-00000004"
+    newest.rename(out / "elsewhere")
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "cut sho')  # what a crash leaves
+    train(replace(tiny, steps=4), replace(tiny_run, log_every=1, resume="latest"), progress=False)
+    after = logs.read(out)
+    assert [line["step"] for line in after] == [1, 2, 3, 4]
+    drop = "seconds_per_step"
+    assert [{k: v for k, v in line.items() if k != drop} for line in before] == [
+        {k: v for k, v in line.items() if k != drop} for line in after
+    ]
+
+
+def test_resume_latest_of_an_empty_folder_starts_afresh(tiny, tiny_run):
+    path = train(replace(tiny, steps=1), replace(tiny_run, resume="latest"), progress=False)
+    assert path.name == "step-00000001"
+    assert train(replace(tiny, steps=1), replace(tiny_run, resume="latest"), progress=False) == path
+
+
+def test_refusals(tiny, tiny_run, folder):
+    train(replace(tiny, steps=4), tiny_run, progress=False)
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train(tiny, tiny_run, progress=False)
+    resume = replace(tiny_run, resume="latest")
+    with pytest.raises(ValueError, match=r"lr_d \(0.001 -> 0.5\)"):
+        train(replace(tiny, lr_d=0.5), resume, progress=False)
+    with pytest.raises(ValueError, match="has 12 images"):
+        train(tiny, replace(resume, data=str(folder)), progress=False)
+    older = Path(tiny_run.out) / "checkpoints" / "step-00000002"
+    with pytest.raises(ValueError, match="has later checkpoints"):
+        train(tiny, replace(tiny_run, resume=str(older)), progress=False)
+
+
+def test_steps_give_the_other_network_no_gradient(tiny):
+    generator, discriminator, optimizer_g, optimizer_d = make(tiny)
+    loss = build(tiny.loss)
+    before = {name: p.clone() for name, p in discriminator.named_parameters()}
+    generator_step(1, tiny, loss, generator, discriminator, optimizer_g, CPU)
+    assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in discriminator.named_parameters())
+
+    before = {name: p.clone() for name, p in generator.named_parameters()}
+    discriminator_step(1, tiny, loss, generator, discriminator, optimizer_d, torch.randn(4, 1, 8, 8))
+    assert all(p.grad is None for p in generator.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in generator.named_parameters())
+
+
+def test_each_step_moves_its_own_network(tiny):
+    generator, discriminator, optimizer_g, optimizer_d = make(tiny)
+    loss = build(tiny.loss)
+    before = [p.clone() for p in (*generator.parameters(), *discriminator.parameters())]
+    discriminator_step(1, tiny, loss, generator, discriminator, optimizer_d, torch.randn(4, 1, 8, 8))
+    generator_step(1, tiny, loss, generator, discriminator, optimizer_g, CPU)
+    after = [*generator.parameters(), *discriminator.parameters()]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_equals_the_whole_batch(tiny, parts):
+    """In float64, without DiffAug, noise (both draw per part) and the drift term (which is not a mean)."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole = replace(
+            tiny,
+            generator=replace(tiny.generator, noise=False),
+            discriminator=replace(tiny.discriminator, noise=False, augment=()),
+            loss=WGANGPConfig(drift=0),
+            batch_d=8,
+            batch_g=8,
+        )
+        real = torch.randn(8, 1, 8, 8)
+        results = []
+        for config in (whole, replace(whole, accumulate=parts)):
+            generator, discriminator, optimizer_g, optimizer_d = make(config)
+            loss = build(config.loss)
+            logged = discriminator_step(1, config, loss, generator, discriminator, optimizer_d, real)
+            logged |= generator_step(1, config, loss, generator, discriminator, optimizer_g, CPU)
+            results.append((logged, [*generator.parameters(), *discriminator.parameters()]))
+        (log_a, weights_a), (log_b, weights_b) = results
+        assert log_a == pytest.approx(log_b, rel=1e-9)
+        for a, b in zip(weights_a, weights_b, strict=True):
+            # Adam's first step is lr * sign(gradient), so compare where rounding cannot turn the sign.
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_clipping(tiny):
+    config = replace(tiny, clip=1e-3)
+    generator, discriminator, _, _ = make(config)
+    optimizer = torch.optim.SGD(discriminator.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in discriminator.parameters()]
+    logged = discriminator_step(
+        1, config, WGANGP(config.loss), generator, discriminator, optimizer, torch.randn(4, 1, 8, 8)
+    )
+    moved = torch.stack([(p - q).square().sum() for p, q in zip(discriminator.parameters(), before, strict=True)])
+    assert logged["discriminator/gradient_norm"] > 1e-2  # logged before clipping
+    assert float(moved.sum().sqrt()) == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("where", ["term", "gradient"])
+def test_non_finite_numbers_stop_before_the_update(tiny, where):
+    generator, discriminator, _, optimizer_d = make(tiny)
+
+    class Broken(WGANGP):
+        def discriminator(self, discriminator, real, fake):
+            terms = super().discriminator(discriminator, real, fake)
+            if where == "term":
+                terms["penalty"] = terms["penalty"] * float("nan")
+            else:
+                weight = next(discriminator.parameters())
+                terms["penalty"] = terms["penalty"] + (weight - weight.detach()).abs().sqrt().sum()
+            return terms
+
+    before = [p.clone() for p in discriminator.parameters()]
+    message = r"step 17: discriminator/penalty is nan" if where == "term" else r"step 17: .*gradient_norm is"
+    with pytest.raises(NonFiniteError, match=message):
+        discriminator_step(17, tiny, Broken(tiny.loss), generator, discriminator, optimizer_d, torch.randn(4, 1, 8, 8))
+    assert all(torch.equal(p, q) for p, q in zip(before, discriminator.parameters(), strict=True))
+
+
+def test_divergence_stops_a_run_and_leaves_the_last_checkpoint(tiny, tiny_run):
+    train(replace(tiny, steps=2), tiny_run, progress=False)
+    path = Path(tiny_run.out) / "checkpoints" / "step-00000002"
+    state = torch.load(path / checkpoint.STATE, weights_only=True)
+    state["optimizer_d"]["state"][0]["exp_avg_sq"].fill_(float("nan"))  # the next D step breaks its weights
+    torch.save(state, path / checkpoint.STATE)
+    with pytest.raises(NonFiniteError, match="step 3: discriminator/"):
+        train(tiny, replace(tiny_run, resume="latest"), progress=False)
+    assert [p.name for p in path.parent.iterdir()] == ["step-00000002"]
+
+
+def test_samples_come_from_fixed_z(tiny):
+    generator, *_ = make(replace(tiny, generator=replace(tiny.generator, noise=False)))
+    state = torch.get_rng_state()
+    ten = generate(generator, 10, CPU)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.testing.assert_close(generate(generator, 4, CPU), ten[:4])
+    assert not torch.equal(generate(generator, 10, CPU, seed=1), ten)
+
+
+def test_wasserstein_estimate_grows_when_only_the_discriminator_learns(tiny):
+    """Training does what it should: D alone separates real digits from an untrained generator's images."""
+    from gans.data import Stream, batches, open_source
+
+    tiny = replace(tiny, discriminator=replace(tiny.discriminator, augment=()))
+    generator, discriminator, _, optimizer = make(tiny)
+    real = batches(Stream(open_source("digits"), size=8, channels=1, seed=0, flip=False), 16)
+    history = [
+        discriminator_step(i, tiny, build(tiny.loss), generator, discriminator, optimizer, next(real))
+        for i in range(60)
+    ]
+    early = np.mean([h["discriminator/wasserstein"] for h in history[:10]])
+    late = np.mean([h["discriminator/wasserstein"] for h in history[-10:]])
+    assert late < early - 0.5
+    assert history[-1]["discriminator/penalty"] < history[0]["discriminator/penalty"]
