@@ -1,0 +1,179 @@
+"""Bad input of every kind: the message names the argument and its value."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+
+import natten_ext
+
+ATTENTION, L2, GRID, NA = (
+    natten_ext.attention,
+    natten_ext.l2_attention,
+    natten_ext.grid_attention,
+    natten_ext.neighborhood_attention,
+)
+
+
+def sequence(*shape: int, **options) -> torch.Tensor:
+    return torch.zeros(shape or (2, 6, 2, 8), **options)
+
+
+def image(*shape: int, **options) -> torch.Tensor:
+    return torch.zeros(shape or (2, 6, 8, 4, 8), **options)
+
+
+def three(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensor, tensor, tensor
+
+
+S, M = three(sequence()), three(image())
+DOUBLE = {"dtype": torch.float64}
+
+# (what is wrong, function, positional arguments, options, exception, pieces of the message)
+BAD = [
+    # tensors
+    ("query is a list", ATTENTION, ([1.0], *S[1:]), {}, TypeError, ["query", "list"]),
+    ("key is None", ATTENTION, (S[0], None, S[2]), {}, TypeError, ["key", "NoneType"]),
+    ("value is an array", GRID, (*M[:2], M[2].numpy(), 2), {}, TypeError, ["value", "ndarray"]),
+    ("query of rank 3", ATTENTION, three(sequence(2, 6, 8)), {}, ValueError, ["query", "(2, 6, 8)"]),
+    ("query of rank 5", ATTENTION, M, {}, ValueError, ["query", "(2, 6, 8, 4, 8)"]),
+    ("key of rank 3", ATTENTION, (S[0], sequence(2, 6, 8), S[2]), {}, ValueError, ["key", "(2, 6, 8)"]),
+    ("map of rank 4", GRID, (*S, 2), {}, ValueError, ["query", "(2, 6, 2, 8)"]),
+    ("map of rank 4 in na", NA, (*S, 3), {}, ValueError, ["query", "(2, 6, 2, 8)"]),
+    ("integers", ATTENTION, three(sequence(dtype=torch.int64)), {}, TypeError, ["query", "int64"]),
+    ("complex", ATTENTION, three(sequence(dtype=torch.complex64)), {}, TypeError, ["query", "complex64"]),
+    ("bool", NA, (*three(image(dtype=torch.bool)), 3), {}, TypeError, ["query", "bool"]),
+    ("key dtype", ATTENTION, (S[0], sequence(**DOUBLE), S[2]), {}, TypeError, ["key", "float32", "float64"]),
+    ("value dtype", NA, (*M[:2], image(dtype=torch.bfloat16), 3), {}, TypeError, ["value", "bfloat16"]),
+    ("key device", ATTENTION, (S[0], sequence(device="meta"), S[2]), {}, ValueError, ["key", "meta"]),
+    ("value device", GRID, (*M[:2], image(device="meta"), 2), {}, ValueError, ["value", "meta"]),
+    ("key batch", ATTENTION, (S[0], *three(sequence(3, 6, 2, 8))[:2]), {}, ValueError,
+     ["key", "(3, 6, 2, 8)"]),
+    ("key heads", L2, (S[0], *three(sequence(2, 6, 1, 8))[:2]), {}, ValueError, ["key", "(2, 6, 1, 8)"]),
+    ("key head_dim", ATTENTION, (S[0], *three(sequence(2, 6, 2, 4))[:2]), {}, ValueError, ["key", "(2, 6, 2, 4)"]),
+    ("value tokens", ATTENTION, (*S[:2], sequence(2, 5, 2, 8)), {}, ValueError, ["value", "(2, 5, 2, 8)"]),
+    ("value head_dim", ATTENTION, (*S[:2], sequence(2, 6, 2, 4)), {}, ValueError, ["value", "(2, 6, 2, 4)"]),
+    ("key of another map", GRID, (M[0], image(2, 8, 6, 4, 8), M[2], 2), {}, ValueError, ["key", "(2, 8, 6, 4, 8)"]),
+    ("value of another map", NA, (*M[:2], image(2, 6, 8, 4, 4), 3), {}, ValueError, ["value", "(2, 6, 8, 4, 4)"]),
+    ("no keys", ATTENTION, (S[0], *three(sequence(2, 0, 2, 8))[:2]), {}, ValueError, ["key", "0"]),
+    ("head_dim 0", ATTENTION, three(sequence(2, 6, 2, 0)), {}, ValueError, ["head_dim", "(2, 6, 2, 0)"]),
+    ("heads 0", NA, (*three(image(2, 6, 8, 0, 8)), 3), {}, ValueError, ["heads", "(2, 6, 8, 0, 8)"]),
+    ("height 0", GRID, (*three(image(2, 0, 8, 4, 8)), 2), {}, ValueError, ["height", "(2, 0, 8, 4, 8)"]),
+    ("width 0", NA, (*three(image(2, 6, 0, 4, 8)), 1), {}, ValueError, ["width", "(2, 6, 0, 4, 8)"]),
+    # window
+    ("window not dividing", GRID, (*M, 4), {}, ValueError, ["window_size", "height", "6", "4"]),
+    ("window not dividing the width", GRID, (*M, (3, 5)), {}, ValueError, ["window_size", "width", "8", "5"]),
+    ("window larger than the map", GRID, (*M, 12), {}, ValueError, ["window_size", "12"]),
+    ("window 0", GRID, (*M, 0), {}, ValueError, ["window_size", "0"]),
+    ("window negative", GRID, (*M, (2, -2)), {}, ValueError, ["window_size", "-2"]),
+    ("window float", GRID, (*M, 2.0), {}, TypeError, ["window_size", "2.0"]),
+    ("window True", GRID, (*M, True), {}, TypeError, ["window_size", "True"]),
+    ("window list", GRID, (*M, [2, 2]), {}, TypeError, ["window_size", "[2, 2]"]),
+    ("window triple", GRID, (*M, (2, 2, 2)), {}, TypeError, ["window_size", "(2, 2, 2)"]),
+    ("window None", GRID, (*M, None), {}, TypeError, ["window_size", "None"]),
+    # kernel and dilation
+    ("kernel larger than the map", NA, (*M, 7), {}, ValueError, ["kernel_size", "height", "7", "6"]),
+    ("kernel * dilation", NA, (*M, 3, 3), {}, ValueError, ["kernel_size", "dilation", "3 * 3", "6"]),
+    ("kernel * dilation on an axis", NA, (*M, 3, (2, 3)), {}, ValueError, ["kernel_size", "width", "3 * 3", "8"]),
+    ("kernel * dilation of one group", NA, (*M, 3, [1, 3]), {}, ValueError, ["kernel_size", "3 * 3", "6"]),
+    ("kernel 0", NA, (*M, 0), {}, ValueError, ["kernel_size", "0"]),
+    ("kernel negative", NA, (*M, (3, -1)), {}, ValueError, ["kernel_size", "-1"]),
+    ("kernel 0 in a list", NA, (*M, [3, 0]), {}, ValueError, ["kernel_size", "0"]),
+    ("kernel float", NA, (*M, 3.0), {}, TypeError, ["kernel_size", "3.0"]),
+    ("kernel string", NA, (*M, "3"), {}, TypeError, ["kernel_size", "'3'"]),
+    ("dilation 0", NA, (*M, 3, 0), {}, ValueError, ["dilation", "0"]),
+    ("dilation negative", NA, (*M, 3, (1, -2)), {}, ValueError, ["dilation", "-2"]),
+    ("dilation float", NA, (*M, 3, 1.5), {}, TypeError, ["dilation", "1.5"]),
+    ("dilation None", NA, (*M, 3, None), {}, TypeError, ["dilation", "None"]),
+    ("3 groups of 4 heads", NA, (*M, [3, 3, 3]), {}, ValueError, ["kernel_size", "4 heads", "3"]),
+    ("3 dilations for 4 heads", NA, (*M, 3, [1, 1, 2]), {}, ValueError, ["dilation", "4 heads", "3"]),
+    ("8 groups of 4 heads", NA, (*M, [3] * 8), {}, ValueError, ["kernel_size", "4 heads", "8"]),
+    ("no groups", NA, (*M, []), {}, ValueError, ["kernel_size", "0"]),
+    ("list in a list", NA, (*M, [[3, 3], [3, 3]]), {}, TypeError, ["kernel_size", "[3, 3]"]),
+    # table
+    ("table of another kernel", NA, (*M, 3), {"bias": torch.zeros(4, 7, 7)}, ValueError, ["bias", "(4, 5, 5)", "(4, 7, 7)"]),
+    ("table of another window", GRID, (*M, (3, 4)), {"bias": torch.zeros(4, 7, 5)}, ValueError, ["bias", "(4, 5, 7)", "(4, 7, 5)"]),
+    ("table of other heads", GRID, (*M, 2), {"bias": torch.zeros(1, 3, 3)}, ValueError, ["bias", "(4, 3, 3)", "(1, 3, 3)"]),
+    ("table of rank 2", GRID, (*M, 2), {"bias": torch.zeros(3, 3)}, ValueError, ["bias", "(3, 3)"]),
+    ("table of the smaller kernel", NA, (*M, [5, 3]), {"bias": torch.zeros(4, 5, 5)}, ValueError, ["bias", "(4, 9, 9)"]),
+    ("table dtype", NA, (*M, 3), {"bias": torch.zeros(4, 5, 5, **DOUBLE)}, TypeError, ["bias", "float64"]),
+    ("table of integers", NA, (*M, 3), {"bias": torch.zeros(4, 5, 5, dtype=torch.int32)}, TypeError, ["bias", "int32"]),
+    ("table device", GRID, (*M, 2), {"bias": torch.zeros(4, 3, 3, device="meta")}, ValueError, ["bias", "meta"]),
+    ("table not a tensor", GRID, (*M, 2), {"bias": True}, TypeError, ["bias", "bool"]),
+    # score, scale, backend
+    ("score unknown", ATTENTION, S, {"score": "cosine"}, ValueError, ["score", "cosine"]),
+    ("score None", NA, (*M, 3), {"score": None}, ValueError, ["score", "None"]),
+    ("scale 0", ATTENTION, S, {"scale": 0.0}, ValueError, ["scale", "0.0"]),
+    ("scale negative", L2, S, {"scale": -0.5}, ValueError, ["scale", "-0.5"]),
+    ("scale infinite", GRID, (*M, 2), {"scale": math.inf}, ValueError, ["scale", "inf"]),
+    ("scale not a number", NA, (*M, 3), {"scale": math.nan}, ValueError, ["scale", "nan"]),
+    ("scale string", ATTENTION, S, {"scale": "1"}, TypeError, ["scale", "'1'"]),
+    ("scale bool", ATTENTION, S, {"scale": True}, TypeError, ["scale", "True"]),
+    ("scale tensor", ATTENTION, S, {"scale": torch.tensor(0.5)}, TypeError, ["scale", "Tensor"]),
+    ("backend unknown", ATTENTION, S, {"backend": "flash"}, ValueError, ["backend", "flash"]),
+    ("backend not a name", ATTENTION, S, {"backend": 3}, (TypeError, ValueError), ["backend", "3"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "options", "exception", "pieces"), [b[1:] for b in BAD], ids=[b[0] for b in BAD]
+)
+def test_bad_input_is_named(function, arguments, options, exception, pieces):
+    with pytest.raises(exception) as caught:
+        function(*arguments, **options)
+    for piece in pieces:
+        assert piece in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["score", "scale", "backend", "bias"])
+def test_options_are_by_keyword_only(name):
+    value = {"score": "dot", "scale": 1.0, "backend": "reference", "bias": None}[name]
+    with pytest.raises(TypeError):
+        GRID(*M, 2, value)
+    assert GRID(*M, 2, **{name: value}).shape == M[0].shape
+
+
+def test_a_backend_that_cannot_says_why(target):
+    """Whatever the limits of a backend are, asking for it beyond them raises its reason."""
+    beyond = [torch.zeros(1, 4, 1, 1000, device=target.device), torch.zeros(1, 4, 1, 8, dtype=torch.float8_e4m3fn)]
+    for tensor in beyond:
+        statuses = natten_ext.backends(target.device, tensor.dtype, tensor.shape[-1])
+        status = next(s for s in statuses if s.name == target.backend)
+        if not status.available:
+            with pytest.raises(RuntimeError, match=re.escape(status.reason)):
+                ATTENTION(*three(tensor), backend=target.backend)
+
+
+def test_head_dims_beyond_the_fused_limit_fall_back_on_the_cpu():
+    """On a CPU the unfused reference is no trap: `auto` takes it without a word."""
+    query = torch.randn(1, 4, 1, 300)
+    expected = torch.nn.functional.scaled_dot_product_attention(*three(query.transpose(1, 2))).transpose(1, 2)
+    torch.testing.assert_close(ATTENTION(*three(query)), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "pieces"),
+    [
+        (lambda: natten_ext.Attention(10, 3), ["num_heads", "10", "3"]),
+        (lambda: natten_ext.Attention(10, 0), ["num_heads", "0"]),
+        (lambda: natten_ext.Attention(8, 2, score="cos"), ["score", "cos"]),
+        (lambda: natten_ext.GridAttention(8, 2, 0), ["window_size", "0"]),
+        (lambda: natten_ext.NeighborhoodAttention(8, 2, 0), ["kernel_size", "0"]),
+        (lambda: natten_ext.NeighborhoodAttention(8, 2, 3, 0), ["dilation", "0"]),
+        (lambda: natten_ext.NeighborhoodAttention(8, 2, [3, 3, 3]), ["kernel_size", "2 heads", "3"]),
+        (lambda: natten_ext.NeighborhoodAttention(8, 2, 3, [1, 1, 1]), ["dilation", "2 heads", "3"]),
+        (lambda: natten_ext.Attention(8, 2)(torch.zeros(2, 5, 6)), ["8", "(2, 5, 6)"]),
+        (lambda: natten_ext.GridAttention(8, 2, 2)(torch.zeros(2, 16, 8)), ["(2, 16, 8)"]),
+        (lambda: natten_ext.GridAttention(8, 2, 3)(torch.zeros(2, 4, 6, 8)), ["window_size", "4", "3"]),
+        (lambda: natten_ext.NeighborhoodAttention(8, 2, 5)(torch.zeros(2, 4, 6, 8)), ["kernel_size", "5"]),
+    ],
+)
+def test_modules_name_what_is_wrong(make, pieces):
+    with pytest.raises(ValueError) as caught:
+        make()
+    for piece in pieces:
+        assert piece in str(caught.value)
