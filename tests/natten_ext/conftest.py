@@ -71,5 +71,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize((name, "case"), pairs, ids=lambda value: str(value))
     elif name:
         metafunc.parametrize(name, targets, ids=str)
-    elif "case" in metafunc.fixturenames:
+    elif marker:
         metafunc.parametrize("case", cases, ids=str)

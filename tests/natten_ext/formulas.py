@@ -1,8 +1,8 @@
 """The three orders by their closed formulas, on dense matrices of all pairs, in plain PyTorch.
 
 Fused kernels compute these formulas, not autograd's graph, so this is "the same computation in plain PyTorch" that
-their error is measured against. `terms` sums the absolute values of what the formulas add up: what cancels in exact
-numbers leaves rounding errors of that size behind.
+their error is measured against. `terms` sums the absolute values of what the formulas add up, times the
+sensitivity of the weights to the rounding of scores: rounding errors are of that size.
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ def _formulas(
         columns = table.shape[2]
         offsets = (down + table.shape[1] // 2) * columns + right + columns // 2
         scores = scores + table.flatten(1).gather(1, offsets.flatten(1)).view(offsets.shape)
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    # Fused kernels keep the logarithm of the sum, and so a rounding error of the weights as large as the score.
+    logsum = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - logsum).exp()
+    outer = weights * (1 + scores.abs() + logsum.abs()).masked_fill(~allowed, 0) if absolute else weights
     q, k, v, grad = (signless(tensor) for tensor in (q, k, v, rows(cast(grad_output))))
     output = weights @ v
 
@@ -79,7 +83,7 @@ def _formulas(
     d_weights = grad @ turned(v)
     mean = (grad * output).sum(-1, keepdim=True)
     centred = d_weights + minus * mean
-    d_scores = weights * centred
+    d_scores = outer * centred
     d_query, d_key = gradients(d_scores, q, k)
 
     cot_q, cot_k, cot_v, cot_bias = (signless(cast(tensor)) for tensor in arguments_of(case, cotangents))
@@ -93,24 +97,24 @@ def _formulas(
     r = (weights * x).sum(-1, keepdim=True)
     w = weights @ cot_v
     t = (weights * x * d_weights).sum(-1, keepdim=True) + minus * 2 * mean * r + (grad * w).sum(-1, keepdim=True)
-    dd_scores = weights * (x * centred + minus * r * d_weights + grad @ turned(cot_v) + minus * t)
+    dd_scores = outer * (x * centred + minus * r * d_weights + grad @ turned(cot_v) + minus * t)
     dd_query, dd_key = gradients(dd_scores, q, k)
     more_query, more_key = gradients(d_scores, cot_q, cot_k)
 
     by_argument = {
-        "d_": {"query": d_query, "key": d_key, "value": turned(weights) @ grad},
+        "d_": {"query": d_query, "key": d_key, "value": turned(outer) @ grad},
         "dd_": {
             "query": dd_query + more_query,
             "key": dd_key + more_key,
-            "value": turned(weights * (x + minus * r)) @ grad,
+            "value": turned(outer * (x + minus * r)) @ grad,
         },
     }
-    results = {"output": like(output, "query")}
+    results = {"output": like(outer @ v, "query")}
     for prefix, grads in by_argument.items():
         for name in case.tied:
             grads["query"] = grads["query"] + grads.pop(name)
         results |= {prefix + name: like(tensor, name) for name, tensor in grads.items()}
-    results["dd_grad_output"] = like((weights * x) @ v + minus * r * output + w, "query")
+    results["dd_grad_output"] = like((outer * x) @ v + minus * r * (outer @ v) + outer @ cot_v, "query")
     if table is not None:
         results |= {"d_bias": on_table(d_scores), "dd_bias": on_table(dd_scores)}
     return results
