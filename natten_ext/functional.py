@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import dispatch, reference
 from .geometry import AnyNeighborhood, Full, Grid, IntPair, Neighborhood
@@ -43,7 +44,7 @@ def attention(
         TypeError, ValueError: an argument breaks a rule above; the message names it.
         RuntimeError: the backend asked for can't run this, or a third derivative of a fused backend is asked for.
     """
-    _check_tensors(query, key, value, dims=4)
+    query, key, value = _checked(query, key, value, dims=4)
     if key.shape != value.shape:
         raise ValueError(f"key and value must have one shape, got {_shape(key)} and {_shape(value)}")
     if (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
@@ -100,7 +101,7 @@ def grid_attention(
     Raises:
         As ``attention``.
     """
-    _check_maps(query, key, value)
+    query, key, value = _checked_maps(query, key, value)
     window = _pair("window_size", window_size)
     for axis, size, extent in zip(("height", "width"), query.shape[1:3], window, strict=True):
         if size % extent:
@@ -140,7 +141,7 @@ def neighborhood_attention(
     Raises:
         As ``attention``.
     """
-    _check_maps(query, key, value)
+    query, key, value = _checked_maps(query, key, value)
     heads = query.shape[3]
     kernels = _per_head("kernel_size", kernel_size, heads)
     dilations = _per_head("dilation", dilation, heads)
@@ -170,15 +171,19 @@ def _run(
     elif not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be positive and finite, got {scale}")
     device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
-        # The table stays as it is: it may be float32 beside half-precision maps, and is small.
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
     if bias is not None:
         _check_bias(bias, query, neighborhood)
     name = dispatch.choose(backend, device_type, query.dtype, query.shape[-1])
     if name == "reference":
         return reference.attention(query, key, value, bias, neighborhood, score, float(scale))
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in (query, key, value, bias) if x is not None
+    ):
+        # torch.library would run the operator and drop the tangents without a word.
+        raise RuntimeError(
+            "natten_ext: forward-mode derivatives of a fused attention are not implemented;"
+            ' use backend="reference", which has them'
+        )
     output, _ = torch.ops.natten_ext.attention(
         query, key, value, bias, neighborhood.encode(), score, float(scale), name
     )
@@ -192,31 +197,40 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _check_tensors(query: Any, key: Any, value: Any, dims: int) -> None:
+def _checked(query: Any, key: Any, value: Any, dims: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value in autocast's dtype where that is on, found to be alike."""
+    tensors = {"query": query, "key": key, "value": value}
     layout = {4: "(batch, tokens, heads, head_dim)", 5: "(batch, height, width, heads, head_dim)"}[dims]
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {_shape(tensor)}")
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
     for position, name in ((dims - 2, "heads"), (dims - 1, "head_dim")):
         if query.shape[position] == 0:
             raise ValueError(f"query must have {name} of at least 1, got shape {_shape(query)}")
+    if torch.is_autocast_enabled(query.device.type):
+        # The table stays as it is: it may be float32 beside half-precision maps, and is small.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        tensors = {n: x if x.dtype == torch.float64 else x.to(dtype) for n, x in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype != tensors["query"].dtype:
+            raise TypeError(f"{name} must have the query's dtype {tensors['query'].dtype}, got {tensor.dtype}")
+    return tensors["query"], tensors["key"], tensors["value"]
 
 
-def _check_maps(query: Any, key: Any, value: Any) -> None:
-    _check_tensors(query, key, value, dims=5)
+def _checked_maps(query: Any, key: Any, value: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, key, value = _checked(query, key, value, dims=5)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != query.shape:
             raise ValueError(f"{name} must have the query's shape {_shape(query)}, got {_shape(tensor)}")
     if 0 in query.shape[1:3]:
         raise ValueError(f"query must have a height and width of at least 1, got shape {_shape(query)}")
+    return query, key, value
 
 
 def _check_bias(bias: Any, query: torch.Tensor, neighborhood: AnyNeighborhood) -> None:

@@ -35,6 +35,8 @@ def _dense_rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Kernels want contiguous channels; anything else (say an expanded gradient) is copied."""
     if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
+    if tensor.numel() == 0:  # counts as contiguous with any strides
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
     return tensor.contiguous()
 
 
