@@ -67,9 +67,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default=None, help="default: float32 in cpu and smoke, bfloat16 in gpu")
     add("--order", action="append", choices=ORDERS, help="repeatable; default: all")
     add("--device", default=None, help="default: cuda in suite gpu, else cpu")
-    add(
-        "--threads", type=int, default=None, help="CPU threads; default: at most 2 in suite cpu, else torch's"
-    )
+    add("--threads", type=int, default=None, help="CPU threads; default: at most 2 in suite cpu, else torch's")
     add("--repeats", type=int, default=15, help="rounds (default 15)")
     add("--budget", type=float, default=4.0, help="seconds of timing per candidate and cell (default 4)")
     add("--no-memory", action="store_true", help="skip the memory measurements")
@@ -117,8 +115,8 @@ def main(arguments: list[str] | None = None, extra: tuple[Candidate, ...] = ()) 
     where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
     print(f"suite {options.suite}, {options.dtype}, {where}, torch {environment['torch']}")
     print(
-        f"measured rates: {rates.fmas / 1e9:.1f} G multiply-adds/s (matrix product), {rates.bytes / 1e9:.1f} GB/s (copy),"
-        f" {rates.exps / 1e9:.2f} G exponentials/s"
+        f"measured rates: {rates.fmas / 1e9:.1f} G multiply-adds/s (matrix product),"
+        f" {rates.bytes / 1e9:.1f} GB/s (copy), {rates.exps / 1e9:.2f} G exponentials/s"
     )
     for name, state in environment["backends"].items():
         if state != "available":

@@ -46,9 +46,7 @@ def expect(shape: Shape, inputs: Inputs, order: str) -> Expected:
     per_image = shape.queries * shape.keys_per_query * (shape.head_dim if shape.kind == "neighborhood" else 1)
     chunk = max(1, CHUNK[device] // per_image)
     by_head = [_one_head(shape, inputs, order, head, chunk) for head in heads]
-    results = {
-        name: torch.cat([r[name] for r in by_head], 0 if _is_table(name) else -2) for name in by_head[0]
-    }
+    results = {name: torch.cat([r[name] for r in by_head], 0 if _is_table(name) else -2) for name in by_head[0]}
     return Expected(order, heads, results)
 
 
@@ -77,9 +75,7 @@ def _is_table(name: str) -> bool:
     return name.endswith("_table")
 
 
-def compare(
-    results: dict[str, torch.Tensor], expected: Expected, dtype: torch.dtype
-) -> tuple[dict[str, float], str]:
+def compare(results: dict[str, torch.Tensor], expected: Expected, dtype: torch.dtype) -> tuple[dict[str, float], str]:
     """Errors by result (root mean square, relative), and what is wrong (empty if nothing).
 
     A result is wrong where it is missing, has another shape or dtype, is not finite, or is off by more than the limit
@@ -108,7 +104,5 @@ def compare(
         peak = float(difference.abs().max() / reference.abs().max().clamp(min=tiny))
         errors[name] = rms
         if not (math.isfinite(rms) and rms <= limit and peak <= 20 * limit):
-            wrong.append(
-                f"{name} is off by {rms:.1e} (rms), {peak:.1e} (max); limit {limit:.0e}, {20 * limit:.0e}"
-            )
+            wrong.append(f"{name} is off by {rms:.1e} (rms), {peak:.1e} (max); limit {limit:.0e}, {20 * limit:.0e}")
     return errors, "; ".join(wrong)

@@ -2,9 +2,9 @@
 
 Useful work, per query, head and key pair (recomputation that a fused kernel adds is not counted as useful):
 
-- products of length head_dim: forward 2 (scores, output); backward 5 (scores again, dP, dQ, dK, dV); double backward 12:
-  scores, dP, the two of X = gQ K^T + Q gK^T, dO gV^T, w = P gV, u = (P X) V, the two of q_bar, the two of k_bar, v_bar
-  (shared/design.md, section 2; sums along rows and the norms of L2 are not counted);
+- products of length head_dim: forward 2 (scores, output); backward 5 (scores again, dP, dQ, dK, dV); double
+  backward 12: scores, dP, the two of X = gQ K^T + Q gK^T, dO gV^T, w = P gV, u = (P X) V, the two of q_bar, the two
+  of k_bar, v_bar (docs/double_backward.md; sums along rows and the norms of L2 are not counted);
 - exponentials: one per pair in each of the three;
 - bytes: every tensor that goes in or out, once, with one float32 statistic per query and head:
   forward q k v -> o; backward q k v o dO -> dq dk dv; double q k v o dO gq gk gv -> four gradients; plus tables.
@@ -15,6 +15,7 @@ three) of the largest of the three times.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -106,9 +107,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype, samples: int = 12) -
     fmas = 0.0
     for compute in {dtype, torch.float32} if on_cpu else {dtype}:
         a, b = (torch.randn(n, n, device=device).to(compute) for _ in range(2))
-        fmas = max(
-            fmas, best(lambda a=a, b=b, out=torch.empty_like(a): torch.mm(a, b, out=out), float(n) ** 3)
-        )
+        product = torch.empty_like(a)
+        fmas = max(fmas, best(functools.partial(torch.mm, a, b, out=product), float(n) ** 3))
 
     source = torch.ones((1 << 28) // 4 if on_cpu else 1 << 28, device=device)
     target = torch.zeros_like(source)

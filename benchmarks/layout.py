@@ -8,7 +8,7 @@ from .shapes import Shape
 
 
 def neighbors(length: int, kernel: int, dilation: int) -> torch.Tensor:
-    """``(length, kernel)``: the keys of each query on one axis, by NATTEN's rule (shared/design.md, section 1)."""
+    """``(length, kernel)``: the keys of each query on one axis, by NATTEN's rule."""
     query = torch.arange(length)
     residue, place = query % dilation, query // dilation
     class_length = (length - residue + dilation - 1) // dilation

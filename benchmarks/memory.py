@@ -7,8 +7,8 @@ Definitions, in bytes, for every candidate alike:
   saved for this one (softmax matrices in plain PyTorch, one statistic per query in a fused kernel) therefore counts.
     forward: without a graph; beyond query, key, value, table and the output;
     backward: beyond those, the incoming gradient and the returned gradients of all leaves;
-    double: beyond those, the first gradients (of query, key and value), their cotangents, and the gradients returned for
-    all leaves and for the incoming gradient.
+    double: beyond those, the first gradients (of query, key and value), their cotangents, and the gradients returned
+    for all leaves and for the incoming gradient.
 - ``returned``: the output (forward), or the gradients which that operator returned. The figure to reach is
   ``beyond / returned <= 0.25``.
 - ``step``: the peak of the whole step as it is timed, beyond its inputs alone; nothing else is subtracted.
@@ -40,6 +40,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "0",
     "MALLOC_ARENA_MAX": "1",
     "MKL_DISABLE_FAST_MM": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads must not spin beside the process that measures time
 }
 
 
@@ -137,8 +138,7 @@ def measure(
 
 def _forward(attend: Attend, inputs: Inputs, meter: Meter, base: int) -> tuple[int, int]:
     meter.start()
-    with torch.no_grad():
-        output = attend(inputs.query, inputs.key, inputs.value, inputs.table)
+    output = attend(*inputs.detached())
     peak = meter.peak()
     return peak - base - size_of([output]), size_of([output])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -105,6 +106,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     limit_memory()
+    gc.collect()
+    gc.freeze()  # libraries' objects: the measurement collects garbage often
     # Libraries may print; only answers may go to the pipe.
     replies, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:

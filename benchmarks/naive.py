@@ -1,8 +1,8 @@
 """Other ways to write neighborhood attention in plain PyTorch, so that "naive" is never a straw man.
 
-``naive`` itself is natten_ext's reference backend: window partition, matmul, table lookup, softmax and matmul for grids;
-matmul with the key norms as a bias for L2; a gather of every query's keys for neighborhoods. For neighborhoods two
-more forms exist, and ratios are taken against whichever is fastest for the order at hand:
+``naive`` itself is natten_ext's reference backend: window partition, matmul, table lookup, softmax and matmul for
+grids; matmul with the key norms as a bias for L2; a gather of every query's keys for neighborhoods. For neighborhoods
+two more forms exist, and ratios are taken against whichever is fastest for the order at hand:
 
 - ``naive-mask``: all pairs of the map with a mask, on maps of up to 1024 tokens; wasteful, but one matrix product;
 - ``naive-loop``: a loop over the kernel's offsets, which never gathers more than one key per query at a time.

@@ -41,9 +41,7 @@ def sdpa_kernels(device_type: str) -> dict[str, functools.partial]:
 def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: torch.dtype) -> Attend:
     scale = shape.head_dim**-0.5
     if kernel is SDPBackend.MATH and device.type == "cuda":
-        _refuse_large(
-            shape, device, dtype, shape.batch * shape.windows if shape.kind == "grid" else shape.batch
-        )
+        _refuse_large(shape, device, dtype, shape.batch * shape.windows if shape.kind == "grid" else shape.batch)
 
     def run(query, key, value, mask=None):
         with warnings.catch_warnings(record=True) as caught, sdpa_kernel([kernel]):
@@ -53,8 +51,11 @@ def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: 
             except RuntimeError as error:
                 if "No available kernel" not in str(error):
                     raise
-                why = [str(w.message) for w in caught if "because" in str(w.message)]
-                raise CannotError(f"no such kernel for this: {'; '.join(why) or error}") from error
+                # One warning per kernel, ending in "because:", then one with the reason.
+                why = [str(w.message).split(" (Triggered")[0] for w in caught]
+                why = [text for text in why if not text.endswith("because:") and "not used because" not in text]
+                what = "a mask that requires a gradient" if mask is not None and mask.requires_grad else "this"
+                raise CannotError(f"no such kernel for {what}{': ' * bool(why)}{'; '.join(why)}") from error
 
     if shape.kind == "full":
         augment = _augment_l2 if shape.score == "l2" else None
@@ -70,7 +71,7 @@ def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: 
 
         def attend(query, key, value, table):
             query, key, value = (to_windows(x, shape.window) for x in (query, key, value))
-            mask = None if table is None else lookup(table, places)
+            mask = None if table is None else lookup(table, places)[None]
             return from_windows(run(query, key, value, mask), shape)
 
     else:
@@ -82,7 +83,7 @@ def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: 
             query, key, value = map(heads_first, (query, key, value))
             groups = [lookup(table[heads], places[i]) for i, (heads, _) in enumerate(shape.head_groups)]
             mask = torch.cat(groups).masked_fill(masked.repeat_interleave(per_group, 0), -math.inf)
-            return heads_last(run(query, key, value, mask), shape)
+            return heads_last(run(query, key, value, mask[None]), shape)
 
     return attend
 
@@ -135,10 +136,7 @@ def prepare_flex(shape: Shape, device: torch.device, dtype: torch.dtype) -> Atte
             query, key, value = (to_windows(x, window) for x in (query, key, value))
 
             def add_table(score, b, h, q, k):
-                return (
-                    score
-                    + table[h, k // window - q // window + window - 1, k % window - q % window + window - 1]
-                )
+                return score + table[h, k // window - q // window + window - 1, k % window - q % window + window - 1]
 
             mod = None if table is None else add_table
             return from_windows(compiled(query, key, value, score_mod=mod, scale=scale), shape)

@@ -67,9 +67,7 @@ def _cell(rows, shape, order, candidate):
 
 def _draw_speed(axis, rows, backend, shapes, orders) -> None:
     bar = 0.8 / len(orders)
-    peers = [
-        c for c in dict.fromkeys(r["candidate"] for r in rows if r["group"] == "peer") if c in PEER_MARKS
-    ]
+    peers = [c for c in dict.fromkeys(r["candidate"] for r in rows if r["group"] == "peer") if c in PEER_MARKS]
     labelled = set()
     for i, order in enumerate(orders):
         for x, shape in enumerate(shapes):
@@ -93,9 +91,7 @@ def _draw_speed(axis, rows, backend, shapes, orders) -> None:
     axis.axhline(1, color="#555555", linewidth=1)
     axis.set_yscale("log")
     axis.set_ylabel("times faster than the fastest naive PyTorch")
-    axis.set_title(
-        f"Speed of {backend} (bars) and of peers (marks); no mark: the peer cannot", loc="left", fontsize=10
-    )
+    axis.set_title(f"Speed of {backend} (bars) and of peers (marks); no mark: the peer cannot", loc="left", fontsize=10)
     _finish(axis, shapes)
 
 
@@ -117,9 +113,7 @@ def _draw_memory(axis, rows, backend, shapes, orders) -> None:
     axis.axhline(0.25, color=LIMIT_COLOR, linewidth=1.2, linestyle="--", label="goal: at most 0.25")
     axis.set_yscale("log")
     axis.set_ylabel("peak memory beyond inputs and results,\nrelative to the results")
-    axis.set_title(
-        f"Extra memory of {backend} (coloured) in front of naive's (grey)", loc="left", fontsize=10
-    )
+    axis.set_title(f"Extra memory of {backend} (coloured) in front of naive's (grey)", loc="left", fontsize=10)
     _finish(axis, shapes)
 
 
@@ -140,9 +134,7 @@ def _finish(axis, shapes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     handles, _ = axis.get_legend_handles_labels()
     if handles:
-        axis.legend(
-            fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.06), borderaxespad=0
-        )
+        axis.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.06), borderaxespad=0)
 
 
 def main() -> None:

@@ -41,6 +41,11 @@ class Inputs:
         table = {} if self.table is None else {"table": self.table}
         return {**self.features, **table}
 
+    def detached(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Query, key, value and table without a graph (some libraries refuse leaves even under ``no_grad``)."""
+        query, key, value = (x.detach() for x in (self.query, self.key, self.value))
+        return query, key, value, None if self.table is None else self.table.detach()
+
     def without_table(self) -> Inputs:
         return replace(self, table=None)
 
@@ -63,8 +68,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: in
 
 def forward_step(attend: Attend, inputs: Inputs) -> dict[str, torch.Tensor]:
     """The output, without a graph (as in sampling from a generator)."""
-    with torch.no_grad():
-        return {"output": attend(inputs.query, inputs.key, inputs.value, inputs.table)}
+    return {"output": attend(*inputs.detached())}
 
 
 def backward_step(attend: Attend, inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -84,7 +88,10 @@ def double_step(attend: Attend, inputs: Inputs) -> dict[str, torch.Tensor]:
     first = first_gradients(output, inputs.features, inputs, create_graph=True)
     penalty = sum(grad.square().sum() for grad in first.values())
     leaves = {**inputs.leaves, "weight": inputs.weight}
-    second = torch.autograd.grad(penalty, list(leaves.values()))
+    second = torch.autograd.grad(penalty, list(leaves.values()), allow_unused=True)
+    missing = [name for name, grad in zip(leaves, second, strict=True) if grad is None]
+    if missing:
+        raise CannotError(f"second derivative silently missing for {', '.join(missing)}")
     results = {f"grad_{name}": grad.detach() for name, grad in first.items()}
     return results | {f"penalty_{name}": grad for name, grad in zip(leaves, second, strict=True)}
 
@@ -103,7 +110,5 @@ def first_gradients(
     if create_graph:
         detached = [name for name, grad in zip(leaves, grads, strict=True) if not grad.requires_grad]
         if detached:
-            raise CannotError(
-                f"second derivative silently missing: gradients of {', '.join(detached)} are detached"
-            )
+            raise CannotError(f"second derivative silently missing: gradients of {', '.join(detached)} are detached")
     return dict(zip(leaves, grads, strict=True))

@@ -44,9 +44,7 @@ def shape_block(shape: Shape, rows: list[Row]) -> str:
     for order in ORDERS:
         of_order = [row for row in rows if row.order == order]
         if of_order:
-            lines.append(
-                f"  {order:<9}{'(floor)':<15}{1e3 * of_order[0].floor:>9.3f}  bound by {of_order[0].bound}"
-            )
+            lines.append(f"  {order:<9}{'(floor)':<15}{1e3 * of_order[0].floor:>9.3f}  bound by {of_order[0].bound}")
         lines += [_line(row) for row in of_order]
     return "\n".join(lines) + "\n"
 
@@ -120,7 +118,7 @@ def _figures_of(backend: str, rows: list[Row]) -> list[Figure]:
         worst = min(shares, key=shares.__getitem__)
         each = ", ".join(f"{name} {share:.0f}" for name, share in shares.items())
         value = shares[worst]
-        add("neighborhood forward, percent of the FMA peak, least", ">= 40", value, value >= 40, f"{each}")
+        add("neighborhood forward, percent of the FMA peak, least", ">= 40", value, value >= 40, each)
     for order in ORDERS:
         ratios = {row.shape.name: row.memory.ratio for row in mine if row.order == order and row.memory}
         if ratios:
@@ -134,12 +132,7 @@ def _figures_of(backend: str, rows: list[Row]) -> list[Figure]:
 def _against(peer: str, shape: str, order: str, mine: list[Row], rows: list[Row]) -> float | None:
     def median(among: Iterable[Row], candidate: str | None) -> float | None:
         for row in among:
-            if (
-                row.shape.name == shape
-                and row.order == order
-                and candidate in (None, row.candidate)
-                and row.timing
-            ):
+            if row.shape.name == shape and row.order == order and candidate in (None, row.candidate) and row.timing:
                 return row.timing.median
         return None
 
@@ -148,9 +141,7 @@ def _against(peer: str, shape: str, order: str, mine: list[Row], rows: list[Row]
 
 
 def _naive_memory(rows: list[Row], order: str) -> str:
-    ratios = [
-        row.memory.ratio for row in rows if row.candidate == "naive" and row.order == order and row.memory
-    ]
+    ratios = [row.memory.ratio for row in rows if row.candidate == "naive" and row.order == order and row.memory]
     return f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else "not measured"
 
 

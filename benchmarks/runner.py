@@ -84,7 +84,7 @@ def run(
     clock = make_clock(options.device)
     steps = sum(sum(c.covers(s) for c in candidates) for s in shapes) * len(options.orders)
     with (
-        tqdm(total=steps, unit="cell", disable=not options.progress, dynamic_ncols=True) as bar,
+        tqdm(total=steps, unit="cell", disable=not options.progress or None, dynamic_ncols=True) as bar,
         MemoryWorker(torch.get_num_threads()) as worker,
     ):
         for shape in shapes:
@@ -175,9 +175,7 @@ class _Cell:
         return self._expected[without_table]
 
     def time(self, clock) -> None:
-        calls = {
-            name: self._step(name) for name, row in self.rows.items() if row.status in ("ok", "unchecked")
-        }
+        calls = {name: self._step(name) for name, row in self.rows.items() if row.status in ("ok", "unchecked")}
         timings = time_in_turns(
             calls, clock, self.options.repeats, self.options.budget, lambda name: self.note(f"time {name}")
         )
