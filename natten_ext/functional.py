@@ -213,9 +213,10 @@ def _checked(query: Any, key: Any, value: Any, dims: int) -> tuple[torch.Tensor,
     for position, name in ((dims - 2, "heads"), (dims - 1, "head_dim")):
         if query.shape[position] == 0:
             raise ValueError(f"query must have {name} of at least 1, got shape {_shape(query)}")
-    if torch.is_autocast_enabled(query.device.type):
+    device_type = query.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         # The table stays as it is: it may be float32 beside half-precision maps, and is small.
-        dtype = torch.get_autocast_dtype(query.device.type)
+        dtype = torch.get_autocast_dtype(device_type)
         tensors = {n: x if x.dtype == torch.float64 else x.to(dtype) for n, x in tensors.items()}
     for name, tensor in tensors.items():
         if tensor.dtype != tensors["query"].dtype:

@@ -93,16 +93,18 @@ def _backward_fake(grad_output, query, key, value, bias, output, lse, neighborho
 
 
 def _backward_setup(ctx, inputs, output):
-    *tensors, neighborhood, score, scale, _needs, backend = inputs
+    *tensors, neighborhood, score, scale, needs, backend = inputs
     ctx.save_for_backward(*tensors)
-    ctx.choices = neighborhood, score, scale, backend
+    ctx.choices = neighborhood, score, scale, needs, backend
     ctx.set_materialize_grads(False)
 
 
 def _double_backward_of_backward(ctx, *cotangents):
+    neighborhood, score, scale, given, backend = ctx.choices
+    # Gradients that were not asked for are empty; autograd may materialise cotangents for them.
+    cotangents = tuple(_asked(cotangents, given))
     if all(c is None for c in cotangents):
         return (None,) * 12
-    neighborhood, score, scale, backend = ctx.choices
     needs = list(ctx.needs_input_grad[:5])
     # `output` and `lse` are functions of the other inputs: their share is in the formulas already.
     grads = torch.ops.natten_ext.attention_double_backward(
