@@ -91,7 +91,6 @@ View view(const Tensor& t, const char* name) {
   require(t.size(n - 1) <= 1 || t.stride(n - 1) == 1, std::string(name) + " must have contiguous channels");
   return {t.mutable_data_ptr(), dtype_of(t, name), t.stride(0), n == 5 ? t.stride(1) : 0, t.stride(n - 3), t.stride(n - 2)};
 }
-View view(const std::optional<Tensor>& t, const char* name) { return t ? view(*t, name) : View{}; }
 
 View table_view(const std::optional<Tensor>& t, const char* name) {
   if (!t) return {};

@@ -111,6 +111,8 @@ struct NeighborhoodJob {
     return batch * v.batch + head * v.head + (y * window.dilation_y + residue_y) * v.y +
            (x * window.dilation_x + residue_x) * v.x;
   }
+  bool owns(int64_t y) const { return begin <= y && y < end; }
+  bool owns_any(int64_t y, int64_t count) const { return y < end && y + count > begin; }
   int64_t lse_offset(const Problem& p, int64_t y) const {
     return ((batch * p.heads + head) * p.height + y * window.dilation_y + residue_y) * p.width + residue_x;
   }
@@ -192,6 +194,7 @@ class RowTransposer {
       const int64_t lanes = std::min<int64_t>(L, job.class_width - x);
       int64_t from = job.offset(v, y, x);
       for (int64_t lane = 0; lane < lanes; ++lane, from += step) {
+        prefetch_row(v, from + 8 * L * step, channels_);
         load_row<T>(rows_ + lane * padded_, v, from, channels_, factor);
       }
       for (int64_t lane = lanes; lane < L; ++lane) std::fill_n(rows_ + lane * padded_, channels_, T(0));
@@ -317,193 +320,298 @@ NATTEN_EXT_INLINE void score_tile(const T* const* query, const T* key, int64_t s
   }
 }
 
+// The smallest number of equal tiles of at most `limit`; their size.
+constexpr int64_t even_tile(int64_t n, int64_t limit) {
+  const int64_t tiles = (n + limit - 1) / limit;
+  return (n + tiles - 1) / tiles;
+}
+
 // One row of keys for ROWS rows of queries.
 template <class T, int ROWS, bool PERMUTE>
 void score_row(const T* const* query, const T* key, int64_t stride, int64_t channels, Integers<T> shift, int64_t kx,
                T* const* out, bool add) {
   constexpr int L = kLanes<T>;
+  constexpr int kLimit = ROWS == 1 ? 7 : 4;  // accumulators for 16 registers
+  const int64_t tile = even_tile(kx, kLimit);
   T* target[ROWS];
-  for (int64_t j = 0; j < kx;) {
+  for (int64_t j = 0; j < kx; j += tile) {
     for (int r = 0; r < ROWS; ++r) target[r] = out[r] + j * L;
-    const int64_t left = kx - j;
-    if (left >= 4) {
-      score_tile<T, ROWS, 4, PERMUTE>(query, key + j, stride, channels, shift, target, add);
-      j += 4;
-    } else if (left == 3) {
-      score_tile<T, ROWS, 3, PERMUTE>(query, key + j, stride, channels, shift, target, add);
-      j += 3;
-    } else {
-      score_tile<T, ROWS, 1, PERMUTE>(query, key + j, stride, channels, shift, target, add);
-      j += 1;
+    const auto run = [&](auto keys) {
+      score_tile<T, ROWS, decltype(keys)::value, PERMUTE>(query, key + j, stride, channels, shift, target, add);
+    };
+    switch (std::min(tile, kx - j)) {
+      case 1: run(std::integral_constant<int, 1>{}); break;
+      case 2: run(std::integral_constant<int, 2>{}); break;
+      case 3: run(std::integral_constant<int, 3>{}); break;
+      case 4: run(std::integral_constant<int, 4>{}); break;
+      case 5: run(std::integral_constant<int, kLimit < 5 ? 1 : 5>{}); break;
+      case 6: run(std::integral_constant<int, kLimit < 6 ? 1 : 6>{}); break;
+      default: run(std::integral_constant<int, kLimit>{});
     }
   }
 }
 
-// A run of products that share one row of values b: for m < count, out[r] += a[r][m * a_stride] * b[m].
-// A null a[r] means that output row r takes no part.
+// Rows that are worked on together: three of them fill 16 registers with accumulators.
+constexpr int kGroup = 3;
+// Blocks of queries that are worked on together: they share the cache lines of keys and values.
+constexpr int64_t kStrip = 2;
+
+// A run of products that share one row of values b: for m < count and the output rows r with first <= r < last,
+// out[r] += a[r][m * a_stride] * b[m].
 template <class T>
 struct Term {
   const T* b;
-  const T* a[2];
+  const T* a[kGroup];
+  int first, last;
   int64_t a_stride, count;
 };
 
+template <class T, int CHANNELS, bool PERMUTE, int FIRST, int LAST>
+NATTEN_EXT_INLINE void sum_term(const Term<T>& term, const T* b, int64_t stride, Integers<T> shift,
+                                Vector<T> (&sum)[kGroup][CHANNELS]) {
+  const T* a[kGroup];
+#pragma GCC unroll 4
+  for (int r = FIRST; r < LAST; ++r) a[r] = term.a[r];
+  for (int64_t m = 0; m < term.count; ++m, ++b) {
+    Vector<T> weight[kGroup];
+#pragma GCC unroll 4
+    for (int r = FIRST; r < LAST; ++r) {
+      weight[r] = load(a[r]);
+      a[r] += term.a_stride;
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < CHANNELS; ++c) {
+      const Vector<T> value = load_shifted<T, PERMUTE>(b + c * stride, shift);
+#pragma GCC unroll 4
+      for (int r = FIRST; r < LAST; ++r) sum[r][c] += weight[r] * value;
+    }
+  }
+}
+
 template <class T, int CHANNELS, bool PERMUTE>
 NATTEN_EXT_INLINE void sum_terms_tile(const Term<T>* terms, int64_t n, int64_t b_offset, int64_t stride,
-                                      Integers<T> shift, T* out0, T* out1, int64_t out_stride, bool add) {
-  Vector<T> sum0[CHANNELS], sum1[CHANNELS];
+                                      Integers<T> shift, T* const* out, int rows, int64_t out_offset,
+                                      int64_t out_stride, bool add) {
+  Vector<T> sum[kGroup][CHANNELS];
+#pragma GCC unroll 4
+  for (int r = 0; r < kGroup; ++r) {
 #pragma GCC unroll 8
-  for (int c = 0; c < CHANNELS; ++c) sum0[c] = sum1[c] = Vector<T>{};
+    for (int c = 0; c < CHANNELS; ++c) sum[r][c] = Vector<T>{};
+  }
   for (int64_t i = 0; i < n; ++i) {
     const Term<T>& term = terms[i];
     const T* b = term.b + b_offset;
-    if (term.a[0] != nullptr && term.a[1] != nullptr) {
-      const T *a0 = term.a[0], *a1 = term.a[1];
-      for (int64_t m = 0; m < term.count; ++m, ++b, a0 += term.a_stride, a1 += term.a_stride) {
-        const Vector<T> w0 = load(a0), w1 = load(a1);
-#pragma GCC unroll 8
-        for (int c = 0; c < CHANNELS; ++c) {
-          const Vector<T> value = load_shifted<T, PERMUTE>(b + c * stride, shift);
-          sum0[c] += w0 * value;
-          sum1[c] += w1 * value;
-        }
-      }
-    } else if (term.a[0] != nullptr) {
-      const T* a = term.a[0];
-      for (int64_t m = 0; m < term.count; ++m, ++b, a += term.a_stride) {
-        const Vector<T> w = load(a);
-#pragma GCC unroll 8
-        for (int c = 0; c < CHANNELS; ++c) sum0[c] += w * load_shifted<T, PERMUTE>(b + c * stride, shift);
-      }
-    } else if (term.a[1] != nullptr) {
-      const T* a = term.a[1];
-      for (int64_t m = 0; m < term.count; ++m, ++b, a += term.a_stride) {
-        const Vector<T> w = load(a);
-#pragma GCC unroll 8
-        for (int c = 0; c < CHANNELS; ++c) sum1[c] += w * load_shifted<T, PERMUTE>(b + c * stride, shift);
-      }
+    switch (term.first * 4 + term.last) {
+      case 1: sum_term<T, CHANNELS, PERMUTE, 0, 1>(term, b, stride, shift, sum); break;
+      case 2: sum_term<T, CHANNELS, PERMUTE, 0, 2>(term, b, stride, shift, sum); break;
+      case 3: sum_term<T, CHANNELS, PERMUTE, 0, 3>(term, b, stride, shift, sum); break;
+      case 6: sum_term<T, CHANNELS, PERMUTE, 1, 2>(term, b, stride, shift, sum); break;
+      case 7: sum_term<T, CHANNELS, PERMUTE, 1, 3>(term, b, stride, shift, sum); break;
+      case 11: sum_term<T, CHANNELS, PERMUTE, 2, 3>(term, b, stride, shift, sum); break;
+      default: break;  // no row takes part
     }
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < kGroup; ++r) {
+    if (r >= rows) break;
 #pragma GCC unroll 8
-  for (int c = 0; c < CHANNELS; ++c) {
-    T* target = out0 + c * out_stride;
-    store(target, add ? load(target) + sum0[c] : sum0[c]);
-    if (out1 == nullptr) continue;
-    target = out1 + c * out_stride;
-    store(target, add ? load(target) + sum1[c] : sum1[c]);
+    for (int c = 0; c < CHANNELS; ++c) {
+      T* target = out[r] + out_offset + c * out_stride;
+      store(target, add ? load(target) + sum[r][c] : sum[r][c]);
+    }
   }
 }
 
-// out[r][c] (+)= sum over terms and m of a[r][m] * b[c][m], for all channels and up to two output rows.
+// One group of channels from c on: out[r][c] (+)= sum over terms and m of a[r][m] * b[c][m]. Returns the next c.
 template <class T, bool PERMUTE>
-void sum_terms(const Term<T>* terms, int64_t n, int64_t channels, int64_t stride, Integers<T> shift, T* out0, T* out1,
-               int64_t out_stride, bool add) {
-  int64_t c = 0;
-  const auto second = [&] { return out1 == nullptr ? nullptr : out1 + c * out_stride; };
-  for (; c + 4 <= channels; c += 4) {
-    sum_terms_tile<T, 4, PERMUTE>(terms, n, c * stride, stride, shift, out0 + c * out_stride, second(), out_stride, add);
+int64_t sum_terms(const Term<T>* terms, int64_t n, int64_t c, int64_t channels, int64_t stride, Integers<T> shift,
+                  T* const* out, int rows, int64_t out_stride, bool add) {
+  const int64_t from = c * stride, to = c * out_stride;
+  if (c + 4 <= channels) {
+    sum_terms_tile<T, 4, PERMUTE>(terms, n, from, stride, shift, out, rows, to, out_stride, add);
+    return c + 4;
   }
-  for (; c < channels; ++c) {
-    sum_terms_tile<T, 1, PERMUTE>(terms, n, c * stride, stride, shift, out0 + c * out_stride, second(), out_stride, add);
-  }
+  sum_terms_tile<T, 1, PERMUTE>(terms, n, from, stride, shift, out, rows, to, out_stride, add);
+  return c + 1;
 }
 
-// Two (or one) adjacent rows of queries of a class and the rows of keys that they attend.
-struct RowPair {
+// Up to kGroup adjacent rows of queries of a class and the rows of keys that they attend.
+struct RowGroup {
   template <class T>
-  RowPair(const ClassGeometry<T>& g, int64_t y, int64_t end)
-      : y(y), count(std::min<int64_t>(2, end - y)), kernel(g.ky), start{g.start_y(y), g.start_y(y + count - 1)} {}
-  bool attends(int r, int64_t key) const { return r < count && start[r] <= key && key < start[r] + kernel; }
+  RowGroup(const ClassGeometry<T>& g, int64_t y, int64_t end)
+      : y(y), count(static_cast<int>(std::min<int64_t>(kGroup, end - y))), kernel(g.ky) {
+    for (int r = 0; r < count; ++r) start[r] = g.start_y(y + r);
+  }
   int64_t first() const { return start[0]; }
-  int64_t last() const { return start[1] + kernel; }  // one past
+  int64_t last() const { return start[count - 1] + kernel; }  // one past
+  bool attends(int r, int64_t key) const { return start[r] <= key && key < start[r] + kernel; }
+  // The rows of queries that attend a row of keys are adjacent: [first, last).
+  int first_attending(int64_t key) const {
+    int r = 0;
+    while (r < count && !attends(r, key)) ++r;
+    return r;
+  }
+  int last_attending(int64_t key) const {
+    int r = count;
+    while (r > 0 && !attends(r - 1, key)) --r;
+    return r;
+  }
 
-  int64_t y, count, kernel, start[2];
+  int64_t y;
+  int count;
+  int64_t kernel, start[kGroup];
 };
 
-// Scores of one block of queries of a pair of rows, [ky * kx][lanes] per row: (+)= query . key.
+// Working memory for the weights of a strip: rows[r] is [block of the strip][ky * kx][lanes].
 template <class T>
-void score_block(const ClassGeometry<T>& g, const RowPair& pair, const QueryBlock<T>& block, int64_t x,
-                 const RowRing<T>& query, const RowRing<T>& key, int64_t channels, T* const* out, bool add) {
-  constexpr int L = kLanes<T>;
-  for (int64_t row = pair.first(); row < pair.last(); ++row) {
-    const T* q[2];
-    T* target[2];
-    int n = 0;
-    for (int r = 0; r < pair.count; ++r) {
-      if (!pair.attends(r, row)) continue;
-      q[n] = query.row(pair.y + r) + x;
-      target[n++] = out[r] + (row - pair.start[r]) * g.kx * L;
+struct StripWeights {
+  void resize(const ClassGeometry<T>& g) {
+    block_size = g.ky * g.kx * kLanes<T>;
+    for (int r = 0; r < kGroup; ++r) {
+      buffers[r] = Buffer<T>(kStrip * block_size);
+      std::fill_n(buffers[r].data(), kStrip * block_size, T(0));
+      rows[r] = buffers[r];
     }
-    const T* k = key.row(row) + block.start;
-    const auto run = [&](auto rows, auto permuted) {
-      score_row<T, decltype(rows)::value, decltype(permuted)::value>(q, k, key.stride(), channels, block.shift, g.kx,
-                                                                     target, add);
-    };
-    using One = std::integral_constant<int, 1>;
-    using Two = std::integral_constant<int, 2>;
-    if (n == 2) block.regular ? run(Two{}, std::false_type{}) : run(Two{}, std::true_type{});
-    else block.regular ? run(One{}, std::false_type{}) : run(One{}, std::true_type{});
+  }
+  T* block(int r, int64_t b) const { return rows[r] + b * block_size; }
+
+  int64_t block_size = 0;
+  Buffer<T> buffers[kGroup];
+  T* rows[kGroup] = {};
+};
+
+// Scores of the blocks [begin, end) of a group of rows: (+)= query . key.
+template <class T>
+void score_strip(const ClassGeometry<T>& g, const RowGroup& group, int64_t begin, int64_t end, const RowRing<T>& query,
+                 const RowRing<T>& key, int64_t channels, const StripWeights<T>& out, bool add) {
+  constexpr int L = kLanes<T>;
+  for (int64_t row = group.first(); row < group.last(); ++row) {
+    const int first = group.first_attending(row), n = group.last_attending(row) - first;
+    for (int64_t b = begin; b < end; ++b) {
+      const QueryBlock<T>& block = g.query_blocks[b];
+      const T* q[kGroup];
+      T* target[kGroup];
+      for (int i = 0; i < n; ++i) {
+        q[i] = query.row(group.y + first + i) + b * L;
+        target[i] = out.block(first + i, b - begin) + (row - group.start[first + i]) * g.kx * L;
+      }
+      const T* k = key.row(row) + block.start;
+      const auto run = [&](auto rows, auto permuted) {
+        score_row<T, decltype(rows)::value, decltype(permuted)::value>(q, k, key.stride(), channels, block.shift, g.kx,
+                                                                       target, add);
+      };
+      const auto run_rows = [&](auto rows) { block.regular ? run(rows, std::false_type{}) : run(rows, std::true_type{}); };
+      if (n == 3) run_rows(std::integral_constant<int, 3>{});
+      else if (n == 2) run_rows(std::integral_constant<int, 2>{});
+      else run_rows(std::integral_constant<int, 1>{});
+    }
   }
 }
 
-// Sums over the window, for one block of queries of a pair of rows: out[r][c] (+)= sum of weight[r] * value.
+// Working memory for the results of a strip: [block of the strip][row][channel][lanes].
 template <class T>
-void gather_keys(const ClassGeometry<T>& g, const RowPair& pair, const QueryBlock<T>& block, const T* const* weight,
-                 const RowRing<T>& value, int64_t channels, std::vector<Term<T>>& terms, T* const* out, bool add) {
-  constexpr int L = kLanes<T>;
-  terms.clear();
-  for (int64_t row = pair.first(); row < pair.last(); ++row) {
-    Term<T> term{value.row(row) + block.start, {nullptr, nullptr}, L, g.kx};
-    for (int r = 0; r < pair.count; ++r) {
-      if (pair.attends(r, row)) term.a[r] = weight[r] + (row - pair.start[r]) * g.kx * L;
-    }
-    terms.push_back(term);
+struct StripResults {
+  void resize(int64_t new_channels) {
+    channels = new_channels;
+    buffer = Buffer<T>(kStrip * kGroup * channels * kLanes<T>);
+    std::fill_n(buffer.data(), kStrip * kGroup * channels * kLanes<T>, T(0));
   }
-  T* second = pair.count == 2 ? out[1] : nullptr;
-  if (block.regular) {
-    sum_terms<T, false>(terms.data(), terms.size(), channels, value.stride(), block.shift, out[0], second, L, add);
-  } else {
-    sum_terms<T, true>(terms.data(), terms.size(), channels, value.stride(), block.shift, out[0], second, L, add);
+  T* row(int64_t b, int r) const { return buffer + (b * kGroup + r) * channels * kLanes<T>; }
+
+  int64_t channels = 0;
+  Buffer<T> buffer;
+};
+
+// Sums over the windows of the blocks [begin, end) of a group of rows: out (+)= sum of weight * value.
+template <class T>
+void gather_keys(const ClassGeometry<T>& g, const RowGroup& group, int64_t begin, int64_t end,
+                 const StripWeights<T>& weights, const RowRing<T>& value, int64_t channels,
+                 std::vector<Term<T>>& terms, const StripResults<T>& out, bool add) {
+  constexpr int L = kLanes<T>;
+  const int64_t rows = group.last() - group.first();
+  terms.resize((end - begin) * rows);
+  for (int64_t b = begin; b < end; ++b) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = group.first() + i;
+      Term<T>& term = terms[(b - begin) * rows + i];
+      term = {value.row(row) + g.query_blocks[b].start, {}, group.first_attending(row), group.last_attending(row), L, g.kx};
+      for (int r = term.first; r < term.last; ++r) {
+        term.a[r] = weights.block(r, b - begin) + (row - group.start[r]) * g.kx * L;
+      }
+    }
+  }
+  for (int64_t c = 0, next = 0; c < channels; c = next) {
+    for (int64_t b = begin; b < end; ++b) {
+      const QueryBlock<T>& block = g.query_blocks[b];
+      const Term<T>* from = terms.data() + (b - begin) * rows;
+      T* target[kGroup];
+      for (int r = 0; r < kGroup; ++r) target[r] = out.row(b - begin, r);
+      next = block.regular ? sum_terms<T, false>(from, rows, c, channels, value.stride(), block.shift, target,
+                                                 group.count, L, add)
+                           : sum_terms<T, true>(from, rows, c, channels, value.stride(), block.shift, target,
+                                                group.count, L, add);
+    }
   }
 }
 
-// Adds a pair's contributions to rows of key gradients [begin, end): row[key][c][x] += sum over the queries that
-// attend a key of weight * query. `weight[r]` is the pair's row of weights, [ky][weights_stride].
+// Weights of a whole row of blocks, for the sums over queries: rows[r] is [ky][weights_stride].
+template <class T>
+struct RowWeights {
+  void resize(const ClassGeometry<T>& g) {
+    for (int r = 0; r < kGroup; ++r) {
+      buffers[r] = Buffer<T>(g.ky * g.weights_stride);
+      std::fill_n(buffers[r].data(), g.ky * g.weights_stride, T(0));
+      rows[r] = buffers[r];
+    }
+  }
+  Buffer<T> buffers[kGroup];
+  T* rows[kGroup] = {};
+};
+
+// Adds a group's contributions to the rows of key gradients [begin, end): gradient[key][c][x] += sum over the
+// queries that attend a key of weight * query.
 template <class T>
 class QueryGatherer {
  public:
-  void run(const ClassGeometry<T>& g, const RowPair& pair, const T* const* weight, const RowRing<T>& query,
+  void run(const ClassGeometry<T>& g, const RowGroup& group, const RowWeights<T>& weights, const RowRing<T>& query,
            int64_t channels, const RowRing<T>& gradient, int64_t begin, int64_t end) {
     constexpr int L = kLanes<T>;
-    begin = std::max(begin, pair.first());
-    end = std::min(end, pair.last());
-    for (int64_t key = begin; key < end; key += 2) {
-      const int64_t rows = std::min<int64_t>(2, end - key);
+    begin = std::max(begin, group.first());
+    end = std::min(end, group.last());
+    for (int64_t key = begin; key < end; key += kGroup) {
+      const int rows = static_cast<int>(std::min<int64_t>(kGroup, end - key));
       for (int64_t b = 0; b < static_cast<int64_t>(g.key_blocks.size()); ++b) {
         const KeyBlock& block = g.key_blocks[b];
         const int64_t x = b * L;
-        if (static_cast<int64_t>(staged_.size()) < 4 * block.count * L) staged_.resize(4 * block.count * L);
-        Term<T> terms[2];
-        for (int r = 0; r < pair.count; ++r) {
-          terms[r] = {query.row(pair.y + r) + x + block.first, {nullptr, nullptr}, 0, block.count};
-          for (int64_t i = 0; i < rows; ++i) {
-            if (!pair.attends(r, key + i)) continue;
-            const T* weights = weight[r] + (key + i - pair.start[r]) * g.weights_stride;
+        staged_.resize(std::max<size_t>(staged_.size(), kGroup * kGroup * block.count * L));
+        Term<T> terms[kGroup];
+        for (int r = 0; r < group.count; ++r) {
+          Term<T>& term = terms[r];
+          term = {query.row(group.y + r) + x + block.first, {}, rows, 0, L, block.count};
+          for (int i = 0; i < rows; ++i) {
+            if (!group.attends(r, key + i)) continue;
+            term.first = std::min(term.first, i);
+            term.last = i + 1;
+            const T* from = weights.rows[r] + (key + i - group.start[r]) * g.weights_stride;
             if (block.regular) {
               // Farther queries see the key at a smaller j.
-              terms[r].a[i] = weights + (g.kx / 2 - block.first) * g.padded + x + block.first;
-              terms[r].a_stride = 1 - g.padded;
+              term.a[i] = from + (g.kx / 2 - block.first) * g.padded + x + block.first;
+              term.a_stride = 1 - g.padded;
             } else {
-              T* staged = staged_.data() + (2 * r + i) * block.count * L;
+              T* staged = staged_.data() + (kGroup * r + i) * block.count * L;
               const int32_t* position = g.positions.data() + block.index;
-              for (int64_t m = 0; m < block.count * L; ++m) staged[m] = weights[position[m]];
-              terms[r].a[i] = staged;
-              terms[r].a_stride = L;
+              for (int64_t m = 0; m < block.count * L; ++m) staged[m] = from[position[m]];
+              term.a[i] = staged;
             }
           }
+          if (term.last == 0) term.first = 0;
         }
-        sum_terms<T, false>(terms, pair.count, channels, query.stride(), Integers<T>{}, gradient.row(key) + x,
-                            rows == 2 ? gradient.row(key + 1) + x : nullptr, gradient.stride(), true);
+        T* target[kGroup] = {};
+        for (int i = 0; i < rows; ++i) target[i] = gradient.row(key + i) + x;
+        for (int64_t c = 0; c < channels;) {
+          c = sum_terms<T, false>(terms, group.count, c, channels, query.stride(), Integers<T>{}, target, rows,
+                                  gradient.stride(), true);
+        }
       }
     }
   }

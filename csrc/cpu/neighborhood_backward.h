@@ -1,8 +1,8 @@
 // Backward of neighborhood attention; the formulas are those of dense_backward.h.
 //
-// A job walks down its rows of queries. Each pair of rows computes P and dS of its windows once, gathers dQ, and adds
+// A job walks down its rows of queries. Each group of rows computes P and dS of its windows once, gathers dQ, and adds
 // its share to the few rows of dK and dV that it attends, which are written out when the windows have passed them.
-// At the edges of its band a job also computes the pairs of its neighbors that attend its keys.
+// At the edges of its band a job also computes the rows of its neighbors that attend its keys.
 #pragma once
 
 #include "neighborhood_forward.h"
@@ -46,7 +46,7 @@ std::pair<int64_t, int64_t> attending_rows(const ClassGeometry<T>& g, const Neig
   return {begin, end};
 }
 
-// What the backward orders hold of a pair of rows of queries beside the queries themselves.
+// What the backward orders hold of a group of rows of queries beside the queries themselves.
 template <class T>
 class BackwardRows {
  public:
@@ -56,18 +56,18 @@ class BackwardRows {
 
   void resize(const ClassGeometry<T>& g, int64_t channels) {
     channels_ = channels;
-    grad_output.resize(2, channels, g);
-    output.resize(2, channels, g);
-    for (int r = 0; r < 2; ++r) {
+    grad_output.resize(kGroup, channels, g);
+    output.resize(kGroup, channels, g);
+    for (int r = 0; r < kGroup; ++r) {
       lse2[r] = Buffer<T>(g.padded);
       delta[r] = Buffer<T>(g.padded);
     }
   }
-  void load(const NeighborhoodRows<T>& rows, const RowPair& pair) {
+  void load(const NeighborhoodRows<T>& rows, const RowGroup& group) {
     const NeighborhoodJob& job = rows.job;
     const ClassGeometry<T>& g = rows.geometry;
-    for (int r = 0; r < pair.count; ++r) {
-      const int64_t y = pair.y + r;
+    for (int r = 0; r < group.count; ++r) {
+      const int64_t y = group.y + r;
       rows.transposer.load(grad_output.row(y), grad_output.stride(), a_.grad_output, job, y, 1);
       rows.transposer.load(output.row(y), output.stride(), a_.output, job, y, 1);
       const T* lse = static_cast<const T*>(a_.lse) + job.lse_offset(a_.problem, y);
@@ -93,7 +93,7 @@ class BackwardRows {
 
  public:
   RowRing<T> grad_output, output;
-  Buffer<T> lse2[2], delta[2];  // log2 sum exp2; D
+  Buffer<T> lse2[kGroup], delta[kGroup];  // log2 sum exp2; D
 };
 
 // The gradient of one head's table, over the jobs of a task.
@@ -132,11 +132,9 @@ class NeighborhoodBackward {
   static constexpr int L = kLanes<T>;
 
   explicit NeighborhoodBackward(const Arguments& a)
-      : a_(a),
-        rows_(a, 0),
-        backward_(a),
-        table_gradient(a),
-        grad_query_{Buffer<T>(a.problem.head_dim * L), Buffer<T>(a.problem.head_dim * L)} {}
+      : a_(a), rows_(a, 0), backward_(a), table_gradient(a) {
+    grad_query_.resize(a.problem.head_dim);
+  }
 
   void run(const NeighborhoodJob& new_job) {
     const ClassGeometry<T>& g = rows_.geometry;
@@ -147,23 +145,22 @@ class NeighborhoodBackward {
     const auto [begin, end] = attending_rows(g, job);
     grad_key_.start(job, g.start_y(begin));
     grad_value_.start(job, g.start_y(begin));
-    for (int64_t y = begin; y < end; y += 2) {
-      const RowPair pair(g, y, end);
-      rows_.load_queries(pair);
-      backward_.load(rows_, pair);
-      rows_.load_keys(pair, [](int64_t) {});
-      grad_key_.open(pair.last());
-      grad_value_.open(pair.last());
-      for (int64_t x = 0; x < g.width; x += L) block(pair, x);
-      T* const score_rows[2] = {score_rows_[0], score_rows_[1]};
-      T* const weight_rows[2] = {weight_rows_[0], weight_rows_[1]};
+    for (int64_t y = begin; y < end; y += kGroup) {
+      const RowGroup group(g, y, end);
+      rows_.load_queries(group);
+      backward_.load(rows_, group);
+      rows_.load_keys(group, [](int64_t) {});
+      grad_key_.open(group.last());
+      grad_value_.open(group.last());
+      const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
+      for (int64_t b = 0; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
       if (a_.grad_key) {
-        gatherer_.run(g, pair, score_rows, rows_.query, rows_.query_channels, grad_key_.ring, job.begin, job.end);
+        gatherer_.run(g, group, score_rows_, rows_.query, rows_.query_channels, grad_key_.ring, job.begin, job.end);
       }
       if (a_.grad_value) {
-        gatherer_.run(g, pair, weight_rows, backward_.grad_output, rows_.channels, grad_value_.ring, job.begin, job.end);
+        gatherer_.run(g, group, weight_rows_, backward_.grad_output, rows_.channels, grad_value_.ring, job.begin, job.end);
       }
-      close(y + 2 < end ? g.start_y(y + 2) : g.height);
+      close(y + kGroup < end ? g.start_y(y + kGroup) : g.height);
     }
   }
   void finish() { table_gradient.flush(rows_.geometry); }
@@ -172,56 +169,52 @@ class NeighborhoodBackward {
   void resize() {
     const ClassGeometry<T>& g = rows_.geometry;
     backward_.resize(g, rows_.channels);
-    grad_key_.ring.resize(g.ky + 1, rows_.query_channels, g);
-    grad_value_.ring.resize(g.ky + 1, rows_.channels, g);
-    for (int r = 0; r < 2; ++r) {
-      weights_[r] = Buffer<T>(g.ky * g.kx * L);
-      scores_[r] = Buffer<T>(g.ky * g.kx * L);
-      for (Buffer<T>* row : {&weight_rows_[r], &score_rows_[r]}) {
-        *row = Buffer<T>(g.ky * g.weights_stride);
-        std::fill(row->data(), row->data() + g.ky * g.weights_stride, T(0));
+    grad_key_.ring.resize(g.ky + kGroup - 1, rows_.query_channels, g);
+    grad_value_.ring.resize(g.ky + kGroup - 1, rows_.channels, g);
+    for (StripWeights<T>* weights : {&weights_, &scores_}) weights->resize(g);
+    for (RowWeights<T>* weights : {&weight_rows_, &score_rows_}) weights->resize(g);
+  }
+
+  // Blocks [begin, end): P and dS of the windows, to the group's rows of weights; dQ and the table's gradient.
+  void strip(const RowGroup& group, int64_t begin, int64_t end) {
+    const ClassGeometry<T>& g = rows_.geometry;
+    score_strip(g, group, begin, end, rows_.query, rows_.key, rows_.score_channels, weights_, false);
+    score_strip(g, group, begin, end, backward_.grad_output, rows_.value, rows_.channels, scores_, false);
+    for (int64_t b = begin; b < end; ++b) {
+      for (int r = 0; r < group.count; ++r) score_gradients(group, r, b, weights_.block(r, b - begin), scores_.block(r, b - begin));
+    }
+    if (!a_.grad_query || !rows_.job.owns_any(group.y, group.count)) return;
+    gather_keys<T>(g, group, begin, end, scores_, rows_.key, rows_.channels, terms_, grad_query_, false);
+    for (int64_t b = begin; b < end; ++b) {
+      for (int r = 0; r < group.count; ++r) {
+        if (!rows_.job.owns(group.y + r)) continue;
+        rows_.transposer.unload(grad_query_.row(b - begin, r), L, a_.grad_query, rows_.job, group.y + r, b * L,
+                                T(a_.problem.dot_scale()));
       }
     }
   }
 
-  // One block of queries: P and dS of the windows, to the pair's rows of weights; dQ and the table's gradient.
-  void block(const RowPair& pair, int64_t x) {
+  // One block of queries: scores to P, and dP to dS.
+  void score_gradients(const RowGroup& group, int r, int64_t b, T* weights, T* scores) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const NeighborhoodJob& job = rows_.job;
-    const QueryBlock<T>& queries = g.query_blocks[x / L];
-    T* const weights[2] = {weights_[0], weights_[1]};
-    T* const scores[2] = {scores_[0], scores_[1]};
-    score_block(g, pair, queries, x, rows_.query, rows_.key, rows_.score_channels, weights, false);
-    score_block(g, pair, queries, x, backward_.grad_output, rows_.value, rows_.channels, scores, false);
-    for (int r = 0; r < pair.count; ++r) {
-      const int64_t y = pair.y + r, distance = pair.start[r] - y;
-      const bool own = y >= job.begin && y < job.end;
-      const T* table = a_.bias ? rows_.table.row(queries.table, distance) : nullptr;
-      T* table_gradient_rows =
-          own && a_.grad_bias ? table_gradient.expanded.row(queries.table, distance) : nullptr;
-      const Vector<T> lse = load(backward_.lse2[r] + x), delta = load(backward_.delta[r] + x);
-      for (int64_t i = 0; i < g.ky * g.kx; ++i) {
-        Vector<T> score = load(weights[r] + i * L) - lse;
+    const int64_t y = group.y + r, x = b * L, distance = group.start[r] - y, which = g.query_blocks[b].table;
+    const T* table = a_.bias ? rows_.table.row(which, distance) : nullptr;
+    T* grad_table = a_.grad_bias && rows_.job.owns(y) ? table_gradient.expanded.row(which, distance) : nullptr;
+    const Vector<T> lse = load(backward_.lse2[r] + x), delta = load(backward_.delta[r] + x);
+    T* weight_row = weight_rows_.rows[r] + x;
+    T* score_row = score_rows_.rows[r] + x;
+    for (int64_t i = 0, ky = 0; ky < g.ky; ++ky) {
+      for (int64_t kx = 0; kx < g.kx; ++kx, ++i) {
+        Vector<T> score = load(weights + i * L) - lse;
         if (table != nullptr) score += load(table + i * L);
         const Vector<T> weight = exp2(score);
-        const Vector<T> gradient = weight * (load(scores[r] + i * L) - delta);
-        store(scores[r] + i * L, gradient);
-        const int64_t at = i / g.kx * g.weights_stride + i % g.kx * g.padded + x;
-        store(weight_rows_[r] + at, weight);
-        store(score_rows_[r] + at, gradient);
-        if (table_gradient_rows == nullptr) continue;
-        T* target = table_gradient_rows + i * L;
-        store(target, load(target) + gradient);
+        const Vector<T> gradient = weight * (load(scores + i * L) - delta);
+        store(scores + i * L, gradient);
+        const int64_t at = ky * g.weights_stride + kx * g.padded;
+        store(weight_row + at, weight);
+        store(score_row + at, gradient);
+        if (grad_table != nullptr) store(grad_table + i * L, load(grad_table + i * L) + gradient);
       }
-    }
-    const bool any_own = pair.y < job.end && pair.y + pair.count > job.begin;
-    if (!a_.grad_query || !any_own) return;
-    T* const grad_query[2] = {grad_query_[0], grad_query_[1]};
-    gather_keys<T>(g, pair, queries, scores, rows_.key, rows_.channels, terms_, grad_query, false);
-    for (int r = 0; r < pair.count; ++r) {
-      const int64_t y = pair.y + r;
-      if (y < job.begin || y >= job.end) continue;
-      rows_.transposer.unload(grad_query[r], L, a_.grad_query, job, y, x, T(a_.problem.dot_scale()));
     }
   }
 
@@ -253,9 +246,9 @@ class NeighborhoodBackward {
 
  private:
   GradientRows<T> grad_key_, grad_value_;
-  Buffer<T> weights_[2], scores_[2];          // P and dS of one block, [ky * kx][lanes]
-  Buffer<T> weight_rows_[2], score_rows_[2];  // the same of all blocks, [ky][weights_stride]
-  Buffer<T> grad_query_[2];
+  StripWeights<T> weights_, scores_;        // P and dS
+  RowWeights<T> weight_rows_, score_rows_;  // the same
+  StripResults<T> grad_query_;
   std::vector<Term<T>> terms_;
   QueryGatherer<T> gatherer_;
 };

@@ -18,11 +18,7 @@ class NeighborhoodDoubleBackward {
 
   explicit NeighborhoodDoubleBackward(const Arguments& a)
       : a_(a), rows_(a, a.problem.l2 ? 1 : 0), backward_(a), table_gradient(a) {
-    for (int r = 0; r < 2; ++r) {
-      for (Buffer<T>* buffer : {&pv_[r], &pxv_[r], &grad_query_[r]}) *buffer = Buffer<T>(a.problem.head_dim * L);
-      // Absent products count as zero.
-      std::fill_n(pv_[r].data(), a.problem.head_dim * L, T(0));
-    }
+    for (StripResults<T>* results : {&pv_, &pxv_, &grad_query_}) results->resize(a.problem.head_dim);
   }
 
   // As NeighborhoodBackward::run.
@@ -35,14 +31,15 @@ class NeighborhoodDoubleBackward {
     const auto [begin, end] = attending_rows(g, job);
     grad_key_.start(job, g.start_y(begin));
     grad_value_.start(job, g.start_y(begin));
-    for (int64_t y = begin; y < end; y += 2) {
-      const RowPair pair(g, y, end);
-      load(pair);
-      grad_key_.open(pair.last());
-      grad_value_.open(pair.last());
-      for (int64_t x = 0; x < g.width; x += L) block(pair, x);
-      gather(pair);
-      close(y + 2 < end ? g.start_y(y + 2) : g.height);
+    for (int64_t y = begin; y < end; y += kGroup) {
+      const RowGroup group(g, y, end);
+      load(group);
+      grad_key_.open(group.last());
+      grad_value_.open(group.last());
+      const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
+      for (int64_t b = 0; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
+      gather(group);
+      close(y + kGroup < end ? g.start_y(y + kGroup) : g.height);
     }
   }
   void finish() { table_gradient.flush(rows_.geometry); }
@@ -54,34 +51,26 @@ class NeighborhoodDoubleBackward {
   void resize() {
     const ClassGeometry<T>& g = rows_.geometry;
     backward_.resize(g, rows_.channels);
-    cot_query_.resize(2, rows_.query_channels, g);
-    cot_key_.resize(g.ky + 1, rows_.score_channels, g);
-    cot_value_.resize(g.ky + 1, rows_.channels, g);
-    grad_key_.ring.resize(g.ky + 1, rows_.query_channels, g);
-    grad_value_.ring.resize(g.ky + 1, rows_.channels, g);
+    cot_query_.resize(kGroup, rows_.query_channels, g);
+    cot_key_.resize(g.ky + kGroup - 1, rows_.score_channels, g);
+    cot_value_.resize(g.ky + kGroup - 1, rows_.channels, g);
+    grad_key_.ring.resize(g.ky + kGroup - 1, rows_.query_channels, g);
+    grad_value_.ring.resize(g.ky + kGroup - 1, rows_.channels, g);
     if (a_.cot_bias) cot_table_.fill(g, a_.problem, a_.cot_bias, rows_.job.head, 1);
-    for (int r = 0; r < 2; ++r) {
-      for (Buffer<T>& buffer : weights_[r]) {
-        buffer = Buffer<T>(g.ky * g.kx * L);
-        std::fill_n(buffer.data(), g.ky * g.kx * L, T(0));
-      }
-      for (Buffer<T>* row : {&score_bar_rows_[r], &score_rows_[r], &value_rows_[r]}) {
-        *row = Buffer<T>(g.ky * g.weights_stride);
-        std::fill_n(row->data(), g.ky * g.weights_stride, T(0));
-      }
-    }
+    for (StripWeights<T>& weights : weights_) weights.resize(g);
+    for (RowWeights<T>* weights : {&score_bar_rows_, &score_rows_, &value_rows_}) weights->resize(g);
   }
 
-  void load(const RowPair& pair) {
+  void load(const RowGroup& group) {
     const NeighborhoodJob& job = rows_.job;
     const Problem& p = a_.problem;
-    rows_.load_queries(pair);
-    backward_.load(rows_, pair);
-    for (int64_t y = pair.y; a_.cot_query && y < pair.y + pair.count; ++y) {
+    rows_.load_queries(group);
+    backward_.load(rows_, group);
+    for (int64_t y = group.y; a_.cot_query && y < group.y + group.count; ++y) {
       rows_.transposer.load(cot_query_.row(y), cot_query_.stride(), a_.cot_query, job, y, rows_.query_scale);
       if (p.l2) std::fill_n(cot_query_.row(y) + (rows_.channels + 1) * cot_query_.stride(), rows_.geometry.width, T(1));
     }
-    rows_.load_keys(pair, [&](int64_t row) {
+    rows_.load_keys(group, [&](int64_t row) {
       if (a_.cot_key) {
         rows_.transposer.load(cot_key_.row(row), cot_key_.stride(), a_.cot_key, job, row, 1);
         if (p.l2) rows_.key_products(cot_key_.row(row), rows_.key.row(row), cot_key_.row(row), -rows_.query_scale);
@@ -90,12 +79,10 @@ class NeighborhoodDoubleBackward {
     });
   }
 
-  void block(const RowPair& pair, int64_t x) {
+  void strip(const RowGroup& group, int64_t begin, int64_t end) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const QueryBlock<T>& queries = g.query_blocks[x / L];
-    const auto weights = [&](Weight which) { return std::array<T*, 2>{weights_[0][which], weights_[1][which]}; };
     const auto product = [&](const RowRing<T>& query, const RowRing<T>& key, int64_t channels, Weight to, bool add) {
-      score_block(g, pair, queries, x, query, key, channels, weights(to).data(), add);
+      score_strip(g, group, begin, end, query, key, channels, weights_[to], add);
     };
     product(rows_.query, rows_.key, rows_.score_channels, kProbability, false);
     product(backward_.grad_output, rows_.value, rows_.channels, kGradScore, false);
@@ -103,121 +90,136 @@ class NeighborhoodDoubleBackward {
     if (a_.cot_key) product(rows_.query, cot_key_, rows_.score_channels, kX, static_cast<bool>(a_.cot_query));
     if (a_.cot_value) product(backward_.grad_output, cot_value_, rows_.channels, kScoreBar, false);
 
-    Vector<T> r_sum[2], e_sum[2];
-    for (int r = 0; r < pair.count; ++r) row_sums(pair, r, queries, x, r_sum[r], e_sum[r]);
-    const auto gather = [&](Weight weight, const RowRing<T>& value, Buffer<T>* out, bool add) {
-      T* const target[2] = {out[0], out[1]};
-      gather_keys<T>(g, pair, queries, weights(weight).data(), value, rows_.channels, terms_, target, add);
+    const auto gather = [&](Weight weight, const RowRing<T>& value, const StripResults<T>& out, bool add) {
+      gather_keys<T>(g, group, begin, end, weights_[weight], value, rows_.channels, terms_, out, add);
     };
+    const auto for_each_block = [&](const auto& visit) {
+      for (int64_t b = begin; b < end; ++b) {
+        for (int r = 0; r < group.count; ++r) visit(r, b, b - begin);
+      }
+    };
+    for_each_block([&](int r, int64_t b, int64_t slot) { row_sums(group, r, b, slot); });
     if (a_.cot_value) gather(kProbability, cot_value_, pv_, false);
-    if (a_.grad_grad_output) {
+    const bool own = rows_.job.owns_any(group.y, group.count);
+    if (a_.grad_grad_output && own) {
       gather(kValueWeight, rows_.value, pxv_, false);  // holds P X for the time being
-      for (int r = 0; r < pair.count; ++r) store_grad_output(pair, r, x, r_sum[r]);
+      for_each_block([&](int r, int64_t b, int64_t slot) { store_grad_output(group.y + r, r, b, slot); });
     }
-    for (int r = 0; r < pair.count; ++r) second_pass(pair, r, queries, x, r_sum[r], e_sum[r]);
-    if (!a_.grad_query || !any_own(pair)) return;
+    for_each_block([&](int r, int64_t b, int64_t slot) { second_pass(group, r, b, slot); });
+    if (!a_.grad_query || !own) return;
     gather(kScoreBar, rows_.key, grad_query_, false);
     if (a_.cot_key) gather(kGradScore, cot_key_, grad_query_, true);
-    for (int r = 0; r < pair.count; ++r) {
-      if (!own(pair.y + r)) continue;
-      rows_.transposer.unload(grad_query_[r], L, a_.grad_query, rows_.job, pair.y + r, x, T(a_.problem.dot_scale()));
-    }
+    for_each_block([&](int r, int64_t b, int64_t slot) {
+      if (!rows_.job.owns(group.y + r)) return;
+      rows_.transposer.unload(grad_query_.row(slot, r), L, a_.grad_query, rows_.job, group.y + r, b * L,
+                              T(a_.problem.dot_scale()));
+    });
   }
 
-  bool own(int64_t y) const { return y >= rows_.job.begin && y < rows_.job.end; }
-  bool any_own(const RowPair& pair) const { return own(pair.y) || (pair.count == 2 && own(pair.y + 1)); }
-
-  // P, X and P X, and the sums r and e.
-  void row_sums(const RowPair& pair, int r, const QueryBlock<T>& queries, int64_t x, Vector<T>& r_sum, Vector<T>& e_sum) {
-    const int64_t n = rows_.geometry.ky * rows_.geometry.kx, distance = pair.start[r] - (pair.y + r);
-    const T* table = a_.bias ? rows_.table.row(queries.table, distance) : nullptr;
-    const T* cot_table = a_.cot_bias ? cot_table_.row(queries.table, distance) : nullptr;
+  // P, X and P X of one block, and its sums r and e.
+  void row_sums(const RowGroup& group, int r, int64_t b, int64_t slot) {
+    const ClassGeometry<T>& g = rows_.geometry;
+    const int64_t n = g.ky * g.kx, distance = group.start[r] - (group.y + r), which = g.query_blocks[b].table;
+    const T* table = a_.bias ? rows_.table.row(which, distance) : nullptr;
+    const T* cot_table = a_.cot_bias ? cot_table_.row(which, distance) : nullptr;
     const bool products = a_.cot_query || a_.cot_key;
-    Buffer<T>* weights = weights_[r];
-    const Vector<T> lse = NATTEN_EXT_ISA::load(backward_.lse2[r] + x);
-    r_sum = e_sum = Vector<T>{};
-    for (int64_t i = 0; i < n; ++i) {
-      Vector<T> score = NATTEN_EXT_ISA::load(weights[kProbability] + i * L) - lse;
-      if (table != nullptr) score += NATTEN_EXT_ISA::load(table + i * L);
+    T* const probabilities = weights_[kProbability].block(r, slot);
+    T* const values = weights_[kX].block(r, slot);
+    T* const weighted_values = weights_[kValueWeight].block(r, slot);
+    const T* const grad_scores = weights_[kGradScore].block(r, slot);
+    const Vector<T> lse = NATTEN_EXT_ISA::load(backward_.lse2[r] + b * L);
+    Vector<T> r_sum{}, e_sum{};
+    for (int64_t i = 0; i < n * L; i += L) {
+      Vector<T> score = NATTEN_EXT_ISA::load(probabilities + i) - lse;
+      if (table != nullptr) score += NATTEN_EXT_ISA::load(table + i);
       const Vector<T> probability = exp2(score);
       Vector<T> value{};
-      if (products) value = NATTEN_EXT_ISA::load(weights[kX] + i * L) * kLn2<T>;  // queries carry log2(e)
-      if (cot_table != nullptr) value += NATTEN_EXT_ISA::load(cot_table + i * L);
+      if (products) value = NATTEN_EXT_ISA::load(values + i) * kLn2<T>;  // queries carry log2(e)
+      if (cot_table != nullptr) value += NATTEN_EXT_ISA::load(cot_table + i);
       const Vector<T> weighted = probability * value;
       r_sum += weighted;
-      e_sum += weighted * NATTEN_EXT_ISA::load(weights[kGradScore] + i * L);
-      store(weights[kProbability] + i * L, probability);
-      store(weights[kX] + i * L, value);
-      store(weights[kValueWeight] + i * L, weighted);
+      e_sum += weighted * NATTEN_EXT_ISA::load(grad_scores + i);
+      store(probabilities + i, probability);
+      store(values + i, value);
+      store(weighted_values + i, weighted);
     }
+    r_sum_[slot][r] = r_sum;
+    e_sum_[slot][r] = e_sum;
   }
 
   // dO_bar = u - r O + w
-  void store_grad_output(const RowPair& pair, int r, int64_t x, Vector<T> r_sum) {
-    if (!own(pair.y + r)) return;
+  void store_grad_output(int64_t y, int r, int64_t b, int64_t slot) {
+    if (!rows_.job.owns(y)) return;
     const RowRing<T>& output = backward_.output;
+    T* u = pxv_.row(slot, r);
+    const T* w = pv_.row(slot, r);  // zero without gV
     for (int64_t c = 0; c < rows_.channels; ++c) {
-      const Vector<T> o = NATTEN_EXT_ISA::load(output.row(pair.y + r) + c * output.stride() + x);
-      T* at = pxv_[r] + c * L;
-      store(at, NATTEN_EXT_ISA::load(at) - r_sum * o + NATTEN_EXT_ISA::load(pv_[r] + c * L));
+      const Vector<T> o = NATTEN_EXT_ISA::load(output.row(y) + c * output.stride() + b * L);
+      store(u + c * L, NATTEN_EXT_ISA::load(u + c * L) - r_sum_[slot][r] * o + NATTEN_EXT_ISA::load(w + c * L));
     }
-    rows_.transposer.unload(pxv_[r], L, a_.grad_grad_output, rows_.job, pair.y + r, x, 1);
+    rows_.transposer.unload(u, L, a_.grad_grad_output, rows_.job, y, b * L, 1);
   }
 
-  // Sb, dS and P (X - r), also to the pair's rows of weights; the table's gradient.
-  void second_pass(const RowPair& pair, int r, const QueryBlock<T>& queries, int64_t x, Vector<T> r_sum, Vector<T> e_sum) {
+  // Sb, dS and P (X - r) of one block, also to the group's rows of weights; the table's gradient.
+  void second_pass(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const int64_t y = pair.y + r;
-    Buffer<T>* weights = weights_[r];
-    const Vector<T> delta = NATTEN_EXT_ISA::load(backward_.delta[r] + x);
-    Vector<T> t = e_sum - 2 * delta * r_sum;
+    const int64_t y = group.y + r, x = b * L;
+    const Vector<T> delta = NATTEN_EXT_ISA::load(backward_.delta[r] + x), r_sum = r_sum_[slot][r];
+    Vector<T> t = e_sum_[slot][r] - 2 * delta * r_sum;
     if (a_.cot_value) {
       const RowRing<T>& grad_output = backward_.grad_output;
       for (int64_t c = 0; c < rows_.channels; ++c) {
-        t += NATTEN_EXT_ISA::load(grad_output.row(y) + c * grad_output.stride() + x) * NATTEN_EXT_ISA::load(pv_[r] + c * L);
+        t += NATTEN_EXT_ISA::load(grad_output.row(y) + c * grad_output.stride() + x) *
+             NATTEN_EXT_ISA::load(pv_.row(slot, r) + c * L);
       }
     }
-    T* table = own(y) && a_.grad_bias ? table_gradient.expanded.row(queries.table, pair.start[r] - y) : nullptr;
-    for (int64_t i = 0; i < g.ky * g.kx; ++i) {
-      const Vector<T> probability = NATTEN_EXT_ISA::load(weights[kProbability] + i * L);
-      const Vector<T> dp = NATTEN_EXT_ISA::load(weights[kGradScore] + i * L);
-      const Vector<T> value = NATTEN_EXT_ISA::load(weights[kX] + i * L);
-      Vector<T> inner = value * (dp - delta) - r_sum * dp - t;
-      if (a_.cot_value) inner += NATTEN_EXT_ISA::load(weights[kScoreBar] + i * L);  // G so far
-      const Vector<T> score_bar = probability * inner, grad_score = probability * (dp - delta);
-      store(weights[kScoreBar] + i * L, score_bar);
-      store(weights[kGradScore] + i * L, grad_score);
-      const int64_t at = i / g.kx * g.weights_stride + i % g.kx * g.padded + x;
-      store(score_bar_rows_[r] + at, score_bar);
-      store(score_rows_[r] + at, grad_score);
-      store(value_rows_[r] + at, probability * (value - r_sum));
-      if (table != nullptr) store(table + i * L, NATTEN_EXT_ISA::load(table + i * L) + score_bar);
+    T* grad_table = a_.grad_bias && rows_.job.owns(y)
+                        ? table_gradient.expanded.row(g.query_blocks[b].table, group.start[r] - y)
+                        : nullptr;
+    const T* const probabilities = weights_[kProbability].block(r, slot);
+    const T* const values = weights_[kX].block(r, slot);
+    T* const grad_scores = weights_[kGradScore].block(r, slot);
+    T* const score_bars = weights_[kScoreBar].block(r, slot);
+    for (int64_t i = 0, ky = 0; ky < g.ky; ++ky) {
+      for (int64_t kx = 0; kx < g.kx; ++kx, i += L) {
+        const Vector<T> probability = NATTEN_EXT_ISA::load(probabilities + i);
+        const Vector<T> dp = NATTEN_EXT_ISA::load(grad_scores + i), value = NATTEN_EXT_ISA::load(values + i);
+        Vector<T> inner = value * (dp - delta) - r_sum * dp - t;
+        if (a_.cot_value) inner += NATTEN_EXT_ISA::load(score_bars + i);  // G so far
+        const Vector<T> score_bar = probability * inner, grad_score = probability * (dp - delta);
+        store(score_bars + i, score_bar);
+        store(grad_scores + i, grad_score);
+        const int64_t at = ky * g.weights_stride + kx * g.padded + x;
+        store(score_bar_rows_.rows[r] + at, score_bar);
+        store(score_rows_.rows[r] + at, grad_score);
+        store(value_rows_.rows[r] + at, probability * (value - r_sum));
+        if (grad_table != nullptr) store(grad_table + i, NATTEN_EXT_ISA::load(grad_table + i) + score_bar);
+      }
     }
   }
 
-  // The pair's share of k_bar and v_bar.
-  void gather(const RowPair& pair) {
+  // The group's share of k_bar and v_bar.
+  void gather(const RowGroup& group) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const auto run = [&](Buffer<T>* rows, const RowRing<T>& query, int64_t channels, const RowRing<T>& gradient) {
-      const T* const weight[2] = {rows[0], rows[1]};
-      gatherer_.run(g, pair, weight, query, channels, gradient, rows_.job.begin, rows_.job.end);
+    const auto run = [&](const RowWeights<T>& weights, const RowRing<T>& query, int64_t channels,
+                         const RowRing<T>& gradient) {
+      gatherer_.run(g, group, weights, query, channels, gradient, rows_.job.begin, rows_.job.end);
     };
     if (a_.grad_key) {
       run(score_bar_rows_, rows_.query, rows_.query_channels, grad_key_.ring);
       if (a_.cot_query) run(score_rows_, cot_query_, rows_.query_channels, grad_key_.ring);
       // colsum(dS) is wanted for the l2 term of gK even without gQ.
-      else if (a_.cot_key && a_.problem.l2) add_column_sums(pair);
+      else if (a_.cot_key && a_.problem.l2) add_column_sums(group);
     }
     if (a_.grad_value) run(value_rows_, backward_.grad_output, rows_.channels, grad_value_.ring);
   }
 
-  void add_column_sums(const RowPair& pair) {
-    for (int64_t y = pair.y; y < pair.y + pair.count; ++y) {
+  void add_column_sums(const RowGroup& group) {
+    for (int64_t y = group.y; y < group.y + group.count; ++y) {
       cot_query_.clear(y);
       std::fill_n(cot_query_.row(y) + (rows_.channels + 1) * cot_query_.stride(), rows_.geometry.width, T(1));
     }
-    const T* const weight[2] = {score_rows_[0], score_rows_[1]};
-    gatherer_.run(rows_.geometry, pair, weight, cot_query_, rows_.query_channels, grad_key_.ring, rows_.job.begin,
+    gatherer_.run(rows_.geometry, group, score_rows_, cot_query_, rows_.query_channels, grad_key_.ring, rows_.job.begin,
                   rows_.job.end);
   }
 
@@ -255,9 +257,10 @@ class NeighborhoodDoubleBackward {
   ExpandedTable<T> cot_table_;
   RowRing<T> cot_query_, cot_key_, cot_value_;  // gQ times a log2(e)
   GradientRows<T> grad_key_, grad_value_;
-  Buffer<T> weights_[2][kWeights];                                   // one block, [ky * kx][lanes]
-  Buffer<T> score_bar_rows_[2], score_rows_[2], value_rows_[2];      // all blocks, [ky][weights_stride]
-  Buffer<T> pv_[2], pxv_[2], grad_query_[2];                         // w, u, q_bar: [channel][lanes]
+  StripWeights<T> weights_[kWeights];
+  RowWeights<T> score_bar_rows_, score_rows_, value_rows_;
+  StripResults<T> pv_, pxv_, grad_query_;  // w, u, q_bar
+  Vector<T> r_sum_[kStrip][kGroup], e_sum_[kStrip][kGroup];
   std::vector<Term<T>> terms_;
   QueryGatherer<T> gatherer_;
 };

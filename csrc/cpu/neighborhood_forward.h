@@ -33,32 +33,32 @@ class NeighborhoodRows {
     job = new_job;
     if (changed) {
       geometry.prepare(job.class_height, job.class_width, job.window.kernel_y, job.window.kernel_x);
-      query.resize(2, query_channels, geometry);
-      key.resize(geometry.ky + 1, score_channels, geometry);
-      value.resize(geometry.ky + 1, channels, geometry);
+      query.resize(kGroup, query_channels, geometry);
+      key.resize(geometry.ky + kGroup - 1, score_channels, geometry);
+      value.resize(geometry.ky + kGroup - 1, channels, geometry);
       if (a_.bias) table.fill(geometry, a_.problem, a_.bias, job.head, kLog2E<T>);
     }
     next_key_ = -1;
     return changed;
   }
 
-  void load_queries(const RowPair& pair) {
-    for (int64_t y = pair.y; y < pair.y + pair.count; ++y) {
+  void load_queries(const RowGroup& group) {
+    for (int64_t y = group.y; y < group.y + group.count; ++y) {
       transposer.load(query.row(y), query.stride(), a_.query, job, y, query_scale);
       if (a_.problem.l2) std::fill_n(query.row(y) + channels * query.stride(), geometry.width, T(1));
     }
   }
 
-  // Brings in the rows of keys up to those of the pair; visit(row) may load more of each new row.
+  // Brings in the rows of keys up to those of the group; visit(row) may load more of each new row.
   template <class Visit>
-  void load_keys(const RowPair& pair, const Visit& visit) {
-    for (int64_t row = std::max(next_key_, pair.first()); row < pair.last(); ++row) {
+  void load_keys(const RowGroup& group, const Visit& visit) {
+    for (int64_t row = std::max(next_key_, group.first()); row < group.last(); ++row) {
       transposer.load(key.row(row), key.stride(), a_.key, job, row, 1);
       transposer.load(value.row(row), value.stride(), a_.value, job, row, 1);
       if (a_.problem.l2) key_products(key.row(row), key.row(row), key.row(row), -a_.problem.scale * kLog2E<double>);
       visit(row);
     }
-    next_key_ = std::max(next_key_, pair.last());
+    next_key_ = std::max(next_key_, group.last());
   }
 
   // The extra channel of `target`: factor times the product of two rows, per key.
@@ -103,43 +103,45 @@ class NeighborhoodForward {
  public:
   static constexpr int L = kLanes<T>;
 
-  explicit NeighborhoodForward(const Arguments& a)
-      : a_(a), rows_(a, 0), output_{Buffer<T>(a.problem.head_dim * L), Buffer<T>(a.problem.head_dim * L)} {}
+  explicit NeighborhoodForward(const Arguments& a) : a_(a), rows_(a, 0) { output_.resize(a.problem.head_dim); }
 
   void run(const NeighborhoodJob& job) {
     const ClassGeometry<T>& g = rows_.geometry;
-    if (rows_.start(job)) {
-      for (auto& weights : weights_) weights = Buffer<T>(g.ky * g.kx * L);
-    }
-    T* const weights[2] = {weights_[0], weights_[1]};
-    T* const output[2] = {output_[0], output_[1]};
-    for (int64_t y = job.begin; y < job.end; y += 2) {
-      const RowPair pair(g, y, job.end);
-      rows_.load_queries(pair);
-      rows_.load_keys(pair, [](int64_t) {});
-      for (int64_t x = 0; x < g.width; x += L) {
-        const QueryBlock<T>& block = g.query_blocks[x / L];
-        score_block(g, pair, block, x, rows_.query, rows_.key, rows_.score_channels, weights, false);
-        for (int r = 0; r < pair.count; ++r) softmax(pair, r, block, x);
-        gather_keys<T>(g, pair, block, weights, rows_.value, rows_.channels, terms_, output, false);
-        for (int r = 0; r < pair.count; ++r) {
-          for (int64_t c = 0; c < rows_.channels; ++c) store(output[r] + c * L, load(output[r] + c * L) * inverse_sum_[r]);
-          rows_.transposer.unload(output[r], L, a_.output, job, pair.y + r, x, 1);
-        }
-      }
+    if (rows_.start(job)) weights_.resize(g);
+    const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
+    for (int64_t y = job.begin; y < job.end; y += kGroup) {
+      const RowGroup group(g, y, job.end);
+      rows_.load_queries(group);
+      rows_.load_keys(group, [](int64_t) {});
+      for (int64_t begin = 0; begin < blocks; begin += kStrip) strip(group, begin, std::min(blocks, begin + kStrip));
     }
   }
 
  private:
-  // Scores of one block of queries to exponentials; writes lse and the inverse of their sums.
-  void softmax(const RowPair& pair, int r, const QueryBlock<T>& block, int64_t x) {
+  void strip(const RowGroup& group, int64_t begin, int64_t end) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const int64_t n = g.ky * g.kx;
-    T* weights = weights_[r];
+    score_strip(g, group, begin, end, rows_.query, rows_.key, rows_.score_channels, weights_, false);
+    for (int64_t b = begin; b < end; ++b) {
+      for (int r = 0; r < group.count; ++r) inverse_sum_[b - begin][r] = softmax(group, r, b, weights_.block(r, b - begin));
+    }
+    gather_keys<T>(g, group, begin, end, weights_, rows_.value, rows_.channels, terms_, output_, false);
+    for (int64_t b = begin; b < end; ++b) {
+      for (int r = 0; r < group.count; ++r) {
+        T* output = output_.row(b - begin, r);
+        for (int64_t c = 0; c < rows_.channels; ++c) store(output + c * L, load(output + c * L) * inverse_sum_[b - begin][r]);
+        rows_.transposer.unload(output, L, a_.output, rows_.job, group.y + r, b * L, 1);
+      }
+    }
+  }
+
+  // Scores of one block of queries to exponentials; writes lse and returns the inverse of their sums.
+  Vector<T> softmax(const RowGroup& group, int r, int64_t b, T* weights) {
+    const ClassGeometry<T>& g = rows_.geometry;
+    const int64_t n = g.ky * g.kx, x = b * L, y = group.y + r;
     Vector<T> top = broadcast<T>(-std::numeric_limits<T>::infinity());
     if (a_.bias) {
       // Rows of the table follow each other as rows of keys do.
-      const T* table = rows_.table.row(block.table, pair.start[r] - (pair.y + r));
+      const T* table = rows_.table.row(g.query_blocks[b].table, group.start[r] - y);
       for (int64_t i = 0; i < n; ++i) {
         const Vector<T> s = load(weights + i * L) + load(table + i * L);
         store(weights + i * L, s);
@@ -148,24 +150,34 @@ class NeighborhoodForward {
     } else {
       for (int64_t i = 0; i < n; ++i) top = maximum<T>(top, load(weights + i * L));
     }
-    Vector<T> sum{};
-    for (int64_t i = 0; i < n; ++i) {
+    Vector<T> sums[2] = {};  // two, because additions take longer than they keep the units busy
+    int64_t i = 0;
+    for (; i + 2 <= n; i += 2) {
+      for (int k = 0; k < 2; ++k) {
+        const Vector<T> e = exp2(load(weights + (i + k) * L) - top);
+        sums[k] += e;
+        store(weights + (i + k) * L, e);
+      }
+    }
+    for (; i < n; ++i) {
       const Vector<T> e = exp2(load(weights + i * L) - top);
-      sum += e;
+      sums[0] += e;
       store(weights + i * L, e);
     }
-    inverse_sum_[r] = 1 / sum;
+    const Vector<T> sum = sums[0] + sums[1];
     const NeighborhoodJob& job = rows_.job;
-    T* lse = static_cast<T*>(a_.lse) + job.lse_offset(a_.problem, pair.y + r);
+    T* lse = static_cast<T*>(a_.lse) + job.lse_offset(a_.problem, y);
     for (int lane = 0; lane < L && x + lane < g.width; ++lane) {
       lse[(x + lane) * job.window.dilation_x] = (top[lane] + std::log2(sum[lane])) * kLn2<T>;
     }
+    return 1 / sum;
   }
 
   const Arguments& a_;
   NeighborhoodRows<T> rows_;
-  Buffer<T> weights_[2], output_[2];
-  Vector<T> inverse_sum_[2];
+  StripWeights<T> weights_;
+  StripResults<T> output_;
+  Vector<T> inverse_sum_[kStrip][kGroup];
   std::vector<Term<T>> terms_;
 };
 

@@ -67,25 +67,39 @@ void store_value(const View& view, int64_t offset, T value) {
 }
 
 // n channels from an element offset, times `factor`. The compute type is float, or double for float64 tensors.
+// Rows are short, so these are loops over vectors rather than calls of memcpy.
 template <class T>
 NATTEN_EXT_INLINE void load_row(T* NATTEN_EXT_RESTRICT row, const View& view, int64_t offset, int64_t n, T factor) {
+  constexpr int L = kLanes<T>;
+  int64_t c = 0;
   if (view.dtype == DType::bfloat16) {
     const uint16_t* source = static_cast<const uint16_t*>(view.data) + offset;
-    for (int64_t c = 0; c < n; ++c) row[c] = bfloat16_to_float(source[c]) * factor;
+    for (; c < n; ++c) row[c] = bfloat16_to_float(source[c]) * factor;
   } else {
     const T* source = static_cast<const T*>(view.data) + offset;
-    for (int64_t c = 0; c < n; ++c) row[c] = source[c] * factor;
+    for (; c + L <= n; c += L) store(row + c, load(source + c) * factor);
+    for (; c < n; ++c) row[c] = source[c] * factor;
   }
 }
 template <class T>
 NATTEN_EXT_INLINE void store_row(const T* NATTEN_EXT_RESTRICT row, const View& view, int64_t offset, int64_t n, T factor) {
+  constexpr int L = kLanes<T>;
+  int64_t c = 0;
   if (view.dtype == DType::bfloat16) {
     uint16_t* target = static_cast<uint16_t*>(view.data) + offset;
-    for (int64_t c = 0; c < n; ++c) target[c] = float_to_bfloat16(static_cast<float>(row[c] * factor));
+    for (; c < n; ++c) target[c] = float_to_bfloat16(static_cast<float>(row[c] * factor));
   } else {
     T* target = static_cast<T*>(view.data) + offset;
-    for (int64_t c = 0; c < n; ++c) target[c] = row[c] * factor;
+    for (; c + L <= n; c += L) store(target + c, load(row + c) * factor);
+    for (; c < n; ++c) target[c] = row[c] * factor;
   }
+}
+
+// Asks for n channels that will be loaded soon: rows of a tensor are too far apart for the hardware to guess.
+NATTEN_EXT_INLINE void prefetch_row(const View& view, int64_t offset, int64_t n) {
+  const int64_t size = view.dtype == DType::bfloat16 ? 2 : view.dtype == DType::float32 ? 4 : 8;
+  const char* begin = static_cast<const char*>(view.data) + offset * size;
+  for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(begin + byte);
 }
 
 // target[column][row] = source[row][column]; rows and columns are multiples of the lanes.
