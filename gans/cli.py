@@ -1,6 +1,4 @@
-"""Command line: `python -m gans train | presets | sample`. Options are made from the configurations'
-fields.
-"""
+"""Command line: `python -m gans train | presets | sample`. Options are made from the configurations' fields."""
 
 from __future__ import annotations
 

@@ -23,9 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe; the defaults are TransGAN's for CIFAR-10. One step is n_critic discriminator steps and one
-    of G.
-    """
+    """The recipe; the defaults are TransGAN's for CIFAR-10. One step is n_critic discriminator steps and one of G."""
 
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -43,9 +41,7 @@ class TrainConfig:
     batch_g: int = 128
     """Generated images in a generator step."""
     accumulate: int = 1
-    """Parts into which every batch is split, one after the other, to save memory; both batch sizes must
-    divide.
-    """
+    """Parts into which every batch is split, one after the other, to save memory; both batch sizes must divide."""
     lr_d: float = 1e-4
     """Adam's learning rate for the discriminator."""
     lr_g: float = 1e-4
@@ -53,7 +49,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.0, 0.99)
     """Adam's betas."""
     clip: float = 5.0
-    """Largest gradient norm of either network, 0 for none (published code; the paper does not mention it)."""
+    """Largest gradient norm of either network, 0 for none."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "channels"):

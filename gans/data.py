@@ -107,9 +107,7 @@ class ZipImages:
 
 
 class DigitImages:
-    """The 1797 scanned 8x8 digits that come with scikit-learn (UCI "Optical Recognition of Handwritten
-    Digits").
-    """
+    """The 1797 scanned 8x8 digits that come with scikit-learn (UCI "Optical Recognition of Handwritten Digits")."""
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -172,9 +170,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 class Stream(Dataset[Tensor]):
-    """The endless shuffled sequence of images: item p is image `p % n` of epoch `p // n`, as uint8 `(C, S,
-    S)`.
-    """
+    """The endless shuffled sequence of images: item p is image `p % n` of epoch `p // n`, as uint8 `(C, S, S)`."""
 
     def __init__(
         self, source: ImageSource, *, size: int, channels: int, seed: int, flip: bool, shuffle: bool = True

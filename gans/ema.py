@@ -14,9 +14,7 @@ class EMAConfig:
     """How fast the average forgets; the defaults are TransGAN's CIFAR-10 settings."""
 
     decay: float | None = None
-    """A constant decay per generator step (published 256-pixel runs: 0.995); None uses the half-life
-    below.
-    """
+    """A constant decay per generator step (published 256-pixel runs: 0.995); None uses the half-life below."""
     half_life: int = 500_000
     """Images that the generator makes in training until a weight counts half."""
     rampup: float = 0.1
@@ -30,9 +28,7 @@ class EMAConfig:
 
 
 class EMA:
-    """Keeps `self.model`, an averaged copy in evaluation mode without gradients, of a model under
-    training.
-    """
+    """Keeps `self.model`, an averaged copy in evaluation mode without gradients, of a model under training."""
 
     def __init__(self, model: nn.Module, config: EMAConfig) -> None:
         self.config = config

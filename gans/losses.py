@@ -34,9 +34,7 @@ class WGANGPConfig:
     gp_target: float = 1.0
     """The gradient norm that costs nothing (phi)."""
     drift: float = 1e-3
-    """Weight of the squared mean score of real images, which keeps scores near 0; 0 gives plain WGAN-GP
-    (paper).
-    """
+    """Weight of the squared mean score of real images, which keeps scores near 0; 0 gives plain WGAN-GP (paper)."""
 
     def __post_init__(self) -> None:
         if self.gp_target <= 0:

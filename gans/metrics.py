@@ -38,9 +38,7 @@ def random_features(images: Tensor, batch: int = 256) -> Tensor:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features `(N, D)`, with C the
-    covariances.
-    """
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features `(N, D)`, with C the covariances."""
     mean = (a.mean(0) - b.mean(0)).square().sum()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)

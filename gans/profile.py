@@ -61,9 +61,7 @@ def _peak(device: torch.device) -> float:
 
 
 def measure(config: TrainConfig, *, backend: str, device: str = "auto", repeats: int = 3) -> StepCost:
-    """Measures a recipe's step in this process: median time of `repeats` steps, and the first's peak
-    memory.
-    """
+    """Measures a recipe's step in this process: median time of `repeats` steps, and the first's peak memory."""
     target = choose_device(device)
     torch.manual_seed(config.seed)
     generator = build(config.generator).to(target)

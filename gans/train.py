@@ -110,9 +110,7 @@ def discriminator_step(
     optimizer: torch.optim.Optimizer,
     real: Tensor,
 ) -> dict[str, float]:
-    """One update of the discriminator on a batch of real images and as many generated ones; returns its
-    log.
-    """
+    """One update of the discriminator on a batch of real images and as many generated ones; returns its log."""
     z = torch.randn(len(real), config.generator.latent_dim, device=real.device)
     totals: dict[str, Tensor] = {}
     for real_part, z_part in zip(real.chunk(config.accumulate), z.chunk(config.accumulate), strict=True):
@@ -162,9 +160,7 @@ def adam(model: nn.Module, lr: float, betas: tuple[float, float]) -> torch.optim
 
 
 def check_resumable(path: Path, root: Path, config: TrainConfig) -> None:
-    """ValueError unless the checkpoint was made by the same recipe and is the newest of the folder we write
-    to.
-    """
+    """ValueError unless the checkpoint was made by the same recipe and is the newest of the folder we write to."""
     changed = differences(checkpoint.load_config(path)["recipe"], to_dict(config))
     changed = [name for name in changed if not name.startswith("steps ")]
     if changed:

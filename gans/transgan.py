@@ -32,26 +32,9 @@ from gans.layers import (
 )
 
 
-def _check_stages(owner: str, sizes: tuple[int, ...], dims: tuple[int, ...], config: _Stages) -> None:
-    """ValueError unless depths and windows name one value per stage that the maps and the heads allow."""
-    for name in ("depths", "windows"):
-        values = getattr(config, name)
-        if len(values) != len(sizes):
-            raise ValueError(f"{owner}.{name} is {values}; it needs one value for each of {len(sizes)} stages")
-    if not sizes:
-        raise ValueError(f"{owner}.depths and its widths are empty; there must be at least one stage")
-    if min(config.depths) < 0:
-        raise ValueError(f"{owner}.depths is {config.depths}; a depth cannot be negative")
-    for size, dim, window in zip(sizes, dims, config.windows, strict=True):
-        if size < 1 or window < 1 or size % window:
-            raise ValueError(f"{owner}.windows has {window}, which does not divide its map of {size}x{size}")
-        if dim < 1 or dim % config.heads:
-            raise ValueError(f"{owner}.heads is {config.heads}, which does not divide the {dim} channels of a stage")
-
-
 @dataclass(frozen=True)
-class _Stages:
-    """What generator and discriminator blocks have in common."""
+class _Blocks:
+    """What the blocks of both networks have in common."""
 
     heads: int = 4
     """Attention heads of every block; the scale is head_dim ** -0.5."""
@@ -59,10 +42,34 @@ class _Stages:
     """Hidden width of the MLPs over their width."""
     qkv_bias: bool = False
     """Whether the query, key and value projections have a bias (published: no)."""
+    norm: NormName = "layer"
+    """"layer", or the paper's modified normalisation "rms" (published code: CIFAR-10 "layer", STL-10 "rms")."""
+
+    def _check_stages(
+        self,
+        owner: str,
+        sizes: tuple[int, ...],
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        windows: tuple[int, ...],
+    ) -> None:
+        """ValueError unless depths and windows have one value per stage that its map and the heads allow."""
+        if not sizes:
+            raise ValueError(f"{owner}.depths and its widths are empty; there must be at least one stage")
+        for name, values in (("depths", depths), ("windows", windows)):
+            if len(values) != len(sizes):
+                raise ValueError(f"{owner}.{name} is {values}; it needs one value for each of {len(sizes)} stages")
+        if min(depths) < 0:
+            raise ValueError(f"{owner}.depths is {depths}; a depth cannot be negative")
+        for size, dim, window in zip(sizes, dims, windows, strict=True):
+            if size < 1 or window < 1 or size % window:
+                raise ValueError(f"{owner}.windows has {window}, which does not divide its map of {size}x{size}")
+            if dim < 1 or dim % self.heads:
+                raise ValueError(f"{owner}.heads is {self.heads}, which does not divide a stage's {dim} channels")
 
 
 @dataclass(frozen=True)
-class GeneratorConfig(_Stages):
+class GeneratorConfig(_Blocks):
     """Generator; the defaults are the published CIFAR-10 configuration (83,312,495 parameters).
 
     Stage i works on a map of side `base_size * 2**i` with `base_dim / 4**i` channels.
@@ -80,16 +87,10 @@ class GeneratorConfig(_Stages):
     """Side of each stage's attention windows; the map's own side makes attention global."""
     channels: int = 3
     """Image channels, 1 or 3."""
-    norm: NormName = "layer"
-    """"rms" is the paper's modified normalisation; the published CIFAR-10 code leaves it at "layer"."""
     noise: bool = False
-    """Noise at attention inputs: in the published code only the 256-pixel generators have it; not in the
-    paper.
-    """
+    """Noise at attention inputs: in the published code only the 256-pixel generators have it."""
     linear_init: LinearInit = "torch"
-    """The published generator keeps PyTorch's default for Linear; "trunc_normal" is the discriminator's
-    rule.
-    """
+    """The published generator keeps PyTorch's default for Linear; "trunc_normal" is the discriminator's rule."""
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -101,7 +102,7 @@ class GeneratorConfig(_Stages):
                 f"generator.base_dim is {self.base_dim}; {len(self.depths)} stages need a multiple of "
                 f"{4 ** (len(self.depths) - 1)}"
             )
-        _check_stages("generator", self.sizes, self.dims, self)
+        self._check_stages("generator", self.sizes, self.dims, self.depths, self.windows)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -116,6 +117,78 @@ class GeneratorConfig(_Stages):
     @property
     def image_size(self) -> int:
         return self.sizes[-1]
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig(_Blocks):
+    """Multi-scale discriminator; the defaults are the published CIFAR-10 configuration (10,210,400
+    parameters).
+
+    Stage i sees patches of side `patch_size * 2**i`, each embedded in `patch_dims[i]` channels that are
+    appended to what the stage before hands on, so its width is the sum of the first i + 1 entries.
+    """
+
+    image_size: int = 32
+    """Side of the images."""
+    channels: int = 3
+    """Image channels, 1 or 3."""
+    patch_size: int = 2
+    """Side of the first stage's patches."""
+    patch_dims: tuple[int, ...] = (288, 96)
+    """Channels added by each stage's patches. Published 3C/4, C/4 with C = 384; paper C/4, C/4, C/2 at 3 scales."""
+    depths: tuple[int, ...] = (3, 3)
+    """Blocks of each stage."""
+    windows: tuple[int, ...] = (16, 8)
+    """Side of each stage's attention windows; the map's own side makes attention global."""
+    last_depth: int = 1
+    """Blocks after the class token is appended, over all tokens and without a position table."""
+    noise: bool = True
+    """Noise at attention inputs, with a learned strength that starts at 0."""
+    linear_init: LinearInit = "trunc_normal"
+    """Initialisation of every Linear."""
+    augment: tuple[str, ...] = ("translation", "cutout", "color")
+    """DiffAug policy, applied to whatever the discriminator is given, interpolates included."""
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"discriminator.channels is {self.channels}; it must be 1 or 3")
+        coarsest = self.patch_size * 2 ** (len(self.patch_dims) - 1)
+        if self.patch_size < 1 or self.image_size % coarsest:
+            raise ValueError(
+                f"discriminator.image_size is {self.image_size}; its coarsest patches ({coarsest} px) must divide it"
+            )
+        if self.last_depth < 1:
+            raise ValueError(f"discriminator.last_depth is {self.last_depth}; the class token needs at least 1 block")
+        check_policy(self.augment)
+        self._check_stages("discriminator", self.sizes, self.dims, self.depths, self.windows)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Side of each stage's map."""
+        return tuple(self.image_size // (self.patch_size * 2**i) for i in range(len(self.patch_dims)))
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(sum(self.patch_dims[: i + 1]) for i in range(len(self.patch_dims)))
+
+
+def _stage(config: GeneratorConfig | DiscriminatorConfig, dim: int, depth: int, window: int | None) -> nn.Sequential:
+    """`depth` blocks of one width."""
+    return nn.Sequential(
+        *(
+            Block(
+                dim,
+                config.heads,
+                window=window,
+                norm=config.norm,
+                noise=config.noise,
+                mlp_ratio=config.mlp_ratio,
+                qkv_bias=config.qkv_bias,
+            )
+            for _ in range(depth)
+        )
+    )
 
 
 class Generator(nn.Module):
@@ -134,20 +207,7 @@ class Generator(nn.Module):
             learned_embedding(1, size, size, dim) for size, dim in zip(config.sizes, config.dims, strict=True)
         )
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    Block(
-                        dim,
-                        config.heads,
-                        window=window,
-                        norm=config.norm,
-                        noise=config.noise,
-                        mlp_ratio=config.mlp_ratio,
-                        qkv_bias=config.qkv_bias,
-                    )
-                    for _ in range(depth)
-                )
-            )
+            _stage(config, dim, depth, window)
             for dim, depth, window in zip(config.dims, config.depths, config.windows, strict=True)
         )
         self.to_rgb = nn.Conv2d(config.dims[-1], config.channels, kernel_size=1)
@@ -163,64 +223,6 @@ class Generator(nn.Module):
         return self.to_rgb(to_image(x))
 
 
-@dataclass(frozen=True)
-class DiscriminatorConfig(_Stages):
-    """Multi-scale discriminator; the defaults are the published CIFAR-10 configuration (10,210,400
-    parameters).
-
-    Stage i sees patches of side `patch_size * 2**i`, each embedded in `patch_dims[i]` channels that are
-    appended to what the stage before hands on, so its width is the sum of the first i + 1 entries.
-    """
-
-    image_size: int = 32
-    """Side of the images."""
-    channels: int = 3
-    """Image channels, 1 or 3."""
-    patch_size: int = 2
-    """Side of the first stage's patches."""
-    patch_dims: tuple[int, ...] = (288, 96)
-    """Channels added by each stage's patches. Published 3C/4, C/4 with C = 384; paper C/4, C/4, C/2 at 3
-    scales.
-    """
-    depths: tuple[int, ...] = (3, 3)
-    """Blocks of each stage."""
-    windows: tuple[int, ...] = (16, 8)
-    """Side of each stage's attention windows; the map's own side makes attention global."""
-    last_depth: int = 1
-    """Blocks after the class token is appended, over all tokens and without a position table."""
-    norm: NormName = "layer"
-    """"rms" for STL-10 in the published code."""
-    noise: bool = True
-    """Noise at attention inputs, with a learned strength that starts at 0; not in the paper."""
-    linear_init: LinearInit = "trunc_normal"
-    """Initialisation of every Linear."""
-    augment: tuple[str, ...] = ("translation", "cutout", "color")
-    """DiffAug policy, applied to whatever the discriminator is given, interpolates included."""
-
-    def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
-            raise ValueError(f"discriminator.channels is {self.channels}; it must be 1 or 3")
-        coarsest = self.patch_size * 2 ** (len(self.patch_dims) - 1)
-        if self.patch_size < 1 or self.image_size % coarsest:
-            raise ValueError(
-                f"discriminator.image_size is {self.image_size}; its coarsest patches ({coarsest} px) must divide it"
-            )
-        if self.last_depth < 1:
-            raise ValueError(f"discriminator.last_depth is {self.last_depth}; the class token needs at least 1 block")
-        check_policy(self.augment)
-        _check_stages("discriminator", self.sizes, self.dims, self)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Side of each stage's map."""
-        return tuple(self.image_size // (self.patch_size * 2**i) for i in range(len(self.patch_dims)))
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """Channels of each stage."""
-        return tuple(sum(self.patch_dims[: i + 1]) for i in range(len(self.patch_dims)))
-
-
 class Discriminator(nn.Module):
     """Images `(B, channels, S, S)` to one unbounded score each, `(B,)`.
 
@@ -232,12 +234,6 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         self.config = config
-        block = {
-            "norm": config.norm,
-            "noise": config.noise,
-            "mlp_ratio": config.mlp_ratio,
-            "qkv_bias": config.qkv_bias,
-        }
         self.patches = nn.ModuleList(
             nn.Conv2d(config.channels, dim, kernel_size=size, stride=size)
             for dim, size in ((dim, config.patch_size * 2**i) for i, dim in enumerate(config.patch_dims))
@@ -246,12 +242,12 @@ class Discriminator(nn.Module):
             learned_embedding(1, size, size, dim) for size, dim in zip(config.sizes, config.dims, strict=True)
         )
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dim, config.heads, window=window, **block) for _ in range(depth)))
+            _stage(config, dim, depth, window)
             for dim, depth, window in zip(config.dims, config.depths, config.windows, strict=True)
         )
         width = config.dims[-1]
         self.cls_token = learned_embedding(1, 1, width)
-        self.last = nn.Sequential(*(Block(width, config.heads, window=None, **block) for _ in range(config.last_depth)))
+        self.last = _stage(config, width, config.last_depth, window=None)
         self.norm = make_norm(config.norm, width)
         self.head = nn.Linear(width, 1)
         init_weights(self, config.linear_init)
