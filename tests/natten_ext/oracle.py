@@ -8,7 +8,7 @@ precision it is "the same computation in plain PyTorch", which the error budget 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,13 +30,13 @@ def axis_neighbors(position: int, length: int, kernel: int, dilation: int) -> li
     return members[first : first + kernel]
 
 
-@lru_cache(maxsize=None)
+@cache
 def full_neighbors(queries: int, keys: int) -> Neighbors:
     """Every query attends to every key; there is no table, so offsets are zero."""
     return tuple(tuple((key, 0, 0) for key in range(keys)) for _ in range(queries))
 
 
-@lru_cache(maxsize=None)
+@cache
 def grid_neighbors(height: int, width: int, window: tuple[int, int]) -> Neighbors:
     """Every query attends to the keys with which it shares a cell of the grid."""
     result = []
@@ -48,7 +48,7 @@ def grid_neighbors(height: int, width: int, window: tuple[int, int]) -> Neighbor
     return tuple(result)
 
 
-@lru_cache(maxsize=None)
+@cache
 def sliding_neighbors(height: int, width: int, kernel: tuple[int, int], dilation: tuple[int, int]) -> Neighbors:
     """Every query attends to a window that slides with it; offsets are in units of the dilation."""
     result = []
@@ -62,7 +62,7 @@ def sliding_neighbors(height: int, width: int, kernel: tuple[int, int], dilation
     return tuple(result)
 
 
-@lru_cache(maxsize=None)
+@cache
 def pair_tables(neighbors: Neighbors, keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """For every (query, key): whether it is a pair of the neighborhood, and its row and column offset (0 if not)."""
     allowed = torch.zeros(len(neighbors), keys, dtype=torch.bool)

@@ -8,58 +8,8 @@ import pytest
 import torch
 from budget import assert_equal_to_rounding
 from cases import Case, Inputs, cotangents_of, derivatives, find, forward, grad_output_of, inputs_of
+from layouts import LAYOUTS
 from torch import Tensor
-
-
-def packed(inputs: Inputs) -> Inputs:
-    """Query, key and value as views of one tensor (..., 3, heads, head_dim), as a projection makes them."""
-    query, key, value = torch.stack([inputs[n] for n in ("query", "key", "value")], -3).unbind(-3)
-    return inputs | {"query": query, "key": key, "value": value}
-
-
-def heads_first(inputs: Inputs) -> Inputs:
-    """Laid out as (batch, heads, tokens, head_dim) in memory."""
-    return {n: t if n == "bias" else t.movedim(-2, 1).contiguous().movedim(1, -2) for n, t in inputs.items()}
-
-
-def batch_inside(inputs: Inputs) -> Inputs:
-    """Laid out as (tokens, heads, batch, head_dim) in memory."""
-    return {n: t if n == "bias" else t.movedim(0, -2).contiguous().movedim(-2, 0) for n, t in inputs.items()}
-
-
-def transposed_map(inputs: Inputs) -> Inputs:
-    """Laid out with width before height in memory."""
-    return {n: t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 5 else t for n, t in inputs.items()}
-
-
-def odd_address(inputs: Inputs) -> Inputs:
-    """A part of a wider tensor: rows start at addresses that no vector is aligned to."""
-    return {n: torch.nn.functional.pad(t, (1, 2))[..., 1:-2] for n, t in inputs.items()}
-
-
-def every_second_token(inputs: Inputs) -> Inputs:
-    return {n: t if n == "bias" else t.repeat_interleave(2, dim=1)[:, ::2] for n, t in inputs.items()}
-
-
-def channels_apart(inputs: Inputs) -> Inputs:
-    """The last dimension is not contiguous."""
-    return {n: t.transpose(-1, -2).contiguous().transpose(-1, -2) for n, t in inputs.items()}
-
-
-def every_second_channel(inputs: Inputs) -> Inputs:
-    return {n: t.repeat_interleave(2, dim=-1)[..., ::2] for n, t in inputs.items()}
-
-
-LAYOUTS = [
-    packed,
-    heads_first,
-    batch_inside,
-    transposed_map,
-    odd_address,
-    every_second_token,
-    channels_apart,
-    every_second_channel,
-]
 
 LAYOUT_CASES = [
     find("full-self-9"),
