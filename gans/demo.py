@@ -33,15 +33,15 @@ from matplotlib import pyplot as plt
 NEEDED_FALL = 5.0
 """How many times smaller the distance has to become for the demo to count as successful."""
 
-METRIC_IMAGES = 1797
-"""Generated images in a measurement of the distance: as many as there are real ones."""
+METRIC_IMAGES = 1000
+"""Real and generated images in a measurement of the distance."""
 
 COST_RECIPE = replace(
     DIGITS,
     generator=replace(DIGITS.generator, base_size=8, windows=(8, 16, 32)),
     discriminator=replace(DIGITS.discriminator, image_size=32, patch_size=1, windows=(32, 16)),
-    batch_d=8,
-    batch_g=8,
+    batch_d=4,
+    batch_g=4,
 )
 """The demo's networks at 32 px with single pixels as the finest patches: 1024 tokens in both."""
 
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
             threads=options.threads,
             log_every=max(1, options.steps // 100),
             sample_every=sample_every,
-            metric_every=sample_every,
+            metric_every=max(1, options.steps // 8),
             metric_images=METRIC_IMAGES,
             checkpoint_every=max(1, options.steps),
         ),

@@ -259,19 +259,16 @@ def train(config: TrainConfig, run: RunConfig, *, progress: bool = True) -> Path
             metric = RandomFeatureFrechet(real)
             tqdm.write(f"{metric.name}: real against real (two halves of {metric.count} images) {metric.floor:.4g}")
 
-        def measure() -> dict[str, float]:
-            assert metric is not None
-            return {
-                "distance": metric(generate(average.model, run.metric_images, device)),
-                "floor": metric.floor,
-            }
+        def measure(metric: RandomFeatureFrechet) -> dict[str, float]:
+            distance = metric(generate(average.model, run.metric_images, device))
+            return {"distance": distance, "floor": metric.floor}
 
         if step == 0:
             real = data.load_images(source, size=size, channels=channels, limit=run.sample_count)
             save_png(grid(real), out / "samples" / "real.png")
             save_samples()
             if metric:
-                log.write(step, measure())
+                log.write(step, measure(metric))
 
         real_batches = data.batches(stream, config.batch_d, start=position, workers=config.images.workers)
         means = Means()
@@ -298,8 +295,8 @@ def train(config: TrainConfig, run: RunConfig, *, progress: bool = True) -> Path
                     G=f"{line['generator/adversarial']:.3g}",
                     refresh=False,
                 )
-            if due(run.metric_every):
-                log.write(step, measure())
+            if metric and (due(run.metric_every) or step == config.steps):
+                log.write(step, measure(metric))
             if due(run.sample_every) or step == config.steps:
                 save_samples()
             if due(run.checkpoint_every) or step == config.steps:
