@@ -20,8 +20,10 @@ Exit status: 0; 1 if one of our backends was wrong or failed; 2 for arguments th
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +36,7 @@ if __package__ in (
 from tqdm import tqdm
 
 from benchmarks.candidates import PEER_NAMES, Candidate, find_candidates
-from benchmarks.environment import describe_environment, limit_memory
+from benchmarks.environment import describe_environment, limit_memory, load_average
 from benchmarks.floors import measure_rates
 from benchmarks.problem import ORDERS
 from benchmarks.report import LEGEND, figures_block, figures_to_reach, shape_block, write_json
@@ -111,13 +113,12 @@ def main(arguments: list[str] | None = None, extra: tuple[Candidate, ...] = ()) 
         limit_memory()
 
     environment = describe_environment(device, dtype)
-    rates = measure_rates(device, dtype)
+    samples = 2 if options.suite == "smoke" else 12
+    rates = measure_rates(device, dtype, samples)
     where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
     print(f"suite {options.suite}, {options.dtype}, {where}, torch {environment['torch']}")
-    print(
-        f"measured rates: {rates.fmas / 1e9:.1f} G multiply-adds/s (matrix product),"
-        f" {rates.bytes / 1e9:.1f} GB/s (copy), {rates.exps / 1e9:.2f} G exponentials/s"
-    )
+    print(f"measured rates: {rates}")
+    _warn_if_busy(environment)
     for name, state in environment["backends"].items():
         if state != "available":
             print(f"backend {name}: cannot: {state}")
@@ -134,6 +135,13 @@ def main(arguments: list[str] | None = None, extra: tuple[Candidate, ...] = ()) 
         tqdm.write(shape_block(shape, new_rows), file=sys.stdout)
         if options.json:
             write_json(options.json, environment, named, rates, rows)
+    rates = rates.best(measure_rates(device, dtype, samples))
+    for row in rows:
+        row.relate(rates, dtype.itemsize)
+    print(f"rates, best of start and end (for the percentages from here on, and in the JSON): {rates}")
+    environment["load_average_after"] = load_average()
+    if options.json:
+        write_json(options.json, environment, named, rates, rows)
     if options.suite == "cpu" and device.type == "cpu":
         print(figures_block(figures_to_reach(rows)))
     if options.plot:
@@ -144,6 +152,12 @@ def main(arguments: list[str] | None = None, extra: tuple[Candidate, ...] = ()) 
     for row in failed:
         print(f"FAILED: {row.candidate} on {row.shape.name}, {row.order}: {row.reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _warn_if_busy(environment: dict[str, Any]) -> None:
+    load, cores = environment["load_average"], os.cpu_count() or 1
+    if load > 0.5 * cores:
+        print(f"this machine is busy (load average {load:.1f} on {cores} cores): expect wrong times and low rates")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, 
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
+        "load_average": load_average(),
         "backends": {s.name: s.reason or "available" for s in natten_ext.backends(device=device, dtype=dtype)},
     }
     if device.type == "cuda":
@@ -44,6 +44,11 @@ def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, 
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
     return facts
+
+
+def load_average() -> float:
+    """Processes that ran or waited to run during the last minute."""
+    return os.getloadavg()[0]
 
 
 def limit_memory(share: float = 0.8) -> None:

@@ -58,6 +58,16 @@ class Rates:
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
 
+    def best(self, other: Rates) -> Rates:
+        """The better of each."""
+        return Rates(max(self.fmas, other.fmas), max(self.exps, other.exps), max(self.bytes, other.bytes))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.fmas / 1e9:.1f} G multiply-adds/s (matrix product), {self.bytes / 1e9:.1f} GB/s (copy),"
+            f" {self.exps / 1e9:.2f} G exponentials/s"
+        )
+
 
 def stage_work(shape: Shape, stage: str, itemsize: int) -> Work:
     """Useful work of "forward", "backward" or "double" (the double backward alone)."""

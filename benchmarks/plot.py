@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,127 +15,123 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 
-ORDER_NAMES = {
-    "forward": "forward",
-    "backward": "forward + backward",
-    "double": "gradient penalty (second order)",
+ORDERS = {"forward": "forward", "backward": "forward + backward", "double": "gradient penalty (second order)"}
+COLORS = {"forward": "#8ec1de", "backward": "#2f7fb8", "double": "#16324f"}
+PEERS = {
+    "sdpa": ("D", "#e08e0b"),
+    "sdpa-flash": ("D", "#e08e0b"),
+    "sdpa-efficient": ("s", "#c2571a"),
+    "sdpa-cudnn": ("^", "#b03a2e"),
+    "sdpa-math": ("v", "#8e6bb0"),
+    "flex": ("P", "#3a9d5d"),
+    "natten": ("*", "#d6336c"),
 }
-COLORS = {"forward": "#7fb3d5", "backward": "#2874a6", "double": "#1b2f45"}
-PEER_MARKS = {
-    "sdpa": "D",
-    "sdpa-flash": "D",
-    "sdpa-efficient": "s",
-    "sdpa-cudnn": "^",
-    "sdpa-math": "v",
-    "flex": "P",
-    "natten": "*",
-}
-NAIVE_COLOR, LIMIT_COLOR, PEER_COLOR = "#c9c9c9", "#b03a2e", "#e08e0b"
+NAIVE, GOAL, LINE = "#9a9a9a", "#b03a2e", "#444444"
+SMALLEST = 1e-3  # drawn for ratios of memory below it: nothing that can be measured
+
+Row = dict[str, Any]
 
 
-def draw(rows: list[dict[str, Any]], environment: dict[str, Any], path: Path) -> None:
-    """Draw the rows of a result (``Row.to_dict``): one figure for each of our backends in turn, side by side."""
-    backends = list(dict.fromkeys(row["candidate"] for row in rows if row["group"] == "ours"))
-    backends = backends or ["naive"]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    orders = [order for order in ORDER_NAMES if any(row["order"] == order for row in rows)]
-    width = max(7.0, 1.5 + 0.75 * len(shapes))
+class Result:
+    """Rows of a result (``Row.to_dict``) with the places of their bars."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = {(row["shape"], row["order"], row["candidate"]): row for row in rows}
+        self.shapes = list(dict.fromkeys(row["shape"] for row in rows))
+        self.orders = [order for order in ORDERS if any(row["order"] == order for row in rows)]
+        self.backends = list(dict.fromkeys(row["candidate"] for row in rows if row["group"] == "ours"))
+        self.bar = 0.8 / len(self.orders)
+
+    def of(self, candidate: str) -> Iterator[tuple[float, str, Row]]:
+        """Place, order and row of every bar that a candidate has."""
+        for x, shape in enumerate(self.shapes):
+            for i, order in enumerate(self.orders):
+                row = self.rows.get((shape, order, candidate))
+                if row:
+                    yield x + (i - (len(self.orders) - 1) / 2) * self.bar, order, row
+
+
+def draw(rows: list[Row], environment: dict[str, Any], path: Path) -> None:
+    """One column for each of our backends (or for naive alone): speed above, memory below."""
+    result = Result(rows)
+    backends = result.backends or ["naive"]
+    width = max(8.0, 1.5 + 0.8 * len(result.shapes))
     figure, axes = plt.subplots(
-        2,
-        len(backends),
-        figsize=(width * len(backends), 8.4),
-        squeeze=False,
-        sharey="row",
-        layout="constrained",
+        2, len(backends), figsize=(width * len(backends), 9.2), squeeze=False, sharey="row", layout="constrained"
     )
     where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
     figure.suptitle(f"natten_ext on {where}, torch {environment['torch']}", fontsize=12, x=0.01, ha="left")
     for column, backend in enumerate(backends):
-        _draw_speed(axes[0][column], rows, backend, shapes, orders)
-        _draw_memory(axes[1][column], rows, backend, shapes, orders)
+        _draw_speed(axes[0][column], result, backend)
+        _draw_memory(axes[1][column], result, backend)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _cell(rows, shape, order, candidate):
-    for row in rows:
-        if (row["shape"], row["order"], row["candidate"]) == (shape, order, candidate):
-            return row
-    return None
-
-
-def _draw_speed(axis, rows, backend, shapes, orders) -> None:
-    bar = 0.8 / len(orders)
-    peers = [c for c in dict.fromkeys(r["candidate"] for r in rows if r["group"] == "peer") if c in PEER_MARKS]
-    labelled = set()
-    for i, order in enumerate(orders):
-        for x, shape in enumerate(shapes):
-            place = x + (i - (len(orders) - 1) / 2) * bar
-            row = _cell(rows, shape, order, backend)
-            if row and row["ratio"]:
-                axis.bar(
-                    place,
-                    row["ratio"],
-                    bar * 0.92,
-                    color=COLORS[order],
-                    label=_once(labelled, ORDER_NAMES[order]),
-                )
-            for peer in peers:
-                row = _cell(rows, shape, order, peer)
-                if row and row["ratio"]:
-                    axis.plot(
-                        place, row["ratio"], PEER_MARKS[peer], color=PEER_COLOR, markeredgecolor="white",
-                        markersize=7, linestyle="none", label=_once(labelled, peer), zorder=3,
-                    )  # fmt: skip
-    axis.axhline(1, color="#555555", linewidth=1)
+def _draw_speed(axis: Axes, result: Result, backend: str) -> None:
+    handles = [Patch(color=COLORS[order], label=ORDERS[order]) for order in result.orders]
+    for place, order, row in result.of(backend):
+        if row["ratio"]:
+            axis.bar(place, row["ratio"] - 1, result.bar * 0.92, bottom=1, color=COLORS[order])
+            above = row["ratio"] >= 1
+            axis.annotate(
+                f"{row['ratio']:.1f}", (place, row["ratio"]), (0, 2 if above else -2), textcoords="offset points",
+                ha="center", va="bottom" if above else "top", fontsize=6, color=LINE,
+            )  # fmt: skip
+    for peer, (mark, color) in PEERS.items():
+        drawn = False
+        for place, _, row in result.of(peer):
+            if row["ratio"]:
+                axis.plot(place, row["ratio"], mark, color=color, markeredgecolor="white", markersize=7, zorder=3)
+                drawn = True
+        if drawn:
+            handles.append(Line2D([], [], marker=mark, color=color, linestyle="none", label=peer))
+    axis.axhline(1, color=LINE, linewidth=1)
     axis.set_yscale("log")
-    axis.set_ylabel("times faster than the fastest naive PyTorch")
-    axis.set_title(f"Speed of {backend} (bars) and of peers (marks); no mark: the peer cannot", loc="left", fontsize=10)
-    _finish(axis, shapes)
+    axis.set_ylabel("times the speed of the fastest naive PyTorch")
+    _finish(axis, result, f"Speed of {backend} (bars) and of peers (marks; none where a peer cannot)", handles)
 
 
-def _draw_memory(axis, rows, backend, shapes, orders) -> None:
-    bar = 0.8 / len(orders)
-    labelled = set()
-    for i, order in enumerate(orders):
-        for x, shape in enumerate(shapes):
-            place = x + (i - (len(orders) - 1) / 2) * bar
-            for candidate, color, label in (
-                ("naive", NAIVE_COLOR, "naive"),
-                (backend, COLORS[order], ORDER_NAMES[order]),
-            ):
-                row = _cell(rows, shape, order, candidate)
-                if row and row["memory"]:
-                    # On a logarithmic axis a bar needs a positive height: 0.001 stands for nothing measurable.
-                    height = max(row["memory"]["ratio"], 1e-3)
-                    axis.bar(place, height, bar * 0.92, color=color, label=_once(labelled, label))
-    axis.axhline(0.25, color=LIMIT_COLOR, linewidth=1.2, linestyle="--", label="goal: at most 0.25")
+def _draw_memory(axis: Axes, result: Result, backend: str) -> None:
+    naive = {(row["shape"], order): row for _, order, row in result.of("naive")}
+    for place, order, row in result.of(backend):
+        other = naive.get((row["shape"], order))
+        heights = [max(SMALLEST, r["memory"]["ratio"]) for r in (row, other) if r and r["memory"]]
+        if row["memory"]:
+            axis.plot(place, heights[0], "o", color=COLORS[order], markersize=7, zorder=3)
+        if other and other["memory"]:
+            axis.plot(place, heights[-1], "_", color=NAIVE, markersize=9, markeredgewidth=2.5, zorder=2)
+        if len(heights) == 2:
+            axis.plot([place, place], heights, color=NAIVE, linewidth=0.8, zorder=1)
+    axis.axhline(0.25, color=GOAL, linewidth=1.2, linestyle="--")
     axis.set_yscale("log")
     axis.set_ylabel("peak memory beyond inputs and results,\nrelative to the results")
-    axis.set_title(f"Extra memory of {backend} (coloured) in front of naive's (grey)", loc="left", fontsize=10)
-    _finish(axis, shapes)
+    handles = [
+        *(Line2D([], [], marker="o", color=COLORS[o], linestyle="none", label=ORDERS[o]) for o in result.orders),
+        Line2D([], [], marker="_", color=NAIVE, linestyle="none", markersize=9, markeredgewidth=2.5, label="naive"),
+        Line2D([], [], color=GOAL, linestyle="--", label="goal: at most 0.25"),
+    ]
+    _finish(axis, result, f"Extra memory of {backend} and of naive, each order's operator alone", handles)
 
 
-def _once(labelled: set[str], label: str) -> str:
-    """The label at its first use, afterwards one that the legend leaves out."""
-    if label in labelled:
-        return "_"
-    labelled.add(label)
-    return label
-
-
-def _finish(axis, shapes) -> None:
-    axis.set_xticks(range(len(shapes)), shapes, rotation=35, ha="right")
-    axis.set_xlim(-0.6, len(shapes) - 0.4)
-    axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+def _finish(axis: Axes, result: Result, title: str, handles: list[Any]) -> None:
+    axis.set_xticks(range(len(result.shapes)), result.shapes, rotation=30, ha="right", rotation_mode="anchor")
+    axis.set_xlim(-0.6, len(result.shapes) - 0.4)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    handles, _ = axis.get_legend_handles_labels()
-    if handles:
-        axis.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.06), borderaxespad=0)
+    axis.set_title(title, loc="left", fontsize=10, pad=26)
+    axis.legend(
+        handles=handles, fontsize=8, frameon=False, ncols=len(handles), loc="lower left", bbox_to_anchor=(-0.01, 1.0),
+        borderaxespad=0.2, handletextpad=0.4, columnspacing=1.2,
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -46,6 +46,10 @@ class Inputs:
         query, key, value = (x.detach() for x in (self.query, self.key, self.value))
         return query, key, value, None if self.table is None else self.table.detach()
 
+    def untied(self) -> Inputs:
+        """The same with a key of its own where query and key are one tensor."""
+        return replace(self, key=self.query.detach().clone().requires_grad_()) if self.key is self.query else self
+
     def without_table(self) -> Inputs:
         return replace(self, table=None)
 

@@ -64,6 +64,13 @@ class Row:
         """Whether this is ours and did not give the right result."""
         return self.group == "ours" and self.status in ("wrong", "cannot")
 
+    def relate(self, rates: Rates, itemsize: int) -> None:
+        """Fill in the floor and the percentages of the floor and of the multiply-add rate."""
+        self.floor, self.bound = step_floor(self.shape, self.order, itemsize, rates)
+        if self.timing is not None:
+            self.floor_percent = 100 * self.floor / self.timing.median
+            self.fma_percent = 100 * step_fmas(self.shape, self.order) / rates.fmas / self.timing.median
+
     def to_dict(self) -> dict[str, Any]:
         row = {k: v for k, v in vars(self).items() if k not in ("shape", "timing", "memory")}
         return row | {
@@ -202,16 +209,12 @@ class _Cell:
                 _free()
 
     def relate(self, rates: Rates) -> None:
-        """Ratio to naive, percent of the floor and of the multiply-add rate."""
+        """Ratio to the fastest naive form, and shares of the rates."""
         naive = [row.timing.median for row in self.rows.values() if row.group == "naive" and row.timing]
         for row in self.rows.values():
-            row.floor, row.bound = step_floor(self.shape, self.order, self.options.dtype.itemsize, rates)
-            if row.timing is None:
-                continue
-            seconds = row.timing.median
-            row.ratio = min(naive) / seconds if naive else None
-            row.floor_percent = 100 * row.floor / seconds
-            row.fma_percent = 100 * step_fmas(self.shape, self.order) / rates.fmas / seconds
+            if row.timing and naive:
+                row.ratio = min(naive) / row.timing.median
+            row.relate(rates, self.options.dtype.itemsize)
 
 
 def _free() -> None:
