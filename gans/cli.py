@@ -1,4 +1,4 @@
-"""Command line: `python -m gans train | presets | sample`. Options are made from the configurations' fields."""
+"""Command line: `python -m gans train | presets | sample | figures`. Options are the configurations' fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from gans import checkpoint
+from gans import checkpoint, logs
 from gans.config import RunConfig, TrainConfig, from_dict, to_dict
 from gans.images import grid, save_png
 from gans.presets import PRESETS, preset
@@ -24,6 +24,7 @@ commands:
   train     train a recipe:  train --preset cifar10 --data FOLDER|ZIP --out DIR [any override]
   presets   list the recipes; with a name, print all of its settings
   sample    write a PNG from a checkpoint:  sample --checkpoint DIR --out FILE
+  figures   draw a run's samples and curves:  figures --run DIR --out DIR
 
 Each command explains its options with --help."""
 
@@ -56,6 +57,18 @@ class SampleArguments:
     """Whole factor by which pixels are enlarged."""
     device: str = "auto"
     """"auto" or a torch device."""
+
+
+@dataclass(frozen=True)
+class FigureArguments:
+    """Draws the development of a run's samples (`samples.png`) and its losses and distance (`curves.png`)."""
+
+    run: Path
+    """Folder of a run."""
+    out: Path
+    """Folder to write to."""
+    steps: tuple[int, ...] = ()
+    """Steps to show, of those that have a sample grid; all if none are given."""
 
 
 def parse_train(arguments: list[str]) -> TrainArguments:
@@ -117,7 +130,19 @@ def run_sample(arguments: list[str]) -> None:
     print(f"wrote {parsed.out}")
 
 
-COMMANDS = {"train": run_train, "presets": run_presets, "sample": run_sample}
+def run_figures(arguments: list[str]) -> None:
+    from gans.figures import plot_curves, plot_samples, sample_steps  # matplotlib takes a second to load
+
+    parsed = tyro.cli(FigureArguments, args=arguments, prog="python -m gans figures")
+    config = from_dict(TrainConfig, json.loads((parsed.run / "config.json").read_text())["recipe"])
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    size = config.generator.image_size
+    plot_samples(parsed.run, parsed.steps or sample_steps(parsed.run), size, parsed.out / "samples.png")
+    plot_curves(logs.read(parsed.run), parsed.out / "curves.png")
+    print(f"wrote {parsed.out / 'samples.png'} and {parsed.out / 'curves.png'}")
+
+
+COMMANDS = {"train": run_train, "presets": run_presets, "sample": run_sample, "figures": run_figures}
 
 
 def main(arguments: list[str] | None = None) -> int:

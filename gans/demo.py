@@ -13,22 +13,17 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import torch
 import tyro
-from PIL import Image
 
 import natten_ext
 from gans import logs
 from gans.config import RunConfig, TrainConfig
+from gans.figures import plot_curves, plot_samples
 from gans.metrics import RandomFeatureFrechet
 from gans.presets import DIGITS
 from gans.profile import StepCost, measure_apart
 from gans.train import choose_device, train
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 NEEDED_FALL = 5.0
 """How many times smaller the distance has to become for the demo to count as successful."""
@@ -60,59 +55,6 @@ class DemoArguments:
     """CPU threads; 0 leaves torch's choice."""
     cost_batch: int = COST_RECIPE.batch_d
     """Batch size of the comparison of training steps."""
-
-
-def read_tiles(path: Path, size: int, count: int) -> list[np.ndarray]:
-    """The first `count` images of a sample grid."""
-    grid = np.asarray(Image.open(path))
-    columns = grid.shape[1] // size
-    return [
-        grid[i // columns * size : (i // columns + 1) * size, i % columns * size : (i % columns + 1) * size]
-        for i in range(count)
-    ]
-
-
-def plot_samples(run: Path, steps: list[int], size: int, path: Path, columns: int = 12) -> None:
-    """One row of samples per step from the same z, and a last row block of real images."""
-    rows = [(f"step {step}", run / "samples" / f"step-{step:08d}.png", 0) for step in steps]
-    rows += [("real", run / "samples" / "real.png", start) for start in (0, columns)]
-    figure, axes = plt.subplots(len(rows), columns, figsize=(0.62 * columns + 1, 0.62 * len(rows) + 0.5), squeeze=False)
-    for line, (label, grid, start) in zip(axes, rows, strict=True):
-        for axis, tile in zip(line, read_tiles(grid, size, start + columns)[start:], strict=True):
-            axis.imshow(tile, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    figure.suptitle("TransGAN on scanned digits: samples from fixed z, real images below", fontsize=10)
-    figure.subplots_adjust(left=0.12, right=0.995, bottom=0.005, top=0.93, wspace=0.05, hspace=0.05)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_curves(lines: list[dict[str, float]], path: Path) -> None:
-    """Losses on the left, the distance to the real images with its floor on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for name, label in (
-        ("discriminator/wasserstein", "D: E D(fake) - E D(real)"),
-        ("discriminator/penalty", "D: gradient penalty"),
-        ("generator/adversarial", "G: -E D(fake)"),
-    ):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        left.plot(*zip(*points, strict=True), label=label, linewidth=1)
-    left.set(title="loss terms", xlabel="generator step")
-    left.legend(fontsize=8)
-    points = [(line["step"], line["distance"]) for line in lines if "distance" in line]
-    right.semilogy(*zip(*points, strict=True), marker=".", label="averaged generator")
-    floor = next(line["floor"] for line in lines if "floor" in line)
-    right.axhline(floor, color="gray", linestyle="--", label="real against real")
-    right.set(title=f"{RandomFeatureFrechet.name} to real images", xlabel="generator step")
-    right.legend(fontsize=8)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def fused_backend(device: torch.device) -> str:
@@ -168,8 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     trained = time.perf_counter() - started
 
     lines = logs.read(run)
-    shown = sorted({0, options.steps} | {i * sample_every for i in (1, 2, 4, 8, 12)})
-    shown = [step for step in shown if (run / "samples" / f"step-{step:08d}.png").exists()]
+    shown = [0, *(i * sample_every for i in (1, 2, 4, 8, 12)), options.steps]
     plot_samples(run, shown, recipe.generator.image_size, out / "samples.png")
     plot_curves(lines, out / "curves.png")
 

@@ -26,7 +26,7 @@ CIFAR10_SMALL = TrainConfig(
     generator=GeneratorConfig(latent_dim=128, base_dim=256, depths=(1, 1, 1)),
     discriminator=DiscriminatorConfig(patch_dims=(48, 16), depths=(1, 1)),
     ema=EMAConfig(half_life=2_000),
-    steps=300,
+    steps=400,
     n_critic=2,
     batch_d=16,
     batch_g=16,

@@ -25,6 +25,8 @@ def test_train_sample_and_resume(tmp_path, capsys):
     arguments = ["sample", "--checkpoint", str(out), "--out", str(picture), "--count", "4", "--scale", "2"]
     assert main(arguments) == 0
     assert Image.open(picture).size == (64, 64)
+    assert main(["figures", "--run", str(out), "--out", str(tmp_path / "figures")]) == 0
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"samples.png", "curves.png"}
 
 
 def test_overrides_start_from_the_preset():

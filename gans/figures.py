@@ -1,0 +1,77 @@
+"""Figures of a run, from its sample grids and its log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from gans.metrics import RandomFeatureFrechet
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def read_tiles(path: Path, size: int, count: int) -> list[np.ndarray]:
+    """The first `count` images of a sample grid."""
+    grid = np.asarray(Image.open(path))
+    columns = grid.shape[1] // size
+    return [
+        grid[i // columns * size : (i // columns + 1) * size, i % columns * size : (i % columns + 1) * size]
+        for i in range(count)
+    ]
+
+
+def sample_steps(run: Path) -> list[int]:
+    """The steps of which a run has sample grids."""
+    return sorted(int(path.stem.removeprefix("step-")) for path in (run / "samples").glob("step-*.png"))
+
+
+def plot_samples(run: Path, steps: Sequence[int], size: int, path: Path, columns: int = 12) -> None:
+    """One row of samples, from the same z, for each of the steps that has a grid, and two rows of real images."""
+    steps = [step for step in sample_steps(run) if step in steps]
+    rows = [(f"step {step}", run / "samples" / f"step-{step:08d}.png", 0) for step in steps]
+    rows += [("real", run / "samples" / "real.png", start) for start in (0, columns)]
+    figure, axes = plt.subplots(len(rows), columns, figsize=(0.62 * columns + 1, 0.62 * len(rows) + 0.5), squeeze=False)
+    for line, (label, grid, start) in zip(axes, rows, strict=True):
+        for axis, tile in zip(line, read_tiles(grid, size, start + columns)[start:], strict=True):
+            axis.imshow(tile, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    figure.suptitle("samples from fixed z during training, and real images", fontsize=10)
+    figure.subplots_adjust(left=0.12, right=0.995, bottom=0.005, top=0.93, wspace=0.05, hspace=0.05)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_curves(lines: Sequence[dict[str, float]], path: Path) -> None:
+    """Losses, and beside them the distance to the real images with its floor, if the run measured it."""
+    distances = [line for line in lines if "distance" in line]
+    panels = 2 if distances else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 3.6), layout="constrained", squeeze=False)
+    axis = axes[0, 0]
+    for name, label in (
+        ("discriminator/wasserstein", "D: E D(fake) - E D(real)"),
+        ("discriminator/penalty", "D: gradient penalty"),
+        ("generator/adversarial", "G: -E D(fake)"),
+    ):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    axis.set(title="loss terms", xlabel="generator step")
+    if distances:
+        axis = axes[0, 1]
+        points = [(line["step"], line["distance"]) for line in distances]
+        axis.semilogy(*zip(*points, strict=True), marker=".", label="averaged generator")
+        axis.axhline(distances[-1]["floor"], color="gray", linestyle="--", label="real against real")
+        axis.set(title=f"{RandomFeatureFrechet.name} to real images", xlabel="generator step")
+    for axis in axes[0]:
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
