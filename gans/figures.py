@@ -15,14 +15,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def read_tiles(path: Path, size: int, count: int) -> list[np.ndarray]:
-    """The first `count` images of a sample grid."""
+def read_tiles(path: Path, size: int) -> list[np.ndarray]:
+    """The images of a sample grid, with the blank ones that fill up its last row."""
     grid = np.asarray(Image.open(path))
-    columns = grid.shape[1] // size
-    return [
-        grid[i // columns * size : (i // columns + 1) * size, i % columns * size : (i % columns + 1) * size]
-        for i in range(count)
-    ]
+    rows, columns = grid.shape[0] // size, grid.shape[1] // size
+    return [grid[y * size : (y + 1) * size, x * size : (x + 1) * size] for y in range(rows) for x in range(columns)]
 
 
 def sample_steps(run: Path) -> list[int]:
@@ -32,18 +29,23 @@ def sample_steps(run: Path) -> list[int]:
 
 def plot_samples(run: Path, steps: Sequence[int], size: int, path: Path, columns: int = 12) -> None:
     """One row of samples, from the same z, for each of the steps that has a grid, and two rows of real images."""
-    steps = [step for step in sample_steps(run) if step in steps]
-    rows = [(f"step {step}", run / "samples" / f"step-{step:08d}.png", 0) for step in steps]
-    rows += [("real", run / "samples" / "real.png", start) for start in (0, columns)]
+    rows = [
+        (f"step {step}", read_tiles(run / "samples" / f"step-{step:08d}.png", size)[:columns])
+        for step in sample_steps(run)
+        if step in steps
+    ]
+    real = read_tiles(run / "samples" / "real.png", size)
+    rows += [("real", real[start : start + columns]) for start in (0, columns)]
     figure, axes = plt.subplots(len(rows), columns, figsize=(0.62 * columns + 1, 0.62 * len(rows) + 0.5), squeeze=False)
-    for line, (label, grid, start) in zip(axes, rows, strict=True):
-        for axis, tile in zip(line, read_tiles(grid, size, start + columns)[start:], strict=True):
-            axis.imshow(tile, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    for line, (label, tiles) in zip(axes, rows, strict=True):
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        for axis, tile in zip(line, tiles, strict=False):
+            axis.imshow(tile, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     figure.suptitle("samples from fixed z during training, and real images", fontsize=10)
     figure.subplots_adjust(left=0.12, right=0.995, bottom=0.005, top=0.93, wspace=0.05, hspace=0.05)
     figure.savefig(path, dpi=120)
