@@ -13,6 +13,13 @@ enum class Kind { full = 0, grid = 1, neighborhood = 2 };
 
 struct HeadWindow {
   int64_t kernel_y, kernel_x, dilation_y, dilation_x;
+  bool operator==(const HeadWindow&) const = default;
+};
+
+// Adjacent heads [first, last).
+struct HeadRange {
+  int64_t first, last;
+  int64_t count() const { return last - first; }
 };
 
 // Sequences are maps of height 1. `key_width` differs from `width` only for full attention.
@@ -28,6 +35,17 @@ struct Problem {
 
   // Factor of q.k: -s|q-k|^2 is 2s q.k - s|k|^2 up to a constant of the row.
   double dot_scale() const { return l2 ? 2 * scale : scale; }
+
+  // Ranges of heads that share a window; all heads if the kind has no windows.
+  std::vector<HeadRange> head_ranges() const {
+    std::vector<HeadRange> ranges;
+    for (int64_t head = 0; head < heads; ++head) {
+      const bool same = head > 0 && (windows.empty() || windows[head] == windows[head - 1]);
+      if (same) ranges.back().last = head + 1;
+      else ranges.push_back({head, head + 1});
+    }
+    return ranges;
+  }
 
   // Largest kernel over the heads, which sizes the relative position table.
   int64_t table_kernel_y() const { return largest(&HeadWindow::kernel_y, window_y); }

@@ -1,46 +1,68 @@
-// Shared parts of the dense kernels (full and grid attention): jobs, blocks, packed operands, tables.
+// Shared parts of the dense kernels: jobs, blocks, packed operands, tables.
 //
-// A job is one (batch, window, head). Blocks of scores are held transposed, [key][query lane], so that the
-// softmax runs down the rows with one query per lane and never crosses lanes.
+// A job is one (batch, window, head): all its queries meet all its keys. Windows are those of full and grid
+// attention, and small residue classes of neighborhood attention, where a mask costs less than to follow the windows
+// one by one. Blocks of scores are held transposed, [key][query lane], so that the softmax runs down the rows with one
+// query per lane and never crosses lanes.
 #pragma once
 
+#include "../geometry.h"
 #include "gemm.h"
 #include "rows.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
 struct DenseJob {
-  int64_t batch, head, y0, x0;  // origin of the window
+  int64_t batch, head;
+  int64_t y0, x0, step_y, step_x;  // the window's first position, and the distance to the next
 };
 
-// Sizes and block sizes that every job of one problem shares.
+// Whether a window of neighborhood attention is run here: its classes are of one size and small, and at least half of
+// each is in the window of each query.
+inline bool is_dense(const Problem& p, const HeadWindow& w) {
+  const int64_t height = p.height / w.dilation_y, width = p.width / w.dilation_x;
+  return p.height % w.dilation_y == 0 && p.width % w.dilation_x == 0 && height * width <= 128 &&
+         2 * w.kernel_y * w.kernel_x >= height * width;
+}
+
+// Sizes and block sizes that all jobs of a range of heads share.
 template <class T>
 struct DensePlan {
-  explicit DensePlan(const Problem& p, int64_t block_queries_at_most, int64_t block_keys_at_most) {
-    const bool full = p.kind == Kind::full;
-    window_y = full ? 1 : p.window_y;
-    window_x = full ? p.width : p.window_x;
-    windows_y = full ? 1 : p.height / window_y;
-    windows_x = full ? 1 : p.width / window_x;
+  DensePlan(const Problem& p, HeadRange heads, int64_t block_queries_at_most, int64_t block_keys_at_most)
+      : heads(heads), problem(p), masked(p.kind == Kind::neighborhood), channels(p.head_dim) {
+    if (p.kind == Kind::full) {
+      window_x = p.width;
+    } else if (p.kind == Kind::grid) {
+      window_y = p.window_y, window_x = p.window_x;
+      windows_y = p.height / window_y, windows_x = p.width / window_x;
+    } else {
+      windows_y = window().dilation_y, windows_x = window().dilation_x;
+      window_y = p.height / windows_y, window_x = p.width / windows_x;
+    }
     queries = window_y * window_x;
-    keys = full ? p.key_width : queries;
-    key_window_x = full ? p.key_width : window_x;
-    channels = p.head_dim;
+    keys = p.kind == Kind::full ? p.key_width : queries;
+    key_window_x = p.kind == Kind::full ? p.key_width : window_x;
     padded = round_up_to_lanes<T>(channels);
     jobs_per_head = p.batch * windows_y * windows_x;
     block_queries = round_up_to_lanes<T>(even_block(queries, block_queries_at_most));
     block_keys = even_block(keys, block_keys_at_most);
-    table_width = p.table_width();
-    table_size = p.table_height() * table_width;
+    table_width = masked ? round_up_to_lanes<T>(queries) : p.table_width();
+    table_size = (masked ? keys : p.table_height()) * table_width;
   }
+
+  // The window of all heads of neighborhood attention.
+  const HeadWindow& window() const { return problem.windows[heads.first]; }
 
   DenseJob job(int64_t head, int64_t index) const {
-    const int64_t windows = windows_y * windows_x;
-    const int64_t window = index % windows;
-    return {index / windows, head, window / windows_x * window_y, window % windows_x * window_x};
+    const int64_t windows = windows_y * windows_x, y = index % windows / windows_x, x = index % windows_x;
+    if (masked) return {index / windows, head, y, x, windows_y, windows_x};
+    return {index / windows, head, y * window_y, x * window_x, 1, 1};
   }
 
-  int64_t window_y, window_x, windows_y, windows_x, queries, keys, key_window_x, channels, padded;
+  HeadRange heads;
+  const Problem& problem;
+  bool masked;  // a neighborhood, whose windows the tables mask
+  int64_t channels, padded, window_y = 1, window_x = 1, windows_y = 1, windows_x = 1, queries, keys, key_window_x;
   int64_t jobs_per_head, block_queries, block_keys, table_width, table_size;
 
  private:
@@ -53,7 +75,16 @@ struct DensePlan {
 
 // Offset of row `r` of a window that is `width` wide.
 inline int64_t row_offset(const View& v, const DenseJob& job, int64_t width, int64_t r) {
-  return job.batch * v.batch + job.head * v.head + (job.y0 + r / width) * v.y + (job.x0 + r % width) * v.x;
+  return job.batch * v.batch + job.head * v.head + (job.y0 + r / width * job.step_y) * v.y +
+         (job.x0 + r % width * job.step_x) * v.x;
+}
+
+// The same in lse, whose rows are heads.
+template <class T>
+T* lse_at(const Arguments& a, const DenseJob& job, int64_t width, int64_t r) {
+  const Problem& p = a.problem;
+  const int64_t y = job.y0 + r / width * job.step_y, x = job.x0 + r % width * job.step_x;
+  return static_cast<T*>(a.lse) + ((job.batch * p.heads + job.head) * p.height + y) * p.width + x;
 }
 
 // Rows [first, first + count) of a window to target[count][padded], the padding zero.
@@ -162,43 +193,104 @@ class KeyGradient {
   int64_t first_ = 0;
 };
 
-// Tables of all heads in the compute type, times `factor` and reversed along x: an offset then grows with the
-// query's x, so that a vector of queries of one row reads (and its gradient adds to) consecutive values.
-template <class T>
-class ReversedTables {
- public:
-  ReversedTables(const View& view, const DensePlan<T>& plan, int64_t heads, T factor) {
-    if (!view) return;
-    stride_ = plan.table_size + kLanes<T>;  // the last vector of a row may read past the table
-    buffer_ = Buffer<T>(heads * stride_);
-    for (int64_t head = 0; head < heads; ++head) {
-      T* table = buffer_ + head * stride_;
-      for (int64_t i = 0; i < plan.table_size; ++i) {
-        const int64_t y = i / plan.table_width, x = plan.table_width - 1 - i % plan.table_width;
-        table[i] = load_value<T>(view, head * view.head + y * view.y + x * view.x) * factor;
+// Visits the windows of a masked plan: visit(key, query, y, x) with the place of their offset in a table, for each
+// key in the window of each query.
+template <class T, class Visit>
+void for_each_in_windows(const DensePlan<T>& plan, const Visit& visit) {
+  const HeadWindow& w = plan.window();
+  const int64_t center_y = plan.problem.table_kernel_y() - 1, center_x = plan.problem.table_kernel_x() - 1;
+  for (int64_t query = 0; query < plan.queries; ++query) {
+    const int64_t y = query / plan.window_x, x = query % plan.window_x;
+    const int64_t first_y = class_window_start(y, plan.window_y, w.kernel_y);
+    const int64_t first_x = class_window_start(x, plan.window_x, w.kernel_x);
+    for (int64_t ky = first_y; ky < first_y + w.kernel_y; ++ky) {
+      for (int64_t kx = first_x; kx < first_x + w.kernel_x; ++kx) {
+        visit(ky * plan.window_x + kx, query, ky - y + center_y, kx - x + center_x);
       }
-      std::fill(table + plan.table_size, table + stride_, T(0));
     }
   }
-  const T* head(int64_t head) const { return buffer_.data() == nullptr ? nullptr : buffer_ + head * stride_; }
+}
+
+// Tables of a range of heads in the compute type, times `factor`, laid out so that a vector of queries reads (and its
+// gradient adds to) consecutive values. Of grid attention: the table reversed along x, where an offset grows with the
+// query's x. Of a masked plan: a matrix [key][query], in which `masked` stands for the keys outside the window.
+template <class T>
+class DenseTables {
+ public:
+  // Score of a masked key: its exponential vanishes.
+  static constexpr T kMasked = T(-1e30);
+
+  DenseTables(const View& view, const DensePlan<T>& plan, T factor, T masked) : first_(plan.heads.first) {
+    if (!view && !(plan.masked && masked != 0)) return;
+    stride_ = plan.table_size + kLanes<T>;  // the last vector of a row may read past the table
+    buffer_ = Buffer<T>(plan.heads.count() * stride_);
+    for (int64_t head = plan.heads.first; head < plan.heads.last; ++head) {
+      T* table = buffer_ + (head - first_) * stride_;
+      std::fill(table, table + stride_, plan.masked ? masked : T(0));
+      const auto value = [&](int64_t y, int64_t x) {
+        return view ? load_value<T>(view, head * view.head + y * view.y + x * view.x) * factor : T(0);
+      };
+      if (plan.masked) {
+        for_each_in_windows(plan, [&](int64_t key, int64_t query, int64_t y, int64_t x) {
+          table[key * plan.table_width + query] = value(y, x);
+        });
+      } else {
+        for (int64_t i = 0; i < plan.table_size; ++i) {
+          table[i] = value(i / plan.table_width, plan.table_width - 1 - i % plan.table_width);
+        }
+      }
+    }
+  }
+  const T* head(int64_t head) const { return buffer_.data() == nullptr ? nullptr : buffer_ + (head - first_) * stride_; }
 
  private:
   Buffer<T> buffer_;
-  int64_t stride_ = 0;
+  int64_t first_, stride_ = 0;
 };
 
-// Where a block of queries finds its values in a reversed table: index(key, lane) = key_base + lane_base[lane].
+// The gradient of one head's table over the jobs of a task: added up in the layout of DenseTables, then written to a
+// partial table [y][x].
+template <class T>
+class DenseTableGradient {
+ public:
+  DenseTableGradient(const DensePlan<T>& plan, bool wanted)
+      : plan_(plan), buffer_(wanted ? plan.table_size + kLanes<T> : 0) {}
+
+  T* data() const { return buffer_.data(); }
+  void start() {
+    if (data() != nullptr) std::fill_n(data(), plan_.table_size + kLanes<T>, T(0));
+  }
+  void finish(T* partial) {
+    if (data() == nullptr) return;
+    const int64_t width = plan_.problem.table_width(), height = plan_.problem.table_height();
+    std::fill_n(partial, height * width, T(0));
+    if (plan_.masked) {
+      for_each_in_windows(plan_, [&](int64_t key, int64_t query, int64_t y, int64_t x) {
+        partial[y * width + x] += buffer_[key * plan_.table_width + query];
+      });
+    } else {
+      for (int64_t i = 0; i < height * width; ++i) partial[i] = buffer_[i / width * width + width - 1 - i % width];
+    }
+  }
+
+ private:
+  const DensePlan<T>& plan_;
+  Buffer<T> buffer_;
+};
+
+// Where a block of queries finds its values in a table of DenseTables: index(key, lane) = key_base + lane_base[lane].
 template <class T>
 class TableIndex {
  public:
-  explicit TableIndex(const DensePlan<T>& plan, bool used)
+  TableIndex(const DensePlan<T>& plan, bool used)
       : plan_(plan),
         key_base_(used ? plan.keys : 0),
         lane_base_(plan.block_queries),
-        one_row_(plan.block_queries / kLanes<T>) {
+        consecutive_(plan.block_queries / kLanes<T>) {
     for (int64_t key = 0; used && key < plan.keys; ++key) {
       const int64_t y = key / plan.window_x, x = key % plan.window_x;
-      key_base_[key] = (y + plan.window_y - 1) * plan.table_width + plan.window_x - 1 - x;
+      key_base_[key] = plan.masked ? key * plan.table_width
+                                   : (y + plan.window_y - 1) * plan.table_width + plan.window_x - 1 - x;
     }
   }
 
@@ -207,26 +299,26 @@ class TableIndex {
     count_ = count;
     for (int64_t lane = 0; lane < plan_.block_queries; ++lane) {
       const int64_t query = first + std::min(lane, count - 1);
-      lane_base_[lane] = query % plan_.window_x - query / plan_.window_x * plan_.table_width;
+      lane_base_[lane] = plan_.masked ? first + lane : query % plan_.window_x - query / plan_.window_x * plan_.table_width;
     }
     for (int64_t lane = 0; lane < plan_.block_queries; lane += L) {
       const int64_t valid = std::min<int64_t>(L, count - lane);
-      one_row_[lane / L] = valid > 0 && (first + lane) % plan_.window_x + valid <= plan_.window_x;
+      consecutive_[lane / L] = plan_.masked || (valid > 0 && (first + lane) % plan_.window_x + valid <= plan_.window_x);
     }
   }
   NATTEN_EXT_INLINE Vector<T> read(const T* table, int64_t key, int64_t lane) const {
     constexpr int L = kLanes<T>;
     table += key_base_[key];
-    if (one_row_[lane / L]) return load(table + lane_base_[lane]);
+    if (consecutive_[lane / L]) return load(table + lane_base_[lane]);
     Vector<T> result{};
     for (int i = 0; i < L; ++i) result[i] = table[lane_base_[lane + i]];
     return result;
   }
-  // Lanes past the block's queries must hold zero where a vector lies in one row.
+  // Lanes past the block's queries must hold zero where a vector is consecutive.
   NATTEN_EXT_INLINE void add(T* table, int64_t key, int64_t lane, Vector<T> value) const {
     constexpr int L = kLanes<T>;
     table += key_base_[key];
-    if (one_row_[lane / L]) {
+    if (consecutive_[lane / L]) {
       T* target = table + lane_base_[lane];
       store(target, load(target) + value);
     } else {
@@ -237,7 +329,7 @@ class TableIndex {
  private:
   const DensePlan<T>& plan_;
   Buffer<int64_t> key_base_, lane_base_;
-  Buffer<bool> one_row_;
+  Buffer<bool> consecutive_;
   int64_t count_ = 0;
 };
 
@@ -264,38 +356,42 @@ NATTEN_EXT_INLINE T sum_row(const T* a, int64_t n) {
   return result;
 }
 
+// What a call of a gradient kernel works on. Gradients of queries and tables want all keys at once, those of keys and
+// values all queries.
+struct DenseShare {
+  int64_t query_begin, query_end, key_begin, key_end;
+  bool want_query_side, want_key_side;
+};
+
 // Runs the gradient kernel `make(keys_at_once)` over all jobs, so that every element is summed by one thread in an
 // order that does not depend on the threads, and reduces the partial gradients of the tables.
 //
 // A job is usually one task. A few large jobs are split instead: first by queries, then again by keys, which
 // computes the scores twice but keeps every thread busy.
 template <class T, class Make>
-void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const View& grad_table, const Make& make) {
+void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const Make& make) {
   const Problem& p = a.problem;
-  const int64_t jobs = p.heads * plan.jobs_per_head;
+  const int64_t jobs = plan.heads.count() * plan.jobs_per_head;
   const bool split = jobs < 8 && plan.queries * plan.keys >= int64_t(1) << 18;
   // Partial tables per head: few enough to be small beside the other gradients.
   const int64_t slices = split ? std::min<int64_t>(8, (plan.queries + plan.block_queries - 1) / plan.block_queries) : 1;
   const int64_t chunks = split ? plan.jobs_per_head : std::min<int64_t>(plan.jobs_per_head, 64);
-  const int64_t parts = chunks * slices;
-  Buffer<T> partial(grad_table ? p.heads * parts * (plan.table_size + kLanes<T>) : 0);
+  const int64_t parts = chunks * slices, table_size = p.table_height() * p.table_width();
+  Buffer<T> partial(a.grad_bias ? plan.heads.count() * parts * table_size : 0);
   const auto slice_begin = [](int64_t slice, int64_t slices, int64_t n, int64_t block) {
     return std::min(n, slice * ((n + slices * block - 1) / (slices * block)) * block);
   };
-  const auto query_tasks = [&](auto& worker, int64_t task) {
-    const int64_t head = task / parts, part = task % parts, chunk = part / slices, slice = part % slices;
-    T* table = nullptr;
-    if (grad_table) {
-      table = partial + task * (plan.table_size + kLanes<T>);
-      std::fill(table, table + plan.table_size + kLanes<T>, T(0));
-    }
+  const auto query_task = [&](auto& worker, int64_t task) {
+    const int64_t head = plan.heads.first + task / parts, part = task % parts, chunk = part / slices, slice = part % slices;
+    worker.table_gradient.start();
     const int64_t query_begin = slice_begin(slice, slices, plan.queries, plan.block_queries);
     const int64_t query_end = slice_begin(slice + 1, slices, plan.queries, plan.block_queries);
     for (int64_t job = chunk * plan.jobs_per_head / chunks; job < (chunk + 1) * plan.jobs_per_head / chunks; ++job) {
-      worker.run(plan.job(head, job), query_begin, query_end, 0, plan.keys, true, !split, table);
+      worker.run(plan.job(head, job), {query_begin, query_end, 0, plan.keys, true, !split});
     }
+    worker.table_gradient.finish(partial + task * table_size);
   };
-  for_each_task(p.heads * parts, [&] { return make(split ? 0 : plan.keys); }, query_tasks);
+  for_each_task(plan.heads.count() * parts, [&] { return make(split ? 0 : plan.keys); }, query_task);
   if (split) {
     const int64_t key_slices = std::min<int64_t>(8, (plan.keys + plan.block_keys - 1) / plan.block_keys);
     const int64_t keys_at_once = slice_begin(1, key_slices, plan.keys, plan.block_keys);
@@ -305,14 +401,11 @@ void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const Vie
           const int64_t job = task / key_slices, slice = task % key_slices;
           const int64_t begin = slice_begin(slice, key_slices, plan.keys, plan.block_keys);
           const int64_t end = slice_begin(slice + 1, key_slices, plan.keys, plan.block_keys);
-          worker.run(plan.job(job / plan.jobs_per_head, job % plan.jobs_per_head), 0, plan.queries, begin, end, false,
-                     true, nullptr);
+          worker.run(plan.job(plan.heads.first + job / plan.jobs_per_head, job % plan.jobs_per_head),
+                     {0, plan.queries, begin, end, false, true});
         });
   }
-  if (grad_table) {
-    reduce_tables<T>(partial, parts, plan.table_size + kLanes<T>, grad_table, p.heads, p.table_height(),
-                     plan.table_width, true);
-  }
+  if (a.grad_bias) reduce_tables<T>(partial, parts, a.grad_bias, plan.heads, p.table_height(), p.table_width());
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

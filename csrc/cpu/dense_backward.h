@@ -1,4 +1,4 @@
-// Backward of full and grid attention. With P = exp(S - lse) and D = rowsum(dO * O):
+// Backward of the dense kernels. With P = exp(S - lse) and D = rowsum(dO * O):
 //   dP = dO V^T   dS = P (dP - D)   dQ = a dS K   dK = a dS^T Q (l2: - a K colsum(dS))   dV = P^T dO
 // and the table's gradient is the sum of dS over equal offsets.
 #pragma once
@@ -30,10 +30,8 @@ class BackwardQueries {
     pack_queries<T>(query, query_t, a_.query, plan_, job, first, count, T(p.dot_scale()) * kLog2E<T>);
     pack_queries<T>(grad_output, grad_output_t, a_.grad_output, plan_, job, first, count, 1);
     pack_rows<T>(output, a_.output, plan_, job, plan_.window_x, first, count, 1);
-    const T* lse = static_cast<const T*>(a_.lse) + (job.batch * p.heads + job.head) * p.queries();
     for (int64_t i = 0; i < plan_.block_queries; ++i) {
-      const int64_t y = job.y0 + (first + i) / plan_.window_x, x = job.x0 + (first + i) % plan_.window_x;
-      lse2[i] = i < count ? lse[y * p.width + x] * kLog2E<T> : kNoQuery;
+      lse2[i] = i < count ? *lse_at<T>(a_, job, plan_.window_x, first + i) * kLog2E<T> : kNoQuery;
       delta[i] = i < count ? dot_row(grad_output + i * plan_.padded, output + i * plan_.padded, plan_.channels) : 0;
     }
   }
@@ -66,7 +64,7 @@ NATTEN_EXT_INLINE void subtract_row(T* row, const T* other, T factor, int64_t n)
 template <class T>
 class DenseBackward {
  public:
-  DenseBackward(const Arguments& a, const DensePlan<T>& plan, const ReversedTables<T>& tables, int64_t keys_at_once)
+  DenseBackward(const Arguments& a, const DensePlan<T>& plan, const DenseTables<T>& tables, int64_t keys_at_once)
       : a_(a),
         plan_(plan),
         tables_(tables),
@@ -75,41 +73,38 @@ class DenseBackward {
         value_(a.value, plan),
         grad_key_(a.grad_key, plan, keys_at_once),
         grad_value_(a.grad_value, plan, keys_at_once),
-        index_(plan, static_cast<bool>(a.bias)),
+        table_gradient(plan, static_cast<bool>(a.grad_bias)),
+        index_(plan, tables.head(plan.heads.first) != nullptr),
         probability_(plan.block_keys * plan.block_queries),
         grad_score_(plan.block_keys * plan.block_queries),
         grad_query_(plan.block_queries * plan.padded),
         key_bias_(plan.block_keys) {}
 
-  // The share of queries [query_begin, query_end) x keys [key_begin, key_end) of one job. Gradients of queries and
-  // tables want all keys at once, those of keys and values all queries.
-  void run(const DenseJob& job, int64_t query_begin, int64_t query_end, int64_t key_begin, int64_t key_end,
-           bool want_query_side, bool want_key_side, T* grad_table) {
+  void run(const DenseJob& job, const DenseShare& share) {
     key_.start(job);
     value_.start(job);
-    grad_key_.start(job, key_begin);
-    grad_value_.start(job, key_begin);
-    for (int64_t first = query_begin; first < query_end; first += plan_.block_queries) {
-      const int64_t count = std::min(plan_.block_queries, query_end - first);
+    grad_key_.start(job, share.key_begin);
+    grad_value_.start(job, share.key_begin);
+    for (int64_t first = share.query_begin; first < share.query_end; first += plan_.block_queries) {
+      const int64_t count = std::min(plan_.block_queries, share.query_end - first);
       queries_.load(job, first, count);
       if (tables_.head(job.head) != nullptr) index_.start(first, count);
-      for (int64_t k = key_begin; k < key_end; k += plan_.block_keys) {
-        block(job, count, k, std::min(plan_.block_keys, key_end - k), first == query_begin, k == key_begin,
-              want_query_side, want_key_side, grad_table);
+      for (int64_t k = share.key_begin; k < share.key_end; k += plan_.block_keys) {
+        block(job, share, first, count, k, std::min(plan_.block_keys, share.key_end - k));
       }
-      if (want_query_side && a_.grad_query) {
+      if (share.want_query_side && a_.grad_query) {
         unpack_rows<T>(grad_query_, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
       }
     }
-    if (!want_key_side) return;
+    if (!share.want_key_side) return;
     // The packed queries carry log2(e).
-    if (grad_key_) grad_key_.finish(key_end, kLn2<T>);
-    if (grad_value_) grad_value_.finish(key_end, 1);
+    if (grad_key_) grad_key_.finish(share.key_end, kLn2<T>);
+    if (grad_value_) grad_value_.finish(share.key_end, 1);
   }
 
  private:
-  void block(const DenseJob& job, int64_t count, int64_t first_key, int64_t keys, bool first_queries, bool first_keys,
-             bool want_query_side, bool want_key_side, T* grad_table) {
+  void block(const DenseJob& job, const DenseShare& share, int64_t first, int64_t count, int64_t first_key, int64_t keys) {
+    const bool first_queries = first == share.query_begin, first_keys = first_key == share.key_begin;
     const int64_t lanes = plan_.block_queries, padded = plan_.padded, channels = plan_.channels;
     const Problem& p = a_.problem;
     const T* key = key_.block(first_key, keys);
@@ -118,11 +113,11 @@ class DenseBackward {
             grad_score_, lanes, false);
     if (p.l2) l2_key_bias<T>(key_bias_, key, keys, plan_, p.scale);
     const T* table = tables_.head(job.head);
-    for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) scores(table, first_key, keys, lane, grad_table);
-    if (want_query_side && a_.grad_query) {
+    for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) scores(table, first_key, keys, lane, share.want_query_side ? table_gradient.data() : nullptr);
+    if (share.want_query_side && a_.grad_query) {
       gemm<T>(count, padded, keys, {grad_score_, 1, lanes}, key, padded, grad_query_, padded, !first_keys);
     }
-    if (!want_key_side) return;
+    if (!share.want_key_side) return;
     if (grad_value_) {
       gemm<T>(keys, padded, count, {probability_, lanes, 1}, queries_.grad_output, padded, grad_value_.row(first_key),
               grad_value_.stride(), !first_queries);
@@ -160,22 +155,26 @@ class DenseBackward {
 
   const Arguments& a_;
   const DensePlan<T>& plan_;
-  const ReversedTables<T>& tables_;
+  const DenseTables<T>& tables_;
   BackwardQueries<T> queries_;
   KeyOperand<T> key_, value_;
   KeyGradient<T> grad_key_, grad_value_;
+
+ public:
+  DenseTableGradient<T> table_gradient;
+
+ private:
   TableIndex<T> index_;
   Buffer<T> probability_, grad_score_, grad_query_, key_bias_;
 };
 
 template <class T>
-void dense_backward(const Arguments& a) {
+void dense_backward(const Arguments& a, HeadRange heads) {
   const Problem& p = a.problem;
-  const DensePlan<T> plan(p, p.head_dim > 128 ? 32 : 64, 128);
-  const ReversedTables<T> tables(a.bias, plan, p.heads, kLog2E<T>);
+  const DensePlan<T> plan(p, heads, p.head_dim > 128 ? 32 : 64, 128);
+  const DenseTables<T> tables(a.bias, plan, kLog2E<T>, DenseTables<T>::kMasked);
   run_dense_gradients<T>(
-      a, plan, a.grad_bias,
-      [&](int64_t keys_at_once) { return DenseBackward<T>(a, plan, tables, keys_at_once); });
+      a, plan, [&](int64_t keys_at_once) { return DenseBackward<T>(a, plan, tables, keys_at_once); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

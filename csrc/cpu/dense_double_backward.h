@@ -1,4 +1,4 @@
-// Double backward of full and grid attention (docs/double_backward.md). With gQ, gK, gV, gbias the cotangents of the
+// Double backward of the dense kernels (docs/double_backward.md). With gQ, gK, gV, gbias the cotangents of the
 // first gradients and a the factor of q.k:
 //   X = a (gQ K^T + Q gK^T) + gbias   (l2: - a gK.K per key)      G = dO gV^T
 //   first pass, per row:   r = sum P X   e = sum P X dP   w = P gV   u = (P X) V   t = e - 2 D r + dO.w
@@ -17,8 +17,8 @@ class DenseDoubleBackward {
   // Blocks of scores of a whole row of keys are kept between the passes up to this size, else computed again.
   static constexpr int64_t kKeepAtMost = 1 << 14;
 
-  DenseDoubleBackward(const Arguments& a, const DensePlan<T>& plan, const ReversedTables<T>& tables,
-                      const ReversedTables<T>& cot_tables, int64_t keys_at_once)
+  DenseDoubleBackward(const Arguments& a, const DensePlan<T>& plan, const DenseTables<T>& tables,
+                      const DenseTables<T>& cot_tables, int64_t keys_at_once)
       : a_(a),
         plan_(plan),
         tables_(tables),
@@ -32,7 +32,8 @@ class DenseDoubleBackward {
         cot_value_(a.cot_value, plan),
         grad_key_(a.grad_key, plan, keys_at_once),
         grad_value_(a.grad_value, plan, keys_at_once),
-        index_(plan, a.bias || a.cot_bias),
+        table_gradient(plan, static_cast<bool>(a.grad_bias)),
+        index_(plan, tables.head(plan.heads.first) != nullptr),
         cot_query_(plan.block_queries * plan.padded),
         cot_query_t_(plan.padded * plan.block_queries),
         probability_(kept_keys() * plan.block_queries),
@@ -48,28 +49,25 @@ class DenseDoubleBackward {
         key_bias_(plan.block_keys),
         key_x_(plan.block_keys) {}
 
-  // As DenseBackward::run.
-  void run(const DenseJob& job, int64_t query_begin, int64_t query_end, int64_t key_begin, int64_t key_end,
-           bool want_query_side, bool want_key_side, T* grad_table) {
+  void run(const DenseJob& job, const DenseShare& share) {
     for (KeyOperand<T>* operand : {&key_, &value_, &cot_key_, &cot_value_}) operand->start(job);
-    grad_key_.start(job, key_begin);
-    grad_value_.start(job, key_begin);
-    for (int64_t first = query_begin; first < query_end; first += plan_.block_queries) {
-      const int64_t count = std::min(plan_.block_queries, query_end - first);
+    grad_key_.start(job, share.key_begin);
+    grad_value_.start(job, share.key_begin);
+    for (int64_t first = share.query_begin; first < share.query_end; first += plan_.block_queries) {
+      const int64_t count = std::min(plan_.block_queries, share.query_end - first);
       load_queries(job, first, count);
       first_pass(job, count);
-      if (want_query_side && a_.grad_grad_output) store_grad_output(job, first, count);
-      for (int64_t k = key_begin; k < key_end; k += plan_.block_keys) {
-        second_pass(job, count, k, std::min(plan_.block_keys, key_end - k), first == query_begin, k == key_begin,
-                    want_query_side, want_key_side, grad_table);
+      if (share.want_query_side && a_.grad_grad_output) store_grad_output(job, first, count);
+      for (int64_t k = share.key_begin; k < share.key_end; k += plan_.block_keys) {
+        second_pass(job, share, first, count, k, std::min(plan_.block_keys, share.key_end - k));
       }
-      if (want_query_side && a_.grad_query) {
+      if (share.want_query_side && a_.grad_query) {
         unpack_rows<T>(grad_query_, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
       }
     }
-    if (!want_key_side) return;
-    if (grad_key_) grad_key_.finish(key_end, kLn2<T>);
-    if (grad_value_) grad_value_.finish(key_end, 1);
+    if (!share.want_key_side) return;
+    if (grad_key_) grad_key_.finish(share.key_end, kLn2<T>);
+    if (grad_value_) grad_value_.finish(share.key_end, 1);
   }
 
  private:
@@ -82,7 +80,7 @@ class DenseDoubleBackward {
       pack_queries<T>(cot_query_, cot_query_t_, a_.cot_query, plan_, job, first, count,
                       T(a_.problem.dot_scale()) * kLog2E<T>);
     }
-    if (a_.bias || a_.cot_bias) index_.start(first, count);
+    if (tables_.head(job.head) != nullptr) index_.start(first, count);
   }
 
   // P, dP and X of one block of keys; adds to the row sums r and e if asked to.
@@ -171,8 +169,10 @@ class DenseDoubleBackward {
     unpack_rows<T>(pxv_, a_.grad_grad_output, plan_, job, plan_.window_x, first, count, 1);
   }
 
-  void second_pass(const DenseJob& job, int64_t count, int64_t first_key, int64_t keys, bool first_queries,
-                   bool first_keys, bool want_query_side, bool want_key_side, T* grad_table) {
+  void second_pass(const DenseJob& job, const DenseShare& share, int64_t first, int64_t count, int64_t first_key,
+                   int64_t keys) {
+    const bool first_queries = first == share.query_begin, first_keys = first_key == share.key_begin;
+    T* grad_table = share.want_query_side ? table_gradient.data() : nullptr;
     const int64_t lanes = plan_.block_queries, padded = plan_.padded, channels = plan_.channels;
     const Problem& p = a_.problem;
     if (!keep_) scores(job, first_key, keys, false);
@@ -200,11 +200,11 @@ class DenseDoubleBackward {
     }
     const T* key = key_.block(first_key, keys);
     const T* cot_key = a_.cot_key ? cot_key_.block(first_key, keys) : nullptr;
-    if (want_query_side && a_.grad_query) {
+    if (share.want_query_side && a_.grad_query) {
       gemm<T>(count, padded, keys, {score_bar, 1, lanes}, key, padded, grad_query_, padded, !first_keys);
       if (cot_key) gemm<T>(count, padded, keys, {grad_score, 1, lanes}, cot_key, padded, grad_query_, padded, true);
     }
-    if (!want_key_side) return;
+    if (!share.want_key_side) return;
     if (grad_value_) {
       gemm<T>(keys, padded, count, {value_weight, lanes, 1}, queries_.grad_output, padded, grad_value_.row(first_key),
               grad_value_.stride(), !first_queries);
@@ -228,25 +228,30 @@ class DenseDoubleBackward {
 
   const Arguments& a_;
   const DensePlan<T>& plan_;
-  const ReversedTables<T>&tables_, &cot_tables_;
+  const DenseTables<T>&tables_, &cot_tables_;
   const bool has_x_, keep_;
   BackwardQueries<T> queries_;
   KeyOperand<T> key_, value_, cot_key_, cot_value_;
   KeyGradient<T> grad_key_, grad_value_;
+
+ public:
+  DenseTableGradient<T> table_gradient;
+
+ private:
   TableIndex<T> index_;
   Buffer<T> cot_query_, cot_query_t_, probability_, grad_probability_, x_, scratch_, pv_, pxv_, grad_query_;
   Buffer<T> r_, e_, t_, key_bias_, key_x_;
 };
 
 template <class T>
-void dense_double_backward(const Arguments& a) {
+void dense_double_backward(const Arguments& a, HeadRange heads) {
   const Problem& p = a.problem;
   // Fewer queries at once where that lets a whole row of scores stay in the cache.
-  const int64_t keys = p.kind == Kind::full ? p.key_width : p.window_y * p.window_x;
-  const DensePlan<T> plan(p, keys > 256 || p.head_dim > 128 ? 32 : 64, 128);
-  const ReversedTables<T> tables(a.bias, plan, p.heads, kLog2E<T>);
-  const ReversedTables<T> cot_tables(a.cot_bias, plan, p.heads, 1);
-  run_dense_gradients<T>(a, plan, a.grad_bias, [&](int64_t keys_at_once) {
+  const bool many_keys = DensePlan<T>(p, heads, 1, 1).keys > 256;
+  const DensePlan<T> plan(p, heads, many_keys || p.head_dim > 128 ? 32 : 64, 128);
+  const DenseTables<T> tables(a.bias, plan, kLog2E<T>, DenseTables<T>::kMasked);
+  const DenseTables<T> cot_tables(a.cot_bias, plan, 1, 0);
+  run_dense_gradients<T>(a, plan, [&](int64_t keys_at_once) {
     return DenseDoubleBackward<T>(a, plan, tables, cot_tables, keys_at_once);
   });
 }

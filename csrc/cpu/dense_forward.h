@@ -1,4 +1,4 @@
-// Forward of full and grid attention: online softmax over blocks of keys.
+// Forward of the dense kernels: online softmax over blocks of keys.
 #pragma once
 
 #include <cmath>
@@ -11,13 +11,13 @@ namespace natten_ext::NATTEN_EXT_ISA {
 template <class T>
 class DenseForward {
  public:
-  DenseForward(const Arguments& a, const DensePlan<T>& plan, const ReversedTables<T>& tables)
+  DenseForward(const Arguments& a, const DensePlan<T>& plan, const DenseTables<T>& tables)
       : a_(a),
         plan_(plan),
         tables_(tables),
         key_(a.key, plan),
         value_(a.value, plan),
-        index_(plan, static_cast<bool>(a.bias)),
+        index_(plan, tables.head(plan.heads.first) != nullptr),
         query_(plan.block_queries * plan.padded),
         query_t_(plan.padded * plan.block_queries),
         scores_(plan.block_keys * plan.block_queries),
@@ -63,12 +63,10 @@ class DenseForward {
       }
       gemm<T>(count, padded, keys, {scores_, 1, lanes}, value_.block(k, keys), padded, output_, padded, k > 0);
     }
-    T* lse = static_cast<T*>(a_.lse) + (job.batch * p.heads + job.head) * p.queries();
     for (int64_t i = 0; i < count; ++i) {
       const int64_t query = first + i;
       unpack_rows<T>(output_ + i * padded, a_.output, plan_, job, plan_.window_x, query, 1, 1 / sum_[i]);
-      const int64_t y = job.y0 + query / plan_.window_x, x = job.x0 + query % plan_.window_x;
-      lse[y * p.width + x] = (maximum_[i] + std::log2(sum_[i])) * kLn2<T>;
+      *lse_at<T>(a_, job, plan_.window_x, query) = (maximum_[i] + std::log2(sum_[i])) * kLn2<T>;
     }
   }
 
@@ -99,25 +97,25 @@ class DenseForward {
 
   const Arguments& a_;
   const DensePlan<T>& plan_;
-  const ReversedTables<T>& tables_;
+  const DenseTables<T>& tables_;
   KeyOperand<T> key_, value_;
   TableIndex<T> index_;
   Buffer<T> query_, query_t_, scores_, output_, maximum_, sum_, correction_, key_bias_;
 };
 
 template <class T>
-void dense_forward(const Arguments& a) {
+void dense_forward(const Arguments& a, HeadRange heads) {
   const Problem& p = a.problem;
-  const DensePlan<T> plan(p, p.head_dim > 128 ? 32 : 64, 128);
-  const ReversedTables<T> tables(a.bias, plan, p.heads, kLog2E<T>);
+  const DensePlan<T> plan(p, heads, p.head_dim > 128 ? 32 : 64, 128);
+  const DenseTables<T> tables(a.bias, plan, kLog2E<T>, DenseTables<T>::kMasked);
   // Long jobs are shared between threads by groups of queries; short ones pack their keys once.
   const int64_t group = plan.queries <= 512 ? plan.queries : 4 * plan.block_queries;
   const int64_t groups = (plan.queries + group - 1) / group;
   for_each_task(
-      p.heads * plan.jobs_per_head * groups, [&] { return DenseForward<T>(a, plan, tables); },
+      heads.count() * plan.jobs_per_head * groups, [&] { return DenseForward<T>(a, plan, tables); },
       [&](DenseForward<T>& worker, int64_t task) {
         const int64_t job = task / groups, begin = task % groups * group;
-        worker.run(plan.job(job / plan.jobs_per_head, job % plan.jobs_per_head), begin,
+        worker.run(plan.job(heads.first + job / plan.jobs_per_head, job % plan.jobs_per_head), begin,
                    std::min(plan.queries, begin + group));
       });
 }

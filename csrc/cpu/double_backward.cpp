@@ -6,7 +6,10 @@ namespace natten_ext::NATTEN_EXT_ISA {
 
 template <class T>
 static void run(const Arguments& a) {
-  a.problem.kind == Kind::neighborhood ? neighborhood_double_backward<T>(a) : dense_double_backward<T>(a);
+  for (const HeadRange& heads : a.problem.head_ranges()) {
+    const bool windows = a.problem.kind == Kind::neighborhood && !is_dense(a.problem, a.problem.windows[heads.first]);
+    windows ? neighborhood_double_backward<T>(a, heads) : dense_double_backward<T>(a, heads);
+  }
 }
 
 void double_backward(const Arguments& a) { a.query.dtype == DType::float64 ? run<double>(a) : run<float>(a); }

@@ -45,7 +45,9 @@ class ClassGeometry {
     query_blocks.clear();
     key_blocks.clear();
     positions.clear();
+    table_offsets.clear();
     tables = 1;
+    for (int64_t j = 0; j < kx; ++j) table_offsets.insert(table_offsets.end(), L, static_cast<int32_t>(j - kx / 2));
     for (int64_t x = 0; x < padded; x += L) {
       add_query_block(x);
       add_key_block(x);
@@ -63,6 +65,7 @@ class ClassGeometry {
   std::vector<QueryBlock<T>> query_blocks;
   std::vector<KeyBlock> key_blocks;
   std::vector<int32_t> positions;
+  std::vector<int32_t> table_offsets;  // key - query of each value of a row of an expanded table, [table][kx][lanes]
 
  private:
   void add_query_block(int64_t x) {
@@ -71,7 +74,14 @@ class ClassGeometry {
       block.shift[lane] = start_x(x + lane) - block.start;
       block.regular = block.regular && block.shift[lane] == lane;
     }
-    if (!block.regular) block.table = tables++;
+    if (!block.regular) {
+      block.table = tables++;
+      for (int64_t j = 0; j < kx; ++j) {
+        for (int lane = 0; lane < L; ++lane) {
+          table_offsets.push_back(static_cast<int32_t>(start_x(x + lane) + j - std::min(x + lane, width - 1)));
+        }
+      }
+    }
     query_blocks.push_back(block);
   }
 
@@ -118,17 +128,17 @@ struct NeighborhoodJob {
   }
 };
 
-// The jobs of one head, in an order of their own.
+// The jobs of one head, or of any other with the same window.
 class HeadJobs {
  public:
-  HeadJobs(const Problem& p, int64_t head, int64_t band_rows) : p_(p), head_(head), window_(p.windows[head]) {
+  HeadJobs(const Problem& p, int64_t head, int64_t band_rows) : p_(p), window_(p.windows[head]) {
     const int64_t longest = class_length(p.height, window_.dilation_y, 0);
     bands_ = std::max<int64_t>(1, (longest + band_rows - 1) / band_rows);
   }
   int64_t count() const { return p_.batch * window_.dilation_y * window_.dilation_x * bands_; }
-  NeighborhoodJob job(int64_t index) const {
+  NeighborhoodJob job(int64_t head, int64_t index) const {
     NeighborhoodJob job{};
-    job.head = head_;
+    job.head = head;
     job.window = window_;
     const int64_t band = index % bands_;
     index /= bands_;
@@ -145,7 +155,6 @@ class HeadJobs {
 
  private:
   const Problem& p_;
-  int64_t head_;
   HeadWindow window_;
   int64_t bands_;
 };
@@ -246,20 +255,15 @@ class ExpandedTable {
   // [kx][lanes] of a query block for keys `distance` rows below the query.
   T* row(int64_t table, int64_t distance) const { return buffer_ + (table * rows_ + distance + ky_ - 1) * kx_ * L; }
 
-  // Calls visit(vector position, y, x) for each value, with its place in the head's table.
+  // Calls visit(value, y, x) for each value, with its place in the head's table.
   template <class Visit>
   void for_each(const ClassGeometry<T>& g, const Problem& p, const Visit& visit) const {
-    for (int64_t b = 0; b < static_cast<int64_t>(g.query_blocks.size()); ++b) {
-      const QueryBlock<T>& block = g.query_blocks[b];
-      if (block.regular && b != first_regular(g)) continue;
+    const int64_t center_y = p.table_kernel_y() - 1, center_x = p.table_kernel_x() - 1;
+    for (int64_t table = 0; table < g.tables; ++table) {
+      const int32_t* offsets = g.table_offsets.data() + table * kx_ * L;
       for (int64_t dy = 1 - ky_; dy < ky_; ++dy) {
-        T* values = row(block.table, dy);
-        for (int64_t j = 0; j < kx_; ++j) {
-          for (int lane = 0; lane < L; ++lane) {
-            const int64_t x = std::min(b * L + lane, g.width - 1);
-            visit(values[j * L + lane], dy + p.table_kernel_y() - 1, g.start_x(x) + j - x + p.table_kernel_x() - 1);
-          }
-        }
+        T* values = row(table, dy);
+        for (int64_t i = 0; i < kx_ * L; ++i) visit(values[i], dy + center_y, offsets[i] + center_x);
       }
     }
   }
@@ -272,12 +276,6 @@ class ExpandedTable {
   }
 
  private:
-  static int64_t first_regular(const ClassGeometry<T>& g) {
-    for (int64_t b = 0; b < static_cast<int64_t>(g.query_blocks.size()); ++b) {
-      if (g.query_blocks[b].regular) return b;
-    }
-    return -1;
-  }
   Buffer<T> buffer_;
   int64_t capacity_ = 0, size_ = 0, rows_ = 0, kx_ = 0, ky_ = 0;
 };

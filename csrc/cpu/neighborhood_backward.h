@@ -253,34 +253,27 @@ class NeighborhoodBackward {
   QueryGatherer<T> gatherer_;
 };
 
-// Runs a gradient kernel over all jobs in chunks, each with a partial table of its own.
+// Runs a gradient kernel over the jobs of heads with one window in chunks, each with a partial table of its own.
 template <class T, class Make>
-void run_neighborhood_gradients(const Arguments& a, const Make& make) {
+void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const Make& make) {
   const Problem& p = a.problem;
-  constexpr int64_t kBandRows = 64, kChunksPerHead = 64;
-  const int64_t table_size = p.table_height() * p.table_width();
-  int64_t parts = 1;
-  for (int64_t head = 0; head < p.heads; ++head) {
-    parts = std::max(parts, std::min(kChunksPerHead, HeadJobs(p, head, kBandRows).count()));
-  }
-  Buffer<T> partial(a.grad_bias ? p.heads * parts * table_size : 0);
-  for_each_task(p.heads * parts, make, [&](auto& worker, int64_t task) {
-    const int64_t head = task / parts, part = task % parts;
-    const HeadJobs jobs(p, head, kBandRows);
+  const HeadJobs jobs(p, heads.first, 64);
+  const int64_t parts = std::min<int64_t>(16, jobs.count()), table_size = p.table_height() * p.table_width();
+  Buffer<T> partial(a.grad_bias ? heads.count() * parts * table_size : 0);
+  for_each_task(heads.count() * parts, make, [&](auto& worker, int64_t task) {
+    const int64_t head = heads.first + task / parts, part = task % parts;
     worker.table_gradient.start(a.grad_bias ? partial + task * table_size : nullptr);
     for (int64_t job = part * jobs.count() / parts; job < (part + 1) * jobs.count() / parts; ++job) {
-      worker.run(jobs.job(job));
+      worker.run(jobs.job(head, job));
     }
     worker.finish();
   });
-  if (a.grad_bias) {
-    reduce_tables<T>(partial, parts, table_size, a.grad_bias, p.heads, p.table_height(), p.table_width(), false);
-  }
+  if (a.grad_bias) reduce_tables<T>(partial, parts, a.grad_bias, heads, p.table_height(), p.table_width());
 }
 
 template <class T>
-void neighborhood_backward(const Arguments& a) {
-  run_neighborhood_gradients<T>(a, [&] { return NeighborhoodBackward<T>(a); });
+void neighborhood_backward(const Arguments& a, HeadRange heads) {
+  run_neighborhood_gradients<T>(a, heads, [&] { return NeighborhoodBackward<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

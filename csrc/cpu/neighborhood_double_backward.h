@@ -266,8 +266,8 @@ class NeighborhoodDoubleBackward {
 };
 
 template <class T>
-void neighborhood_double_backward(const Arguments& a) {
-  run_neighborhood_gradients<T>(a, [&] { return NeighborhoodDoubleBackward<T>(a); });
+void neighborhood_double_backward(const Arguments& a, HeadRange heads) {
+  run_neighborhood_gradients<T>(a, heads, [&] { return NeighborhoodDoubleBackward<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

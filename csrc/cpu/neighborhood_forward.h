@@ -182,19 +182,12 @@ class NeighborhoodForward {
 };
 
 template <class T>
-void neighborhood_forward(const Arguments& a) {
-  const Problem& p = a.problem;
-  std::vector<HeadJobs> heads;
-  std::vector<int64_t> first_task{0};
-  for (int64_t head = 0; head < p.heads; ++head) {
-    heads.emplace_back(p, head, 32);
-    first_task.push_back(first_task.back() + heads.back().count());
-  }
+void neighborhood_forward(const Arguments& a, HeadRange heads) {
+  const HeadJobs jobs(a.problem, heads.first, 32);
   for_each_task(
-      first_task.back(), [&] { return NeighborhoodForward<T>(a); },
+      heads.count() * jobs.count(), [&] { return NeighborhoodForward<T>(a); },
       [&](NeighborhoodForward<T>& worker, int64_t task) {
-        const int64_t head = std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1;
-        worker.run(heads[head].job(task - first_task[head]));
+        worker.run(jobs.job(heads.first + task / jobs.count(), task % jobs.count()));
       });
 }
 

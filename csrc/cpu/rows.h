@@ -116,17 +116,15 @@ void transpose(T* target, int64_t target_stride, const T* source, int64_t source
   }
 }
 
-// Fixed-order sum of partial tables [head][part][part_stride], so that the result does not depend on the threads.
-// Each holds [y][x], with x counted from the end if `reversed`.
+// Fixed-order sum of partial tables [head][part][y][x], so that the result does not depend on the threads.
 template <class T>
-void reduce_tables(const T* partial, int64_t parts, int64_t part_stride, const View& table, int64_t heads,
-                   int64_t height, int64_t width, bool reversed) {
-  for (int64_t head = 0; head < heads; ++head) {
-    for (int64_t i = 0; i < height * width; ++i) {
-      const int64_t y = i / width, x = i % width;
+void reduce_tables(const T* partial, int64_t parts, const View& table, HeadRange heads, int64_t height, int64_t width) {
+  const int64_t size = height * width;
+  for (int64_t head = heads.first; head < heads.last; ++head, partial += parts * size) {
+    for (int64_t i = 0; i < size; ++i) {
       T sum = 0;
-      for (int64_t part = 0; part < parts; ++part) sum += partial[(head * parts + part) * part_stride + i];
-      store_value(table, head * table.head + y * table.y + (reversed ? width - 1 - x : x), sum);
+      for (int64_t part = 0; part < parts; ++part) sum += partial[part * size + i];
+      store_value(table, head * table.head + i / width * table.y + i % width * table.x, sum);
     }
   }
 }
