@@ -66,6 +66,7 @@ def plot_curves(lines: Sequence[dict[str, float]], path: Path) -> None:
         points = [(line["step"], line[name]) for line in lines if name in line]
         axis.plot(*zip(*points, strict=True), label=label, linewidth=1)
     axis.set(title="loss terms", xlabel="generator step")
+    axis.set_yscale("symlog", linthresh=1)  # the first penalties can be a hundred times the later ones
     if distances:
         axis = axes[0, 1]
         points = [(line["step"], line["distance"]) for line in distances]
