@@ -20,6 +20,7 @@ Exit status: 0; 1 if one of our backends was wrong or failed; 2 for arguments th
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from pathlib import Path
@@ -111,6 +112,8 @@ def main(arguments: list[str] | None = None, extra: tuple[Candidate, ...] = ()) 
         torch.set_num_threads(options.threads)
     if device.type == "cpu":
         limit_memory()
+    gc.collect()
+    gc.freeze()  # libraries' objects: garbage is collected after every check, and takes long among them
 
     environment = describe_environment(device, dtype)
     samples = 2 if options.suite == "smoke" else 12

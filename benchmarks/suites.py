@@ -14,8 +14,8 @@ from typing import Any
 from .shapes import SHAPES, Shape
 
 _CPU: dict[str, dict[str, Any]] = {
-    "nat-16": {"batch": 8},
-    "nat-32": {"batch": 2},
+    "nat-16": {"batch": 4},
+    "nat-32": {"batch": 1},
     "nat-64": {"batch": 1, "heads": 4},
     "nat-256": {"batch": 1, "size": (96, 96), "dilations": (1, 12)},
     "nat-512": {"batch": 1, "size": (128, 128), "dilations": (1, 16)},

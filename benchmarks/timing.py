@@ -80,17 +80,20 @@ def time_in_turns(
     ``tick(name)`` is called before each sample.
     """
     per_sample = {}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
         tick(name)
         once = clock.sample(call, 1)
-        if once < 10 * MIN_SAMPLE:  # that was the warm-up; longer calls need none
+        if once < 10 * MIN_SAMPLE:  # that was the warm-up
             once = clock.sample(call, 1)
+        else:  # long enough to need none: it counts
+            samples[name].append(once)
         per_sample[name] = max(1, min(1000, round(MIN_SAMPLE / max(once, 1e-9))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    spent = dict.fromkeys(calls, 0.0)
+    spent = {name: sum(first) for name, first in samples.items()}
     for _ in range(repeats):
         for name, call in calls.items():
-            if spent[name] > budget and len(samples[name]) >= MIN_SAMPLES:
+            taken = len(samples[name])
+            if taken == repeats or (spent[name] > budget and taken >= MIN_SAMPLES):
                 continue
             tick(name)
             seconds = clock.sample(call, per_sample[name])
