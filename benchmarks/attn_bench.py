@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None, extra: tuple[Candidate, ...] = ()) 
     for name, state in environment["backends"].items():
         if state != "available":
             print(f"backend {name}: cannot: {state}")
-    print(f"\n{LEGEND}\n")
+    print(f"\n{LEGEND}\n", flush=True)
 
     rows: list[Row] = []
     settings = Options(
@@ -136,6 +136,7 @@ def main(arguments: list[str] | None = None, extra: tuple[Candidate, ...] = ()) 
     for shape, new_rows in run(options.shapes, candidates, settings, rates):
         rows += new_rows
         tqdm.write(shape_block(shape, new_rows), file=sys.stdout)
+        sys.stdout.flush()
         if options.json:
             write_json(options.json, environment, named, rates, rows)
     rates = rates.best(measure_rates(device, dtype, samples))

@@ -183,9 +183,9 @@ class _Cell:
 
     def time(self, clock) -> None:
         calls = {name: self._step(name) for name, row in self.rows.items() if row.status in ("ok", "unchecked")}
-        timings = time_in_turns(
-            calls, clock, self.options.repeats, self.options.budget, lambda name: self.note(f"time {name}")
-        )
+        options, tick = self.options, lambda name: self.note(f"time {name}")
+        rivals = frozenset(name for name in calls if self.candidates[name].group == "naive")
+        timings = time_in_turns(calls, clock, options.repeats, options.budget, rivals, tick)
         for name, timing in timings.items():
             self.rows[name].timing = timing
 
@@ -195,7 +195,7 @@ class _Cell:
 
     def measure_memory(self, worker: MemoryWorker) -> None:
         for name, row in self.rows.items():
-            if row.timing is None:
+            if row.timing is None or (row.group == "naive" and name != "naive" and row.timing.hopeless):
                 continue
             self.note(f"memory of {name}")
             try:

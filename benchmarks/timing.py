@@ -11,13 +11,18 @@ import torch
 
 MIN_SAMPLE = 0.02  # seconds; shorter calls are repeated within a sample
 MIN_SAMPLES = 3
+HOPELESS = 3.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call. ``spread`` is half the distance between the quartiles, relative to the median."""
+    """Seconds per call. ``spread`` is half the distance between the quartiles, relative to the median.
+
+    ``hopeless``: one of several rivals, and so much slower than the fastest that one sample was enough.
+    """
 
     samples: list[float]
+    hopeless: bool = False
 
     @property
     def median(self) -> float:
@@ -72,31 +77,37 @@ def time_in_turns(
     clock: CpuClock | CudaClock,
     repeats: int,
     budget: float,
+    rivals: frozenset[str] = frozenset(),
     tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Up to ``repeats`` samples of each call, round by round.
 
-    A call leaves the rounds once its samples have taken ``budget`` seconds, but not before it has three.
+    A call leaves the rounds once its samples have taken ``budget`` seconds, but not before it has three. Of the
+    ``rivals`` only the fastest matters: one that is HOPELESS times slower than that keeps a single sample.
     ``tick(name)`` is called before each sample.
     """
-    per_sample = {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    once = {}
     for name, call in calls.items():
         tick(name)
-        once = clock.sample(call, 1)
-        if once < 10 * MIN_SAMPLE:  # that was the warm-up
-            once = clock.sample(call, 1)
+        once[name] = clock.sample(call, 1)
+        if once[name] < 10 * MIN_SAMPLE:  # that was the warm-up
+            once[name] = clock.sample(call, 1)
         else:  # long enough to need none: it counts
-            samples[name].append(once)
-        per_sample[name] = max(1, min(1000, round(MIN_SAMPLE / max(once, 1e-9))))
+            samples[name].append(once[name])
+    fastest = min((once[name] for name in rivals & set(calls)), default=0.0)
+    hopeless = {name for name in rivals & set(calls) if once[name] > HOPELESS * fastest}
+    for name in hopeless:
+        samples[name] = [once[name]]
+    per_sample = {name: max(1, min(1000, round(MIN_SAMPLE / max(once[name], 1e-9)))) for name in calls}
     spent = {name: sum(first) for name, first in samples.items()}
     for _ in range(repeats):
         for name, call in calls.items():
             taken = len(samples[name])
-            if taken == repeats or (spent[name] > budget and taken >= MIN_SAMPLES):
+            if name in hopeless or taken == repeats or (spent[name] > budget and taken >= MIN_SAMPLES):
                 continue
             tick(name)
             seconds = clock.sample(call, per_sample[name])
             samples[name].append(seconds)
             spent[name] += seconds * per_sample[name]
-    return {name: Timing(values) for name, values in samples.items()}
+    return {name: Timing(values, name in hopeless) for name, values in samples.items()}

@@ -134,7 +134,7 @@ def test_a_right_candidate_is_timed_and_compared_with_naive():
     candidates = find_candidates(CPU, torch.float32, [], ("naive",))
     ((_, rows),) = run([SMOKE[0]], candidates, options, RATES)
     assert [row.candidate for row in rows] == ["naive", "naive-mask", "naive-loop"]
-    assert all(row.status == "ok" and len(row.timing.samples) == 2 for row in rows)
+    assert all(row.status == "ok" and len(row.timing.samples) == (1 if row.timing.hopeless else 2) for row in rows)
     assert max(row.ratio for row in rows) == 1.0
     assert rows[0].floor_percent == pytest.approx(100 * rows[0].floor / rows[0].timing.median)
 

@@ -81,6 +81,18 @@ def test_candidates_take_turns():
     assert timings["a"].samples == [1.0] * 3
 
 
+def test_a_hopeless_rival_is_timed_once():
+    class Clock:
+        def sample(self, call, calls):
+            return call()
+
+    calls = {"ours": lambda: 0.01, "slow": lambda: 4.0, "slower": lambda: 5.0, "hopeless": lambda: 13.0}
+    timings = time_in_turns(calls, Clock(), 5, 100, rivals=frozenset({"slow", "slower", "hopeless"}))
+    samples = {name: len(timing.samples) for name, timing in timings.items()}
+    assert samples == {"ours": 5, "slow": 5, "slower": 5, "hopeless": 1}
+    assert [name for name, timing in timings.items() if timing.hopeless] == ["hopeless"]
+
+
 def test_short_calls_are_repeated_within_a_sample():
     counts = []
 
