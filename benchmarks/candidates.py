@@ -23,12 +23,16 @@ Prepare = Callable[[Shape, torch.device, torch.dtype], Attend]
 
 @dataclass(frozen=True)
 class Candidate:
-    """``group`` is "ours", "naive" or "peer". ``drops_table``: compared on the same shape without its table."""
+    """``group`` is "ours", "naive" or "peer".
+
+    ``drops_table``: compared on the same shape without its table. ``compiles``: at its first call on a shape.
+    """
 
     name: str
     group: str
     prepare: Prepare
     drops_table: bool = False
+    compiles: bool = False
 
     def covers(self, shape: Shape) -> bool:
         """Whether to list this candidate for a shape: not a second form of naive where there is only one."""
@@ -64,7 +68,7 @@ def all_candidates(device_type: str) -> list[Candidate]:
         Candidate("naive", "naive", ours("reference")),
         *(Candidate(name, "naive", prepare) for name, prepare in naive.VARIANTS.items()),
         *(Candidate(name, "peer", prepare) for name, prepare in peers.sdpa_kernels(device_type).items()),
-        Candidate("flex", "peer", peers.prepare_flex),
+        Candidate("flex", "peer", peers.prepare_flex, compiles=True),
         Candidate("natten", "peer", peers.prepare_natten, drops_table=True),
     ]
 

@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 ORDERS = {"forward": "forward", "backward": "forward + backward", "double": "gradient penalty (second order)"}
+OPERATORS = {"forward": "forward", "backward": "backward alone", "double": "double backward alone"}
 COLORS = {"forward": "#8ec1de", "backward": "#2f7fb8", "double": "#16324f"}
 PEERS = {
     "sdpa": ("D", "#e08e0b"),
@@ -113,7 +114,7 @@ def _draw_memory(axis: Axes, result: Result, backend: str) -> None:
     axis.set_yscale("log")
     axis.set_ylabel("peak memory beyond inputs and results,\nrelative to the results")
     handles = [
-        *(Line2D([], [], marker="o", color=COLORS[o], linestyle="none", label=ORDERS[o]) for o in result.orders),
+        *(Line2D([], [], marker="o", color=COLORS[o], linestyle="none", label=OPERATORS[o]) for o in result.orders),
         Line2D([], [], marker="_", color=NAIVE, linestyle="none", markersize=9, markeredgewidth=2.5, label="naive"),
         Line2D([], [], color=GOAL, linestyle="--", label="goal: at most 0.25"),
     ]
