@@ -382,14 +382,16 @@ void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const Mak
     return std::min(n, slice * ((n + slices * block - 1) / (slices * block)) * block);
   };
   const auto query_task = [&](auto& worker, int64_t task) {
-    const int64_t head = plan.heads.first + task / parts, part = task % parts, chunk = part / slices, slice = part % slices;
+    // Heads vary fastest: they share the pages of memory.
+    const int64_t head = task % plan.heads.count(), part = task / plan.heads.count();
+    const int64_t chunk = part / slices, slice = part % slices;
     worker.table_gradient.start();
     const int64_t query_begin = slice_begin(slice, slices, plan.queries, plan.block_queries);
     const int64_t query_end = slice_begin(slice + 1, slices, plan.queries, plan.block_queries);
     for (int64_t job = chunk * plan.jobs_per_head / chunks; job < (chunk + 1) * plan.jobs_per_head / chunks; ++job) {
-      worker.run(plan.job(head, job), {query_begin, query_end, 0, plan.keys, true, !split});
+      worker.run(plan.job(plan.heads.first + head, job), {query_begin, query_end, 0, plan.keys, true, !split});
     }
-    worker.table_gradient.finish(partial + task * table_size);
+    worker.table_gradient.finish(partial + (head * parts + part) * table_size);
   };
   for_each_task(plan.heads.count() * parts, [&] { return make(split ? 0 : plan.keys); }, query_task);
   if (split) {

@@ -111,11 +111,12 @@ void dense_forward(const Arguments& a, HeadRange heads) {
   // Long jobs are shared between threads by groups of queries; short ones pack their keys once.
   const int64_t group = plan.queries <= 512 ? plan.queries : 4 * plan.block_queries;
   const int64_t groups = (plan.queries + group - 1) / group;
+  // Heads vary faster than windows: they share the pages of memory.
   for_each_task(
       heads.count() * plan.jobs_per_head * groups, [&] { return DenseForward<T>(a, plan, tables); },
       [&](DenseForward<T>& worker, int64_t task) {
         const int64_t job = task / groups, begin = task % groups * group;
-        worker.run(plan.job(heads.first + job / plan.jobs_per_head, job % plan.jobs_per_head), begin,
+        worker.run(plan.job(heads.first + job % heads.count(), job / heads.count()), begin,
                    std::min(plan.queries, begin + group));
       });
 }

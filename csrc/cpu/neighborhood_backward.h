@@ -5,7 +5,7 @@
 // At the edges of its band a job also computes the rows of its neighbors that attend its keys.
 #pragma once
 
-#include "neighborhood_forward.h"
+#include "neighborhood_products.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
@@ -198,7 +198,7 @@ class NeighborhoodBackward {
   void score_gradients(const RowGroup& group, int r, int64_t b, T* weights, T* scores) {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t y = group.y + r, x = b * L, distance = group.start[r] - y, which = g.query_blocks[b].table;
-    const T* table = a_.bias ? rows_.table.row(which, distance) : nullptr;
+    const T* table = a_.bias ? rows_.table().row(which, distance) : nullptr;
     T* grad_table = a_.grad_bias && rows_.job.owns(y) ? table_gradient.expanded.row(which, distance) : nullptr;
     const Vector<T> lse = load(backward_.lse2[r] + x), delta = load(backward_.delta[r] + x);
     T* weight_row = weight_rows_.rows[r] + x;
@@ -261,10 +261,11 @@ void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const Make&
   const int64_t parts = std::min<int64_t>(16, jobs.count()), table_size = p.table_height() * p.table_width();
   Buffer<T> partial(a.grad_bias ? heads.count() * parts * table_size : 0);
   for_each_task(heads.count() * parts, make, [&](auto& worker, int64_t task) {
-    const int64_t head = heads.first + task / parts, part = task % parts;
-    worker.table_gradient.start(a.grad_bias ? partial + task * table_size : nullptr);
+    // Heads vary fastest: they share the pages of memory.
+    const int64_t head = task % heads.count(), part = task / heads.count();
+    worker.table_gradient.start(a.grad_bias ? partial + (head * parts + part) * table_size : nullptr);
     for (int64_t job = part * jobs.count() / parts; job < (part + 1) * jobs.count() / parts; ++job) {
-      worker.run(jobs.job(head, job));
+      worker.run(jobs.job(heads.first + head, job));
     }
     worker.finish();
   });

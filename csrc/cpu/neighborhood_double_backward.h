@@ -25,9 +25,12 @@ class NeighborhoodDoubleBackward {
   void run(const NeighborhoodJob& new_job) {
     const ClassGeometry<T>& g = rows_.geometry;
     if (rows_.differs(new_job)) table_gradient.flush(g);
-    if (rows_.start(new_job)) resize();
-    table_gradient.open(g);
+    const int64_t last_head = rows_.job.head;
+    const bool changed = rows_.start(new_job);
     const NeighborhoodJob& job = rows_.job;
+    if (changed) resize();
+    if (a_.cot_bias && (changed || job.head != last_head)) cot_table_.fill(g, a_.problem, a_.cot_bias, job.head, 1);
+    table_gradient.open(g);
     const auto [begin, end] = attending_rows(g, job);
     grad_key_.start(job, g.start_y(begin));
     grad_value_.start(job, g.start_y(begin));
@@ -56,7 +59,6 @@ class NeighborhoodDoubleBackward {
     cot_value_.resize(g.ky + kGroup - 1, rows_.channels, g);
     grad_key_.ring.resize(g.ky + kGroup - 1, rows_.query_channels, g);
     grad_value_.ring.resize(g.ky + kGroup - 1, rows_.channels, g);
-    if (a_.cot_bias) cot_table_.fill(g, a_.problem, a_.cot_bias, rows_.job.head, 1);
     for (StripWeights<T>& weights : weights_) weights.resize(g);
     for (RowWeights<T>* weights : {&score_bar_rows_, &score_rows_, &value_rows_}) weights->resize(g);
   }
@@ -120,7 +122,7 @@ class NeighborhoodDoubleBackward {
   void row_sums(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t n = g.ky * g.kx, distance = group.start[r] - (group.y + r), which = g.query_blocks[b].table;
-    const T* table = a_.bias ? rows_.table.row(which, distance) : nullptr;
+    const T* table = a_.bias ? rows_.table().row(which, distance) : nullptr;
     const T* cot_table = a_.cot_bias ? cot_table_.row(which, distance) : nullptr;
     const bool products = a_.cot_query || a_.cot_key;
     T* const probabilities = weights_[kProbability].block(r, slot);

@@ -5,98 +5,9 @@
 #include <limits>
 #include <vector>
 
-#include "neighborhood.h"
+#include "neighborhood_products.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
-
-// What all three orders hold of the queries and keys of a job, row by row.
-//
-// For l2 there is one more channel: 1 for queries and -s|k|^2 for keys, so that it joins the product q.k.
-template <class T>
-class NeighborhoodRows {
- public:
-  NeighborhoodRows(const Arguments& a, int64_t extra_query_channels)
-      : a_(a),
-        transposer(a.problem.head_dim),
-        channels(a.problem.head_dim),
-        score_channels(channels + (a.problem.l2 ? 1 : 0)),
-        query_channels(score_channels + extra_query_channels),
-        query_scale(T(a.problem.dot_scale()) * kLog2E<T>) {}
-
-  // Whether a job has another geometry or head than the last one.
-  bool differs(const NeighborhoodJob& other) const {
-    return geometry.height != other.class_height || geometry.width != other.class_width || job.head != other.head;
-  }
-  // Sets the job; returns whether it differs.
-  bool start(const NeighborhoodJob& new_job) {
-    const bool changed = differs(new_job);
-    job = new_job;
-    if (changed) {
-      geometry.prepare(job.class_height, job.class_width, job.window.kernel_y, job.window.kernel_x);
-      query.resize(kGroup, query_channels, geometry);
-      key.resize(geometry.ky + kGroup - 1, score_channels, geometry);
-      value.resize(geometry.ky + kGroup - 1, channels, geometry);
-      if (a_.bias) table.fill(geometry, a_.problem, a_.bias, job.head, kLog2E<T>);
-    }
-    next_key_ = -1;
-    return changed;
-  }
-
-  void load_queries(const RowGroup& group) {
-    for (int64_t y = group.y; y < group.y + group.count; ++y) {
-      transposer.load(query.row(y), query.stride(), a_.query, job, y, query_scale);
-      if (a_.problem.l2) std::fill_n(query.row(y) + channels * query.stride(), geometry.width, T(1));
-    }
-  }
-
-  // Brings in the rows of keys up to those of the group; visit(row) may load more of each new row.
-  template <class Visit>
-  void load_keys(const RowGroup& group, const Visit& visit) {
-    for (int64_t row = std::max(next_key_, group.first()); row < group.last(); ++row) {
-      transposer.load(key.row(row), key.stride(), a_.key, job, row, 1);
-      transposer.load(value.row(row), value.stride(), a_.value, job, row, 1);
-      if (a_.problem.l2) key_products(key.row(row), key.row(row), key.row(row), -a_.problem.scale * kLog2E<double>);
-      visit(row);
-    }
-    next_key_ = std::max(next_key_, group.last());
-  }
-
-  // The extra channel of `target`: factor times the product of two rows, per key.
-  void key_products(T* target, const T* a, const T* b, double factor) const {
-    const int64_t stride = key.stride();
-    for (int64_t x = 0; x < geometry.padded; x += kLanes<T>) {
-      Vector<T> sum{};
-      for (int64_t c = 0; c < channels; ++c) sum += NATTEN_EXT_ISA::load(a + c * stride + x) * NATTEN_EXT_ISA::load(b + c * stride + x);
-      store(target + channels * stride + x, sum * T(factor));
-    }
-  }
-
-  // gradient[c][x] -= a log2(e) * sums[x] * keys[c][x] of one row: the l2 term of a key gradient.
-  void subtract_keys(T* gradient, const T* sums, int64_t row, const RowRing<T>& keys) const {
-    const int64_t stride = keys.stride();
-    const T* from = keys.row(row);
-    for (int64_t x = 0; x < geometry.padded; x += kLanes<T>) {
-      const Vector<T> factor = NATTEN_EXT_ISA::load(sums + x) * query_scale;
-      for (int64_t c = 0; c < channels; ++c) {
-        T* target = gradient + c * stride + x;
-        store(target, NATTEN_EXT_ISA::load(target) - factor * NATTEN_EXT_ISA::load(from + c * stride + x));
-      }
-    }
-  }
-
- private:
-  const Arguments& a_;
-  int64_t next_key_ = -1;
-
- public:
-  const RowTransposer<T> transposer;
-  const int64_t channels, score_channels, query_channels;
-  const T query_scale;
-  NeighborhoodJob job{};
-  ClassGeometry<T> geometry;
-  RowRing<T> query, key, value;  // queries times a log2(e)
-  ExpandedTable<T> table;        // times log2(e)
-};
 
 template <class T>
 class NeighborhoodForward {
@@ -141,7 +52,7 @@ class NeighborhoodForward {
     Vector<T> top = broadcast<T>(-std::numeric_limits<T>::infinity());
     if (a_.bias) {
       // Rows of the table follow each other as rows of keys do.
-      const T* table = rows_.table.row(g.query_blocks[b].table, group.start[r] - y);
+      const T* table = rows_.table().row(g.query_blocks[b].table, group.start[r] - y);
       for (int64_t i = 0; i < n; ++i) {
         const Vector<T> s = load(weights + i * L) + load(table + i * L);
         store(weights + i * L, s);
@@ -184,10 +95,11 @@ class NeighborhoodForward {
 template <class T>
 void neighborhood_forward(const Arguments& a, HeadRange heads) {
   const HeadJobs jobs(a.problem, heads.first, 32);
+  // Heads vary fastest: they share the pages of memory.
   for_each_task(
       heads.count() * jobs.count(), [&] { return NeighborhoodForward<T>(a); },
       [&](NeighborhoodForward<T>& worker, int64_t task) {
-        worker.run(jobs.job(heads.first + task / jobs.count(), task % jobs.count()));
+        worker.run(jobs.job(heads.first + task % heads.count(), task / heads.count()));
       });
 }
 

@@ -95,11 +95,11 @@ NATTEN_EXT_INLINE void store_row(const T* NATTEN_EXT_RESTRICT row, const View& v
   }
 }
 
-// Asks for n channels that will be loaded soon: rows of a tensor are too far apart for the hardware to guess.
-NATTEN_EXT_INLINE void prefetch_row(const View& view, int64_t offset, int64_t n) {
-  const int64_t size = view.dtype == DType::bfloat16 ? 2 : view.dtype == DType::float32 ? 4 : 8;
-  const char* begin = static_cast<const char*>(view.data) + offset * size;
-  for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(begin + byte);
+// Asks for channels that will be loaded soon: rows of a tensor are too far apart for the hardware to guess.
+template <class T>
+NATTEN_EXT_INLINE void prefetch_row(const T* row, int64_t n) {
+  __builtin_prefetch(row);
+  if (n * static_cast<int64_t>(sizeof(T)) > 64) __builtin_prefetch(row + 64 / sizeof(T));
 }
 
 // target[column][row] = source[row][column]; rows and columns are multiples of the lanes.

@@ -1,0 +1,240 @@
+// What the neighborhood kernels hold in working memory: transposed rows of the operands, and expanded tables.
+#pragma once
+
+#include <map>
+
+#include "neighborhood_geometry.h"
+#include "rows.h"
+
+namespace natten_ext::NATTEN_EXT_ISA {
+
+// A few rows [channel][x], addressed by row number: a ring over the rows of a class. Margins stay zero.
+template <class T>
+class RowRing {
+ public:
+  void resize(int64_t rows, int64_t channels, const ClassGeometry<T>& g) {
+    if (rows * channels * g.row_stride > capacity_) {
+      capacity_ = rows * channels * g.row_stride;
+      buffer_ = Buffer<T>(capacity_);
+    }
+    rows_ = rows;
+    channels_ = channels;
+    stride_ = g.row_stride;
+    margin_ = g.margin;
+    std::fill(buffer_.data(), buffer_ + rows * channels * stride_, T(0));
+  }
+  // Channel 0 at x = 0.
+  T* row(int64_t y) const { return buffer_ + (y % rows_) * channels_ * stride_ + margin_; }
+  int64_t stride() const { return stride_; }
+  void clear(int64_t y) {
+    T* begin = row(y) - margin_;
+    std::fill(begin, begin + channels_ * stride_, T(0));
+  }
+
+ private:
+  Buffer<T> buffer_;
+  int64_t capacity_ = 0, rows_ = 1, channels_ = 0, stride_ = 0, margin_ = 0;
+};
+
+// Moves rows of a tensor to and from [channel][x].
+template <class T>
+class RowTransposer {
+ public:
+  static constexpr int L = kLanes<T>;
+
+  explicit RowTransposer(int64_t channels)
+      : channels_(channels), padded_(round_up_to_lanes<T>(channels)), rows_(L * padded_), columns_(padded_ * L) {
+    std::fill(rows_.data(), rows_ + L * padded_, T(0));
+  }
+  void load(T* target, int64_t stride, const View& v, const NeighborhoodJob& job, int64_t y, T factor) const {
+    const int64_t step = job.window.dilation_x * v.x;
+    const bool direct = v.dtype != DType::bfloat16;
+    for (int64_t x = 0; x < job.class_width; x += L) {
+      const int64_t lanes = std::min<int64_t>(L, job.class_width - x), from = job.offset(v, y, x);
+      // Whole squares of the compute type come straight from the tensor, the rest by way of staged rows.
+      const int64_t whole = direct && lanes == L ? channels_ / L * L : 0;
+      const T* values = static_cast<const T*>(v.data) + from;
+      for (int64_t i = 0; whole > 0 && i < L; ++i) prefetch_row(values + (3 * L + i) * step, channels_);
+      for (int64_t c = 0; c < whole; c += L) {
+        const T* source = values + c;
+        Vector<T> square[L];
+        for (int i = 0; i < L; ++i) square[i] = NATTEN_EXT_ISA::load(source + i * step) * factor;
+        transpose_square<T>(square);
+        for (int i = 0; i < L; ++i) store(target + (c + i) * stride + x, square[i]);
+      }
+      if (whole == channels_) continue;
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        load_row<T>(rows_ + lane * padded_, v, from + lane * step + whole, channels_ - whole, factor);
+      }
+      for (int64_t lane = lanes; lane < L; ++lane) std::fill_n(rows_ + lane * padded_, channels_, T(0));
+      for (int64_t c = whole; c < channels_; c += L) {
+        Vector<T> square[L];
+        for (int i = 0; i < L; ++i) square[i] = NATTEN_EXT_ISA::load(rows_ + i * padded_ + c - whole);
+        transpose_square<T>(square);
+        const int64_t kept = std::min<int64_t>(L, channels_ - c);
+        for (int64_t i = 0; i < kept; ++i) store(target + (c + i) * stride + x, square[i]);
+      }
+    }
+  }
+  // One block of lanes at x, from source[channel][stride].
+  void unload(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, int64_t y, int64_t x,
+              T factor) const {
+    for (int64_t c = 0; c < channels_; c += L) {
+      Vector<T> square[L];
+      for (int i = 0; i < L; ++i) square[i] = c + i < channels_ ? NATTEN_EXT_ISA::load(source + (c + i) * stride) : Vector<T>{};
+      transpose_square<T>(square);
+      for (int i = 0; i < L; ++i) store(rows_ + i * padded_ + c, square[i]);
+    }
+    const int64_t lanes = std::min<int64_t>(L, job.class_width - x);
+    int64_t to = job.offset(v, y, x);
+    for (int64_t lane = 0; lane < lanes; ++lane, to += job.window.dilation_x * v.x) {
+      store_row<T>(rows_ + lane * padded_, v, to, channels_, factor);
+    }
+  }
+
+ private:
+  int64_t channels_, padded_;
+  Buffer<T> rows_, columns_;
+};
+
+// Tables of one head, expanded to vectors: [table][key row - query row][kx][lanes].
+template <class T>
+class ExpandedTable {
+ public:
+  static constexpr int L = kLanes<T>;
+
+  void resize(const ClassGeometry<T>& g) {
+    rows_ = 2 * g.ky - 1;
+    kx_ = g.kx;
+    ky_ = g.ky;
+    const int64_t size = g.tables * rows_ * kx_ * L;
+    if (size > capacity_) buffer_ = Buffer<T>(capacity_ = size);
+    size_ = size;
+  }
+  bool empty() const { return size_ == 0; }
+  void clear() { std::fill(buffer_.data(), buffer_ + size_, T(0)); }
+  // [kx][lanes] of a query block for keys `distance` rows below the query.
+  T* row(int64_t table, int64_t distance) const { return buffer_ + (table * rows_ + distance + ky_ - 1) * kx_ * L; }
+
+  // Calls visit(value, y, x) for each value, with its place in the head's table.
+  template <class Visit>
+  void for_each(const ClassGeometry<T>& g, const Problem& p, const Visit& visit) const {
+    const int64_t center_y = p.table_kernel_y() - 1, center_x = p.table_kernel_x() - 1;
+    for (int64_t table = 0; table < g.tables; ++table) {
+      const int32_t* offsets = g.table_offsets.data() + table * kx_ * L;
+      for (int64_t dy = 1 - ky_; dy < ky_; ++dy) {
+        T* values = row(table, dy);
+        for (int64_t i = 0; i < kx_ * L; ++i) visit(values[i], dy + center_y, offsets[i] + center_x);
+      }
+    }
+  }
+  void fill(const ClassGeometry<T>& g, const Problem& p, const View& bias, int64_t head, T factor) {
+    resize(g);
+    clear();
+    for_each(g, p, [&](T& value, int64_t y, int64_t x) {
+      value = load_value<T>(bias, head * bias.head + y * bias.y + x * bias.x) * factor;
+    });
+  }
+
+ private:
+  Buffer<T> buffer_;
+  int64_t capacity_ = 0, size_ = 0, rows_ = 0, kx_ = 0, ky_ = 0;
+};
+
+// What all three orders hold of the queries and keys of a job, row by row.
+//
+// For l2 there is one more channel: 1 for queries and -s|k|^2 for keys, so that it joins the product q.k.
+template <class T>
+class NeighborhoodRows {
+ public:
+  NeighborhoodRows(const Arguments& a, int64_t extra_query_channels)
+      : a_(a),
+        transposer(a.problem.head_dim),
+        channels(a.problem.head_dim),
+        score_channels(channels + (a.problem.l2 ? 1 : 0)),
+        query_channels(score_channels + extra_query_channels),
+        query_scale(T(a.problem.dot_scale()) * kLog2E<T>) {}
+
+  // Whether a job has another geometry than the last one.
+  bool differs(const NeighborhoodJob& other) const {
+    return geometry.height != other.class_height || geometry.width != other.class_width;
+  }
+  // Sets the job; returns whether its geometry differs.
+  bool start(const NeighborhoodJob& new_job) {
+    const bool changed = differs(new_job);
+    job = new_job;
+    if (changed) {
+      tables_.clear();
+      geometry.prepare(job.class_height, job.class_width, job.window.kernel_y, job.window.kernel_x);
+      query.resize(kGroup, query_channels, geometry);
+      key.resize(geometry.ky + kGroup - 1, score_channels, geometry);
+      value.resize(geometry.ky + kGroup - 1, channels, geometry);
+    }
+    next_key_ = -1;
+    return changed;
+  }
+
+  // The head's table, times log2(e).
+  const ExpandedTable<T>& table() {
+    ExpandedTable<T>& filled = tables_[job.head];
+    if (filled.empty()) filled.fill(geometry, a_.problem, a_.bias, job.head, kLog2E<T>);
+    return filled;
+  }
+
+  void load_queries(const RowGroup& group) {
+    for (int64_t y = group.y; y < group.y + group.count; ++y) {
+      transposer.load(query.row(y), query.stride(), a_.query, job, y, query_scale);
+      if (a_.problem.l2) std::fill_n(query.row(y) + channels * query.stride(), geometry.width, T(1));
+    }
+  }
+
+  // Brings in the rows of keys up to those of the group; visit(row) may load more of each new row.
+  template <class Visit>
+  void load_keys(const RowGroup& group, const Visit& visit) {
+    for (int64_t row = std::max(next_key_, group.first()); row < group.last(); ++row) {
+      transposer.load(key.row(row), key.stride(), a_.key, job, row, 1);
+      transposer.load(value.row(row), value.stride(), a_.value, job, row, 1);
+      if (a_.problem.l2) key_products(key.row(row), key.row(row), key.row(row), -a_.problem.scale * kLog2E<double>);
+      visit(row);
+    }
+    next_key_ = std::max(next_key_, group.last());
+  }
+
+  // The extra channel of `target`: factor times the product of two rows, per key.
+  void key_products(T* target, const T* a, const T* b, double factor) const {
+    const int64_t stride = key.stride();
+    for (int64_t x = 0; x < geometry.padded; x += kLanes<T>) {
+      Vector<T> sum{};
+      for (int64_t c = 0; c < channels; ++c) sum += NATTEN_EXT_ISA::load(a + c * stride + x) * NATTEN_EXT_ISA::load(b + c * stride + x);
+      store(target + channels * stride + x, sum * T(factor));
+    }
+  }
+
+  // gradient[c][x] -= a log2(e) * sums[x] * keys[c][x] of one row: the l2 term of a key gradient.
+  void subtract_keys(T* gradient, const T* sums, int64_t row, const RowRing<T>& keys) const {
+    const int64_t stride = keys.stride();
+    const T* from = keys.row(row);
+    for (int64_t x = 0; x < geometry.padded; x += kLanes<T>) {
+      const Vector<T> factor = NATTEN_EXT_ISA::load(sums + x) * query_scale;
+      for (int64_t c = 0; c < channels; ++c) {
+        T* target = gradient + c * stride + x;
+        store(target, NATTEN_EXT_ISA::load(target) - factor * NATTEN_EXT_ISA::load(from + c * stride + x));
+      }
+    }
+  }
+
+ private:
+  const Arguments& a_;
+  int64_t next_key_ = -1;
+  std::map<int64_t, ExpandedTable<T>> tables_;  // by head
+
+ public:
+  const RowTransposer<T> transposer;
+  const int64_t channels, score_channels, query_channels;
+  const T query_scale;
+  NeighborhoodJob job{};
+  ClassGeometry<T> geometry;
+  RowRing<T> query, key, value;  // queries times a log2(e)
+};
+
+}  // namespace natten_ext::NATTEN_EXT_ISA
