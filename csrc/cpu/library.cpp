@@ -172,6 +172,9 @@ void set_saved(Arguments& a, const Tensor& query, const Tensor& grad_output, con
   a.lse = lse.mutable_data_ptr();
 }
 
+// Whether there is nothing to attend; results are then zeros.
+bool no_queries(const Problem& p) { return p.batch * p.queries() == 0; }
+
 std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
                                    std::vector<int64_t> neighborhood, bool l2, double scale) {
   Arguments a = arguments(query, key, value, bias, neighborhood, l2, scale);
@@ -179,7 +182,7 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, std::
   Tensor lse = new_contiguous(query, lse_sizes(query), lse_dtype(query));
   a.output = view(output, "output");
   a.lse = lse.mutable_data_ptr();
-  variant().kernels.forward(a);
+  if (!no_queries(a.problem)) variant().kernels.forward(a);
   return {output, lse};
 }
 
@@ -197,7 +200,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor q
   a.grad_key = gradient_view(needs & 2, grad_key, "grad_key");
   a.grad_value = gradient_view(needs & 4, grad_value, "grad_value");
   if (need_bias) a.grad_bias = table_view(grad_bias, "grad_bias");
-  variant().kernels.backward(a);
+  if (no_queries(a.problem)) {
+    for (Tensor* gradient : {&grad_query, &grad_key, &grad_value, &grad_bias}) torch::stable::zero_(*gradient);
+  } else {
+    variant().kernels.backward(a);
+  }
   return {grad_query, grad_key, grad_value, grad_bias};
 }
 
@@ -224,7 +231,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   a.grad_key = gradient_view(needs & 4, grad_key, "grad_key");
   a.grad_value = gradient_view(needs & 8, grad_value, "grad_value");
   if (need_bias) a.grad_bias = table_view(grad_bias, "grad_bias");
-  variant().kernels.double_backward(a);
+  if (no_queries(a.problem)) {
+    for (Tensor* gradient : {&grad_grad_output, &grad_query, &grad_key, &grad_value, &grad_bias}) {
+      torch::stable::zero_(*gradient);
+    }
+  } else {
+    variant().kernels.double_backward(a);
+  }
   return {grad_grad_output, grad_query, grad_key, grad_value, grad_bias};
 }
 

@@ -100,10 +100,10 @@ NATTEN_EXT_INLINE Vector<T> permute(Vector<T> v, Integers<T> index) {
 #endif
 }
 
-// 2^x to about one unit in the last place; arguments below the smallest normal exponent give that exponent.
+// 2^x to about one unit in the last place of normal numbers; exactly 0 far below them, so that what is masked vanishes.
 // 2^x = 2^n 2^f with n the nearest integer; the polynomials fit 2^f on [-1/2, 1/2] (relative error 2e-9, 4e-20).
 NATTEN_EXT_INLINE Vector<float> exp2(Vector<float> x) {
-  x = maximum<float>(broadcast<float>(-126.0f), x);  // in this order NaN stays NaN
+  x = maximum<float>(broadcast<float>(-127.0f), x);  // in this order NaN stays NaN
   const Vector<float> shifter = broadcast<float>(0x1.8p23f);  // brings n into the low bits
   const Vector<float> shifted = x + shifter;
   const Vector<float> f = x - (shifted - shifter);
@@ -117,7 +117,7 @@ NATTEN_EXT_INLINE Vector<float> exp2(Vector<float> x) {
   return (Vector<float>)((Integers<float>)p + ((Integers<float>)shifted << 23));
 }
 NATTEN_EXT_INLINE Vector<double> exp2(Vector<double> x) {
-  x = maximum<double>(broadcast<double>(-1022.0), x);
+  x = maximum<double>(broadcast<double>(-1023.0), x);
   const Vector<double> shifter = broadcast<double>(0x1.8p52);
   const Vector<double> shifted = x + shifter;
   const Vector<double> f = x - (shifted - shifter);

@@ -8,6 +8,8 @@ import pytest
 import torch
 from cases import Case, cotangents_of, derivatives, find, forward, grad_output_of, inputs_of, oracle_derivatives
 
+import natten_ext
+
 SOME = [
     find("full-self-9"),
     find("full-self-9", score="l2", tied=("key",)),
@@ -112,3 +114,24 @@ def test_values_of_one_sign_stay_within_their_range(any_target, case):
     output = forward(case, inputs, any_target.backend)
     low, high = inputs["value"].min(), inputs["value"].max()
     assert (output >= low - 1e-5).all() and (output <= high + 1e-5).all()
+
+
+def test_no_queries(any_target):
+    """Attention of no query: an empty output, and gradients of zero for what it would have attended."""
+    query = torch.zeros(2, 0, 3, 8, requires_grad=True)
+    key, value = (torch.randn(2, 5, 3, 8, requires_grad=True) for _ in range(2))
+    output = natten_ext.attention(query, key, value, backend=any_target.backend)
+    assert output.shape == query.shape
+    first = torch.autograd.grad(output.sum(), (key, value), create_graph=True)
+    assert all(gradient.abs().sum() == 0 for gradient in first)
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_values_outside_the_window_have_no_weight(any_target, size):
+    """However large: also where a backend masks a dense product."""
+    query = torch.randn(1, size, size, 1, 4)
+    value = query.clone()
+    value[0, -1, -1] = 3e38
+    expected = natten_ext.neighborhood_attention(query, query, query, 7, backend=any_target.backend)
+    output = natten_ext.neighborhood_attention(query, query, value, 7, backend=any_target.backend)
+    assert torch.equal(output[0, :3, :3], expected[0, :3, :3])
