@@ -178,7 +178,7 @@ class NeighborhoodBackward {
   // Blocks [begin, end): P and dS of the windows, to the group's rows of weights; dQ and the table's gradient.
   void strip(const RowGroup& group, int64_t begin, int64_t end) {
     const ClassGeometry<T>& g = rows_.geometry;
-    score_strip(g, group, begin, end, rows_.query, rows_.key, rows_.score_channels, weights_, false);
+    score_strip(g, group, begin, end, rows_.query, rows_.key, rows_.score_channels, weights_, false, rows_.table());
     score_strip(g, group, begin, end, backward_.grad_output, rows_.value, rows_.channels, scores_, false);
     for (int64_t b = begin; b < end; ++b) {
       for (int r = 0; r < group.count; ++r) score_gradients(group, r, b, weights_.block(r, b - begin), scores_.block(r, b - begin));
@@ -198,16 +198,13 @@ class NeighborhoodBackward {
   void score_gradients(const RowGroup& group, int r, int64_t b, T* weights, T* scores) {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t y = group.y + r, x = b * L, distance = group.start[r] - y, which = g.query_blocks[b].table;
-    const T* table = a_.bias ? rows_.table().row(which, distance) : nullptr;
     T* grad_table = a_.grad_bias && rows_.job.owns(y) ? table_gradient.expanded.row(which, distance) : nullptr;
     const Vector<T> lse = load(backward_.lse2[r] + x), delta = load(backward_.delta[r] + x);
     T* weight_row = weight_rows_.rows[r] + x;
     T* score_row = score_rows_.rows[r] + x;
     for (int64_t i = 0, ky = 0; ky < g.ky; ++ky) {
       for (int64_t kx = 0; kx < g.kx; ++kx, ++i) {
-        Vector<T> score = load(weights + i * L) - lse;
-        if (table != nullptr) score += load(table + i * L);
-        const Vector<T> weight = exp2(score);
+        const Vector<T> weight = exp2(load(weights + i * L) - lse);
         const Vector<T> gradient = weight * (load(scores + i * L) - delta);
         store(scores + i * L, gradient);
         const int64_t at = ky * g.weights_stride + kx * g.padded;

@@ -86,7 +86,8 @@ class NeighborhoodDoubleBackward {
     const auto product = [&](const RowRing<T>& query, const RowRing<T>& key, int64_t channels, Weight to, bool add) {
       score_strip(g, group, begin, end, query, key, channels, weights_[to], add);
     };
-    product(rows_.query, rows_.key, rows_.score_channels, kProbability, false);
+    score_strip(g, group, begin, end, rows_.query, rows_.key, rows_.score_channels, weights_[kProbability], false,
+                rows_.table());
     product(backward_.grad_output, rows_.value, rows_.channels, kGradScore, false);
     if (a_.cot_query) product(cot_query_, rows_.key, rows_.channels, kX, false);
     if (a_.cot_key) product(rows_.query, cot_key_, rows_.score_channels, kX, static_cast<bool>(a_.cot_query));
@@ -122,7 +123,6 @@ class NeighborhoodDoubleBackward {
   void row_sums(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t n = g.ky * g.kx, distance = group.start[r] - (group.y + r), which = g.query_blocks[b].table;
-    const T* table = a_.bias ? rows_.table().row(which, distance) : nullptr;
     const T* cot_table = a_.cot_bias ? cot_table_.row(which, distance) : nullptr;
     const bool products = a_.cot_query || a_.cot_key;
     T* const probabilities = weights_[kProbability].block(r, slot);
@@ -132,9 +132,7 @@ class NeighborhoodDoubleBackward {
     const Vector<T> lse = NATTEN_EXT_ISA::load(backward_.lse2[r] + b * L);
     Vector<T> r_sum{}, e_sum{};
     for (int64_t i = 0; i < n * L; i += L) {
-      Vector<T> score = NATTEN_EXT_ISA::load(probabilities + i) - lse;
-      if (table != nullptr) score += NATTEN_EXT_ISA::load(table + i);
-      const Vector<T> probability = exp2(score);
+      const Vector<T> probability = exp2(NATTEN_EXT_ISA::load(probabilities + i) - lse);
       Vector<T> value{};
       if (products) value = NATTEN_EXT_ISA::load(values + i) * kLn2<T>;  // queries carry log2(e)
       if (cot_table != nullptr) value += NATTEN_EXT_ISA::load(cot_table + i);

@@ -31,7 +31,7 @@ class NeighborhoodForward {
  private:
   void strip(const RowGroup& group, int64_t begin, int64_t end) {
     const ClassGeometry<T>& g = rows_.geometry;
-    score_strip(g, group, begin, end, rows_.query, rows_.key, rows_.score_channels, weights_, false);
+    score_strip(g, group, begin, end, rows_.query, rows_.key, rows_.score_channels, weights_, false, rows_.table());
     for (int64_t b = begin; b < end; ++b) {
       for (int r = 0; r < group.count; ++r) inverse_sum_[b - begin][r] = softmax(group, r, b, weights_.block(r, b - begin));
     }
@@ -50,17 +50,7 @@ class NeighborhoodForward {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t n = g.ky * g.kx, x = b * L, y = group.y + r;
     Vector<T> top = broadcast<T>(-std::numeric_limits<T>::infinity());
-    if (a_.bias) {
-      // Rows of the table follow each other as rows of keys do.
-      const T* table = rows_.table().row(g.query_blocks[b].table, group.start[r] - y);
-      for (int64_t i = 0; i < n; ++i) {
-        const Vector<T> s = load(weights + i * L) + load(table + i * L);
-        store(weights + i * L, s);
-        top = maximum<T>(top, s);
-      }
-    } else {
-      for (int64_t i = 0; i < n; ++i) top = maximum<T>(top, load(weights + i * L));
-    }
+    for (int64_t i = 0; i < n; ++i) top = maximum<T>(top, load(weights + i * L));
     Vector<T> sums[2] = {};  // two, because additions take longer than they keep the units busy
     int64_t i = 0;
     for (; i + 2 <= n; i += 2) {

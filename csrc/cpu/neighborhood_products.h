@@ -19,16 +19,17 @@ NATTEN_EXT_INLINE Vector<T> load_shifted(const T* p, Integers<T> shift) {
   else return v;
 }
 
-// out[r][j] (+)= sum over channels of query[r][c] * key[c][j], for KEYS adjacent keys of one row.
+// out[r][j] = start[r][j] + sum over channels of query[r][c] * key[c][j], for KEYS adjacent keys of one row. Without
+// `start` from zero.
 template <class T, int ROWS, int KEYS, bool PERMUTE>
 NATTEN_EXT_INLINE void score_tile(const T* const* query, const T* key, int64_t stride, int64_t channels,
-                                  Integers<T> shift, T* const* out, bool add) {
+                                  Integers<T> shift, const T* const* start, T* const* out) {
   constexpr int L = kLanes<T>;
   Vector<T> sum[ROWS][KEYS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < KEYS; ++j) sum[r][j] = add ? load(out[r] + j * L) : Vector<T>{};
+    for (int j = 0; j < KEYS; ++j) sum[r][j] = start != nullptr ? load(start[r] + j * L) : Vector<T>{};
   }
 #pragma GCC unroll 2
   for (int64_t c = 0; c < channels; ++c) {
@@ -58,16 +59,21 @@ constexpr int64_t even_tile(int64_t n, int64_t limit) {
 // One row of keys for ROWS rows of queries.
 template <class T, int ROWS, bool PERMUTE>
 void score_row(const T* const* query, const T* key, int64_t stride, int64_t channels, Integers<T> shift, int64_t kx,
-               T* const* out, bool add) {
+               const T* const* start, T* const* out) {
   constexpr int L = kLanes<T>;
   // Accumulators for 16 registers; a permutation takes two of them.
   constexpr int kLimit = ROWS == 1 ? 7 : ROWS == 3 && PERMUTE ? 3 : 4;
   const int64_t tile = even_tile(kx, kLimit);
   T* target[ROWS];
+  const T* from[ROWS];
   for (int64_t j = 0; j < kx; j += tile) {
-    for (int r = 0; r < ROWS; ++r) target[r] = out[r] + j * L;
+    for (int r = 0; r < ROWS; ++r) {
+      target[r] = out[r] + j * L;
+      if (start != nullptr) from[r] = start[r] + j * L;
+    }
     const auto run = [&](auto keys) {
-      score_tile<T, ROWS, decltype(keys)::value, PERMUTE>(query, key + j, stride, channels, shift, target, add);
+      score_tile<T, ROWS, decltype(keys)::value, PERMUTE>(
+          query, key + j, stride, channels, shift, start != nullptr ? from : nullptr, target);
     };
     switch (std::min(tile, kx - j)) {
       case 1: run(Int<1>{}); break;
@@ -185,10 +191,11 @@ struct StripWeights {
   T* rows[kGroup] = {};
 };
 
-// Scores of the blocks [begin, end) of a group of rows: (+)= query . key.
+// Scores of the blocks [begin, end) of a group of rows: query . key, plus what `out` holds if `add`, or plus a table.
 template <class T>
 void score_strip(const ClassGeometry<T>& g, const RowGroup& group, int64_t begin, int64_t end, const RowRing<T>& query,
-                 const RowRing<T>& key, int64_t channels, const StripWeights<T>& out, bool add) {
+                 const RowRing<T>& key, int64_t channels, const StripWeights<T>& out, bool add,
+                 const ExpandedTable<T>* table = nullptr) {
   constexpr int L = kLanes<T>;
   for (int64_t row = group.first(); row < group.last(); ++row) {
     const int first = group.first_attending(row), n = group.last_attending(row) - first;
@@ -196,14 +203,18 @@ void score_strip(const ClassGeometry<T>& g, const RowGroup& group, int64_t begin
       const QueryBlock<T>& block = g.query_blocks[b];
       const T* q[kGroup];
       T* target[kGroup];
+      const T* from[kGroup];
       for (int i = 0; i < n; ++i) {
-        q[i] = query.row(group.y + first + i) + b * L;
+        const int64_t y = group.y + first + i;
+        q[i] = query.row(y) + b * L;
         target[i] = out.block(first + i, b - begin) + (row - group.start[first + i]) * g.kx * L;
+        from[i] = table != nullptr ? table->row(block.table, row - y) : target[i];
       }
+      const T* const* start = add || table != nullptr ? from : nullptr;
       const T* k = key.row(row) + block.start;
       const auto run = [&](auto rows, auto permuted) {
         score_row<T, decltype(rows)::value, decltype(permuted)::value>(q, k, key.stride(), channels, block.shift, g.kx,
-                                                                       target, add);
+                                                                       start, target);
       };
       const auto run_rows = [&](auto rows) { block.regular ? run(rows, std::false_type{}) : run(rows, std::true_type{}); };
       if (n == 3) run_rows(Int<3>{});

@@ -174,11 +174,12 @@ class NeighborhoodRows {
     return changed;
   }
 
-  // The head's table, times log2(e).
-  const ExpandedTable<T>& table() {
+  // The head's table, times log2(e); null without one.
+  const ExpandedTable<T>* table() {
+    if (!a_.bias) return nullptr;
     ExpandedTable<T>& filled = tables_[job.head];
     if (filled.empty()) filled.fill(geometry, a_.problem, a_.bias, job.head, kLog2E<T>);
-    return filled;
+    return &filled;
   }
 
   void load_queries(const RowGroup& group) {
