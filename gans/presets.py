@@ -51,7 +51,7 @@ DIGITS = TrainConfig(
     ),
     images=DataConfig(flip=False),
     ema=EMAConfig(half_life=2_000),
-    steps=224,
+    steps=256,
     n_critic=2,
     batch_d=32,
     batch_g=32,
