@@ -356,6 +356,15 @@ NATTEN_EXT_INLINE T sum_row(const T* a, int64_t n) {
   return result;
 }
 
+// -s|k|^2 in units of log2, for each key of a block.
+template <class T>
+void l2_key_bias(T* bias, const T* key, int64_t keys, const DensePlan<T>& plan, double scale) {
+  for (int64_t j = 0; j < keys; ++j) {
+    const T* row = key + j * plan.padded;
+    bias[j] = T(-scale) * kLog2E<T> * dot_row(row, row, plan.channels);
+  }
+}
+
 // What a call of a gradient kernel works on. Gradients of queries and tables want all keys at once, those of keys and
 // values all queries.
 struct DenseShare {

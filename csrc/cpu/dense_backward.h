@@ -46,15 +46,6 @@ class BackwardQueries {
   Buffer<T> lse2, delta;  // log2 sum exp2; D
 };
 
-// -s|k|^2 in units of log2, for each key of a block.
-template <class T>
-void l2_key_bias(T* bias, const T* key, int64_t keys, const DensePlan<T>& plan, double scale) {
-  for (int64_t j = 0; j < keys; ++j) {
-    const T* row = key + j * plan.padded;
-    bias[j] = T(-scale) * kLog2E<T> * dot_row(row, row, plan.channels);
-  }
-}
-
 // row[c] -= factor * other[c]
 template <class T>
 NATTEN_EXT_INLINE void subtract_row(T* row, const T* other, T factor, int64_t n) {

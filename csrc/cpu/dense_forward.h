@@ -49,11 +49,7 @@ class DenseForward {
       const int64_t keys = std::min(plan_.block_keys, plan_.keys - k);
       const T* key = key_.block(k, keys);
       gemm<T>(keys, lanes, plan_.channels, {key, padded, 1}, query_t_, lanes, scores_, lanes, false);
-      if (p.l2) {
-        for (int64_t j = 0; j < keys; ++j) {
-          key_bias_[j] = T(-p.scale) * kLog2E<T> * dot_row(key + j * padded, key + j * padded, plan_.channels);
-        }
-      }
+      if (p.l2) l2_key_bias<T>(key_bias_, key, keys, plan_, p.scale);
       for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) softmax(table, k, keys, lane, p.l2);
       if (k > 0) {
         for (int64_t i = 0; i < count; ++i) {

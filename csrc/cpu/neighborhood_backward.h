@@ -217,20 +217,16 @@ class NeighborhoodBackward {
 
   // Writes out the rows of dK and dV that the windows have passed.
   void close(int64_t first) {
-    const ClassGeometry<T>& g = rows_.geometry;
     grad_key_.close(first, [&](int64_t row) {
       if (!a_.grad_key) return;
       T* gradient = grad_key_.ring.row(row);
       if (a_.problem.l2) rows_.subtract_keys(gradient, gradient + rows_.channels * grad_key_.ring.stride(), row, rows_.key);
-      for (int64_t x = 0; x < g.width; x += L) {
-        rows_.transposer.unload(gradient + x, grad_key_.ring.stride(), a_.grad_key, rows_.job, row, x, kLn2<T>);
-      }
+      rows_.transposer.unload_row(gradient, grad_key_.ring.stride(), a_.grad_key, rows_.job, row, kLn2<T>);
     });
     grad_value_.close(first, [&](int64_t row) {
       if (!a_.grad_value) return;
-      for (int64_t x = 0; x < g.width; x += L) {
-        rows_.transposer.unload(grad_value_.ring.row(row) + x, grad_value_.ring.stride(), a_.grad_value, rows_.job, row, x, 1);
-      }
+      const RowRing<T>& ring = grad_value_.ring;
+      rows_.transposer.unload_row(ring.row(row), ring.stride(), a_.grad_value, rows_.job, row, 1);
     });
   }
 

@@ -225,7 +225,6 @@ class NeighborhoodDoubleBackward {
 
   // Writes out the rows of k_bar and v_bar that the windows have passed.
   void close(int64_t first) {
-    const ClassGeometry<T>& g = rows_.geometry;
     const int64_t stride = grad_key_.ring.stride();
     grad_key_.close(first, [&](int64_t row) {
       if (!a_.grad_key) return;
@@ -234,15 +233,12 @@ class NeighborhoodDoubleBackward {
         rows_.subtract_keys(gradient, gradient + rows_.channels * stride, row, rows_.key);
         if (a_.cot_key) rows_.subtract_keys(gradient, gradient + (rows_.channels + 1) * stride, row, cot_key_);
       }
-      for (int64_t x = 0; x < g.width; x += L) {
-        rows_.transposer.unload(gradient + x, stride, a_.grad_key, rows_.job, row, x, kLn2<T>);
-      }
+      rows_.transposer.unload_row(gradient, stride, a_.grad_key, rows_.job, row, kLn2<T>);
     });
     grad_value_.close(first, [&](int64_t row) {
       if (!a_.grad_value) return;
-      for (int64_t x = 0; x < g.width; x += L) {
-        rows_.transposer.unload(grad_value_.ring.row(row) + x, grad_value_.ring.stride(), a_.grad_value, rows_.job, row, x, 1);
-      }
+      const RowRing<T>& ring = grad_value_.ring;
+      rows_.transposer.unload_row(ring.row(row), ring.stride(), a_.grad_value, rows_.job, row, 1);
     });
   }
 

@@ -43,7 +43,7 @@ class RowTransposer {
   static constexpr int L = kLanes<T>;
 
   explicit RowTransposer(int64_t channels)
-      : channels_(channels), padded_(round_up_to_lanes<T>(channels)), rows_(L * padded_), columns_(padded_ * L) {
+      : channels_(channels), padded_(round_up_to_lanes<T>(channels)), rows_(L * padded_) {
     std::fill(rows_.data(), rows_ + L * padded_, T(0));
   }
   void load(T* target, int64_t stride, const View& v, const NeighborhoodJob& job, int64_t y, T factor) const {
@@ -92,9 +92,14 @@ class RowTransposer {
     }
   }
 
+  // A whole row, from source[channel][stride].
+  void unload_row(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, int64_t y, T factor) const {
+    for (int64_t x = 0; x < job.class_width; x += L) unload(source + x, stride, v, job, y, x, factor);
+  }
+
  private:
   int64_t channels_, padded_;
-  Buffer<T> rows_, columns_;
+  Buffer<T> rows_;
 };
 
 // Tables of one head, expanded to vectors: [table][key row - query row][kx][lanes].
