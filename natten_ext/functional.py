@@ -102,11 +102,7 @@ def grid_attention(
         As ``attention``.
     """
     query, key, value = _checked_maps(query, key, value)
-    window = _pair("window_size", window_size)
-    for axis, size, extent in zip(("height", "width"), query.shape[1:3], window, strict=True):
-        if size % extent:
-            raise ValueError(f"window_size must divide the map: {axis} {size} is not a multiple of {extent}")
-    return _run(query, key, value, bias, Grid(window), score, scale, backend)
+    return _run(query, key, value, bias, _grid(query, window_size), score, scale, backend)
 
 
 def neighborhood_attention(
@@ -142,14 +138,7 @@ def neighborhood_attention(
         As ``attention``.
     """
     query, key, value = _checked_maps(query, key, value)
-    heads = query.shape[3]
-    kernels = _per_head("kernel_size", kernel_size, heads)
-    dilations = _per_head("dilation", dilation, heads)
-    for kernel, step in dict.fromkeys(zip(kernels, dilations, strict=True)):
-        for axis, size, k, d in zip(("height", "width"), query.shape[1:3], kernel, step, strict=True):
-            if k * d > size:
-                raise ValueError(f"kernel_size * dilation must not exceed the map: {k} * {d} > {axis} {size}")
-    return _run(query, key, value, bias, Neighborhood(kernels, dilations), score, scale, backend)
+    return _run(query, key, value, bias, _neighborhood(query, kernel_size, dilation), score, scale, backend)
 
 
 def _run(
@@ -162,20 +151,13 @@ def _run(
     scale: float | None,
     backend: str | None,
 ) -> torch.Tensor:
-    if score not in SCORES:
-        raise ValueError(f"score must be one of {SCORES}, got {score!r}")
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a float or None, got {scale!r} of type {type(scale).__name__}")
-    elif not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
+    scale = _checked_score(query, score, scale)
     device_type = query.device.type
     if bias is not None:
         _check_bias(bias, query, neighborhood)
     name = dispatch.choose(backend, device_type, query.dtype, query.shape[-1])
     if name == "reference":
-        return reference.attention(query, key, value, bias, neighborhood, score, float(scale))
+        return reference.attention(query, key, value, bias, neighborhood, score, scale)
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(x).tangent is not None for x in (query, key, value, bias) if x is not None
     ):
@@ -185,7 +167,7 @@ def _run(
             ' use backend="reference", which has them'
         )
     output, _ = torch.ops.natten_ext.attention(
-        query, key, value, bias, neighborhood.encode(), score, float(scale), name
+        query, key, value, bias, neighborhood.encode(), score, scale, name
     )
     return output
 
@@ -232,6 +214,38 @@ def _checked_maps(query: Any, key: Any, value: Any) -> tuple[torch.Tensor, torch
     if 0 in query.shape[1:3]:
         raise ValueError(f"query must have a height and width of at least 1, got shape {_shape(query)}")
     return query, key, value
+
+
+def _checked_score(query: torch.Tensor, score: Any, scale: Any) -> float:
+    """The scale to use, where score and scale are what they may be."""
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {SCORES}, got {score!r}")
+    if scale is None:
+        return query.shape[-1] ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a float or None, got {scale!r} of type {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    return float(scale)
+
+
+def _grid(query: torch.Tensor, window_size: Any) -> Grid:
+    window = _pair("window_size", window_size)
+    for axis, size, extent in zip(("height", "width"), query.shape[1:3], window, strict=True):
+        if size % extent:
+            raise ValueError(f"window_size must divide the map: {axis} {size} is not a multiple of {extent}")
+    return Grid(window)
+
+
+def _neighborhood(query: torch.Tensor, kernel_size: Any, dilation: Any) -> Neighborhood:
+    heads = query.shape[3]
+    kernels = _per_head("kernel_size", kernel_size, heads)
+    dilations = _per_head("dilation", dilation, heads)
+    for kernel, step in dict.fromkeys(zip(kernels, dilations, strict=True)):
+        for axis, size, k, d in zip(("height", "width"), query.shape[1:3], kernel, step, strict=True):
+            if k * d > size:
+                raise ValueError(f"kernel_size * dilation must not exceed the map: {k} * {d} > {axis} {size}")
+    return Neighborhood(kernels, dilations)
 
 
 def _check_bias(bias: Any, query: torch.Tensor, neighborhood: AnyNeighborhood) -> None:
