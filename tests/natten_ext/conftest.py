@@ -46,9 +46,10 @@ class Target:
 
 
 def _targets(with_reference: bool) -> list[Target]:
-    """All targets, or those named in NATTEN_EXT_TEST_BACKENDS (names separated by commas)."""
+    """All targets, or those named in NATTEN_EXT_TEST_BACKENDS and NATTEN_EXT_TEST_DEVICES (separated by commas)."""
     wanted = [name for name in os.environ.get("NATTEN_EXT_TEST_BACKENDS", "").split(",") if name]
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    devices = [name for name in os.environ.get("NATTEN_EXT_TEST_DEVICES", "").split(",") if name]
+    devices = devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     return [
         Target(status.name, device)
         for device in devices
