@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gans import rng
 from natten_ext import Attention, GridAttention
 
 NormName = Literal["layer", "rms"]
@@ -47,7 +48,7 @@ def make_norm(name: NormName, dim: int) -> nn.Module:
 class TokenNoise(nn.Module):
     """Adds one Gaussian number per token to all of its channels, times a learned strength that starts at 0.
 
-    Drawn from torch's global generator, in evaluation too (as the published TransGAN code does).
+    Drawn from `gans.rng`, in evaluation too (as the published TransGAN code does).
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class TokenNoise(nn.Module):
         self.strength = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.randn(*x.shape[:-1], 1, device=x.device, dtype=x.dtype) * self.strength
+        return x + rng.randn(*x.shape[:-1], 1, device=x.device, dtype=x.dtype) * self.strength
 
 
 class MLP(nn.Module):

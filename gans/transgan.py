@@ -226,9 +226,9 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images `(B, channels, S, S)` to one unbounded score each, `(B,)`.
 
-    DiffAug first, also on interpolates of the gradient penalty. Then per stage: append the patches of this
-    scale, add a position embedding, run the blocks, average-pool by 2. A class token, without position, joins
-    before the last block; its normed value gives the score.
+    DiffAug first, also on interpolates of the gradient penalty, unless `augment` is False. Then per stage: append
+    the patches of this scale, add a position embedding, run the blocks, average-pool by 2. A class token, without
+    position, joins before the last block; its normed value gives the score.
     """
 
     def __init__(self, config: DiscriminatorConfig) -> None:
@@ -252,8 +252,9 @@ class Discriminator(nn.Module):
         self.head = nn.Linear(width, 1)
         init_weights(self, config.linear_init)
 
-    def forward(self, images: Tensor) -> Tensor:
-        images = diff_augment(images, self.config.augment)
+    def forward(self, images: Tensor, augment: bool = True) -> Tensor:
+        if augment:
+            images = diff_augment(images, self.config.augment)
         x: Tensor | None = None
         for patches, pos_embed, blocks in zip(self.patches, self.pos_embed, self.stages, strict=True):
             tokens = to_map(patches(images))
