@@ -39,13 +39,12 @@ from tqdm import tqdm
 from benchmarks.candidates import PEER_NAMES, Candidate, find_candidates
 from benchmarks.environment import describe_environment, limit_memory, load_average
 from benchmarks.floors import measure_rates
+from benchmarks.precision import PRECISIONS, use_precision
 from benchmarks.problem import ORDERS
 from benchmarks.report import LEGEND, figures_block, figures_to_reach, shape_block, write_json
 from benchmarks.runner import Options, Row, run
 from benchmarks.shapes import SHAPES
 from benchmarks.suites import DEFAULT_DTYPE, SUITES
-
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -67,12 +66,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="only this backend of ours (repeatable); default: all",
     )
     add("--peers", default=",".join(PEER_NAMES), metavar="LIST", help=f"of {','.join(PEER_NAMES)}; or none")
-    add("--dtype", choices=DTYPES, default=None, help="default: float32 in cpu and smoke, bfloat16 in gpu")
+    add(
+        "--dtype",
+        choices=PRECISIONS,
+        default=None,
+        help="tf32: float32 on the matrix units; default: float32 in cpu and smoke, bfloat16 in gpu",
+    )
     add("--order", action="append", choices=ORDERS, help="repeatable; default: all")
     add("--device", default=None, help="default: cuda in suite gpu, else cpu")
     add("--threads", type=int, default=None, help="CPU threads; default: at most 2 in suite cpu, else torch's")
     add("--repeats", type=int, default=15, help="rounds (default 15)")
     add("--budget", type=float, default=4.0, help="seconds of timing per candidate and cell (default 4)")
+    add("--alone", action="store_true", help="also time each order's operator alone (in the JSON)")
     add("--no-memory", action="store_true", help="skip the memory measurements")
     add("--json", type=Path, metavar="FILE", help="write everything there, raw samples included")
     add("--plot", type=Path, metavar="FILE", help="draw the ratios and the memory")
@@ -85,6 +90,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.threads = min(2, torch.get_num_threads())
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
+    if options.dtype == "tf32" and not options.device.startswith("cuda"):
+        parser.error("--dtype tf32 is a mode of NVIDIA's matrix units; give --device cuda")
     for name, least in (("threads", 1), ("repeats", 1), ("budget", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -102,7 +109,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None, extra: tuple[Candidate, ...] = ()) -> int:
     """Run the benchmark; ``extra`` candidates come before the others. Returns the exit status."""
     options = parse(arguments)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    with use_precision(options.dtype) as dtype:
+        return _run(options, dtype, extra)
+
+
+def _run(options: argparse.Namespace, dtype: torch.dtype, extra: tuple[Candidate, ...]) -> int:
+    device = torch.device(options.device)
     try:
         candidates = [*extra, *find_candidates(device, dtype, options.backend, options.peers)]
     except ValueError as error:
@@ -129,8 +141,8 @@ def main(arguments: list[str] | None = None, extra: tuple[Candidate, ...] = ()) 
 
     rows: list[Row] = []
     settings = Options(
-        device, dtype, tuple(o for o in ORDERS if o in (options.order or ORDERS)),
-        options.repeats, options.budget, not options.no_memory, not options.quiet,
+        device, options.dtype, tuple(o for o in ORDERS if o in (options.order or ORDERS)),
+        options.repeats, options.budget, not options.no_memory, not options.quiet, alone=options.alone,
     )  # fmt: skip
     named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "shapes"}
     for shape, new_rows in run(options.shapes, candidates, settings, rates):

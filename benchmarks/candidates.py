@@ -69,7 +69,10 @@ def all_candidates(device_type: str) -> list[Candidate]:
         *(Candidate(name, "naive", prepare) for name, prepare in naive.VARIANTS.items()),
         *(Candidate(name, "peer", prepare) for name, prepare in peers.sdpa_kernels(device_type).items()),
         Candidate("flex", "peer", peers.prepare_flex, compiles=True),
-        Candidate("natten", "peer", peers.prepare_natten, drops_table=True),
+        *(
+            Candidate(name, "peer", prepare, drops_table=True, compiles=name == "natten-flex")
+            for name, prepare in peers.natten_kernels(device_type).items()
+        ),
     ]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .candidates import ours
+from .precision import PRECISIONS
 from .problem import STEPS, Inputs
 from .shapes import Shape
 
@@ -17,13 +18,14 @@ ALL_HEADS = {"cpu": 1 << 28, "cuda": 1 << 34}
 CHUNK = {"cpu": 1 << 25, "cuda": 1 << 29}
 
 # Largest error of a result relative to the reference's root mean square (as "rms") and to its largest entry (as
-# "max"), by dtype and order. Plain PyTorch stays below a third of these; they tell wrong from right, not good from
+# "max"), by precision and order. Plain PyTorch stays below a third of these; they tell wrong from right, not good from
 # better: tests/natten_ext holds the error budgets.
-_LIMITS: dict[torch.dtype, dict[str, float]] = {
-    torch.float64: {"forward": 1e-12, "backward": 1e-11, "double": 1e-10},
-    torch.float32: {"forward": 1e-5, "backward": 3e-5, "double": 2e-4},
-    torch.float16: {"forward": 4e-3, "backward": 1e-2, "double": 4e-2},
-    torch.bfloat16: {"forward": 2e-2, "backward": 4e-2, "double": 1.5e-1},
+_LIMITS: dict[str, dict[str, float]] = {
+    "float64": {"forward": 1e-12, "backward": 1e-11, "double": 1e-10},
+    "float32": {"forward": 1e-5, "backward": 3e-5, "double": 2e-4},
+    "tf32": {"forward": 4e-3, "backward": 1e-2, "double": 4e-2},  # as many bits as float16
+    "float16": {"forward": 4e-3, "backward": 1e-2, "double": 4e-2},
+    "bfloat16": {"forward": 2e-2, "backward": 4e-2, "double": 1.5e-1},
 }
 
 
@@ -75,15 +77,17 @@ def _is_table(name: str) -> bool:
     return name.endswith("_table")
 
 
-def compare(results: dict[str, torch.Tensor], expected: Expected, dtype: torch.dtype) -> tuple[dict[str, float], str]:
+def compare(results: dict[str, torch.Tensor], expected: Expected, precision: str) -> tuple[dict[str, float], str]:
     """Errors by result (root mean square, relative), and what is wrong (empty if nothing).
+
+    ``precision`` is a name in ``benchmarks.precision``.
 
     A result is wrong where it is missing, has another shape or dtype, is not finite, or is off by more than the limit
     in its root mean square, or by more than 20 times the limit (relative to the largest entry) anywhere.
     """
     errors: dict[str, float] = {}
     wrong: list[str] = []
-    limit = _LIMITS[dtype][expected.order]
+    dtype, limit = PRECISIONS[precision], _LIMITS[precision][expected.order]
     for name, reference in expected.results.items():
         result = results.get(name)
         if result is None:

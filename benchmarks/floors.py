@@ -15,7 +15,9 @@ three) of the largest of the three times.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import subprocess
 from dataclasses import asdict, dataclass
 
 import torch
@@ -87,16 +89,21 @@ def step_fmas(shape: Shape, order: str) -> float:
     return sum(stage_work(shape, stage, 4).fmas for stage in STAGES[order])
 
 
+def stage_floor(shape: Shape, stage: str, itemsize: int, rates: Rates) -> tuple[float, str]:
+    """Seconds that one operator alone takes at least, and which of "fmas", "exps" and "bytes" bounds it."""
+    work = stage_work(shape, stage, itemsize)
+    times = {bound: getattr(work, bound) / getattr(rates, bound) for bound in ("fmas", "exps", "bytes")}
+    bound = max(times, key=times.__getitem__)
+    return times[bound], bound
+
+
 def step_floor(shape: Shape, order: str, itemsize: int, rates: Rates) -> tuple[float, str]:
     """Seconds that a step takes at least, and which of "fmas", "exps" and "bytes" bounds most of it."""
-    total, by_bound = 0.0, dict.fromkeys(("fmas", "exps", "bytes"), 0.0)
+    by_bound = dict.fromkeys(("fmas", "exps", "bytes"), 0.0)
     for stage in STAGES[order]:
-        work = stage_work(shape, stage, itemsize)
-        times = {bound: getattr(work, bound) / getattr(rates, bound) for bound in by_bound}
-        bound = max(times, key=times.__getitem__)
-        by_bound[bound] += times[bound]
-        total += times[bound]
-    return total, max(by_bound, key=by_bound.__getitem__)
+        seconds, bound = stage_floor(shape, stage, itemsize, rates)
+        by_bound[bound] += seconds
+    return sum(by_bound.values()), max(by_bound, key=by_bound.__getitem__)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, samples: int = 12) -> Rates:
@@ -140,5 +147,11 @@ def measure_rates(device: torch.device, dtype: torch.dtype, samples: int = 12) -
 
 
 def _clock_hertz(properties: object) -> float:
-    """The GPU's boost clock; 1.7 GHz (between an A100 and an H100) where torch does not tell."""
-    return 1e3 * getattr(properties, "clock_rate", 1.7e6)
+    """The GPU's highest clock; 1.7 GHz (between an A100 and an H100) where neither torch nor nvidia-smi tells."""
+    if hasattr(properties, "clock_rate"):  # in kHz; not in every torch
+        return 1e3 * properties.clock_rate
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+        return 1e6 * float(answer.stdout.split()[0])
+    return 1.7e9

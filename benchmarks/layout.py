@@ -34,16 +34,16 @@ def grid_index(window: int) -> torch.Tensor:
     return places.reshape(window**2, window**2)
 
 
-def dense_index(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_index(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """For all pairs of a map, per group of heads: the place in the flat table, and whether the key is masked out.
 
     Both are ``(groups, tokens, tokens)``; the place of a masked pair is 0.
     """
     tokens = shape.queries
-    places = torch.zeros(len(shape.dilations), tokens, tokens, dtype=torch.long)
-    masked = torch.ones(len(shape.dilations), tokens, tokens, dtype=torch.bool)
+    places = torch.zeros(len(shape.dilations), tokens, tokens, dtype=torch.long, device=device)
+    masked = torch.ones(len(shape.dilations), tokens, tokens, dtype=torch.bool, device=device)
     for group, dilation in enumerate(shape.dilations):
-        keys, where = neighborhood_index(shape, dilation)
+        keys, where = (x.to(device) for x in neighborhood_index(shape, dilation))
         places[group].scatter_(1, keys, where)
         masked[group].scatter_(1, keys, False)
     return places, masked

@@ -29,7 +29,7 @@ def covers(name: str, shape: Shape) -> bool:
 
 
 def prepare_mask(shape: Shape, device: torch.device, dtype: torch.dtype) -> Attend:
-    places, masked = (x.to(device) for x in dense_index(shape))
+    places, masked = dense_index(shape, device)
     groups = shape.head_groups
 
     def attend(query, key, value, table):

@@ -3,7 +3,8 @@
 - SDPA gets windows as batch entries and the table as a dense float mask; neighborhoods as a dense mask over the map;
   L2 scores as heads with one more channel, ``[2q, -1]`` against ``[k, |k|^2]``.
 - FlexAttention gets the table as a ``score_mod`` and neighborhoods as a block mask (tokens in row-major order).
-- NATTEN runs one call per group of heads and has had no table since 0.20, so it is compared without.
+- NATTEN runs one call per group of heads, on each of its kernels by name, and has had no table since 0.20, so it is
+  compared without.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: 
 
     else:
         _refuse_large(shape, device, dtype, 1)
-        places, masked = (x.to(device) for x in dense_index(shape))
+        places, masked = dense_index(shape, device)
         per_group = shape.heads // len(shape.dilations)
 
         def attend(query, key, value, table):
@@ -180,7 +181,18 @@ def prepare_flex(shape: Shape, device: torch.device, dtype: torch.dtype) -> Atte
     return attend
 
 
-def prepare_natten(shape: Shape, device: torch.device, dtype: torch.dtype) -> Attend:
+# Names of NATTEN's kernels for neighborhoods; those that the device can't run raise when they are run.
+NATTEN_KERNELS = ("cutlass-fna", "hopper-fna", "blackwell-fna", "flex-fna")
+
+
+def natten_kernels(device_type: str) -> dict[str, functools.partial]:
+    """NATTEN by kernel on a GPU; its own choice elsewhere."""
+    if device_type != "cuda":
+        return {"natten": functools.partial(prepare_natten, None)}
+    return {f"natten-{name.split('-')[0]}": functools.partial(prepare_natten, name) for name in NATTEN_KERNELS}
+
+
+def prepare_natten(kernel: str | None, shape: Shape, device: torch.device, dtype: torch.dtype) -> Attend:
     try:
         import natten
     except ImportError as error:
@@ -196,7 +208,7 @@ def prepare_natten(shape: Shape, device: torch.device, dtype: torch.dtype) -> At
         parts = [
             natten.na2d(
                 *(x[..., heads, :].contiguous() for x in (query, key, value)),
-                kernel_size=shape.window, dilation=dilation, scale=shape.head_dim**-0.5,
+                kernel_size=shape.window, dilation=dilation, scale=shape.head_dim**-0.5, backend=kernel,
             )
             for heads, dilation in shape.head_groups
         ]  # fmt: skip

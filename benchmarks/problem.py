@@ -56,11 +56,11 @@ class Inputs:
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
     """Normal random leaves, the same for every candidate; the spread keeps softmax away from one-hot rows."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def leaf(size: tuple[int, ...], spread: float = 1.0) -> torch.Tensor:
-        values = torch.randn(size, generator=generator) * spread
-        return values.to(device, dtype).requires_grad_()
+        values = torch.randn(size, generator=generator, device=device) * spread
+        return values.to(dtype).requires_grad_()
 
     spread = 0.5 if shape.score == "l2" else 1.0
     query = leaf(shape.query_shape, spread)
@@ -101,6 +101,24 @@ def double_step(attend: Attend, inputs: Inputs) -> dict[str, torch.Tensor]:
 
 
 STEPS = {"forward": forward_step, "backward": backward_step, "double": double_step}
+
+
+def operator_alone(attend: Attend, inputs: Inputs, order: str) -> Callable[[], object]:
+    """A call of one order's operator alone: the forward, the backward, or the double backward.
+
+    The graph that it differentiates is made here and kept. The double backward takes all first gradients' cotangents.
+    """
+    if order == "forward":
+        return lambda: attend(*inputs.detached())
+    inputs = inputs.untied()
+    output = attend(inputs.query, inputs.key, inputs.value, inputs.table)
+    if order == "backward":
+        leaves, weight = list(inputs.leaves.values()), inputs.weight.detach()
+        return lambda: torch.autograd.grad(output, leaves, weight, retain_graph=True)
+    first = first_gradients(output, inputs.features, inputs, create_graph=True)
+    cotangents = [2 * grad.detach() for grad in first.values()]
+    leaves = [*inputs.leaves.values(), inputs.weight]
+    return lambda: torch.autograd.grad(list(first.values()), leaves, cotangents, retain_graph=True)
 
 
 def first_gradients(

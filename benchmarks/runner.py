@@ -13,26 +13,40 @@ from tqdm import tqdm
 
 from .candidates import Candidate
 from .check import Expected, compare, expect
-from .floors import Rates, step_floor, step_fmas
+from .floors import Rates, stage_floor, step_floor, step_fmas
 from .memory import CudaAllocator, Memory, measure
 from .memory_worker import MemoryWorker
-from .problem import STEPS, Attend, CannotError, Inputs, make_inputs
+from .precision import PRECISIONS
+from .problem import STEPS, Attend, CannotError, Inputs, make_inputs, operator_alone
 from .shapes import Shape
 from .suites import how_scaled
-from .timing import Timing, make_clock, time_in_turns
+from .timing import CpuClock, CudaClock, Timing, make_clock, time_in_turns
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to run. ``budget`` is the seconds of timing that one candidate may take per shape and order."""
+    """How to run. ``budget`` is the seconds of timing that one candidate may take per shape and order.
+
+    ``precision`` is a name in ``benchmarks.precision``; whoever calls ``run`` is to be inside its ``use_precision``.
+    ``alone``: also time each order's operator alone.
+    """
 
     device: torch.device
-    dtype: torch.dtype
+    precision: str
     orders: tuple[str, ...]
     repeats: int = 15
     budget: float = 4.0
     memory: bool = True
     progress: bool = True
+    alone: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]
+
+
+Note = Callable[[str, str], None]
+"""Told what is being done: an activity ("check", "time", ...) and the candidate's name, before each."""
 
 
 @dataclass
@@ -40,7 +54,8 @@ class Row:
     """One candidate on one shape and order.
 
     ``status`` is "ok", "unchecked" (the float64 reference did not fit), "wrong" or "cannot"; ``reason`` says why.
-    ``ratio`` is the fastest naive form's time over this one's.
+    ``ratio`` is the fastest naive form's time over this one's. ``host`` is the time in which Python queues a step on
+    a GPU; ``alone`` and ``alone_percent`` are the time of the order's operator alone and its floor over it.
     """
 
     shape: Shape
@@ -56,6 +71,12 @@ class Row:
     bound: str = ""
     floor_percent: float | None = None
     fma_percent: float | None = None
+    host: float | None = None
+    alone: Timing | None = None
+    alone_floor: float = 0.0
+    alone_bound: str = ""
+    alone_percent: float | None = None
+    alone_reason: str = ""
     memory: Memory | None = None
     memory_reason: str = ""
 
@@ -70,9 +91,12 @@ class Row:
         if self.timing is not None:
             self.floor_percent = 100 * self.floor / self.timing.median
             self.fma_percent = 100 * step_fmas(self.shape, self.order) / rates.fmas / self.timing.median
+        if self.alone is not None:
+            self.alone_floor, self.alone_bound = stage_floor(self.shape, self.order, itemsize, rates)
+            self.alone_percent = 100 * self.alone_floor / self.alone.median
 
     def to_dict(self) -> dict[str, Any]:
-        row = {k: v for k, v in vars(self).items() if k not in ("shape", "timing", "memory")}
+        row = {k: v for k, v in vars(self).items() if k not in ("shape", "timing", "alone", "memory")}
         return row | {
             "shape": self.shape.name,
             "problem": self.shape.to_dict(),
@@ -80,6 +104,7 @@ class Row:
             "median": self.timing and self.timing.median,
             "spread": self.timing and self.timing.spread,
             "samples": self.timing and self.timing.samples,
+            "alone": self.alone and self.alone.median,
             "memory": self.memory and self.memory.to_dict(),
         }
 
@@ -95,24 +120,44 @@ def run(
         MemoryWorker(torch.get_num_threads()) as worker,
     ):
         for shape in shapes:
-            covering = [c for c in candidates if c.covers(shape)]
-            inputs = make_inputs(shape, options.dtype, options.device)
-            attends = {c.name: _prepare(c, shape, options) for c in covering}
-            rows = []
-            for order in options.orders:
 
-                def note(what: str, order: str = order, shape: Shape = shape) -> None:
-                    bar.set_postfix_str(f"{shape.name} {order}: {what}")
+            def note(activity: str, candidate: str, shape: Shape = shape) -> None:
+                bar.set_postfix_str(f"{shape.name}: {activity} {candidate}")
 
-                cell = _Cell(shape, order, inputs, covering, attends, options, note)
-                cell.check()
-                cell.time(clock)
-                if options.memory:
-                    cell.measure_memory(worker)
-                cell.relate(rates)
-                rows += cell.rows.values()
-                bar.update(len(covering))
+            rows: list[Row] = []
+            for of_order in run_shape(shape, candidates, options, rates, clock, worker, note):
+                rows += of_order
+                bar.update(len(of_order))
             yield shape, rows
+
+
+def run_shape(
+    shape: Shape,
+    candidates: list[Candidate],
+    options: Options,
+    rates: Rates,
+    clock: CpuClock | CudaClock,
+    worker: MemoryWorker | None,
+    note: Note,
+) -> Iterator[list[Row]]:
+    """Yield the rows of each order as soon as they are known; ``worker`` is only needed for memory on a CPU."""
+    covering = [c for c in candidates if c.covers(shape)]
+    note("inputs", "")
+    inputs = make_inputs(shape, options.dtype, options.device)
+    attends = {}
+    for candidate in covering:
+        note("prepare", candidate.name)
+        attends[candidate.name] = _prepare(candidate, shape, options)
+    for order in options.orders:
+        cell = _Cell(shape, order, inputs, covering, attends, options, note)
+        cell.check()
+        cell.time(clock)
+        if options.alone:
+            cell.time_alone(clock)
+        if options.memory:
+            cell.measure_memory(worker)
+        cell.relate(rates)
+        yield list(cell.rows.values())
 
 
 def _prepare(candidate: Candidate, shape: Shape, options: Options) -> Attend | str:
@@ -134,7 +179,7 @@ class _Cell:
         candidates: list[Candidate],
         attends: dict[str, Attend | str],
         options: Options,
-        note: Callable[[str], None],
+        note: Note,
     ) -> None:
         self.shape, self.order, self.options, self.note = shape, order, options, note
         self.candidates = {c.name: c for c in candidates}
@@ -153,7 +198,7 @@ class _Cell:
             if isinstance(attend, str):
                 row.status, row.reason = "cannot", attend
                 continue
-            self.note(f"check {name}")
+            self.note("check", name)
             try:
                 results = STEPS[self.order](attend, self.inputs_of(name))
             except Exception as error:  # as above
@@ -164,7 +209,7 @@ class _Cell:
             if isinstance(expected, str):
                 row.status, row.reason = "unchecked", expected
             else:
-                row.errors, row.reason = compare(results, expected, self.options.dtype)
+                row.errors, row.reason = compare(results, expected, self.options.precision)
                 row.status = "wrong" if row.reason else "ok"
             del results
         self._expected.clear()
@@ -172,7 +217,7 @@ class _Cell:
 
     def _expect(self, without_table: bool) -> Expected | str:
         if without_table not in self._expected:
-            self.note("float64 reference")
+            self.note("float64 reference", "")
             try:
                 expected = expect(self.shape, self.inputs[without_table], self.order)
             except RuntimeError as error:  # out of memory
@@ -183,21 +228,38 @@ class _Cell:
 
     def time(self, clock) -> None:
         calls = {name: self._step(name) for name, row in self.rows.items() if row.status in ("ok", "unchecked")}
-        options, tick = self.options, lambda name: self.note(f"time {name}")
+        options, tick = self.options, lambda name: self.note("time", name)
         rivals = frozenset(name for name in calls if self.candidates[name].group == "naive")
         timings = time_in_turns(calls, clock, options.repeats, options.budget, rivals, tick)
         for name, timing in timings.items():
             self.rows[name].timing = timing
+            if isinstance(clock, CudaClock):
+                self.rows[name].host = clock.host[calls[name]]
+
+    def time_alone(self, clock) -> None:
+        """One candidate after the other, since each holds a graph."""
+        options = self.options
+        for name, row in self.rows.items():
+            if row.timing is None or row.timing.hopeless:
+                continue
+            self.note("time alone", name)
+            try:
+                call = operator_alone(self.attends[name], self.inputs_of(name), self.order)
+                row.alone = time_in_turns({name: call}, clock, options.repeats, options.budget)[name]
+            except (CannotError, RuntimeError) as error:  # out of memory, or a graph that can't be kept
+                row.alone_reason = one_line(error)
+            call = None
+            _free()
 
     def _step(self, name: str) -> Callable[[], object]:
         step, attend, inputs = STEPS[self.order], self.attends[name], self.inputs_of(name)
         return lambda: step(attend, inputs)
 
-    def measure_memory(self, worker: MemoryWorker) -> None:
+    def measure_memory(self, worker: MemoryWorker | None) -> None:
         for name, row in self.rows.items():
             if row.timing is None or (row.group == "naive" and name != "naive" and row.timing.hopeless):
                 continue
-            self.note(f"memory of {name}")
+            self.note("memory of", name)
             try:
                 if self.options.device.type == "cuda":
                     meter = CudaAllocator(self.options.device)

@@ -6,10 +6,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
-MIN_SAMPLE = 0.02  # seconds; shorter calls are repeated within a sample
+LONG = 0.2  # seconds; calls from here on are timed without a warm-up
 MIN_SAMPLES = 3
 HOPELESS = 3.0
 
@@ -39,6 +40,8 @@ class Timing:
 class CpuClock:
     """Wall time per call."""
 
+    min_sample = 0.02  # seconds; shorter calls are repeated within a sample
+
     def sample(self, call: Callable[[], object], calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
@@ -47,25 +50,57 @@ class CpuClock:
 
 
 class CudaClock:
-    """Device time per call by events, with the L2 cache overwritten before each call."""
+    """Device time per call by events, with the L2 cache filled with other data before each call.
+
+    The device sleeps before each call for as long as the host takes to queue it, so that the host runs ahead and the
+    time between the events holds no waiting for Python. ``host`` is that queueing time, in seconds per call.
+    """
+
+    min_sample = 0.0  # events tell single calls apart
+    MAX_LEAD = 0.02  # seconds
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.host: WeakKeyDictionary[Callable[[], object], float] = WeakKeyDictionary()
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.empty(max(2 * l2_bytes, 1 << 27), dtype=torch.uint8, device=device)
+        self.other_data = torch.zeros(max(2 * l2_bytes, 1 << 27) // 4, device=device)
+        self.cycles_per_second = 1e9
+        for _ in range(2):  # the first loads the kernel
+            slept = self._between(lambda: self._sleep(1e-3))
+        self.cycles_per_second *= 1e-3 / slept
 
     def sample(self, call: Callable[[], object], calls: int) -> float:
-        events = []
-        for _ in range(calls):
-            # Filling this buffer also gives the host time to queue the call's kernels ahead of the device.
-            self.flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+        return sum(self._one(call) for _ in range(calls)) / calls
+
+    def _one(self, call: Callable[[], object]) -> float:
+        self.other_data.sum()  # reads only: written lines would be flushed during the call, at its expense
+        lead = self.host.get(call)
+        if lead is None:
+            torch.cuda.synchronize(self.device)
+        else:
+            self._sleep(min(1.3 * lead + 2e-5, self.MAX_LEAD))
+        queued = 0.0
+
+        def timed() -> None:
+            nonlocal queued
+            begin = time.perf_counter()
             call()
-            end.record()
-            events.append((start, end))
+            queued = time.perf_counter() - begin
+
+        seconds = self._between(timed)
+        self.host[call] = queued if lead is None else min(lead, queued)
+        return seconds
+
+    def _between(self, work: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
         torch.cuda.synchronize(self.device)
-        return sum(start.elapsed_time(end) for start, end in events) / calls / 1e3
+        return start.elapsed_time(end) / 1e3
+
+    def _sleep(self, seconds: float) -> None:
+        torch.cuda._sleep(int(seconds * self.cycles_per_second))
 
 
 def make_clock(device: torch.device) -> CpuClock | CudaClock:
@@ -91,7 +126,7 @@ def time_in_turns(
     for name, call in calls.items():
         tick(name)
         once[name] = clock.sample(call, 1)
-        if once[name] < 10 * MIN_SAMPLE:  # that was the warm-up
+        if once[name] < LONG:  # that was the warm-up
             once[name] = clock.sample(call, 1)
         else:  # long enough to need none: it counts
             samples[name].append(once[name])
@@ -99,7 +134,7 @@ def time_in_turns(
     hopeless = {name for name in rivals & set(calls) if once[name] > HOPELESS * fastest}
     for name in hopeless:
         samples[name] = [once[name]]
-    per_sample = {name: max(1, min(1000, round(MIN_SAMPLE / max(once[name], 1e-9)))) for name in calls}
+    per_sample = {name: max(1, min(1000, round(clock.min_sample / max(once[name], 1e-9)))) for name in calls}
     spent = {name: sum(first) for name, first in samples.items()}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -107,7 +142,8 @@ def time_in_turns(
             if name in hopeless or taken == repeats or (spent[name] > budget and taken >= MIN_SAMPLES):
                 continue
             tick(name)
+            begin = time.perf_counter()
             seconds = clock.sample(call, per_sample[name])
             samples[name].append(seconds)
-            spent[name] += seconds * per_sample[name]
+            spent[name] += max(seconds * per_sample[name], time.perf_counter() - begin)
     return {name: Timing(values, name in hopeless) for name, values in samples.items()}

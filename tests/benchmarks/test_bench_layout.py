@@ -28,7 +28,7 @@ def test_grid_index_is_key_minus_query():
 
 def test_dense_index_masks_all_but_the_neighborhood():
     shape = replace(SHAPES["nat-16"], size=(14, 15), heads=2)
-    places, masked = dense_index(shape)
+    places, masked = dense_index(shape, torch.device("cpu"))
     assert masked.shape == places.shape == (2, 210, 210)
     assert ((~masked).sum(-1) == 49).all()
     assert (places[masked] == 0).all()
