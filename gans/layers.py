@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gans import rng
-from natten_ext import Attention, GridAttention
+from natten_ext import Attention, GridAttention, attention
 
 NormName = Literal["layer", "rms"]
 LinearInit = Literal["torch", "trunc_normal"]
@@ -71,13 +71,35 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class CrossAttention(nn.Module):
+    """Attention of a map `(B, H, W, dim)` to a sequence `(B, M, context_dim)`, without a table.
+
+    As TransGAN's CelebA-HQ generator has it: projections without bias (unless `qkv_bias`), output projection with.
+    """
+
+    def __init__(self, dim: int, heads: int, context_dim: int, *, qkv_bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(dim, dim, bias=qkv_bias)
+        self.key = nn.Linear(context_dim, dim, bias=qkv_bias)
+        self.value = nn.Linear(context_dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        query = self.query(x.flatten(1, 2))
+        parts = (y.unflatten(-1, (self.heads, -1)) for y in (query, self.key(context), self.value(context)))
+        return self.proj(attention(*parts).flatten(-2)).view_as(x)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: `x + attn(noise(norm1(x)))`, then `x + mlp(norm2(x))`.
 
-    With a `window` it takes maps `(B, H, W, dim)` and attends within windows of that side with a relative
-    position table; with `window=None` it takes sequences `(B, N, dim)` and attends over all tokens without a
-    table.
+    With a `window` it takes maps `(B, H, W, dim)` and attends within windows of that side, with a relative position
+    table unless `rel_pos_bias` is False; with `window=None` it takes sequences `(B, N, dim)` and attends over all
+    tokens without a table. With a `context_dim` it begins with cross attention to `(B, M, context_dim)`.
     """
+
+    recompute = True  # under gradient checkpointing
 
     def __init__(
         self,
@@ -89,19 +111,25 @@ class Block(nn.Module):
         noise: bool = False,
         mlp_ratio: int = 4,
         qkv_bias: bool = False,
+        rel_pos_bias: bool = True,
+        context_dim: int | None = None,
     ) -> None:
         super().__init__()
+        self.cross_attn = None if context_dim is None else CrossAttention(dim, heads, context_dim, qkv_bias=qkv_bias)
         self.norm1 = make_norm(norm, dim)
         self.noise = TokenNoise() if noise else nn.Identity()
         self.attn: nn.Module = (
             Attention(dim, heads, qkv_bias=qkv_bias)
             if window is None
-            else GridAttention(dim, heads, window, qkv_bias=qkv_bias)
+            else GridAttention(dim, heads, window, qkv_bias=qkv_bias, rel_pos_bias=rel_pos_bias)
         )
         self.norm2 = make_norm(norm, dim)
         self.mlp = MLP(dim, mlp_ratio)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if self.cross_attn is not None:
+            assert context is not None
+            x = x + self.cross_attn(x, context)
         x = x + self.attn(self.noise(self.norm1(x)))
         return x + self.mlp(self.norm2(x))
 

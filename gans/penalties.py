@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gans import rng
+from gans.distributed import batch_mean
 
 Network = Callable[..., Tensor]
 
@@ -63,9 +64,9 @@ def consistency(discriminator: Network, images: Tensor, logits: Tensor, *, clean
 
 
 def drift(real_logits: Tensor) -> Tensor:
-    """(E D(real))^2, which keeps the scores near 0.
+    """(E D(real))^2, which keeps the scores near 0; the mean is over all processes' images.
 
     Source: TransGAN's published loss (`wgangp-eps`), which squares the mean; ProGAN (arXiv 1710.10196, appendix
     A.1) takes the mean of squares.
     """
-    return real_logits.mean().square()
+    return batch_mean(real_logits).square()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gans import augment
+from gans import augment, rng
 from gans.augment import AUGMENTATIONS, diff_augment
 
 
@@ -25,7 +25,7 @@ def test_shape_dtype_and_repeatable_draws(name, channels):
     assert all(a.shape == x.shape and a.dtype == x.dtype for a in first)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(state, torch.get_rng_state())
-    assert any(not torch.equal(a, first[0]) for a in first)
+    assert (name, channels) == ("hue", 1) or any(not torch.equal(a, first[0]) for a in first)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -143,3 +143,73 @@ def test_policy():
     assert torch.equal(diff_augment(x, ("translation", "color")), expected)
     with pytest.raises(ValueError, match="'blur'"):
         augment.check_policy(("color", "blur"))
+
+
+def test_hue_turns_about_the_grey_axis():
+    torch.manual_seed(0)
+    x = torch.randn(4000, 3, 2, 1, dtype=torch.float64)
+    out = augment.hue(x)
+    torch.testing.assert_close(out.mean(1), x.mean(1))
+    torch.testing.assert_close(out.norm(dim=1), x.norm(dim=1))
+    turned = (out - x).abs().amax((1, 2, 3)) > 1e-9
+    assert 1900 < int(turned.sum()) < 2100
+    colour, before = (y - y.mean(1, keepdim=True) for y in (out[turned], x[turned]))
+    cosine = torch.nn.functional.cosine_similarity(colour, before, dim=1)
+    assert cosine.min() < -0.999 and cosine.max() > 0.999 and abs(float(cosine.mean())) < 0.03
+
+
+def test_band_filters_split_the_frequencies():
+    bank = augment.BAND_FILTERS
+    delta = torch.zeros(43, dtype=torch.float64)
+    delta[21] = 1
+    torch.testing.assert_close(bank.sum(0), delta)
+    torch.testing.assert_close(bank, bank.flip(1))
+    response = torch.fft.rfft(bank, 512).abs()
+    assert torch.equal(response[:, [0, 48, 96, 256]].argmax(0), torch.tensor([0, 1, 2, 3]))
+    torch.testing.assert_close(response[:, 0], torch.tensor([1.0, 0, 0, 0]).double())
+
+
+def test_band_filter_scales_octaves_at_constant_power():
+    x = torch.randn(2000, 1, 24, 22, dtype=torch.float64)
+    flat = torch.ones_like(x)
+    torch.testing.assert_close(augment.band_filter(x, probability=0), x)
+    torch.manual_seed(0)
+    brightness = augment.band_filter(flat)
+    gain = brightness[:, 0, 0, 0]  # of the lowest octave, which holds the mean
+    assert torch.allclose(brightness, gain[:, None, None, None].expand_as(flat))
+    # With the powers 10, 1, 1, 1 over 13 normalised after each band, on each of the two axes:
+    assert gain.min() > 0 and 1.2 < gain.max() < 13 / 10 * (13 / 12) ** 3
+    untouched = float((gain - 1).abs().lt(1e-9).double().mean())
+    assert abs(untouched - 0.75**4) < 0.04
+    with pytest.raises(ValueError, match="larger than 21 px"):
+        augment.band_filter(torch.zeros(1, 3, 21, 32))
+
+
+def test_scaling_is_bilinear_about_the_centre(x):
+    torch.manual_seed(3)
+    out = augment.scaling(x)
+    torch.manual_seed(3)
+    factor = torch.exp2(torch.randn(16, 1, 1, dtype=torch.float64) * 0.2)
+    matrix = torch.zeros(16, 2, 3, dtype=torch.float64)
+    matrix[:, 0, 0] = matrix[:, 1, 1] = 1 / factor.flatten()
+    grid = torch.nn.functional.affine_grid(matrix, x.shape, align_corners=True)
+    expected = torch.nn.functional.grid_sample(x, grid, align_corners=True)
+    torch.testing.assert_close(out, expected)
+
+
+def test_probability_is_per_image_and_augmentation():
+    torch.manual_seed(0)
+    x = torch.rand(3000, 3, 2, 2)
+    assert abs(float((diff_augment(x, ("color",), 0.8) != x).any(dim=(1, 2, 3)).float().mean()) - 0.8) < 0.03
+    changed = (diff_augment(x, ("color", "scaling"), 0.5) != x).flatten(1).any(1).float().mean()
+    assert abs(float(changed) - 0.75) < 0.03
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_parts_of_a_batch_are_augmented_like_the_whole(name):
+    x = torch.rand(6, 3, 48, 48, dtype=torch.float64)
+    with rng.part(7, 6, 0, 6):
+        whole = diff_augment(x, (name,), 0.9)
+    for start, stop in ((0, 2), (2, 6)):
+        with rng.part(7, 6, start, stop):
+            torch.testing.assert_close(diff_augment(x[start:stop], (name,), 0.9), whole[start:stop])
