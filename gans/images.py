@@ -1,4 +1,4 @@
-"""Image grids."""
+"""Images as files: grids, single images."""
 
 from __future__ import annotations
 
@@ -26,10 +26,21 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     canvas = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
     canvas[:count] = tiles
     canvas = canvas.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    return Image.fromarray(canvas.reshape(rows * height, columns * width, channels).squeeze())
+    canvas = canvas.reshape(rows * height, columns * width, channels)
+    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One image `(C, H, W)` in [-1, 1] (clamped)."""
+    return grid(image[None])
+
+
+def enlarge(image: Image.Image, scale: int) -> Image.Image:
+    """The image with every pixel shown as a square of `scale` pixels."""
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 def save_png(image: Image.Image, path: Path, scale: int = 1) -> None:
     """Writes a PNG, enlarged by whole pixels; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+    enlarge(image, scale).save(path)

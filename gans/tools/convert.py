@@ -1,0 +1,165 @@
+"""`python -m gans convert`: published checkpoints in the form that the other tools read.
+
+A published file is a dictionary with one state dict for each network. Its layout is described by a `Layout`: for every
+tensor of our network the published name and what turns the one into the other. Everything that the file has and the
+layout does not name, everything that is missing and every wrong shape is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gans import checkpoint
+from gans.config import TrainConfig, to_dict
+from gans.presets import preset
+from gans.registry import build
+from gans.tools.files import new_folder, sha256
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """Converts a published checkpoint (.pth) into a folder that sample, interpolate and evaluate read.
+
+    Only tensors and plain values are read from the file; code in it is never run.
+    """
+
+    checkpoint: Path
+    """The published file."""
+    preset: str
+    """The recipe that it belongs to: cifar10, stl10... (`python -m gans presets`)."""
+    out: Path
+    """Folder to write; it must not exist."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our tensors comes from: the published tensor's name and shape, and what to do with it."""
+
+    name: str
+    shape: tuple[int, ...]
+    convert: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A published tensor that ours does without; it may be missing.
+
+    `expected` gives the value that it must have for the conversion to be right, or None where any will do.
+    """
+
+    shape: tuple[int, ...]
+    expected: Callable[[], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the networks of a recipe are published.
+
+    `networks` says for each weights file of ours under which key the state dict is, and whether it is a "generator" or
+    a "discriminator". `ignored` are the file's other keys. `sources` and `extras` are made for a model of ours, given
+    on the "meta" device.
+    """
+
+    networks: Mapping[str, tuple[str, str]]
+    ignored: frozenset[str]
+    sources: Callable[[nn.Module], dict[str, Source]]
+    """For each name in our state dict, where it comes from."""
+    extras: Callable[[nn.Module], dict[str, Extra]]
+    """For each published name without a counterpart."""
+
+
+def layouts() -> dict[str, Layout]:
+    """The presets whose published checkpoints can be converted."""
+    from gans.tools import convert_transgan
+
+    return dict(convert_transgan.LAYOUTS)
+
+
+def translate(state: Mapping[str, Tensor], model: nn.Module, layout: Layout, where: str) -> dict[str, Tensor]:
+    """The state dict of `model` (which may be on "meta") from a published one; `where` names it in errors.
+
+    Raises ValueError that names every unknown and missing tensor, every wrong shape and every unexpected constant.
+    """
+    state = {name.removeprefix("module."): value for name, value in state.items()}  # of DataParallel
+    sources, extras = layout.sources(model), layout.extras(model)
+    wanted = {source.name: source for source in sources.values()}
+    problems = [f"unknown: {name}" for name in state if name not in wanted and name not in extras]
+    problems += [f"missing: {name}" for name in wanted if name not in state]
+    for name, source in wanted.items():
+        if name in state and tuple(state[name].shape) != source.shape:
+            problems.append(f"{name} has shape {tuple(state[name].shape)}, not {source.shape}")
+    for name, extra in extras.items():
+        if name in state and not _fits(state[name], extra):
+            problems.append(f"{name} is not the constant that its tensors are to be read with")
+    if problems:
+        raise ValueError(f"{where} does not fit this preset: {len(problems)} problems\n  " + "\n  ".join(problems))
+    return {ours: source.convert(state[source.name]).contiguous() for ours, source in sources.items()}
+
+
+def _fits(value: Tensor, extra: Extra) -> bool:
+    if tuple(value.shape) != extra.shape:
+        return False
+    return extra.expected is None or torch.equal(value, extra.expected().to(value.dtype))
+
+
+def read_published(path: Path) -> dict[str, Any]:
+    """The dictionary in a file that torch.save has written, on the CPU; ValueError for anything else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} is not a file")
+    # Scores in published files are NumPy scalars, which torch does not read by itself; old files name an old module.
+    scalar = np.float64(0).__reduce__()[0]
+    types: list[Any] = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
+    types += [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
+    try:
+        with torch.serialization.safe_globals(types):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read as tensors and plain values: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, not a dictionary of state dicts")
+    return content
+
+
+def convert(content: Mapping[str, Any], recipe: TrainConfig, layout: Layout) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The name of each weights file and its state dict, from the dictionary in a published file."""
+    known = {key for key, _ in layout.networks.values()}
+    problems = [f"missing: {key}" for key in sorted(known - content.keys())]
+    problems += [f"unknown: {key}" for key in sorted(map(str, content.keys() - known - layout.ignored))]
+    if problems:
+        raise ValueError("the checkpoint is not laid out as published:\n  " + "\n  ".join(problems))
+    for ours, (key, role) in layout.networks.items():
+        with torch.device("meta"):
+            model = build(getattr(recipe, role))
+        state = translate(content[key], model, layout, where=key)
+        # Which names and shapes the model has is for the model to say, whatever the layout thinks.
+        model.load_state_dict(state, assign=True)
+        yield ours, state
+
+
+def run(arguments: list[str]) -> None:
+    options = tyro.cli(ConvertArguments, args=arguments, prog="python -m gans convert")
+    known = layouts()
+    if options.preset not in known:
+        raise ValueError(f"preset is {options.preset!r}; published checkpoints are known for {', '.join(known)}")
+    recipe = preset(options.preset)
+    content = read_published(options.checkpoint)
+    with new_folder(options.out) as folder:
+        for name, state in convert(content, recipe, known[options.preset]):
+            save_file(state, folder / f"{name}.safetensors")
+            print(f"{name}: {sum(value.numel() for value in state.values()):,} values")
+        origin = {"file": options.checkpoint.name, "sha256": sha256(options.checkpoint), "preset": options.preset}
+        config = {"recipe": to_dict(recipe), "converted_from": origin}
+        (folder / checkpoint.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    print(f"wrote {options.out}")

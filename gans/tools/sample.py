@@ -1,0 +1,104 @@
+"""`python -m gans sample`: images from a checkpoint, one for each seed."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from gans.distributed import choose_device
+from gans.images import enlarge, grid, save_png, to_pil
+from gans.tools.files import new_file
+from gans.tools.generators import (
+    Weights,
+    attention_backend,
+    load_generator,
+    parse_seeds,
+    render,
+)
+
+
+@dataclass(frozen=True)
+class SampleArguments:
+    """Writes the images of some seeds, as one grid or as one file each.
+
+    A seed always gives the same image (up to rounding, between devices and backends), whichever other seeds are
+    asked for and however large the batches are.
+    """
+
+    checkpoint: Path
+    """A run's folder (its newest checkpoint), a checkpoint, or a folder that convert has written."""
+    out: Path
+    """A PNG file for a grid of all images; a ZIP file or a folder for one PNG per seed (seed00000007.png)."""
+    seeds: str = "0-63"
+    """Seeds, such as 0-63,100; a range includes both ends."""
+    columns: int = 0
+    """Images in a row of the grid; 0 for a square."""
+    scale: int = 1
+    """Whole factor by which pixels are enlarged."""
+    truncation: float = 1.0
+    """How far w may lie from its mean, from 0 to 1, for generators with a mapping network; 1 changes nothing."""
+    weights: Weights = "generator_ema"
+    """The averaged generator, or the one under training."""
+    batch: int = 16
+    """Images made at a time."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), or a torch device."""
+    backend: str | None = None
+    """Attention backend of natten_ext; None leaves its choice."""
+
+    def __post_init__(self) -> None:
+        if self.scale < 1 or self.columns < 0:
+            raise ValueError(
+                f"scale ({self.scale}) must be at least 1, and columns ({self.columns}) cannot be negative"
+            )
+
+
+def run(arguments: list[str]) -> None:
+    options = tyro.cli(SampleArguments, args=arguments, prog="python -m gans sample")
+    seeds = parse_seeds(options.seeds)
+    suffix = options.out.suffix.lower()
+    if suffix not in ("", ".png", ".zip") or (suffix != "" and options.out.is_dir()):
+        raise ValueError(f"out is {str(options.out)!r}; give a .png file, a .zip file or a folder")
+    generator = load_generator(options.checkpoint, choose_device(options.device), options.weights)
+    with attention_backend(options.backend):
+        batches = render(generator, seeds, batch=options.batch, truncation=options.truncation)
+        bar = tqdm(total=len(seeds), unit="image", dynamic_ncols=True)
+        if suffix == ".png":
+            images = []
+            for part in batches:
+                images.append(part)
+                bar.update(len(part))
+            save_png(grid(torch.cat(images), options.columns or None), options.out, scale=options.scale)
+        else:
+            with open_files(options.out) as write:
+                for image in (image for part in batches for image in part):
+                    write(f"seed{seeds[bar.n]:08d}.png", enlarge(to_pil(image), options.scale))
+                    bar.update()
+        bar.close()
+    print(f"wrote {options.out} ({len(seeds)} images)")
+
+
+@contextmanager
+def open_files(path: Path) -> Iterator[Callable[[str, Image.Image], None]]:
+    """A function that writes an image under a name into a folder, or a ZIP file that appears when it is complete."""
+    if path.suffix.lower() != ".zip":
+        path.mkdir(parents=True, exist_ok=True)
+        yield lambda name, image: image.save(path / name)
+        return
+
+    def add(name: str, image: Image.Image) -> None:
+        content = io.BytesIO()
+        image.save(content, "PNG")
+        archive.writestr(name, content.getvalue())
+
+    with new_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:  # PNG is compressed
+        yield add
