@@ -2,9 +2,11 @@
 
 from . import ops as _ops  # registers the operators  # noqa: F401
 from .dispatch import BackendStatus, backends, use_backend
+from .drop_in import na2d
 from .functional import attention, grid_attention, l2_attention, neighborhood_attention
 from .modules import Attention, GridAttention, L2Attention, NeighborhoodAttention
 from .version import __version__
+from .weights import attention_weights
 
 __all__ = [
     "Attention",
@@ -14,9 +16,11 @@ __all__ = [
     "NeighborhoodAttention",
     "__version__",
     "attention",
+    "attention_weights",
     "backends",
     "grid_attention",
     "l2_attention",
+    "na2d",
     "neighborhood_attention",
     "use_backend",
 ]

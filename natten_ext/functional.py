@@ -166,9 +166,7 @@ def _run(
             "natten_ext: forward-mode derivatives of a fused attention are not implemented;"
             ' use backend="reference", which has them'
         )
-    output, _ = torch.ops.natten_ext.attention(
-        query, key, value, bias, neighborhood.encode(), score, scale, name
-    )
+    output, _ = torch.ops.natten_ext.attention(query, key, value, bias, neighborhood.encode(), score, scale, name)
     return output
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
 from . import functional
 from .functional import SizePerAxis, _pair, _per_head
+from .weights import attention_weights
 
 
 class _AttentionModule(nn.Module):
@@ -55,6 +59,19 @@ class _AttentionModule(nn.Module):
 
     def _merge(self, output: torch.Tensor) -> torch.Tensor:
         return self.proj_drop(self.proj(output.flatten(-2)))
+
+    def _neighborhood(self) -> dict[str, Any]:
+        """The arguments that choose the neighborhood, as the functions take them."""
+        return {}
+
+    def attention_weights(
+        self, x: torch.Tensor, positions: torch.Tensor | Sequence[int] | Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Where the queries at ``positions`` look when the module is given ``x``: ``natten_ext.attention_weights``."""
+        query, *others = self._project(x)
+        key = query if self.projections == 2 else others[0]
+        options = {"bias": self.rel_pos_bias, "score": self.score, "scale": self.qk_scale}
+        return attention_weights(query, key, positions, **self._neighborhood(), **options)
 
     def _check_input(self, x: torch.Tensor, dims: int, layout: str) -> None:
         if x.dim() != dims or x.shape[-1] != self.embed_dim:
@@ -124,6 +141,9 @@ class GridAttention(_AttentionModule):
         super().__init__(embed_dim, num_heads, table_kernel=self_window if rel_pos_bias else None, **options)
         self.window_size = self_window
 
+    def _neighborhood(self) -> dict[str, Any]:
+        return {"window_size": self.window_size}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input(x, 4, "(batch, height, width, channels)")
         query, key, value = self._project(x)
@@ -131,7 +151,7 @@ class GridAttention(_AttentionModule):
             query,
             key,
             value,
-            self.window_size,
+            **self._neighborhood(),
             bias=self.rel_pos_bias,
             score=self.score,
             scale=self.qk_scale,
@@ -169,6 +189,9 @@ class NeighborhoodAttention(_AttentionModule):
         self.kernel_size = kernel_size
         self.dilation = dilation
 
+    def _neighborhood(self) -> dict[str, Any]:
+        return {"kernel_size": self.kernel_size, "dilation": self.dilation}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input(x, 4, "(batch, height, width, channels)")
         query, key, value = self._project(x)
@@ -176,8 +199,7 @@ class NeighborhoodAttention(_AttentionModule):
             query,
             key,
             value,
-            self.kernel_size,
-            self.dilation,
+            **self._neighborhood(),
             bias=self.rel_pos_bias,
             score=self.score,
             scale=self.qk_scale,

@@ -1,0 +1,262 @@
+"""The two-dimensional functions of NATTEN 0.17 under their names there, for code written against it.
+
+NATTEN removed the unfused ``na2d_qk`` and ``na2d_av`` and the relative position table in 0.20, so StyleNAT, NAT, DiNAT
+and others no longer run. Put this module in its place and they do::
+
+    import sys, natten_ext.compat
+    sys.modules["natten.functional"] = natten_ext.compat
+
+or change ``from natten.functional import na2d_qk, na2d_av`` to ``from natten_ext.compat import na2d_qk, na2d_av``.
+
+The scores between the two calls are a tensor of their own, ``kernel_height * kernel_width`` numbers a query and head:
+that is what the unfused interface is. ``natten_ext.neighborhood_attention`` never stores them; move to it where memory
+or speed counts. These functions work on any device and to any derivative order, in memory proportional to their
+arguments. On a GPU the backward pass adds in no fixed order unless ``torch.use_deterministic_algorithms`` asks for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import functional
+from .drop_in import pair_of, refuse, refuse_causal
+from .functional import SizePerAxis, _pair, _shape
+from .geometry import IntPair, neighbor_indices, neighbor_offsets
+
+Causal = bool | tuple[bool, bool] | None
+
+
+def na2d(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kernel_size: SizePerAxis,
+    dilation: SizePerAxis = 1,
+    is_causal: Causal = False,
+    rpb: torch.Tensor | None = None,
+    scale: float | None = None,
+    additional_keys: torch.Tensor | None = None,
+    additional_values: torch.Tensor | None = None,
+    xformers_kwargs: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """Fused neighborhood attention with the arguments in the order of NATTEN 0.17; see ``natten_ext.na2d``.
+
+    Maps are ``(batch, height, width, heads, head_dim)``, unlike those of ``na2d_qk``.
+    """
+    refuse_causal(is_causal)
+    refuse("additional_keys", additional_keys, "additional keys", allowed=additional_keys is None)
+    refuse("additional_values", additional_values, "additional values", allowed=additional_values is None)
+    refuse("xformers_kwargs", xformers_kwargs, "options of xFormers", allowed=xformers_kwargs is None)
+    return functional.neighborhood_attention(
+        query, key, value, pair_of(kernel_size), pair_of(dilation), bias=rpb, scale=scale
+    )
+
+
+def na2d_qk(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    kernel_size: SizePerAxis,
+    dilation: SizePerAxis = 1,
+    additional_keys: torch.Tensor | None = None,
+    is_causal: Causal = False,
+    rpb: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scores of every query with the keys of its neighborhood: ``q_i . k_j + rpb``, not scaled (scale the query).
+
+    Args:
+        query, key: ``(batch, heads, height, width, head_dim)``, one shape and floating dtype.
+        kernel_size, dilation: int or (height, width); ``kernel_size * dilation`` must not exceed the map.
+        rpb: relative position table ``(heads, 2 * kernel_height - 1, 2 * kernel_width - 1)``, indexed by
+            (key minus query) / dilation plus ``kernel - 1``.
+
+    Returns:
+        ``(batch, heads, height, width, kernel_height * kernel_width)``, keys in row-major order, the query's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above. NotImplementedError: additional keys, causal masks.
+    """
+    refuse_causal(is_causal)
+    refuse("additional_keys", additional_keys, "additional keys", allowed=additional_keys is None)
+    query, key = _checked_maps(query=query, key=key)
+    if key.shape != query.shape:
+        raise ValueError(f"key must have the query's shape {_shape(query)}, got {_shape(key)}")
+    kernel, step = _checked_sizes(query, kernel_size, dilation)
+    scores = _Scores.apply(query, key, kernel, step)
+    if rpb is None:
+        return scores
+    expected = (query.shape[1], 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+    if not isinstance(rpb, torch.Tensor):
+        raise TypeError(f"rpb must be a tensor or None, got {type(rpb).__name__}")
+    if _shape(rpb) != expected:
+        raise ValueError(f"rpb must have shape (heads, 2 * rows - 1, 2 * columns - 1) = {expected}, got {_shape(rpb)}")
+    rows, columns = (
+        neighbor_offsets(length, k, d).to(query.device) + k - 1
+        for length, k, d in zip(query.shape[2:4], kernel, step, strict=True)
+    )
+    table = rpb[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(-2)
+    return scores + table.to(scores.dtype)
+
+
+def na2d_av(
+    attn: torch.Tensor,
+    value: torch.Tensor,
+    kernel_size: SizePerAxis,
+    dilation: SizePerAxis = 1,
+    additional_values: torch.Tensor | None = None,
+    is_causal: Causal = False,
+) -> torch.Tensor:
+    """Sum of the values of every query's neighborhood, weighted by ``attn``.
+
+    Args:
+        attn: ``(batch, heads, height, width, kernel_height * kernel_width)``, in the order of ``na2d_qk``.
+        value: ``(batch, heads, height, width, head_dim)``, the same dtype.
+        kernel_size, dilation: as for ``na2d_qk``.
+
+    Returns:
+        ``(batch, heads, height, width, head_dim)``.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above. NotImplementedError: additional values, causal masks.
+    """
+    refuse_causal(is_causal)
+    refuse("additional_values", additional_values, "additional values", allowed=additional_values is None)
+    attn, value = _checked_maps(attn=attn, value=value)
+    kernel, step = _checked_sizes(value, kernel_size, dilation)
+    if _shape(attn) != (*value.shape[:4], kernel[0] * kernel[1]):
+        raise ValueError(
+            "attn must be (batch, heads, height, width, kernel_height * kernel_width) ="
+            f" {(*value.shape[:4], kernel[0] * kernel[1])}, got {_shape(attn)}"
+        )
+    return _Gather.apply(attn, value, kernel, step)
+
+
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def _checked_maps(**tensors: Any) -> list[torch.Tensor]:
+    """The tensors in autocast's dtype where that is on, found to be alike."""
+    (_, first), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got a nested one")
+        if tensor.dim() != 5:
+            layout = "(batch, heads, height, width, channels)"
+            raise ValueError(f"{name} must have 5 dimensions {layout}, got shape {_shape(tensor)}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on the device {first.device}, got {tensor.device}")
+    kind = first.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        tensors = {n: x if x.dtype == torch.float64 else x.to(dtype) for n, x in tensors.items()}
+    (first_name, first), (name, second) = tensors.items()
+    if first.dtype != second.dtype:
+        raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {second.dtype}")
+    return [first, second]
+
+
+def _checked_sizes(maps: torch.Tensor, kernel_size: Any, dilation: Any) -> tuple[IntPair, IntPair]:
+    kernel, step = _pair("kernel_size", pair_of(kernel_size)), _pair("dilation", pair_of(dilation))
+    for axis, size, k, d in zip(("height", "width"), maps.shape[2:4], kernel, step, strict=True):
+        if k * d > size:
+            raise ValueError(f"kernel_size * dilation must not exceed the map: {k} * {d} > {axis} {size}")
+    return kernel, step
+
+
+# ---------------------------------------------------------------------------------------------- bilinear maps
+#
+# With j(i, n) the n-th key of query i there are three bilinear maps, and the derivatives of each are the other two:
+#     scores[i, n]  = a[i] . b[j(i, n)]
+#     gather[i]     = sum over n of w[i, n] * b[j(i, n)]
+#     scatter[j]    = sum over (i, n) with j(i, n) = j of w[i, n] * a[i]
+# so autograd differentiates them to any order. Each goes through the keys of the neighborhood one at a time, holding
+# one map besides its arguments, and adds in float32 where the maps are half precision.
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, kernel, step):
+        ctx.save_for_backward(a, b)
+        ctx.sizes = kernel, step
+        wide = _wide(a)
+        columns = [((wide * shifted).sum(-1)) for shifted, _ in _shifts(_wide(b), kernel, step)]
+        return torch.stack(columns, -1).to(a.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return (
+            _Gather.apply(grad, b, *ctx.sizes) if ctx.needs_input_grad[0] else None,
+            _Scatter.apply(grad, a, *ctx.sizes) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, b, kernel, step):
+        ctx.save_for_backward(w, b)
+        ctx.sizes = kernel, step
+        total = torch.zeros_like(_wide(b))
+        for shifted, n in _shifts(_wide(b), kernel, step):
+            total.addcmul_(w[..., n : n + 1].to(total.dtype), shifted)
+        return total.to(b.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        w, b = ctx.saved_tensors
+        return (
+            _Scores.apply(grad, b, *ctx.sizes) if ctx.needs_input_grad[0] else None,
+            _Scatter.apply(w, grad, *ctx.sizes) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, a, kernel, step):
+        ctx.save_for_backward(w, a)
+        ctx.sizes = kernel, step
+        wide = _wide(a)
+        rows, columns = _indices(a, kernel, step)
+        total = torch.zeros_like(wide)
+        for n in range(kernel[0] * kernel[1]):
+            product = wide * w[..., n : n + 1].to(wide.dtype)
+            across = torch.zeros_like(wide).index_add_(3, columns[:, n % kernel[1]], product)
+            total.index_add_(2, rows[:, n // kernel[1]], across)
+        return total.to(a.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        w, a = ctx.saved_tensors
+        return (
+            _Scores.apply(a, grad, *ctx.sizes) if ctx.needs_input_grad[0] else None,
+            _Gather.apply(w, grad, *ctx.sizes) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _indices(maps: torch.Tensor, kernel: IntPair, step: IntPair) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of every query on the two axes: ``(height, kernel_height)`` and ``(width, kernel_width)``."""
+    pairs = zip(maps.shape[2:4], kernel, step, strict=True)
+    rows, columns = (neighbor_indices(length, k, d).to(maps.device) for length, k, d in pairs)
+    return rows, columns
+
+
+def _shifts(maps: torch.Tensor, kernel: IntPair, step: IntPair):
+    """The map of every query's n-th key, and n, for n in row-major order."""
+    rows, columns = _indices(maps, kernel, step)
+    for n in range(kernel[0] * kernel[1]):
+        yield maps.index_select(2, rows[:, n // kernel[1]]).index_select(3, columns[:, n % kernel[1]]), n
