@@ -1,4 +1,1 @@
-"""The commands that work on trained generators: sample, interpolate, convert, evaluate, train-judge.
-
-Each module has `run(arguments)`, which `gans.cli` calls with the words that follow the command's name.
-"""
+"""The commands of `python -m gans`. Each module has `run(arguments)`, which gets the words after the command's name."""

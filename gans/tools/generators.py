@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import natten_ext
 from gans import checkpoint, rng
-from gans.config import TrainConfig, from_dict
-from gans.registry import build
+from gans.config import from_dict
+from gans.registry import build, config_class
 
 Weights = Literal["generator_ema", "generator"]
 Space = Literal["z", "w"]
@@ -76,8 +76,8 @@ def find_weights(path: Path, weights: Weights) -> Path:
 def load_generator(path: Path, device: torch.device, weights: Weights = "generator_ema") -> nn.Module:
     """The generator of a run, a checkpoint or a converted checkpoint, in evaluation mode without gradients."""
     path = find_weights(path, weights)
-    recipe = from_dict(TrainConfig, checkpoint.load_config(path)["recipe"])
-    generator: nn.Module = build(recipe.generator)
+    values = checkpoint.load_config(path)["recipe"]["generator"]
+    generator: nn.Module = build(from_dict(config_class("generator", values.get("kind")), values))
     checkpoint.load_weights(path, weights, generator)
     return generator.eval().requires_grad_(False).to(device)
 
