@@ -2,7 +2,8 @@
 
 Source: "Differentiable Augmentation for Data-Efficient GAN Training", Zhao et al. 2020, arXiv 2006.10738. The
 constants are those of TransGAN's published code, which differ from the paper's: translation by up to 0.2 of
-the side (paper 0.125), cutout with probability 0.3 a batch (paper: always).
+the side (paper 0.125), cutout with probability 0.3 a batch (paper: always). The paper's are called
+"translation_0.125" and "cutout_1.0".
 
 Every operation is affine in the image and differentiable twice, since the gradient penalty differentiates
 through it. Numbers that belong to images come from `gans.rng`, those for a whole batch from torch's generator of
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -207,7 +209,9 @@ def scaling(x: Tensor, deviation: float = 0.2) -> Tensor:
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "translation": translation,
+    "translation_0.125": partial(translation, ratio=0.125),
     "cutout": cutout,
+    "cutout_1.0": partial(cutout, probability=1.0),
     "color": color,
     "erase_ratio": erase_ratio,
     "stl_erase_ratio": stl_erase_ratio,

@@ -82,7 +82,7 @@ def nonsaturating_g(fake: Tensor, real: Tensor | None = None) -> Tensor:
 def relativistic_d(real: Tensor, fake: Tensor) -> Tensor:
     """E softplus(D(fake) - D(real)) over pairs.
 
-    Source: "The relativistic discriminator", Jolicoeur-Martineau 2018, arXiv 1807.00734, section 4.1 (RSGAN); with
+    Source: "The relativistic discriminator", Jolicoeur-Martineau 2018, arXiv 1807.00734 (RSGAN); with
     R1 and R2 it is the loss of "The GAN is dead; long live the GAN!", Huang et al. 2025, arXiv 2501.05441.
     """
     return F.softplus(fake - real).mean()
