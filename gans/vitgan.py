@@ -70,7 +70,7 @@ class _Transformer:
 
 
 @dataclass(frozen=True)
-class GeneratorConfig(_Transformer):
+class ViTGeneratorConfig(_Transformer):
     """ViTGAN's generator; the defaults are the paper's for CIFAR-10, where it says."""
 
     latent_dim: int = 384
@@ -109,7 +109,7 @@ class GeneratorConfig(_Transformer):
 
 
 @dataclass(frozen=True)
-class DiscriminatorConfig(_Transformer):
+class ViTDiscriminatorConfig(_Transformer):
     """ViTGAN's discriminator; the defaults are the paper's for CIFAR-10."""
 
     overlap: int | None = None
@@ -153,7 +153,7 @@ class GeneratorBlock(nn.Module):
 
     recompute = True  # under gradient checkpointing
 
-    def __init__(self, config: GeneratorConfig, linear: MakeLinear) -> None:
+    def __init__(self, config: ViTGeneratorConfig, linear: MakeLinear) -> None:
         super().__init__()
         dim = config.dim
         self.normed_residual = config.residual == "normed"
@@ -175,7 +175,7 @@ class Generator(nn.Module):
     The tokens start as sinusoidal positions alone; z comes in through w = mapping(z), which modulates every norm.
     """
 
-    def __init__(self, config: GeneratorConfig) -> None:
+    def __init__(self, config: ViTGeneratorConfig) -> None:
         super().__init__()
         self.config = config
         dim = config.dim
@@ -203,7 +203,7 @@ class DiscriminatorBlock(nn.Module):
 
     recompute = True  # under gradient checkpointing
 
-    def __init__(self, config: DiscriminatorConfig, linear: MakeLinear) -> None:
+    def __init__(self, config: ViTDiscriminatorConfig, linear: MakeLinear) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim)
         self.attn = ViTAttention(
@@ -230,7 +230,7 @@ class Discriminator(nn.Module):
     positions; the blocks; the class token's normed value gives the score.
     """
 
-    def __init__(self, config: DiscriminatorConfig) -> None:
+    def __init__(self, config: ViTDiscriminatorConfig) -> None:
         super().__init__()
         self.config = config
         linear = partial(make_linear, spectral=config.spectral, equalized=config.equalized)
