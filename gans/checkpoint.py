@@ -1,21 +1,24 @@
 """Checkpoints: written whole or not at all, pruned, and exact to resume from.
 
 A checkpoint is a folder `step-00001000` with the weights in safetensors (`generator`, `generator_ema`,
-`discriminator`), `config.json`, and `state.pt` with the optimisers, the random generators' states and the
+`discriminator`), `config.json`, and `state.pt` with the optimisers, the random generators' states, the step and the
 position in the data. It is written under another name, flushed to disk and then renamed, so a run killed at
 any moment leaves complete checkpoints only.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -38,6 +41,11 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def path_of(root: Path, step: int) -> Path:
+    """The folder in `root` of the checkpoint of a step."""
+    return root / f"{PREFIX}{step:08d}"
+
+
 def save(
     root: Path,
     step: int,
@@ -49,26 +57,37 @@ def save(
 ) -> Path:
     """Writes `root/step-<step>` and deletes all but the `keep` newest. Returns its path.
 
+    Raises OSError, naming the folder and the last good checkpoint, when it cannot be written (a full disk, say);
+    nothing of the attempt is left.
+
     Args:
         models: name of each weights file, and its model.
         state: tensors and plain values for `state.pt`.
         config: JSON values for `config.json`.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(f"{PARTIAL}*"):
-        shutil.rmtree(leftover)
     partial = root / f"{PARTIAL}{step}"
-    partial.mkdir()
-    for name, model in models.items():
-        save_file(
-            {key: value.contiguous() for key, value in model.state_dict().items()},
-            partial / f"{name}.safetensors",
-        )
-    torch.save(dict(state), partial / STATE)
-    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    for path in (*partial.iterdir(), partial):
-        _flush(path)
-    final = root / f"{PREFIX}{step:08d}"
+    final = path_of(root, step)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(f"{PARTIAL}*"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        for name, model in models.items():
+            tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+            save_file(tensors, partial / f"{name}.safetensors")
+        torch.save(dict(state), partial / STATE)
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # the libraries report a full disk in their own ways
+        shutil.rmtree(partial, ignore_errors=True)
+        good = find("latest", root)
+        free = shutil.disk_usage(root).free / 2**20 if root.is_dir() else 0
+        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        raise OSError(
+            number,
+            f"cannot write checkpoint {final}: {error} ({free:.0f} MiB free). Last good checkpoint: {good or 'none'}",
+        ) from error
     if final.exists():
         _discard(final)
     os.replace(partial, final)
@@ -114,15 +133,29 @@ def find(resume: str, root: Path) -> Path | None:
 
 
 def load_config(path: Path) -> Any:
-    """The JSON values of a checkpoint's configuration."""
-    return json.loads((path / CONFIG).read_text())
+    """The JSON values of a checkpoint's configuration; ValueError if the file cannot be read."""
+    try:
+        return json.loads((path / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path / CONFIG}: {error}") from error
 
 
 def load_weights(path: Path, name: str, model: nn.Module) -> None:
-    """Loads one weights file of a checkpoint into `model`; RuntimeError if the names or shapes differ."""
-    model.load_state_dict(load_file(path / f"{name}.safetensors"))
+    """Loads one weights file of a checkpoint into `model`.
+
+    Raises ValueError if the file cannot be read, or if its names or shapes are not the model's.
+    """
+    file = path / f"{name}.safetensors"
+    try:
+        model.load_state_dict(load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"cannot load {file}: {error}") from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's `state.pt`, on the CPU."""
-    return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    """A checkpoint's `state.pt`, on the CPU; ValueError if the file cannot be read."""
+    file = path / STATE
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from error

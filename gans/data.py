@@ -1,22 +1,21 @@
-"""Images for training: a folder, a ZIP file or the built-in digits, in an order that can be resumed exactly.
+"""Images for training, in an order that can be resumed exactly.
 
 The order is a function of the seed alone: epoch e goes through a permutation drawn from (seed, e), and so do
 its horizontal flips. A position in this endless stream is one integer, which is all that a checkpoint has to
 store.
 
 Resizing rule: the shorter side is brought to the wanted size with Pillow's bicubic filter (antialiased when
-it shrinks), then the centre square is kept; images that already have the size are not touched.
+it shrinks), then the centre square is kept; images that already have the size are not touched. Transparency becomes
+white.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import zipfile
+import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,8 +23,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-DIGITS = "digits"
+from gans.sources import BrokenImageError, ImageSource
+
+Broken = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True)
@@ -34,115 +34,18 @@ class DataConfig:
 
     flip: bool = True
     """Mirror each image horizontally with probability 1/2."""
+    split: str = "train"
+    """Which split of the data to use, where it has several."""
+    broken: Broken = "refuse"
+    """Stop at a file that cannot be read, or take the next image in the order ("skip"); either way it is named."""
     workers: int = 0
     """Processes that decode ahead; 0 decodes in the training process. The order does not depend on it."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise ValueError(f"data.workers is {self.workers}; it cannot be negative")
-
-
-class ImageSource(Protocol):
-    """A numbered collection of images."""
-
-    def __len__(self) -> int: ...
-
-    def open(self, index: int) -> Image.Image: ...
-
-
-class FolderImages:
-    """Every image file under a folder, however deep, in the order of their paths."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.names = sorted(
-            path.relative_to(root).as_posix()
-            for path in root.rglob("*")
-            if path.suffix.lower() in EXTENSIONS and path.is_file()
-        )
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def open(self, index: int) -> Image.Image:
-        name = self.names[index]
-        try:
-            return _decode((self.root / name).read_bytes())
-        except Exception as error:
-            raise ValueError(f"cannot read image {str(self.root / name)!r}: {error}") from error
-
-
-class ZipImages:
-    """Every image file in a ZIP archive, however deep, in the order of their names."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._archive: zipfile.ZipFile | None = None
-        self._owner = -1
-        try:
-            names = self._open_archive().namelist()
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"data {str(path)!r} is not a readable ZIP file: {error}") from error
-        self.names = sorted(name for name in names if Path(name).suffix.lower() in EXTENSIONS)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def _open_archive(self) -> zipfile.ZipFile:
-        # One handle a process: forked workers would otherwise share a file offset.
-        if self._archive is None or self._owner != os.getpid():
-            self._archive = zipfile.ZipFile(self.path)
-            self._owner = os.getpid()
-        return self._archive
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_archive": None}
-
-    def open(self, index: int) -> Image.Image:
-        name = self.names[index]
-        try:
-            return _decode(self._open_archive().read(name))
-        except Exception as error:
-            raise ValueError(f"cannot read image {name!r} in {str(self.path)!r}: {error}") from error
-
-
-class DigitImages:
-    """The 1797 scanned 8x8 digits that come with scikit-learn (UCI "Optical Recognition of Handwritten Digits")."""
-
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        self.images = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def open(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index])
-
-
-def _decode(content: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return ImageOps.exif_transpose(image)
-
-
-def open_source(data: str | Path) -> ImageSource:
-    """The images at `data`: a folder, a ZIP file, or the name "digits".
-
-    Raises FileNotFoundError for a path that does not exist and ValueError for one without images.
-    """
-    if str(data) == DIGITS:
-        return DigitImages()
-    path = Path(data)
-    if not path.exists():
-        raise FileNotFoundError(f"data {str(path)!r} does not exist; give a folder, a ZIP file or {DIGITS!r}")
-    source: ImageSource = FolderImages(path) if path.is_dir() else ZipImages(path)
-    if len(source) == 0:
-        raise ValueError(
-            f"data {str(path)!r} has no images; looked for files ending in {', '.join(sorted(EXTENSIONS))}"
-        )
-    return source
+            raise ValueError(f"images.workers is {self.workers}; it cannot be negative")
+        if self.broken not in ("refuse", "skip"):
+            raise ValueError(f"images.broken is {self.broken!r}; it must be 'refuse' or 'skip'")
 
 
 def flatten_onto_white(image: Image.Image) -> Image.Image:
@@ -173,7 +76,15 @@ class Stream(Dataset[Tensor]):
     """The endless shuffled sequence of images: item p is image `p % n` of epoch `p // n`, as uint8 `(C, S, S)`."""
 
     def __init__(
-        self, source: ImageSource, *, size: int, channels: int, seed: int, flip: bool, shuffle: bool = True
+        self,
+        source: ImageSource,
+        *,
+        size: int,
+        channels: int,
+        seed: int,
+        flip: bool,
+        shuffle: bool = True,
+        broken: Broken = "refuse",
     ) -> None:
         self.source = source
         self.size = size
@@ -181,6 +92,8 @@ class Stream(Dataset[Tensor]):
         self.seed = seed
         self.flip = flip
         self.shuffle = shuffle
+        self.broken = broken
+        self._unreadable: set[int] = set()
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
         self._flips = torch.empty(0, dtype=torch.bool)
@@ -198,44 +111,75 @@ class Stream(Dataset[Tensor]):
     def __getitem__(self, position: int) -> Tensor:
         epoch, place = divmod(position, len(self.source))
         self._enter_epoch(epoch)
-        array = to_array(self.source.open(int(self._order[place])), self.size, self.channels)
+        array = self._read(place)
         if self._flips[place]:
             array = array[:, :, ::-1]
         return torch.from_numpy(array.copy())
 
+    def _read(self, place: int) -> np.ndarray:
+        """The image at a place of the epoch's order, or the next one that is readable."""
+        for candidate in itertools.chain(range(place, len(self.source)), range(place)):
+            index = int(self._order[candidate])
+            if index in self._unreadable:
+                continue
+            try:
+                return to_array(self.source.open(index), self.size, self.channels)
+            except BrokenImageError as error:
+                if self.broken == "refuse":
+                    raise
+                print(f"skipped: {error}", file=sys.stderr)
+                self._unreadable.add(index)
+        raise BrokenImageError(f"none of the {len(self.source)} images can be read")
+
 
 class _Positions:
-    """Batches of consecutive positions, without end."""
+    """Batches of consecutive positions, without end, their sizes in turn those of `sizes`; rows of one process."""
 
-    def __init__(self, start: int, batch_size: int) -> None:
+    def __init__(self, start: int, sizes: Sequence[int], rank: int, processes: int) -> None:
         self.start = start
-        self.batch_size = batch_size
+        self.sizes = sizes
+        self.rank = rank
+        self.processes = processes
 
     def __iter__(self) -> Iterator[Sequence[int]]:
         position = self.start
-        while True:
-            yield range(position, position + self.batch_size)
-            position += self.batch_size
+        for size in itertools.cycle(self.sizes):
+            share = size // self.processes
+            yield range(position + self.rank * share, position + (self.rank + 1) * share)
+            position += size
 
 
-def batches(stream: Stream, batch_size: int, *, start: int = 0, workers: int = 0) -> Iterator[Tensor]:
-    """Batches `(batch_size, C, S, S)` in [-1, 1] from position `start` on, without end; the global RNG is not
-    touched.
+def batches(
+    stream: Stream,
+    sizes: int | Sequence[int],
+    *,
+    start: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    processes: int = 1,
+    pin_memory: bool = False,
+) -> Iterator[Tensor]:
+    """Batches `(size, C, S, S)` of uint8 from position `start` on, without end; the global RNG is not touched.
+
+    `sizes` are taken in turn. Of several processes, number `rank` gets its share of each batch, in order.
     """
     loader = DataLoader(
         stream,
-        batch_sampler=_Positions(start, batch_size),
+        batch_sampler=_Positions(start, [sizes] if isinstance(sizes, int) else sizes, rank, processes),
         num_workers=workers,
         generator=torch.Generator(),
         multiprocessing_context="spawn" if workers else None,
+        pin_memory=pin_memory,
     )
-    for images in loader:
-        yield to_unit_range(images)
+    yield from loader
 
 
-def load_images(source: ImageSource, *, size: int, channels: int, limit: int, seed: int = 0) -> Tensor:
+def load_images(
+    source: ImageSource, *, size: int, channels: int, limit: int, seed: int = 0, broken: Broken = "refuse"
+) -> Tensor:
     """At most `limit` images of the source, `(N, C, S, S)` in [-1, 1]; the first of a shuffled order if it
     has more.
     """
-    stream = Stream(source, size=size, channels=channels, seed=seed, flip=False, shuffle=len(source) > limit)
+    shuffle = len(source) > limit
+    stream = Stream(source, size=size, channels=channels, seed=seed, flip=False, shuffle=shuffle, broken=broken)
     return to_unit_range(torch.stack([stream[i] for i in range(min(limit, len(source)))]))

@@ -19,11 +19,12 @@ import tyro
 import natten_ext
 from gans import logs
 from gans.config import RunConfig, TrainConfig
+from gans.distributed import choose_device
 from gans.figures import plot_curves, plot_samples
 from gans.metrics import RandomFeatureFrechet
-from gans.presets import DIGITS
+from gans.presets_transgan import DIGITS
 from gans.profile import StepCost, measure_apart
-from gans.train import choose_device, train
+from gans.train import train
 
 NEEDED_FALL = 5.0
 """How many times smaller the distance has to become for the demo to count as successful."""

@@ -53,28 +53,28 @@ def plot_samples(run: Path, steps: Sequence[int], size: int, path: Path, columns
 
 
 def plot_curves(lines: Sequence[dict[str, float]], path: Path) -> None:
-    """Losses, and beside them the distance to the real images with its floor, if the run measured it."""
+    """Each network's loss terms, and the distance to the real images with its floor if the run measured it."""
     distances = [line for line in lines if "distance" in line]
-    panels = 2 if distances else 1
-    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 3.6), layout="constrained", squeeze=False)
-    axis = axes[0, 0]
-    for name, label in (
-        ("discriminator/wasserstein", "D: E D(fake) - E D(real)"),
-        ("discriminator/penalty", "D: gradient penalty"),
-        ("generator/adversarial", "G: -E D(fake)"),
-    ):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), label=label, linewidth=1)
-    axis.set(title="loss terms", xlabel="generator step")
-    axis.set_yscale("symlog", linthresh=1)  # the first penalties can be a hundred times the later ones
+    panels = 3 if distances else 2
+    figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.6), layout="constrained", squeeze=False)
+    for axis, network in zip(axes[0], ("discriminator", "generator"), strict=False):
+        names = dict.fromkeys(name for line in lines for name in line if name.startswith(f"{network}/"))
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            faint = {"alpha": 0.5, "linestyle": ":"} if name.endswith("gradient_norm") else {}
+            label = name.removeprefix(f"{network}/").replace("_", " ")
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1, **faint)
+        axis.set(title=network, xlabel="generator step")
+        axis.set_yscale("symlog", linthresh=1)  # the first penalties can be a hundred times the later ones
     if distances:
-        axis = axes[0, 1]
+        axis = axes[0, 2]
         points = [(line["step"], line["distance"]) for line in distances]
         axis.semilogy(*zip(*points, strict=True), marker=".", label="averaged generator")
         axis.axhline(distances[-1]["floor"], color="gray", linestyle="--", label="real against real")
         axis.set(title=f"{RandomFeatureFrechet.name} to real images", xlabel="generator step")
     for axis in axes[0]:
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -30,12 +29,8 @@ class RunLog:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Flushes and closes both files."""
         self._file.close()
         self._board.close()
 

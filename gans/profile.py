@@ -17,11 +17,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 
 import natten_ext
 from gans.config import TrainConfig, from_dict, to_dict
-from gans.registry import build
-from gans.train import adam, choose_device, discriminator_step, generator_step
+from gans.distributed import World, choose_device
+from gans.steps import discriminator_step, generator_step, make_networks
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,18 @@ def _peak(device: torch.device) -> float:
 def measure(config: TrainConfig, *, backend: str, device: str = "auto", repeats: int = 3) -> StepCost:
     """Measures a recipe's step in this process: median time of `repeats` steps, and the first's peak memory."""
     target = choose_device(device)
-    torch.manual_seed(config.seed)
-    generator = build(config.generator).to(target)
-    discriminator = build(config.discriminator).to(target)
-    loss = build(config.loss)
-    optimizer_g = adam(generator, config.lr_g, config.betas)
-    optimizer_d = adam(discriminator, config.lr_d, config.betas)
-    size = config.generator.image_size
+    networks = make_networks(config, target)
+    world = World(target)
+    dtype = next(networks.discriminator.parameters()).dtype
+
+    def images(count: int) -> Tensor:
+        size, channels = config.generator.image_size, config.generator.channels
+        return torch.rand(count, channels, size, size, device=target, dtype=dtype) * 2 - 1
 
     def step(config: TrainConfig) -> None:
-        real = torch.rand(config.batch_d, config.generator.channels, size, size, device=target) * 2 - 1
-        discriminator_step(0, config, loss, generator, discriminator, optimizer_d, real)
-        generator_step(0, config, loss, generator, discriminator, optimizer_g, target)
+        discriminator_step(0, 0, config, networks, images(config.batch_d), world)
+        real = images(config.batch_g) if networks.loss.uses_real else None
+        generator_step(0, config, networks, real, world)
 
     with natten_ext.use_backend(backend):
         step(replace(config, batch_d=2, batch_g=2, accumulate=1))

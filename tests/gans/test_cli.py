@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from gans import checkpoint
-from gans.cli import main, parse_train
+from gans.cli import main
 from gans.presets import preset
+from gans.tools.train import parse
+from gans.vitgan import ViTDiscriminatorConfig
 
 OPTIONS = """--preset digits --data digits --steps 2 --batch-d 2 --batch-g 2 --n-critic 1
     --generator.base-dim 64 --discriminator.patch-dims 8 8 --sample-count 4 --threads 1"""
@@ -22,7 +25,7 @@ def test_train_sample_and_resume(tmp_path, capsys):
     assert config["recipe"]["generator"]["base_dim"] == 64
     assert main(["train", *SMALL, "--out", str(out), "--steps", "3", "--resume", "latest"]) == 0
     picture = tmp_path / "samples.png"
-    arguments = ["sample", "--checkpoint", str(out), "--out", str(picture), "--count", "4", "--scale", "2"]
+    arguments = ["sample", "--checkpoint", str(out), "--out", str(picture), "--seeds", "0-3", "--scale", "2"]
     assert main(arguments) == 0
     assert Image.open(picture).size == (64, 64)
     assert main(["figures", "--run", str(out), "--out", str(tmp_path / "figures")]) == 0
@@ -32,12 +35,26 @@ def test_train_sample_and_resume(tmp_path, capsys):
 def test_overrides_start_from_the_preset():
     arguments = """--preset=stl10 --data x --out y --loss.gp-weight 5 --generator.windows 4 8 16
         --ema.decay 0.99 --discriminator.augment color --images.no-flip --backend reference --device cpu"""
-    parsed = parse_train(arguments.split())
+    parsed = parse(arguments.split())
     recipe, base = parsed.recipe, preset("stl10")
     assert recipe.loss.gp_weight == 5 and recipe.ema.decay == 0.99 and not recipe.images.flip
     assert recipe.generator.windows == (4, 8, 16) and recipe.generator.depths == base.generator.depths
     assert recipe.discriminator.augment == ("color",)
     assert parsed.run.backend == "reference" and parsed.run.device == "cpu"
+
+
+def test_parts_of_other_recipes():
+    arguments = "--preset cifar10-small --data x --out y --discriminator cifar10 --loss.r1 2 --discriminator.heads 3"
+    recipe = parse(arguments.split()).recipe
+    assert recipe.generator == preset("cifar10-small").generator
+    assert recipe.discriminator == replace(preset("cifar10").discriminator, heads=3)
+    assert recipe.loss.r1 == 2
+    recipe = parse("--preset cifar10 --data x --out y --discriminator vitgan --loss vitgan32".split()).recipe
+    assert recipe.discriminator == ViTDiscriminatorConfig() and recipe.loss == preset("vitgan32").loss
+    with pytest.raises(ValueError, match="one of transgan, vitgan, .*cifar10-small.*; got 'cnn'"):
+        parse("--data x --out y --generator cnn".split())
+    with pytest.raises(ValueError, match=r"generator.image_size is 48 and discriminator.image_size is 32"):
+        parse("--data x --out y --generator stl10".split())
 
 
 def test_dry_run_prints_the_resolved_settings(tmp_path, capsys):

@@ -23,15 +23,19 @@ def test_unknown_keys_raise():
     values["generator"]["depth"] = 3
     with pytest.raises(ValueError, match="GeneratorConfig has no depth; it has base_dim"):
         from_dict(TrainConfig, values)
+    del values["generator"]["depth"]
+    values["generator"]["kind"] = "unheard-of"
+    with pytest.raises(ValueError, match="the kind of generator is 'unheard-of'; it must be one of transgan"):
+        from_dict(TrainConfig, values)
 
 
 def test_differences_name_nested_fields():
     old = TrainConfig()
     new = replace(old, lr_d=1.0, generator=replace(old.generator, norm="rms"))
-    assert differences(to_dict(old), to_dict(new)) == [
-        "generator.norm (layer -> rms)",
-        "lr_d (0.0001 -> 1.0)",
-    ]
+    assert differences(to_dict(old), to_dict(new)) == {
+        "generator.norm": "layer -> rms",
+        "lr_d": "0.0001 -> 1.0",
+    }
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,7 @@ def test_differences_name_nested_fields():
         ({"n_critic": 0}, "n_critic is 0"),
         ({"batch_g": 0}, "batch_g is 0"),
         ({"clip": -1.0}, "clip"),
+        ({"decay_start": 5, "decay_end": 5}, "decay_end is 5"),
         ({"discriminator": preset("stl10").discriminator}, "image_size"),
     ],
 )

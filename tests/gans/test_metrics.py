@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gans.data import load_images, open_source
+from gans.data import load_images
 from gans.metrics import RandomFeatureFrechet, frechet_distance
+from gans.sources import open_source
 
 
 def test_frechet_distance_of_known_gaussians():

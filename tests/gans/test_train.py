@@ -10,18 +10,22 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gans import checkpoint, logs
-from gans.losses import WGANGP, WGANGPConfig
-from gans.registry import build
-from gans.train import (
+from gans.data import Stream, batches, to_unit_range
+from gans.distributed import World
+from gans.losses import GANLoss
+from gans.monitor import generate
+from gans.sources import open_source
+from gans.steps import (
     NonFiniteError,
-    adam,
     discriminator_step,
-    generate,
+    frozen,
     generator_step,
-    train,
+    lr_factor,
+    make_networks,
 )
+from gans.train import train
 
-CPU = torch.device("cpu")
+ALONE = World(torch.device("cpu"))
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -34,17 +38,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def make(config):
-    torch.manual_seed(config.seed)
-    generator, discriminator = build(config.generator), build(config.discriminator)
-    return (
-        generator,
-        discriminator,
-        adam(generator, 1e-3, config.betas),
-        adam(discriminator, 1e-3, config.betas),
-    )
 
 
 def test_resume_is_exact_and_repeatable(tiny, tiny_run, tmp_path):
@@ -113,9 +106,9 @@ def test_resume_rewrites_later_log_lines(tiny, tiny_run):
     train(replace(tiny, steps=4), replace(tiny_run, log_every=1, resume="latest"), progress=False)
     after = logs.read(out)
     assert [line["step"] for line in after] == [1, 2, 3, 4]
-    drop = "seconds_per_step"
-    assert [{k: v for k, v in line.items() if k != drop} for line in before] == [
-        {k: v for k, v in line.items() if k != drop} for line in after
+    drop = {"images_per_second", "memory_mib"}
+    assert [{k: v for k, v in line.items() if k not in drop} for line in before] == [
+        {k: v for k, v in line.items() if k not in drop} for line in after
     ]
 
 
@@ -139,92 +132,123 @@ def test_refusals(tiny, tiny_run, folder):
         train(tiny, replace(tiny_run, resume=str(older)), progress=False)
 
 
-def test_steps_give_the_other_network_no_gradient(tiny):
-    generator, discriminator, optimizer_g, optimizer_d = make(tiny)
-    loss = build(tiny.loss)
-    before = {name: p.clone() for name, p in discriminator.named_parameters()}
-    generator_step(1, tiny, loss, generator, discriminator, optimizer_g, CPU)
-    assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
-    assert all(torch.equal(p, before[name]) for name, p in discriminator.named_parameters())
+def copies(model):
+    return [p.detach().clone() for p in model.parameters()]
 
-    before = {name: p.clone() for name, p in generator.named_parameters()}
-    discriminator_step(1, tiny, loss, generator, discriminator, optimizer_d, torch.randn(4, 1, 8, 8))
+
+def unchanged(model, before) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_steps_give_the_other_network_no_gradient(tiny):
+    networks = make_networks(tiny, ALONE.device)
+    generator, discriminator = networks.generator, networks.discriminator
+    before = copies(discriminator)
+    generator_step(0, tiny, networks, None, ALONE)
+    assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
+    assert unchanged(discriminator, before)
+
+    before = copies(generator)
+    discriminator_step(0, 0, tiny, networks, torch.randn(4, 1, 8, 8), ALONE)
     assert all(p.grad is None for p in generator.parameters())
-    assert all(torch.equal(p, before[name]) for name, p in generator.named_parameters())
+    assert unchanged(generator, before)
+
+
+def test_frozen_leaves_what_was_frozen_before():
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    with frozen(model):
+        assert not model.weight.requires_grad
+    assert model.weight.requires_grad and not model.bias.requires_grad
 
 
 def test_each_step_moves_its_own_network(tiny):
-    generator, discriminator, optimizer_g, optimizer_d = make(tiny)
-    loss = build(tiny.loss)
-    before = [p.clone() for p in (*generator.parameters(), *discriminator.parameters())]
-    discriminator_step(1, tiny, loss, generator, discriminator, optimizer_d, torch.randn(4, 1, 8, 8))
-    generator_step(1, tiny, loss, generator, discriminator, optimizer_g, CPU)
-    after = [*generator.parameters(), *discriminator.parameters()]
-    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    networks = make_networks(tiny, ALONE.device)
+    models = torch.nn.ModuleList([networks.generator, networks.discriminator])
+    before = copies(models)
+    discriminator_step(0, 0, tiny, networks, torch.randn(4, 1, 8, 8), ALONE)
+    generator_step(0, tiny, networks, None, ALONE)
+    assert all(not torch.equal(a, b) for a, b in zip(before, models.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_equals_the_whole_batch(tiny, parts):
-    """In float64, without DiffAug, noise (both draw per part) and the drift term (which is not a mean)."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        whole = replace(
-            tiny,
-            generator=replace(tiny.generator, noise=False),
-            discriminator=replace(tiny.discriminator, noise=False, augment=()),
-            loss=WGANGPConfig(drift=0),
-            batch_d=8,
-            batch_g=8,
-        )
-        real = torch.randn(8, 1, 8, 8)
-        results = []
-        for config in (whole, replace(whole, accumulate=parts)):
-            generator, discriminator, optimizer_g, optimizer_d = make(config)
-            loss = build(config.loss)
-            logged = discriminator_step(1, config, loss, generator, discriminator, optimizer_d, real)
-            logged |= generator_step(1, config, loss, generator, discriminator, optimizer_g, CPU)
-            results.append((logged, [*generator.parameters(), *discriminator.parameters()]))
-        (log_a, weights_a), (log_b, weights_b) = results
-        assert log_a == pytest.approx(log_b, rel=1e-9)
-        for a, b in zip(weights_a, weights_b, strict=True):
-            # Adam's first step is lr * sign(gradient), so compare where rounding cannot turn the sign.
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    """With noise and DiffAug, whose draws belong to images; without the drift term, which is not a mean over them."""
+    whole = replace(tiny, loss=replace(tiny.loss, drift=0.0), batch_d=8, batch_g=8, precision="fp64")
+    real = torch.randn(8, 1, 8, 8, dtype=torch.float64)
+    results = []
+    for config in (whole, replace(whole, accumulate=parts)):
+        networks = make_networks(config, ALONE.device)
+        logged = discriminator_step(0, 0, config, networks, real, ALONE)
+        logged |= generator_step(0, config, networks, None, ALONE)
+        results.append((logged, [*networks.generator.parameters(), *networks.discriminator.parameters()]))
+    (log_a, weights_a), (log_b, weights_b) = results
+    assert log_a == pytest.approx(log_b, rel=1e-9)
+    for a, b in zip(weights_a, weights_b, strict=True):
+        # Adam's first step is lr * sign(gradient), so compare where rounding cannot turn the sign.
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_clipping(tiny):
     config = replace(tiny, clip=1e-3)
-    generator, discriminator, _, _ = make(config)
-    optimizer = torch.optim.SGD(discriminator.parameters(), lr=1.0)
-    before = [p.detach().clone() for p in discriminator.parameters()]
-    logged = discriminator_step(
-        1, config, WGANGP(config.loss), generator, discriminator, optimizer, torch.randn(4, 1, 8, 8)
-    )
-    moved = torch.stack([(p - q).square().sum() for p, q in zip(discriminator.parameters(), before, strict=True)])
+    networks = make_networks(config, ALONE.device)
+    networks.optimizer_d = torch.optim.SGD(networks.discriminator.parameters(), lr=1.0)
+    before = copies(networks.discriminator)
+    logged = discriminator_step(0, 0, config, networks, torch.randn(4, 1, 8, 8), ALONE)
+    moved = [(p - q).square().sum() for p, q in zip(networks.discriminator.parameters(), before, strict=True)]
     assert logged["discriminator/gradient_norm"] > 1e-2  # logged before clipping
-    assert float(moved.sum().sqrt().detach()) == pytest.approx(1e-3, rel=1e-2)
+    assert float(torch.stack(moved).sum().sqrt().detach()) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_learning_rates_warm_up_and_decay(tiny):
+    config = replace(tiny, warmup=4, decay_start=10, decay_end=20, decay_to=0.1)
+    factors = [lr_factor(config, step) for step in (0, 3, 4, 10, 15, 20, 100)]
+    assert factors == pytest.approx([0.25, 1, 1, 1, 0.55, 0.1, 0.1])
+    assert lr_factor(tiny, 10**9) == 1
+
+
+class Lazy(GANLoss):
+    """Notes at which updates the penalties were asked for."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.seen = []
+
+    def discriminator_penalty(self, discriminator, real, fake, *, step):
+        terms = super().discriminator_penalty(discriminator, real, fake, step=step)
+        self.seen.append((step, list(terms)))
+        return terms
+
+
+def test_lazy_penalties_count_discriminator_updates(tiny):
+    config = replace(tiny, loss=replace(tiny.loss, penalty_every=3))
+    networks = make_networks(config, ALONE.device)
+    networks.loss = loss = Lazy(config.loss)
+    for step in range(2):
+        for index in range(2):
+            discriminator_step(step, index, config, networks, torch.randn(4, 1, 8, 8), ALONE)
+    assert loss.seen == [(0, ["penalty"]), (1, []), (2, []), (3, ["penalty"])]
 
 
 @pytest.mark.parametrize("where", ["term", "gradient"])
 def test_non_finite_numbers_stop_before_the_update(tiny, where):
-    generator, discriminator, _, optimizer_d = make(tiny)
+    networks = make_networks(tiny, ALONE.device)
 
-    class Broken(WGANGP):
-        def discriminator(self, discriminator, real, fake):
-            terms = super().discriminator(discriminator, real, fake)
+    class Broken(GANLoss):
+        def discriminator_penalty(self, discriminator, real, fake, *, step):
+            terms = super().discriminator_penalty(discriminator, real, fake, step=step)
             if where == "term":
-                terms["penalty"] = terms["penalty"] * float("nan")
-            else:
-                weight = next(discriminator.parameters())
-                terms["penalty"] = terms["penalty"] + (weight - weight.detach()).abs().sqrt().sum()
-            return terms
+                return {"penalty": terms["penalty"] * float("nan")}
+            weight = next(discriminator.parameters())
+            return {"penalty": terms["penalty"] + (weight - weight.detach()).abs().sqrt().sum()}
 
-    before = [p.clone() for p in discriminator.parameters()]
+    networks.loss = Broken(tiny.loss)
+    before = copies(networks.discriminator)
     message = r"step 17: discriminator/penalty is nan" if where == "term" else r"step 17: .*gradient_norm is"
     with pytest.raises(NonFiniteError, match=message):
-        discriminator_step(17, tiny, Broken(tiny.loss), generator, discriminator, optimizer_d, torch.randn(4, 1, 8, 8))
-    assert all(torch.equal(p, q) for p, q in zip(before, discriminator.parameters(), strict=True))
+        discriminator_step(16, 0, tiny, networks, torch.randn(4, 1, 8, 8), ALONE)
+    assert unchanged(networks.discriminator, before)
+    assert all(p.grad is None for p in networks.discriminator.parameters())
 
 
 def test_divergence_stops_a_run_and_leaves_the_last_checkpoint(tiny, tiny_run):
@@ -239,27 +263,22 @@ def test_divergence_stops_a_run_and_leaves_the_last_checkpoint(tiny, tiny_run):
 
 
 def test_samples_come_from_fixed_z(tiny):
-    generator, *_ = make(replace(tiny, generator=replace(tiny.generator, noise=False)))
+    generator = make_networks(tiny, ALONE.device).generator
     state = torch.get_rng_state()
-    ten = generate(generator, 10, CPU)
+    ten = generate(generator, 10)
     assert torch.equal(state, torch.get_rng_state())
-    torch.testing.assert_close(generate(generator, 4, CPU), ten[:4])
-    assert not torch.equal(generate(generator, 10, CPU, seed=1), ten)
+    torch.testing.assert_close(generate(generator, 4), ten[:4])
+    assert not torch.equal(generate(generator, 10, seed=1), ten)
 
 
 def test_wasserstein_estimate_grows_when_only_the_discriminator_learns(tiny):
     """Training does what it should: D alone separates real digits from an untrained generator's images."""
-    from gans.data import Stream, batches, open_source
-
-    tiny = replace(tiny, discriminator=replace(tiny.discriminator, augment=(), noise=False))
-    generator, discriminator, *_ = make(tiny)
-    optimizer = adam(discriminator, 5e-3, tiny.betas)
+    discriminator = replace(tiny.discriminator, augment=(), noise=False)
+    config = replace(tiny, discriminator=discriminator, batch_d=8, lr_d=5e-3)
+    networks = make_networks(config, ALONE.device)
     real = batches(Stream(open_source("digits"), size=8, channels=1, seed=0, flip=False), 8)
-    history = [
-        discriminator_step(i, tiny, build(tiny.loss), generator, discriminator, optimizer, next(real))
-        for i in range(50)
-    ]
-    early = np.mean([h["discriminator/wasserstein"] for h in history[:10]])
-    late = np.mean([h["discriminator/wasserstein"] for h in history[-10:]])
+    history = [discriminator_step(step, 0, config, networks, to_unit_range(next(real)), ALONE) for step in range(50)]
+    early = np.mean([h["discriminator/adversarial"] for h in history[:10]])
+    late = np.mean([h["discriminator/adversarial"] for h in history[-10:]])
     assert late < early - 0.5
     assert history[-1]["discriminator/penalty"] < history[0]["discriminator/penalty"]

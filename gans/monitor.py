@@ -1,0 +1,144 @@
+"""What is seen of a run while it trains: progress bar, logs, grids of samples, distance, curves."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gans import data
+from gans.config import RunConfig, TrainConfig
+from gans.images import grid, save_png
+from gans.logs import RunLog, read
+from gans.metrics import RandomFeatureFrechet
+from gans.sources import ImageSource
+from gans.state import TrainState
+
+EVALUATION_SEED = 20210214
+
+
+@contextmanager
+def evaluation_rng(device: torch.device, seed: int = EVALUATION_SEED) -> Iterator[None]:
+    """Inside, random numbers are those of `seed`; training's are not disturbed."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def generate(generator: nn.Module, count: int, *, seed: int = EVALUATION_SEED, batch: int = 64) -> Tensor:
+    """`count` float32 images on the CPU from the z of `seed`; the first are the same for any count."""
+    like = next(generator.parameters())
+    with evaluation_rng(like.device, seed):
+        z = torch.stack([torch.randn(generator.config.latent_dim) for _ in range(count)]).to(like)
+        return torch.cat([generator(part).float().cpu() for part in z.split(batch)])
+
+
+def memory_mib(device: torch.device) -> float:
+    """The most memory that torch has used on a GPU so far, or what this process holds now on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return psutil.Process().memory_info().rss / 2**20
+
+
+class Monitor:
+    """Writes everything but the checkpoints of a run into its folder; a context for the whole of training.
+
+    Costs nothing in the training's random numbers. Silent in all processes but the main one, which the others
+    await at their next exchange of gradients.
+    """
+
+    def __init__(
+        self, config: TrainConfig, run: RunConfig, state: TrainState, source: ImageSource, *, progress: bool
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.state = state
+        self.out = Path(run.out)
+        self.log = RunLog(self.out, state.step)
+        self.device = next(state.networks.generator.parameters()).device
+        self._values: dict[str, list[float]] = defaultdict(list)
+        self._images = state.position
+        self._started = time.perf_counter()
+        self._bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True)
+
+        def real(limit: int) -> Tensor:
+            size, channels, broken = config.generator.image_size, config.generator.channels, config.images.broken
+            return data.load_images(source, size=size, channels=channels, limit=limit, broken=broken)
+
+        self.metric: RandomFeatureFrechet | None = None
+        if run.metric_every:
+            self.metric = metric = RandomFeatureFrechet(real(run.metric_images))
+            floor = f"real against real (two halves of {metric.count} images) {metric.floor:.4g}"
+            self._bar.write(f"{metric.name}: {floor}")
+        if state.step == 0:
+            save_png(grid(real(run.sample_count)), self.out / "samples" / "real.png")
+            self._sample()
+            self._measure()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self.log.close()
+        if kind is None:
+            from gans.figures import plot_curves  # matplotlib takes a second to load
+
+            plot_curves(read(self.out), self.out / "curves.png")
+
+    def step_done(self, logs: Sequence[dict[str, float]]) -> None:
+        """Takes the logs of a step's updates, of which the files get the means, and writes what is due."""
+        for values in logs:
+            for name, value in values.items():
+                self._values[name].append(value)
+        state, run = self.state, self.run
+        self._bar.update()
+        last = state.step == self.config.steps
+        if last or state.step % run.log_every == 0:
+            self._write_means()
+        if self.metric and (last or state.step % run.metric_every == 0):
+            self._measure()
+        if last or state.step % run.sample_every == 0:
+            self._sample()
+
+    def _write_means(self) -> None:
+        seconds = time.perf_counter() - self._started
+        line = {name: sum(values) / len(values) for name, values in self._values.items()}
+        line |= {
+            "skipped": self.state.skipped,
+            "real_images": self.state.position,
+            "images_per_second": (self.state.position - self._images) / seconds,
+            "memory_mib": memory_mib(self.device),
+        }
+        self.log.write(self.state.step, line)
+        losses = {
+            letter: sum(
+                value for name, value in line.items() if name.startswith(network) and not name.endswith("_norm")
+            )
+            for letter, network in (("D", "discriminator/"), ("G", "generator/"))
+        }
+        shown = {name: f"{value:.3g}" for name, value in losses.items()}
+        shown |= {"images/s": f"{line['images_per_second']:.3g}", "MiB": f"{line['memory_mib']:.0f}"}
+        self._bar.set_postfix(shown | ({"skipped": str(self.state.skipped)} if self.state.skipped else {}))
+        self._values.clear()
+        self._images, self._started = self.state.position, time.perf_counter()
+
+    def _measure(self) -> None:
+        if self.metric:
+            distance = self.metric(generate(self.state.average.model, self.run.metric_images))
+            self.log.write(self.state.step, {"distance": distance, "floor": self.metric.floor})
+
+    def _sample(self) -> None:
+        images = generate(self.state.average.model, self.run.sample_count)
+        save_png(grid(images), self.out / "samples" / f"step-{self.state.step:08d}.png")

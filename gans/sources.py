@@ -1,0 +1,258 @@
+"""Where images come from: folders, ZIP files, CIFAR-10's archive, scikit-learn's digits; with labels where there are.
+
+Labels of a folder or a ZIP file are, in this order, what `metadata.csv` or `metadata.jsonl` (columns `file_name` and
+`label`, the convention of Hugging Face `datasets`) or `dataset.json` (`{"labels": [[file, label], ...]}`, the
+convention of StyleGAN) say, or else the names of the folders that the images are in. Top folders named `train`,
+`test`, `validation` or `val` are splits.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+DIGITS = "digits"
+SPLITS = ("train", "test", "validation", "val")
+METADATA = ("metadata.csv", "metadata.jsonl", "dataset.json")
+
+
+class BrokenImageError(ValueError):
+    """A file that is no readable image; the message has its name."""
+
+
+class ImageSource(Protocol):
+    """A numbered collection of images."""
+
+    names: list[str]
+    """A name for each image; of a file, its path within the source with slashes."""
+    labels: list[int] | None
+    """The class number of each image, or None if there are no labels."""
+    classes: list[str]
+    """Names of the classes; empty without labels."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> Image.Image:
+        """Image number `index`; raises BrokenImageError."""
+        ...
+
+
+class FileImages:
+    """Image files of a folder or an archive, however deep, in the order of their names."""
+
+    def __init__(self, origin: Path, names: Sequence[str], split: str) -> None:
+        self.origin = origin
+        every = set(names)
+        images = sorted(name for name in every if PurePosixPath(name).suffix.lower() in EXTENSIONS)
+        splits = sorted({_top(name) for name in images} & set(SPLITS))
+        if split in splits:
+            images = [name for name in images if _top(name) == split]
+        elif split != "train":
+            raise ValueError(f"split {split!r} is not in {str(origin)!r}, which has {', '.join(splits) or 'no splits'}")
+        self.names = images
+        self.labels, self.classes = self._read_labels(every)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, name: str) -> bytes:
+        """The contents of a file."""
+        raise NotImplementedError
+
+    def open(self, index: int) -> Image.Image:
+        name = self.names[index]
+        try:
+            image = Image.open(io.BytesIO(self.read(name)))
+            image.load()
+            return ImageOps.exif_transpose(image)
+        except Exception as error:
+            raise BrokenImageError(f"cannot read image {name!r} in {str(self.origin)!r}: {error}") from error
+
+    def _read_labels(self, every: set[str]) -> tuple[list[int] | None, list[str]]:
+        found: dict[str, Any] = {}
+        for name in sorted(every):
+            if PurePosixPath(name).name in METADATA:
+                found |= self._metadata(name)
+        if found:
+            if missing := [name for name in self.names if name not in found]:
+                raise ValueError(f"{len(missing)} images of {str(self.origin)!r} have no label, such as {missing[0]!r}")
+        else:
+            found = {name: PurePosixPath(name).parent.name for name in self.names}
+        values = {found[name] for name in self.names}
+        if len(values) < 2:
+            return None, []
+        order = sorted(values, key=lambda value: (isinstance(value, str), value))
+        numbers = {value: i for i, value in enumerate(order)}
+        return [numbers[found[name]] for name in self.names], [str(value) for value in order]
+
+    def _metadata(self, name: str) -> dict[str, Any]:
+        """File names, relative to the source, and labels in one metadata file."""
+        path, folder = PurePosixPath(name), PurePosixPath(name).parent
+        try:
+            text = self.read(name).decode()
+            if path.name == "dataset.json":
+                rows = json.loads(text).get("labels") or []
+                pairs = [(file, label) for file, label in rows]
+            elif path.suffix == ".csv":
+                pairs = [
+                    (row["file_name"], row["label"]) for row in csv.DictReader(io.StringIO(text)) if "label" in row
+                ]
+            else:
+                lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+                pairs = [(row["file_name"], row["label"]) for row in lines if "label" in row]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"cannot read labels in {name!r} of {str(self.origin)!r}: {error!r}") from error
+        for file, label in pairs:
+            if not isinstance(label, (int, str)):
+                raise ValueError(f"label of {file!r} in {name!r} is {label!r}; it must be a number or a name")
+        return {(folder / file).as_posix(): label for file, label in pairs}
+
+
+def _top(name: str) -> str:
+    parts = PurePosixPath(name).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+class FolderImages(FileImages):
+    """Every image file under a folder."""
+
+    def __init__(self, root: Path, split: str = "train") -> None:
+        super().__init__(root, [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()], split)
+
+    def read(self, name: str) -> bytes:
+        return (self.origin / name).read_bytes()
+
+
+class ZipImages(FileImages):
+    """Every image file in a ZIP archive."""
+
+    def __init__(self, path: Path, split: str = "train") -> None:
+        self._archive: zipfile.ZipFile | None = None
+        self._owner = -1
+        try:
+            archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"data {str(path)!r} is not a readable ZIP file: {error}") from error
+        with archive:
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        self.origin = path
+        super().__init__(path, names, split)
+
+    def read(self, name: str) -> bytes:
+        # One handle a process: forked workers would otherwise share a file offset.
+        if self._archive is None or self._owner != os.getpid():
+            self._archive = zipfile.ZipFile(self.origin)
+            self._owner = os.getpid()
+        return self._archive.read(name)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_archive": None}
+
+
+class ArrayImages:
+    """Images in memory, uint8 `(N, H, W)` or `(N, H, W, 3)`, with labels."""
+
+    def __init__(self, images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> None:
+        # A torch tensor, because loader processes share its memory.
+        self.images = torch.from_numpy(np.ascontiguousarray(images))
+        self.names = [str(i) for i in range(len(images))]
+        self.labels: list[int] | None = [int(label) for label in labels]
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index].numpy())
+
+
+def digits() -> ArrayImages:
+    """The 1797 scanned 8x8 digits that come with scikit-learn (UCI "Optical Recognition of Handwritten Digits")."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = np.rint(found.images * (255 / 16)).astype(np.uint8)
+    return ArrayImages(images, found.target, [str(i) for i in range(10)])
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles NumPy arrays and plain values and nothing else: a pickle could otherwise run any code."""
+
+    _ALLOWED = frozenset(
+        {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+        | {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def cifar10(path: Path, split: str = "train") -> ArrayImages:
+    """CIFAR-10 from its own archive, `cifar-10-python.tar.gz`, or the folder that it unpacks to.
+
+    `split` is "train" (50,000 images) or "test" (10,000). Source: https://www.cs.toronto.edu/~kriz/cifar.html.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r}; CIFAR-10 has 'train' and 'test'")
+    wanted = "data_batch_" if split == "train" else "test_batch"
+    try:
+        if path.is_dir():
+            files = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+        else:
+            with tarfile.open(path, "r:*") as archive:
+                members = [member for member in archive if member.isfile()]
+                files = {PurePosixPath(m.name).name: archive.extractfile(m).read() for m in members}  # type: ignore[union-attr]
+        batches = [_unpickle(files[name]) for name in sorted(files) if name.startswith(wanted)]
+        if not batches:
+            raise ValueError(f"it has no {wanted}*")
+        pixels = np.concatenate([batch[b"data"] for batch in batches])
+        images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = [label for batch in batches for label in batch[b"labels"]]
+        names = _unpickle(files["batches.meta"])[b"label_names"] if "batches.meta" in files else range(10)
+        classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+        return ArrayImages(images, labels, classes)
+    except (tarfile.TarError, pickle.UnpicklingError, KeyError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"data {str(path)!r} is not CIFAR-10's archive (python version): {error}") from error
+
+
+def _unpickle(content: bytes) -> Any:
+    return _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+
+
+def open_source(data: str | Path, split: str = "train") -> ImageSource:
+    """The images at `data`: a folder, a ZIP file, CIFAR-10's archive, or the name "digits".
+
+    `split` chooses among the splits of a source that has them; "train" is also the name of all images of one that
+    has none. Raises FileNotFoundError for a path that does not exist and ValueError for one without images or
+    without the split.
+    """
+    if str(data) == DIGITS:
+        if split != "train":
+            raise ValueError(f"split is {split!r}; {DIGITS!r} has no splits")
+        return digits()
+    path = Path(data)
+    if not path.exists():
+        raise FileNotFoundError(f"data {str(path)!r} does not exist; give a folder, a ZIP file or {DIGITS!r}")
+    if (path / "data_batch_1").is_file() or (path.is_file() and ".tar" in path.suffixes) or path.suffix == ".tgz":
+        return cifar10(path, split)
+    source = FolderImages(path, split) if path.is_dir() else ZipImages(path, split)
+    if len(source) == 0:
+        raise ValueError(
+            f"data {str(path)!r} has no images; looked for files ending in {', '.join(sorted(EXTENSIONS))}"
+        )
+    return source

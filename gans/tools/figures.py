@@ -1,0 +1,36 @@
+"""`python -m gans figures`: a run's samples and curves as PNG."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from gans import logs
+from gans.config import TrainConfig, from_dict
+from gans.figures import plot_curves, plot_samples, sample_steps
+
+
+@dataclass(frozen=True)
+class FigureArguments:
+    """Draws the development of a run's samples (`samples.png`) and its losses and distance (`curves.png`)."""
+
+    run: Path
+    """Folder of a run."""
+    out: Path
+    """Folder to write to."""
+    steps: tuple[int, ...] = ()
+    """Steps to show, of those that have a sample grid; all if none are given."""
+
+
+def run(arguments: list[str]) -> None:
+    """Writes both figures."""
+    parsed = tyro.cli(FigureArguments, args=arguments, prog="python -m gans figures")
+    config = from_dict(TrainConfig, json.loads((parsed.run / "config.json").read_text())["recipe"])
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    size = config.generator.image_size
+    plot_samples(parsed.run, parsed.steps or sample_steps(parsed.run), size, parsed.out / "samples.png")
+    plot_curves(logs.read(parsed.run), parsed.out / "curves.png")
+    print(f"wrote {parsed.out / 'samples.png'} and {parsed.out / 'curves.png'}")
