@@ -19,9 +19,10 @@ NATTEN_EXT_HOST_DEVICE inline int64_t class_length(int64_t length, int64_t dilat
 
 // First key of the window of the query at `position`, both counted inside a residue class: centred on the
 // query (for even kernels one key more on the left) and shifted inward at the borders.
-NATTEN_EXT_HOST_DEVICE inline int64_t class_window_start(int64_t position, int64_t class_length, int64_t kernel) {
-  int64_t start = position - kernel / 2;
-  const int64_t last = class_length - kernel;
+template <class Int>
+NATTEN_EXT_HOST_DEVICE inline Int class_window_start(Int position, Int class_length, Int kernel) {
+  Int start = position - kernel / 2;
+  const Int last = class_length - kernel;
   start = start < 0 ? 0 : start;
   return start > last ? last : start;
 }
