@@ -67,6 +67,11 @@ def color(x: Tensor) -> Tensor:
     return contrast(saturation(brightness(x)))
 
 
+def flip(x: Tensor, probability: float = 0.5) -> Tensor:
+    """Mirrors each image from left to right with the given probability."""
+    return torch.where(_happens(x, probability), x.flip(3), x)
+
+
 def translation(x: Tensor, ratio: float = 0.2) -> Tensor:
     """Moves each image by whole pixels, up to `ratio` of each side either way; what comes in is 0."""
     batch, channels, height, width = x.shape
@@ -213,6 +218,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "cutout": cutout,
     "cutout_1.0": partial(cutout, probability=1.0),
     "color": color,
+    "flip": flip,
     "erase_ratio": erase_ratio,
     "stl_erase_ratio": stl_erase_ratio,
     "filter": band_filter,
