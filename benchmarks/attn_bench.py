@@ -38,10 +38,11 @@ from tqdm import tqdm
 
 from benchmarks.candidates import PEER_NAMES, Candidate, find_candidates
 from benchmarks.environment import describe_environment, limit_memory, load_average
+from benchmarks.figures import figures_block
 from benchmarks.floors import measure_rates
 from benchmarks.precision import PRECISIONS, use_precision
 from benchmarks.problem import ORDERS
-from benchmarks.report import LEGEND, figures_block, figures_to_reach, shape_block, write_json
+from benchmarks.report import LEGEND, figures_to_reach, shape_block, write_json
 from benchmarks.runner import Options, Row, run
 from benchmarks.shapes import SHAPES
 from benchmarks.suites import DEFAULT_DTYPE, SUITES

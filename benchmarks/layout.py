@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .shapes import Shape
@@ -34,17 +36,19 @@ def grid_index(window: int) -> torch.Tensor:
     return places.reshape(window**2, window**2)
 
 
+@functools.lru_cache(maxsize=1)
 def dense_index(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """For all pairs of a map, per group of heads: the place in the flat table, and whether the key is masked out.
 
-    Both are ``(groups, tokens, tokens)``; the place of a masked pair is 0.
+    Both are ``(groups, tokens, tokens)``; the place of a masked pair is 0. The last answer is kept: it is large, and
+    several candidates share it.
     """
     tokens = shape.queries
-    places = torch.zeros(len(shape.dilations), tokens, tokens, dtype=torch.long, device=device)
+    places = torch.zeros(len(shape.dilations), tokens, tokens, dtype=torch.int32, device=device)
     masked = torch.ones(len(shape.dilations), tokens, tokens, dtype=torch.bool, device=device)
     for group, dilation in enumerate(shape.dilations):
         keys, where = (x.to(device) for x in neighborhood_index(shape, dilation))
-        places[group].scatter_(1, keys, where)
+        places[group].scatter_(1, keys, where.int())
         masked[group].scatter_(1, keys, False)
     return places, masked
 

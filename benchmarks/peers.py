@@ -22,7 +22,9 @@ from .layout import dense_index, from_windows, grid_index, heads_first, heads_la
 from .problem import Attend, CannotError
 from .shapes import Shape
 
-MASK_BYTES = {"cpu": 1 << 29, "cuda": 16 << 30}
+# Largest dense mask of a neighborhood, and largest score matrix of SDPA's MATH kernel, that are worth trying.
+MASK_BYTES = {"cpu": 1 << 29, "cuda": 2 << 30}
+MATH_BYTES = 16 << 30
 
 
 def sdpa_kernels(device_type: str) -> dict[str, functools.partial]:
@@ -42,7 +44,8 @@ def sdpa_kernels(device_type: str) -> dict[str, functools.partial]:
 def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: torch.dtype) -> Attend:
     scale = shape.head_dim**-0.5
     if kernel is SDPBackend.MATH and device.type == "cuda":
-        _refuse_large(shape, device, dtype, shape.batch * shape.windows if shape.kind == "grid" else shape.batch)
+        batch = shape.batch * shape.windows if shape.kind == "grid" else shape.batch
+        _refuse_large(shape, dtype, batch, MATH_BYTES)
 
     def run(query, key, value, mask=None):
         with warnings.catch_warnings(record=True) as caught, sdpa_kernel([kernel]):
@@ -76,7 +79,7 @@ def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: 
             return from_windows(run(query, key, value, mask), shape)
 
     else:
-        _refuse_large(shape, device, dtype, 1)
+        _refuse_large(shape, dtype, 1, MASK_BYTES[device.type])
         places, masked = dense_index(shape, device)
         per_group = shape.heads // len(shape.dilations)
 
@@ -89,10 +92,10 @@ def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: 
     return attend
 
 
-def _refuse_large(shape: Shape, device: torch.device, dtype: torch.dtype, batch: int) -> None:
+def _refuse_large(shape: Shape, dtype: torch.dtype, batch: int, limit: int) -> None:
     keys = shape.window**2 if shape.kind == "grid" else shape.key_tokens
     queries = keys if shape.kind == "grid" else shape.queries
-    size, limit = batch * shape.heads * queries * keys * dtype.itemsize, MASK_BYTES[device.type]
+    size = batch * shape.heads * queries * keys * dtype.itemsize
     if size > limit:
         raise CannotError(
             f"a dense {queries} x {keys} matrix per head takes {size / 2**30:.1f} GiB (limit {limit / 2**30:g})"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .figures import Figure, geometric_mean
 from .floors import Rates
 from .problem import ORDERS
 from .runner import Row
@@ -67,18 +67,6 @@ def _spread(row: Row) -> str:
     return f"{row.timing.spread:.0%}" if len(row.timing.samples) > 1 else "once"
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One of the figures to reach. ``met`` is None where it was not measured."""
-
-    backend: str
-    name: str
-    target: str
-    value: float | None
-    met: bool | None
-    text: str
-
-
 def figures_to_reach(rows: list[Row]) -> list[Figure]:
     """The CPU figures of the benchmark for each of our backends (see the module's ``_figures_of``)."""
     backends = list(dict.fromkeys(row.candidate for row in rows if row.group == "ours"))
@@ -95,7 +83,7 @@ def _figures_of(backend: str, rows: list[Row]) -> list[Figure]:
     for order in ORDERS:
         ratios = {row.shape.name: row.ratio for row in mine if row.order == order and row.ratio}
         if ratios:
-            mean = _geometric_mean(ratios.values())
+            mean = geometric_mean(ratios.values())
             text = f"{mean:.2f}x of {len(ratios)} shapes{_against_reference(mine, rows, order)}"
             add(f"{order}: naive / ours, geometric mean", ">= 5", mean, mean >= 5, text)
     for order in ORDERS:
@@ -145,26 +133,12 @@ def _against_reference(mine: list[Row], rows: list[Row], order: str) -> str:
     ratios = [
         naive[r.shape.name] / r.timing.median for r in mine if r.order == order and r.timing and r.shape.name in naive
     ]
-    return f"; {_geometric_mean(ratios):.2f}x against the reference backend alone" if ratios else ""
+    return f"; {geometric_mean(ratios):.2f}x against the reference backend alone" if ratios else ""
 
 
 def _naive_memory(rows: list[Row], order: str) -> str:
     ratios = [row.memory.ratio for row in rows if row.candidate == "naive" and row.order == order and row.memory]
     return f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else "not measured"
-
-
-def _geometric_mean(values: Iterable[float]) -> float:
-    logarithms = [math.log(value) for value in values]
-    return math.exp(sum(logarithms) / len(logarithms))
-
-
-def figures_block(figures: list[Figure]) -> str:
-    """The figures to reach as a table."""
-    lines = ["Figures to reach"]
-    for figure in figures:
-        verdict = {True: "met", False: "MISSED", None: "not measured"}[figure.met]
-        lines.append(f"  {verdict:<8}{figure.backend:<8}{figure.name:<54}{figure.target:>8}   {figure.text}")
-    return "\n".join(lines)
 
 
 def write_json(
