@@ -1,0 +1,100 @@
+"""Tile sizes, warps and pipeline stages of every kernel, from a small table (configs.json).
+
+A section per architecture ("sm_90", written by ``python -m natten_ext.triton.tune``) goes before "default", which
+suits every NVIDIA GPU: no spilled registers and at most 99 KiB of shared memory for sm_80 to sm_100.
+A key is ``step/kind/dtype/channels``, or ``step/dtype/channels`` for all kinds of neighborhood.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ..geometry import FULL, GRID, NEIGHBORHOOD
+
+PATH = Path(__file__).with_name("configs.json")
+KINDS = {FULL: "full", GRID: "grid", NEIGHBORHOOD: "neighborhood"}
+CHANNELS = (16, 32, 64, 128, 256)
+STEPS = ("forward", "backward_query", "backward_key", "double_query", "double_key", "table", "double_table")
+
+# How float32 is multiplied in full precision: on tensor cores, as sums of bfloat16 (24 bits in all).
+FLOAT32_PRECISION = "bf16x6"
+
+
+class Config(NamedTuple):
+    """Positions of a program's own tile and of the blocks it walks over, warps, pipeline stages, and whether rows
+    are loaded chunk by chunk (see ``tiles``)."""
+
+    own: int
+    block: int
+    warps: int
+    stages: int
+    streamed: bool = False
+
+
+# Small tiles, so that small problems have several of them.
+INTERPRETER = Config(32, 16, 1, 1)
+
+
+def precision(dtype: torch.dtype, full: bool) -> str:
+    """Triton's input precision of products."""
+    if dtype != torch.float32:
+        return "ieee"
+    return FLOAT32_PRECISION if full else "tf32"
+
+
+def dtype_class(dtype: torch.dtype, full: bool) -> str:
+    """ "half", "tf32", "float32" or "float64"."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return "half"
+    return "tf32" if not full else str(dtype).removeprefix("torch.")
+
+
+def channel_class(head_dim: int) -> int:
+    return next(width for width in CHANNELS if head_dim <= width)
+
+
+def architecture(device: torch.device) -> str:
+    """Name of a device's section, for example "sm_90"."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    if device.type != "cuda":
+        return "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def lookup(device: torch.device, step: str, kind: int, dtype: torch.dtype, full: bool, head_dim: int) -> Config:
+    """The configuration of a step."""
+    return _lookup(architecture(device), step, KINDS[kind], dtype_class(dtype, full), channel_class(head_dim))
+
+
+@functools.lru_cache(maxsize=4096)
+def _lookup(section: str, step: str, kind: str, dtype: str, channels: int) -> Config:
+    if section == "interpreter":
+        return INTERPRETER._replace(streamed=channels == 256)
+    table = read()
+    for entries in (table.get(section, {}), table["default"]):
+        for key in (f"{step}/{kind}/{dtype}/{channels}", f"{step}/{dtype}/{channels}"):
+            if key in entries:
+                return Config(*entries[key])
+    raise RuntimeError(f"{PATH} has no configuration for {step}/{dtype}/{channels}")
+
+
+def read(path: Path = PATH) -> dict[str, dict[str, list]]:
+    return json.loads(path.read_text())
+
+
+def write(table: dict[str, dict[str, list]], path: Path = PATH) -> None:
+    """One line per entry, sorted."""
+    sections = []
+    for section, entries in table.items():
+        lines = [f"    {json.dumps(key)}: {json.dumps(list(entries[key]))}" for key in sorted(entries)]
+        sections.append(f"  {json.dumps(section)}: {{\n" + ",\n".join(lines) + "\n  }")
+    path.write_text("{\n" + ",\n".join(sections) + "\n}\n")
+    _lookup.cache_clear()

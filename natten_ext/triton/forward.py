@@ -1,0 +1,96 @@
+"""The forward: one program per tile of queries, head and image; it walks over the keys that the tile sees."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .geometry import (
+    SIZES,
+    as_keys,
+    as_queries,
+    block_count,
+    block_place,
+    empty,
+    keys_of,
+    locate,
+    own_place,
+)
+from .launch import Launch, rows_of
+from .problem import QUERY
+from .scores import logits, table_centre
+from .tiles import (
+    LN2,
+    add_weighted,
+    load_rows,
+    number,
+    product,
+    row_numbers,
+    row_sums,
+    store_rows,
+    zero_rows,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    query, key, value, output, lse, table, members,
+    scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
+    S: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over blocks of keys. Work per program: two products per block."""
+    OWN: tl.constexpr = S.own_h * S.own_w
+    BLOCK: tl.constexpr = S.block_h * S.block_w
+    program = tl.program_id(0)
+    head = program % heads
+    batch = program // heads // tiles
+    lattice, box = locate(program // heads % tiles, head, members, height, width, window_y, window_x, False, S)
+    if empty(box):
+        return
+    scale = number(scale, S)
+    if table is not None:
+        table = table_centre(table, head, table_rows, table_columns)
+    place = own_place(box, S)
+    queries = as_queries(place, lattice, table_columns, 1, S)
+    q = load_rows(query, batch, head, lattice, place, S)
+
+    highest = tl.full((OWN,), float("-inf"), S.accumulate)
+    total = tl.zeros((OWN,), S.accumulate)
+    rows = zero_rows(OWN, S)
+    reach = keys_of(box, lattice, S)
+    for block in range(block_count(reach, S)):
+        there = block_place(reach, block, S)
+        keys = as_keys(there, table_columns, 0)
+        k = load_rows(key, batch, head, lattice, there, S)
+        v = load_rows(value, batch, head, lattice, there, S)
+        key_bias = (-scale / 2 * row_sums(k, k, BLOCK, S))[None, :] if S.l2 else None
+        scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        # A row may see nothing in this block, and nothing yet.
+        origin = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - origin[:, None])
+        decay = tl.exp2(highest - origin)
+        total = total * decay + tl.sum(weights, 1)
+        decayed = ()
+        for index in tl.static_range(len(S.chunks)):
+            decayed = decayed + (rows[index] * decay[:, None],)
+        rows = add_weighted(decayed, weights, v, S)
+        highest = higher
+
+    total = tl.where(total == 0.0, 1.0, total)  # only where there is no query
+    results = ()
+    for index in tl.static_range(len(S.chunks)):
+        results = results + (rows[index] / total[:, None],)
+    store_rows(output, batch, head, lattice, place, results, S)
+    numbers = row_numbers(batch, head, heads, height, width, lattice, place)
+    tl.store(lse + numbers, (highest + tl.log2(total)) * LN2, mask=place.valid)
+
+
+def forward(query, key, value, bias, neighborhood, score, scale):
+    """``(output, lse)``; see ``natten_ext.ops``."""
+    launch = Launch(query, key, bias, neighborhood, score, scale)
+    output = query.new_empty(query.shape)
+    lse = query.new_empty(launch.row_shape, dtype=launch.row_dtype)
+    maps = (rows_of(tensor) for tensor in (query, key, value, output))
+    launch.run(forward_kernel, "forward", QUERY, *maps, lse, launch.table)
+    return output, lse

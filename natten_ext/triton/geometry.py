@@ -1,0 +1,239 @@
+"""Lattices, windows and tiles inside a kernel: the device side of ``problem.py``.
+
+``window_start`` is the neighborhood rule of ``natten_ext.geometry``, for every kind of neighborhood.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .. import geometry
+
+FULL = tl.constexpr(geometry.FULL)
+GRID = tl.constexpr(geometry.GRID)
+NEIGHBORHOOD = tl.constexpr(geometry.NEIGHBORHOOD)
+FAR = tl.constexpr(1 << 30)  # a window start that no key reaches
+
+# Integers that would otherwise compile a kernel again for the values 1 and multiples of 16.
+SIZES = ("scale", "heads", "tiles", "height", "width", "window_y", "window_x", "table_rows", "table_columns")
+
+
+class Lattice(NamedTuple):
+    """Positions ``(y, x)`` of a lattice are the pixels ``origin + step * position``."""
+
+    origin_y: object
+    origin_x: object
+    step_y: object
+    step_x: object
+    queries_y: object  # queries on each axis
+    queries_x: object
+    keys_y: object  # keys on each axis
+    keys_x: object
+    window_y: object
+    window_x: object
+
+
+class Box(NamedTuple):
+    """Positions from ``low`` to ``high - 1`` on each axis."""
+
+    low_y: object
+    low_x: object
+    high_y: object
+    high_x: object
+
+
+class Place(NamedTuple):
+    """Positions of a tile's elements, one by one, and which of them exist."""
+
+    y: object
+    x: object
+    valid: object
+
+
+@triton.jit
+def locate(tile, head, members, height, width, window_y, window_x, KEYS: tl.constexpr, S: tl.constexpr):
+    """Lattice of a program's tile, and the box of queries (or, with KEYS, of keys) in it, empty if there is none."""
+    step_y = 1
+    step_x = 1
+    if S.kind == NEIGHBORHOOD:
+        window_y = tl.load(members + head * 4)
+        window_x = tl.load(members + head * 4 + 1)
+        step_y = tl.load(members + head * 4 + 2)
+        step_x = tl.load(members + head * 4 + 3)
+        across_y = tl.cdiv(height, step_y)
+        across_x = tl.cdiv(width, step_x)
+        columns = step_x
+        instances = step_y * step_x
+    elif S.kind == GRID and not S.packed:
+        across_y = window_y
+        across_x = window_x
+        columns = width // window_x
+        instances = height // window_y * columns
+    else:
+        across_y = height
+        across_x = window_x if KEYS and S.kind == FULL else width
+        columns = 1
+        instances = 1
+    tiles_x = tl.cdiv(across_x, S.own_w)
+    instance = tile % instances
+    part = tile // instances
+    row = instance // columns
+    column = instance % columns
+    if S.kind == NEIGHBORHOOD:
+        origin_y = row
+        origin_x = column
+        queries_y = tl.cdiv(height - row, step_y)
+        queries_x = tl.cdiv(width - column, step_x)
+    elif S.kind == GRID and not S.packed:
+        origin_y = row * window_y
+        origin_x = column * window_x
+        queries_y = window_y
+        queries_x = window_x
+    else:
+        origin_y = row
+        origin_x = column
+        queries_y = height
+        queries_x = width
+    keys_y = queries_y
+    keys_x = queries_x
+    if S.kind == FULL:
+        keys_x = window_x
+    lattice = Lattice(origin_y, origin_x, step_y, step_x, queries_y, queries_x, keys_y, keys_x, window_y, window_x)
+    low_y = part // tiles_x * S.own_h
+    low_x = part % tiles_x * S.own_w
+    high_y = tl.minimum(low_y + S.own_h, keys_y if KEYS else queries_y)
+    high_x = tl.minimum(low_x + S.own_w, keys_x if KEYS else queries_x)
+    return lattice, Box(low_y, low_x, high_y, high_x)
+
+
+@triton.jit
+def empty(box):
+    return (box.low_y >= box.high_y) | (box.low_x >= box.high_x)
+
+
+@triton.jit
+def window_start(query, length, window, S: tl.constexpr):
+    """First key that a query sees on one axis."""
+    if S.kind == NEIGHBORHOOD:
+        return tl.maximum(tl.minimum(query - window // 2, length - window), 0)
+    elif S.kind == GRID:
+        return query // window * window
+    else:
+        return query * 0
+
+
+@triton.jit
+def _queries_of(first, last, length, window, S: tl.constexpr):
+    """Range of the queries that see any of the keys ``first ... last`` on one axis."""
+    if S.kind == NEIGHBORHOOD:
+        half = window // 2
+        low = tl.where(first < window, 0, first - window + 1 + half)
+        high = tl.where(last >= length - window, length, last + half + 1)
+    elif S.kind == GRID:
+        low = first // window * window
+        high = (last // window + 1) * window
+    else:
+        low = first * 0
+        high = first * 0 + length
+    return low, high
+
+
+@triton.jit
+def keys_of(box, lattice, S: tl.constexpr):
+    """Box of the keys that a box of queries sees."""
+    low_y = window_start(box.low_y, lattice.queries_y, lattice.window_y, S)
+    low_x = window_start(box.low_x, lattice.queries_x, lattice.window_x, S)
+    high_y = window_start(box.high_y - 1, lattice.queries_y, lattice.window_y, S) + lattice.window_y
+    high_x = window_start(box.high_x - 1, lattice.queries_x, lattice.window_x, S) + lattice.window_x
+    return Box(low_y, low_x, high_y, high_x)
+
+
+@triton.jit
+def queries_of(box, lattice, S: tl.constexpr):
+    """Box of the queries that see a box of keys: the inverse of ``keys_of``."""
+    low_y, high_y = _queries_of(box.low_y, box.high_y - 1, lattice.queries_y, lattice.window_y, S)
+    low_x, high_x = _queries_of(box.low_x, box.high_x - 1, lattice.queries_x, lattice.window_x, S)
+    return Box(low_y, low_x, high_y, high_x)
+
+
+@triton.jit
+def own_place(box, S: tl.constexpr):
+    """Places of a program's own tile."""
+    element = tl.arange(0, S.own_h * S.own_w)
+    y = box.low_y + element // S.own_w
+    x = box.low_x + element % S.own_w
+    return Place(y, x, (y < box.high_y) & (x < box.high_x))
+
+
+@triton.jit
+def block_columns(box, S: tl.constexpr):
+    return tl.cdiv(box.high_x - box.low_x, S.block_w)
+
+
+@triton.jit
+def block_count(box, S: tl.constexpr):
+    """Blocks that cover a box."""
+    return tl.cdiv(box.high_y - box.low_y, S.block_h) * block_columns(box, S)
+
+
+@triton.jit
+def block_place(box, block, S: tl.constexpr):
+    """Places of one of the blocks that cover a box."""
+    element = tl.arange(0, S.block_h * S.block_w)
+    columns = block_columns(box, S)
+    y = box.low_y + block // columns * S.block_h + element // S.block_w
+    x = box.low_x + block % columns * S.block_w + element % S.block_w
+    return Place(y, x, (y < box.high_y) & (x < box.high_x))
+
+
+class Queries(NamedTuple):
+    """What decides which keys a query sees, laid out along one axis of the scores."""
+
+    valid: object
+    start_y: object
+    start_x: object
+    cell: object  # index of the position in a map as wide as the table
+
+
+class Keys(NamedTuple):
+    valid: object
+    y: object
+    x: object
+    cell: object
+
+
+@triton.jit
+def as_queries(place, lattice, table_columns, AXIS: tl.constexpr, S: tl.constexpr):
+    """Queries along axis 1 - AXIS of the scores."""
+    start_y = window_start(place.y, lattice.queries_y, lattice.window_y, S)
+    start_x = window_start(place.x, lattice.queries_x, lattice.window_x, S)
+    return Queries(
+        tl.expand_dims(place.valid, AXIS),
+        tl.expand_dims(tl.where(place.valid, start_y, FAR), AXIS),
+        tl.expand_dims(start_x, AXIS),
+        tl.expand_dims(place.y * table_columns + place.x, AXIS),
+    )
+
+
+@triton.jit
+def as_keys(place, table_columns, AXIS: tl.constexpr):
+    """Keys along axis 1 - AXIS of the scores."""
+    return Keys(
+        tl.expand_dims(place.valid, AXIS),
+        tl.expand_dims(place.y, AXIS),
+        tl.expand_dims(place.x, AXIS),
+        tl.expand_dims(place.y * table_columns + place.x, AXIS),
+    )
+
+
+@triton.jit
+def visible(queries, keys, lattice, S: tl.constexpr):
+    """Which query sees which key."""
+    if S.exact:  # every query of the lattice sees every key
+        return queries.valid & keys.valid
+    down = keys.y - queries.start_y
+    right = keys.x - queries.start_x
+    return (down >= 0) & (down < lattice.window_y) & (right >= 0) & (right < lattice.window_x)

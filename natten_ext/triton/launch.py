@@ -1,0 +1,160 @@
+"""From the operators' arguments to a launch: addresses and strides, tile sizes, the device, what is compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..geometry import FULL, GRID, NEIGHBORHOOD
+from . import configs
+from .problem import Problem, Tiling, problem_of, tiling
+from .tiles import Rows, Static
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+MAX_PROGRAMS = 2**31 - 1
+
+ELEMENT = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+# Replaced by `recorded_launches`: what is done instead of a launch.
+_recorder: Callable[..., None] | None = None
+
+
+@contextlib.contextmanager
+def recorded_launches(recorder: Callable[..., None]) -> Iterator[None]:
+    """Hand ``(kernel, programs, arguments, options)`` of every launch to ``recorder`` instead of launching."""
+    global _recorder
+    previous, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = previous
+
+
+def rows_of(tensor: torch.Tensor | None) -> Rows | None:
+    """Address and strides of a map or a sequence, for a kernel."""
+    if tensor is None:
+        return None
+    if tensor.dim() == 4:
+        batch, tokens, heads, _ = tensor.stride()
+        return Rows(tensor, batch, 0, tokens, heads)
+    return Rows(tensor, *tensor.stride()[:4])
+
+
+def chunks_of(head_dim: int) -> tuple[int, ...]:
+    """Widths, powers of two from 16 to 128, that hold ``head_dim`` channels with little padding."""
+    widths: list[int] = []
+    left = head_dim
+    while left > 0:
+        power = 1 << (left - 1).bit_length()
+        # A power of two that is nearly full, or one half of it and the rest.
+        if power <= 16 or (power <= 128 and (left > power * 7 // 8 or len(widths) == 2)):
+            widths.append(max(power, 16))
+            break
+        widths.append(min(power // 2, 128))
+        left -= widths[-1]
+    return tuple(widths)
+
+
+@functools.lru_cache(maxsize=1024)
+def _members_on(device: torch.device, members: tuple[tuple[int, int, int, int], ...]) -> torch.Tensor:
+    return torch.tensor(members, dtype=torch.int32, device=device)
+
+
+def full_precision(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are computed in its own precision (float32 may use TF32, as torch's matmul)."""
+    return dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+class Launch:
+    """One problem on one device, and how to run a kernel of any pass on it."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        bias: torch.Tensor | None,
+        neighborhood: Sequence[int],
+        score: str,
+        scale: float,
+    ) -> None:
+        self.problem: Problem = problem_of(neighborhood, query, key)
+        self.device = query.device
+        self.dtype = query.dtype
+        self.l2 = score == "l2"
+        # -s|q-k|^2 is 2s q.k - s|k|^2 and a constant per query.
+        self.scale = 2 * scale if self.l2 else scale
+        self.table = None if bias is None else bias.contiguous()
+        self.table_shape = (1, 1) if bias is None else tuple(bias.shape[1:])
+        self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
+        batch, *tokens, heads, _ = query.shape
+        self.row_shape = (batch, heads, *tokens)
+        self.row_dtype = self.accumulate
+
+    def static(self, step: str, owner: str) -> tuple[Static, Tiling, configs.Config]:
+        """What the kernel of a step is compiled for, how the problem is tiled, and the step's configuration."""
+        problem = self.problem
+        full = full_precision(self.dtype)
+        config = configs.lookup(self.device, step, problem.kind, self.dtype, full, problem.head_dim)
+        tiles = tiling(problem, config.own, config.block, owner)
+        chunks = (64,) * -(-problem.head_dim // 64) if config.streamed else chunks_of(problem.head_dim)
+        static = Static(
+            kind=problem.kind,
+            packed=tiles.packed,
+            exact=problem.kind == FULL or (problem.kind == GRID and not tiles.packed),
+            l2=self.l2,
+            head_dim=problem.head_dim,
+            chunks=chunks,
+            streamed=config.streamed,
+            own_h=tiles.own[0],
+            own_w=tiles.own[1],
+            block_h=tiles.block[0],
+            block_w=tiles.block[1],
+            precision="ieee" if INTERPRETED else configs.precision(self.dtype, full),
+            accumulate=ELEMENT[self.accumulate],
+            interpreted=INTERPRETED,
+        )
+        return static, tiles, config
+
+    def sizes(self, tiles: int) -> tuple[Any, ...]:
+        """The integers of ``geometry.SIZES`` and, before them, the kernels and dilations of the heads."""
+        problem = self.problem
+        members = _members_on(self.device, problem.members) if problem.kind == NEIGHBORHOOD else None
+        bits = struct.unpack("<q", struct.pack("<d", self.scale))[0]
+        return (
+            members, bits, problem.heads, tiles, problem.height, problem.width, *problem.window, *self.table_shape,
+        )  # fmt: skip
+
+    def run(self, kernel: Any, step: str, owner: str, *arguments: Any, **constants: Any) -> None:
+        """Launch a kernel with a program for every tile of the owner's side, head and image."""
+        static, tiles, config = self.static(step, owner)
+        programs = tiles.tiles * self.problem.heads * self.problem.batch
+        self.start(kernel, programs, (*arguments, *self.sizes(tiles.tiles)), config, S=static, **constants)
+
+    def start(
+        self, kernel: Any, programs: int, arguments: Sequence[Any], config: configs.Config, **constants: Any
+    ) -> None:
+        if programs == 0:
+            return
+        if programs > MAX_PROGRAMS:
+            raise RuntimeError(f"the problem needs {programs} programs, more than a launch can have ({MAX_PROGRAMS})")
+        options = constants | {"num_warps": config.warps, "num_stages": config.stages}
+        if _recorder is not None:
+            _recorder(kernel, programs, arguments, options)
+            return
+        # Triton launches on the current device, on its current stream.
+        guard = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with guard:
+            kernel[(programs,)](*arguments, **options)

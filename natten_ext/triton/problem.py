@@ -1,0 +1,214 @@
+"""What the host decides before a launch: how the lattice of a problem is cut into tiles. See docs/triton.md.
+
+Every neighborhood is a set of lattices (the residue classes of a dilated neighborhood, the windows of a grid, the
+one line of tokens of full attention) in which a query at position p sees the keys ``start(p) ... start(p) + window -
+1`` of each axis. A program owns a tile of queries (or of keys) and walks over blocks of the other side.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..geometry import FULL, GRID, NEIGHBORHOOD, IntPair
+
+QUERY, KEY = "query", "key"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of equal lattices: how many queries and keys they hold, and how wide the window is."""
+
+    kind: int
+    queries: int
+    keys: int
+    window: int
+
+    def keys_of(self, first: int, last: int) -> IntPair:
+        """Range of keys that the queries ``first ... last`` see."""
+        return self._start(first), self._start(last) + self.window
+
+    def queries_of(self, first: int, last: int) -> IntPair:
+        """Range of queries that see any of the keys ``first ... last``."""
+        if self.kind == FULL:
+            return 0, self.queries
+        if self.kind == GRID:
+            return first // self.window * self.window, (last // self.window + 1) * self.window
+        half = self.window // 2
+        low = 0 if first < self.window else first - self.window + 1 + half
+        return low, self.queries if last >= self.queries - self.window else last + half + 1
+
+    def _start(self, query: int) -> int:
+        if self.kind == FULL:
+            return 0
+        if self.kind == GRID:
+            return query // self.window * self.window
+        return min(max(query - self.window // 2, 0), self.queries - self.window)
+
+    def blocks(self, own: int, block: int, owner: str) -> int:
+        """Blocks that all tiles of ``own`` queries (or keys) of one lattice walk over, on this axis."""
+        length = self.queries if owner == QUERY else self.keys
+        reach = self.keys_of if owner == QUERY else self.queries_of
+        total = 0
+        for first in range(0, length, own):
+            low, high = reach(first, min(first + own, length) - 1)
+            total += -(-(high - low) // block)
+        return total
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shapes and neighborhood of a launch. ``members`` holds (kernel, kernel, dilation, dilation) of every head."""
+
+    kind: int
+    batch: int
+    height: int
+    width: int
+    heads: int
+    head_dim: int
+    window: IntPair
+    members: tuple[tuple[int, int, int, int], ...]
+
+    @property
+    def queries(self) -> int:
+        return self.height * self.width
+
+    @property
+    def keys(self) -> int:
+        return self.window[1] if self.kind == FULL else self.queries
+
+    def lattices(self, packed: bool) -> Iterator[tuple[int, Axis, Axis]]:
+        """(how many, vertical axis, horizontal axis) of the lattices of all heads of one image."""
+        if self.kind != NEIGHBORHOOD:
+            counts, axes = zip(*(self._dense(i, packed) for i in (0, 1)), strict=True)
+            yield self.heads * counts[0] * counts[1], *axes
+            return
+        for member in dict.fromkeys(self.members):
+            share = self.members.count(member)
+            for rows, vertical in self._classes(self.height, member[0], member[2]):
+                for columns, horizontal in self._classes(self.width, member[1], member[3]):
+                    yield share * rows * columns, vertical, horizontal
+
+    def _dense(self, axis: int, packed: bool) -> tuple[int, Axis]:
+        size, window = (self.height, self.width)[axis], self.window[axis]
+        if self.kind == FULL:
+            return 1, Axis(FULL, size, window, window)
+        if packed:
+            return 1, Axis(GRID, size, size, window)
+        return size // window, Axis(GRID, window, window, window)
+
+    @staticmethod
+    def _classes(size: int, window: int, dilation: int) -> list[tuple[int, Axis]]:
+        """Residue classes of one axis: there are at most two lengths."""
+        longer = size % dilation
+        lengths = [(longer, size // dilation + 1), (dilation - longer, size // dilation)]
+        return [(n, Axis(NEIGHBORHOOD, length, length, window)) for n, length in lengths if n]
+
+    def longest(self, packed: bool, owner: str) -> list[IntPair]:
+        """(height, width) of the largest lattice of every head (one entry where all heads are alike)."""
+        if self.kind == FULL:
+            return [(1, self.width if owner == QUERY else self.keys)]
+        if self.kind == GRID:
+            return [(self.height, self.width) if packed else self.window]
+        return [(-(-self.height // m[2]), -(-self.width // m[3])) for m in self.members]
+
+    def instances(self, packed: bool) -> list[int]:
+        """Lattices of every head (one entry where all heads are alike)."""
+        if self.kind == NEIGHBORHOOD:
+            return [m[2] * m[3] for m in self.members]
+        if self.kind == GRID and not packed:
+            return [(self.height // self.window[0]) * (self.width // self.window[1])]
+        return [1]
+
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it sees, over all heads of one image."""
+        if self.kind == NEIGHBORHOOD:
+            return self.queries * sum(m[0] * m[1] for m in self.members)
+        return self.queries * self.heads * self.window[0] * self.window[1]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Extents of a program's own tile and of the blocks that it walks over, in positions of the lattice."""
+
+    own: IntPair
+    block: IntPair
+    packed: bool
+    """Whether the windows of a grid share one lattice (the map), so that a tile may hold several."""
+    tiles: int
+    """Programs per head and image."""
+    blocks: int
+    """Blocks walked over by all programs of one image."""
+
+    @property
+    def issued(self) -> int:
+        """Pairs of a query and a key that the programs of one image compute, masked ones included."""
+        return self.blocks * self.own[0] * self.own[1] * self.block[0] * self.block[1]
+
+
+def problem_of(code: Sequence[int], query: torch.Tensor, key: torch.Tensor) -> Problem:
+    return _problem_of(tuple(code), tuple(query.shape), key.shape[1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem_of(code: tuple[int, ...], shape: tuple[int, ...], keys: int) -> Problem:
+    kind = code[0]
+    batch, *tokens, heads, head_dim = shape
+    height, width = tokens if len(tokens) == 2 else (1, *tokens)
+    members: tuple = ()
+    if kind == FULL:
+        window = 1, keys
+    elif kind == GRID:
+        window = code[1], code[2]
+    else:
+        members = tuple(tuple(code[i : i + 4]) for i in range(1, len(code), 4))
+        window = max(m[0] for m in members), max(m[1] for m in members)
+    return Problem(kind, batch, height, width, heads, head_dim, window, members)
+
+
+@functools.lru_cache(maxsize=4096)
+def tiling(problem: Problem, own: int, block: int, owner: str) -> Tiling:
+    """The way to shape tiles of ``own`` and blocks of ``block`` positions that computes the fewest pairs.
+
+    Both are powers of two. A tile is never larger than the largest lattice needs (but has at least 16 positions).
+    """
+    best = None
+    for packed in (False, True) if problem.kind == GRID else (False,):
+        longest = problem.longest(packed, owner)
+        need = max(_power(h) * _power(w) for h, w in longest)
+        lattices = list(problem.lattices(packed))
+        for own_extents in _splits(min(own, max(need, 16)), max(h for h, _ in longest)):
+            for block_extents in _splits(block, problem.height):
+                count = sum(
+                    n
+                    * y.blocks(own_extents[0], block_extents[0], owner)
+                    * x.blocks(own_extents[1], block_extents[1], owner)
+                    for n, y, x in lattices
+                )
+                halo = abs(own_extents[0].bit_length() - own_extents[1].bit_length())
+                # Equal work: square tiles share more keys in the cache.
+                rank = count * own_extents[0] * own_extents[1], halo, block_extents
+                if best is None or rank < best[0]:
+                    tiles = max(
+                        instances * -(-h // own_extents[0]) * -(-w // own_extents[1])
+                        for instances, (h, w) in zip(problem.instances(packed), longest, strict=True)
+                    )
+                    best = rank, Tiling(own_extents, block_extents, packed, tiles, count)
+    assert best is not None
+    return best[1]
+
+
+def _splits(size: int, height: int) -> Iterator[IntPair]:
+    """All (rows, columns) of powers of two that hold ``size`` positions, with no more rows than the height needs."""
+    rows = 1
+    while rows <= size and rows <= _power(height):
+        yield rows, size // rows
+        rows *= 2
+
+
+def _power(number: int) -> int:
+    """Smallest power of two that is not below the number."""
+    return 1 << max(number - 1, 0).bit_length()

@@ -1,0 +1,210 @@
+"""Rows of channels inside a kernel: loads, stores and products.
+
+A head's channels are held as a tuple of chunks whose widths are powers of two (72 channels are 64 and 16), so that
+little is computed on padding. Where a whole row does not fit the registers, the problem is `streamed`: products over
+the channels load both sides chunk by chunk, each time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+STREAM_WIDTH = tl.constexpr(64)
+
+
+class Static(NamedTuple):
+    """What a kernel is compiled for."""
+
+    kind: int
+    packed: bool  # windows of a grid share one lattice
+    exact: bool  # every query of a lattice sees every key
+    l2: bool
+    head_dim: int
+    chunks: tuple[int, ...]
+    streamed: bool
+    own_h: int
+    own_w: int
+    block_h: int
+    block_w: int
+    precision: str
+    accumulate: object
+    interpreted: bool
+
+
+class Rows(NamedTuple):
+    """A tensor ``(batch, height, width, heads, head_dim)`` with contiguous channels: address and strides."""
+
+    pointer: object
+    batch: object
+    y: object
+    x: object
+    head: object
+
+
+class Operand(NamedTuple):
+    """Rows at some places: their addresses, which of them exist, and their chunks (none where streamed)."""
+
+    pointers: object
+    valid: object
+    held: object
+
+
+@triton.constexpr_function
+def _width(chunks, index):
+    return chunks[index]
+
+
+@triton.constexpr_function
+def _first(chunks, index):
+    return sum(chunks[:index])
+
+
+@triton.jit
+def zeros(HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
+    return tl.zeros((HEIGHT, WIDTH), TYPE)
+
+
+@triton.jit
+def zero_rows(HEIGHT: tl.constexpr, S: tl.constexpr):
+    """Accumulators of one row of channels per position."""
+    rows = ()
+    for index in tl.static_range(len(S.chunks)):
+        rows = rows + (zeros(HEIGHT, _width(S.chunks, index), S.accumulate),)
+    return rows
+
+
+@triton.jit
+def number(bits, S: tl.constexpr):
+    """A float64 kernel argument that came as its bits (Triton passes floats in single precision)."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(S.accumulate)
+
+
+@triton.jit
+def round_to(x, TYPE: tl.constexpr, S: tl.constexpr):
+    """Cast, to nearest even (which the interpreter does not do for bfloat16)."""
+    if S.interpreted and tl.bfloat16 == TYPE:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x.to(tl.float32))
+    return x.to(TYPE)
+
+
+@triton.jit
+def dot(a, b, total, S: tl.constexpr):
+    """total + a @ b. The interpreter has no products of bfloat16."""
+    if S.interpreted:
+        a = a.to(S.accumulate)
+        b = b.to(S.accumulate)
+    return tl.dot(a, b, total, input_precision=S.precision, out_dtype=S.accumulate)
+
+
+@triton.jit
+def row_pointers(rows, batch, head, lattice, place):
+    """Address of the first channel at every place; offsets are 64 bits wide."""
+    start = rows.pointer + batch.to(tl.int64) * rows.batch + head.to(tl.int64) * rows.head
+    y = (lattice.origin_y + place.y * lattice.step_y).to(tl.int64)
+    x = (lattice.origin_x + place.x * lattice.step_x).to(tl.int64)
+    return start + y * rows.y + x * rows.x
+
+
+@triton.jit
+def _load(pointers, valid, first, WIDTH: tl.constexpr, WHOLE: tl.constexpr, S: tl.constexpr):
+    channel = first + tl.arange(0, WIDTH)
+    mask = valid[:, None]
+    if not WHOLE:
+        mask = mask & (channel < S.head_dim)[None, :]
+    return tl.load(pointers[:, None] + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.constexpr_function
+def _whole(chunks, index, head_dim):
+    return sum(chunks[: index + 1]) <= head_dim
+
+
+@triton.jit
+def load_chunk(pointers, valid, INDEX: tl.constexpr, S: tl.constexpr):
+    whole: tl.constexpr = _whole(S.chunks, INDEX, S.head_dim)
+    return _load(pointers, valid, _first(S.chunks, INDEX), _width(S.chunks, INDEX), whole, S)
+
+
+@triton.jit
+def load_rows(rows, batch, head, lattice, place, S: tl.constexpr):
+    pointers = row_pointers(rows, batch, head, lattice, place)
+    held = ()
+    if not S.streamed:
+        for index in tl.static_range(len(S.chunks)):
+            held = held + (load_chunk(pointers, place.valid, index, S),)
+    return Operand(pointers, place.valid, held)
+
+
+@triton.jit
+def chunk_of(operand, INDEX: tl.constexpr, S: tl.constexpr):
+    if S.streamed:
+        return load_chunk(operand.pointers, operand.valid, INDEX, S)
+    else:
+        return operand.held[INDEX]
+
+
+@triton.jit
+def add_product(total, a, b, S: tl.constexpr):
+    """total + a @ b^T, summed over the channels."""
+    if S.streamed:
+        for first in range(0, len(S.chunks) * STREAM_WIDTH, STREAM_WIDTH):
+            left = _load(a.pointers, a.valid, first, STREAM_WIDTH, False, S)
+            right = _load(b.pointers, b.valid, first, STREAM_WIDTH, False, S)
+            total = dot(left, tl.trans(right), total, S)
+    else:
+        for index in tl.static_range(len(S.chunks)):
+            total = dot(a.held[index], tl.trans(b.held[index]), total, S)
+    return total
+
+
+@triton.jit
+def product(a, b, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr):
+    """a @ b^T, summed over the channels."""
+    return add_product(zeros(HEIGHT, WIDTH, S.accumulate), a, b, S)
+
+
+@triton.jit
+def add_weighted(rows, weights, operand, S: tl.constexpr):
+    """rows + weights @ operand, for every chunk of channels."""
+    weights = round_to(weights, operand.pointers.dtype.element_ty, S)
+    total = ()
+    for index in tl.static_range(len(S.chunks)):
+        total = total + (dot(weights, chunk_of(operand, index, S), rows[index], S),)
+    return total
+
+
+@triton.jit
+def row_sums(a, b, HEIGHT: tl.constexpr, S: tl.constexpr):
+    """Sum over the channels of a * b, per row."""
+    total = tl.zeros((HEIGHT,), S.accumulate)
+    for index in tl.static_range(len(S.chunks)):
+        total += tl.sum(chunk_of(a, index, S).to(S.accumulate) * chunk_of(b, index, S).to(S.accumulate), 1)
+    return total
+
+
+@triton.jit
+def store_rows(rows, batch, head, lattice, place, values, S: tl.constexpr):
+    pointers = row_pointers(rows, batch, head, lattice, place)
+    for index in tl.static_range(len(S.chunks)):
+        channel = _first(S.chunks, index) + tl.arange(0, _width(S.chunks, index))
+        mask = place.valid[:, None]
+        if not _whole(S.chunks, index, S.head_dim):
+            mask = mask & (channel < S.head_dim)[None, :]
+        value = round_to(values[index], rows.pointer.dtype.element_ty, S)
+        tl.store(pointers[:, None] + channel[None, :], value, mask=mask)
+
+
+@triton.jit
+def row_numbers(batch, head, heads, height, width, lattice, place):
+    """Index of every place in a tensor ``(batch, heads, height, width)`` of one number per row."""
+    image = batch.to(tl.int64) * heads + head
+    y = lattice.origin_y + place.y * lattice.step_y
+    x = lattice.origin_x + place.x * lattice.step_x
+    return (image * height + y) * width + x
