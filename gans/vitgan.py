@@ -118,9 +118,9 @@ class ViTDiscriminatorConfig(_Transformer):
     """Attention scores: minus the squared L2 distance (paper), or dot products (ViT)."""
     tied: bool = True
     """Whether query and key are one projection (paper)."""
-    values: ValuesName = "plain"
-    """ "plain" values (paper), or Kim et al.'s "projected" ones, with which L2 attention is Lipschitz for every
-    input; see docs/vitgan.md."""
+    values: ValuesName = "projected"
+    """Kim et al.'s "projected" values, without which L2 attention is not Lipschitz (docs/vitgan.md), or "plain" ones,
+    as ViTGAN's formula is printed."""
     query_gain: float | None = None
     """Scale of queries and keys at initialisation (ours): None is head_dim ** -0.25 for "l2" and 1 for "dot"."""
     spectral: SpectralName = "improved"
@@ -158,7 +158,9 @@ class GeneratorBlock(nn.Module):
         dim = config.dim
         self.normed_residual = config.residual == "normed"
         self.norm1 = SelfModulatedNorm(dim, config.latent_dim, config.norm_eps)
-        self.attn = ViTAttention(dim, config.heads, score=config.score, tied=config.score == "l2", make_linear=linear)
+        self.attn = ViTAttention(
+            dim, config.heads, score=config.score, tied=config.score == "l2", values="plain", make_linear=linear
+        )
         self.norm2 = SelfModulatedNorm(dim, config.latent_dim, config.norm_eps)
         self.mlp = ViTMLP(dim, config.mlp_ratio, make_linear=linear)
 

@@ -27,9 +27,9 @@ class ViTAttention(nn.Module):
     tensor), without which L2 attention is not Lipschitz. Source: ViTGAN, arXiv 2107.04589, section 3, which
     prints no minus sign and does not say that the distance is squared; both are Kim et al.'s, arXiv 2006.04710.
 
-    `values`: "plain" is ViTGAN's `v = x W_v`; "projected" is Kim et al.'s `v_h = x W_q,h W_q,h^T W_v,h /
-    sqrt(head_dim)`, which their proof needs: a head does not see where x differs outside the span of its W_q,h, and
-    plain values differ there without bound.
+    `values`: "plain" is `v = x W_v`; "projected" is Kim et al.'s `v_h = x W_q,h W_q,h^T W_v,h / sqrt(head_dim)`,
+    which their proof needs: a head does not see where x differs outside the span of its W_q,h, and plain values
+    differ there without bound. W_v starts at a size that gives both the same variance.
 
     `query_gain` scales the queries at initialisation; None is `head_dim ** -0.25` for "l2", where scores are then of
     order 1 for normed inputs, and 1 for "dot". With 1, the nearest other token is so far away that at first each
@@ -43,7 +43,7 @@ class ViTAttention(nn.Module):
         *,
         score: ScoreName = "l2",
         tied: bool = True,
-        values: ValuesName = "plain",
+        values: ValuesName = "projected",
         query_gain: float | None = None,
         make_linear: MakeLinear = EqualizedLinear,
     ) -> None:
@@ -54,7 +54,8 @@ class ViTAttention(nn.Module):
             gain = (dim // heads) ** -0.25 if score == "l2" else 1.0
         self.query = make_linear(dim, dim, bias=False, gain=gain)
         self.key = None if tied else make_linear(dim, dim, bias=False, gain=gain)
-        self.value = make_linear(dim, dim, bias=False)
+        value_gain = dim**0.5 / gain**2 if values == "projected" else 1.0
+        self.value = make_linear(dim, dim, bias=False, gain=value_gain)
         self.proj = make_linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
