@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,15 @@ class LossConfig:
             raise ValueError(f"loss.gp_target is {self.gp_target}; it must be positive")
         if self.penalty_every < 1:
             raise ValueError(f"loss.penalty_every is {self.penalty_every}; it must be at least 1")
+
+    def check_fits(self, generator: Any, discriminator: Any) -> None:
+        """ValueError with the reason where this loss cannot go with these configurations of networks."""
+        against_clean = (self.bcr_real or self.bcr_fake) and self.bcr_against == "clean"
+        if against_clean and getattr(discriminator, "scores_clean", False):
+            raise ValueError(
+                f"loss.bcr_against is 'clean', and {type(discriminator).__name__} scores clean images already: "
+                "balanced consistency would be 0; make it 'augmented'"
+            )
 
 
 def wasserstein_d(real: Tensor, fake: Tensor) -> Tensor:

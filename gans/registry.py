@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Union
 
-from gans import losses, transgan, vitgan
+from gans import losses, path_length, stylenat, stylenat_discriminator, transgan, vitgan
 
 
 class Entry(NamedTuple):
@@ -22,13 +22,16 @@ CHOICES: dict[str, dict[str, Entry]] = {
     "generator": {
         "transgan": Entry(transgan.GeneratorConfig, transgan.Generator),
         "vitgan": Entry(vitgan.ViTGeneratorConfig, vitgan.Generator),
+        "stylenat": Entry(stylenat.StyleNATGeneratorConfig, stylenat.Generator),
     },
     "discriminator": {
         "transgan": Entry(transgan.DiscriminatorConfig, transgan.Discriminator),
         "vitgan": Entry(vitgan.ViTDiscriminatorConfig, vitgan.Discriminator),
+        "stylenat": Entry(stylenat_discriminator.StyleNATDiscriminatorConfig, stylenat_discriminator.Discriminator),
     },
     "loss": {
         "standard": Entry(losses.LossConfig, losses.GANLoss),
+        "path-length": Entry(path_length.PathLengthLossConfig, path_length.PathLengthLoss),
     },
 }
 """What can stand in the fields `generator`, `discriminator` and `loss` of a recipe."""

@@ -9,7 +9,7 @@ where the paper, the published code and this file differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,14 @@ def check_normalization(owner: str, normalization: str, channels: int) -> None:
 
 
 @dataclass(frozen=True)
-class GeneratorConfig:
+class StyleNATGeneratorConfig:
     """Generator; the defaults are the published FFHQ 256 px configuration (48.92 M parameters).
 
     Level i works on a map of side `4 * 2**i` with `dims[i]` channels; the last is the image's size.
     """
+
+    has_mapping: ClassVar[bool] = True
+    """The generator offers `map_latents` and `synthesize`."""
 
     latent_dim: int = 512
     """Length of z ~ N(0, I) and of w."""
@@ -85,8 +88,8 @@ class GeneratorConfig:
                 "one less, since the first level's attention is full"
             )
         for dim in self.dims:
-            if dim % 8 or dim < 8:
-                raise ValueError(f"generator.dims has {dim}; it must be a positive multiple of 8")
+            if dim % 4 or dim < 8:
+                raise ValueError(f"generator.dims has {dim}; it must be a multiple of 4, at least 8")
             if dim % self.heads_of(dim):
                 raise ValueError(f"generator.dims has {dim}, which its {self.heads_of(dim)} heads do not divide")
         for size, dim, dilations in zip(self.sizes[1:], self.dims[1:], self.partitions, strict=True):
@@ -142,7 +145,7 @@ def dilation_of_heads(dilations: tuple[int, ...], heads: int) -> list[int]:
 class Level(nn.Module):
     """The blocks of one map size, the step to the next (but for the last), and what this level adds to the image."""
 
-    def __init__(self, config: GeneratorConfig, level: int) -> None:
+    def __init__(self, config: StyleNATGeneratorConfig, level: int) -> None:
         super().__init__()
         size, dim = config.sizes[level], config.dims[level]
         heads = config.heads_of(dim)
@@ -180,7 +183,7 @@ class Generator(nn.Module):
     MEAN_SAMPLES = 4096
     """Number of w whose mean truncation goes towards."""
 
-    def __init__(self, config: GeneratorConfig) -> None:
+    def __init__(self, config: StyleNATGeneratorConfig) -> None:
         super().__init__()
         self.config = config
         self.mapping = Mapping(config.latent_dim, config.mapping_depth, config.mapping_lr_multiplier)

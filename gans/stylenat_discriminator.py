@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,11 @@ LAST_SIZE = 4
 
 
 @dataclass(frozen=True)
-class DiscriminatorConfig:
+class StyleNATDiscriminatorConfig:
     """Discriminator; the defaults are the published FFHQ 256 px configuration (26.2 M parameters)."""
+
+    scores_clean: ClassVar[bool] = True
+    """Images are scored as they are unless `augment=True` is asked for."""
 
     image_size: int = 256
     """Side of the images, a power of 2 from 16 on."""
@@ -40,8 +44,7 @@ class DiscriminatorConfig:
     group: int = 4
     """Images over which the minibatch standard deviation is taken."""
     augment: tuple[str, ...] = ("flip", "translation_0.125", "color", "cutout_1.0")
-    """DiffAug policy of the second view for balanced consistency (`loss.bcr-real`, with `loss.bcr-against augmented`).
-    Images are scored as they are otherwise."""
+    """DiffAug policy of the second view for balanced consistency (`bcr_against` "augmented" of the loss)."""
     normalization: Normalization = "imagenet"
     """What the network sees of images in [-1, 1]: ImageNet's mean and deviation (published), or no change ("none")."""
 
@@ -142,7 +145,7 @@ class Discriminator(nn.Module):
     balanced consistency.
     """
 
-    def __init__(self, config: DiscriminatorConfig) -> None:
+    def __init__(self, config: StyleNATDiscriminatorConfig) -> None:
         super().__init__()
         self.config = config
         dims, channels = config.dims, config.channels
