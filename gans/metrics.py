@@ -1,4 +1,7 @@
-"""A distance between generated and real images that needs no download.
+"""Distances between generated and real images, to follow a run by.
+
+`RandomFeatureFrechet` needs no other network; `NetworkFrechet` measures over one of `gans.networks`, such as a judge.
+For the result of a run use `python -m gans evaluate`, which takes more images and has more measures.
 
 `RandomFeatureFrechet` is a Fréchet distance between Gaussian fits, like FID, but over the features of a small
 convolutional network with fixed random weights. It is not FID, nor comparable with it: use it to follow one
@@ -8,12 +11,31 @@ run, or to compare runs on the same images, size and count.
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gans import measures
+from gans.networks import FeatureNetwork, load_network
+
 WIDTHS = (16, 32, 32)
+
+
+class Metric(Protocol):
+    """A distance of images to a fixed set of real ones."""
+
+    name: str
+    floor: float
+    """The distance between two halves of the real images."""
+    count: int
+    """How many real images there are."""
+
+    def __call__(self, images: Tensor) -> float:
+        """Distance of generated images `(N, C, H, W)` in [-1, 1] to the real ones."""
+        ...
 
 
 def random_features(images: Tensor, batch: int = 256) -> Tensor:
@@ -71,3 +93,40 @@ class RandomFeatureFrechet:
     def __call__(self, images: Tensor) -> float:
         """Distance of generated images `(N, C, H, W)` to the real ones."""
         return frechet_distance(self._features, random_features(images) * self._scale)
+
+
+class NetworkFrechet:
+    """Frechet distance over a network, of images to a fixed set of real ones. Attributes as `Metric`."""
+
+    def __init__(self, real: Tensor, network: FeatureNetwork, batch: int = 64) -> None:
+        if len(real) < 4:
+            raise ValueError(f"real has {len(real)} images; a distance needs at least 4")
+        self.name = f"frechet_{network.name}"
+        self.count = len(real)
+        self._network = network
+        self._batch = batch
+        self._features = self._extract(real)
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+        self.floor = measures.frechet(*self._features[order].tensor_split(2))
+
+    @torch.no_grad()
+    def _extract(self, images: Tensor) -> Tensor:
+        return torch.cat([self._network(part).cpu() for part in images.split(self._batch)])
+
+    def __call__(self, images: Tensor) -> float:
+        """Distance of generated images `(N, C, H, W)` to the real ones."""
+        return measures.frechet(self._features, self._extract(images))
+
+
+def make_metric(choice: str, real: Tensor) -> Metric:
+    """The distance to `real` that `choice` names: "random", "lite1", or "judge:FILE" with a file of train-judge.
+
+    Raises ValueError for another choice.
+    """
+    kind, _, file = choice.partition(":")
+    if choice == "random":
+        return RandomFeatureFrechet(real)
+    if choice == "lite1" or (kind == "judge" and file):
+        network = load_network(kind, judge=Path(file) if file else None)  # type: ignore[arg-type]
+        return NetworkFrechet(real, network.to(real.device))
+    raise ValueError(f"metric is {choice!r}; it must be random, lite1 or judge:FILE")
