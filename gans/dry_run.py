@@ -1,11 +1,32 @@
-"""What a recipe needs, without running it."""
+"""What a recipe needs, without running it: parameters, memory, attention shapes and who would compute them.
+
+The updates are carried out on fake tensors, which have shapes and no contents (`torch`'s FakeTensorMode), with
+the double backward of the penalties. That gives the memory of tensors; what kernels, the allocator and the images
+waiting in loaders add is not in it.
+"""
 
 from __future__ import annotations
 
-import torch
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
 
-from gans.config import TrainConfig
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import natten_ext
+from gans.config import RunConfig, TrainConfig, to_dict
+from gans.distributed import World, choose_device
+from gans.recompute import recompute_blocks
 from gans.registry import build
+from gans.steps import begin_step, discriminator_gradients, generator_gradients, make_networks, precision
+from natten_ext import dispatch, functional
 
 
 def parameter_counts(recipe: TrainConfig) -> dict[str, int]:
@@ -13,3 +34,125 @@ def parameter_counts(recipe: TrainConfig) -> dict[str, int]:
     with torch.device("meta"):
         models = {"generator": build(recipe.generator), "discriminator": build(recipe.discriminator)}
     return {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+
+
+class PeakMemory(TorchDispatchMode):
+    """Inside FakeTensorMode, counts the bytes of tensors that operators make and that live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self._peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # fake tensors have no contents: chances come true, sizes are small
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._add, result)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self._known:
+            self._known.add(storage)
+            self._change(storage.nbytes())
+            weakref.finalize(storage, self._change, -storage.nbytes())
+
+    def _change(self, count: int) -> None:
+        self.now += count
+        self._peak = max(self._peak, self.now)
+
+    def take_peak(self) -> int:
+        """The most bytes that lived at one time since the last call."""
+        peak, self._peak = self._peak, self.now
+        return peak
+
+
+@contextmanager
+def attention_calls() -> Iterator[Counter[tuple[Any, ...]]]:
+    """Inside, counts calls of natten_ext's attention by shape `(batch, ..., heads, head_dim)`, keys and dtype."""
+    calls: Counter[tuple[Any, ...]] = Counter()
+    run = functional._run  # the one function behind all of them
+
+    def counted(query: Tensor, key: Tensor, value: Tensor, bias: Any, neighborhood: Any, *rest: Any) -> Tensor:
+        kernel = getattr(neighborhood, "kernel", None)
+        keys = key.shape[1:-2].numel() if kernel is None else kernel[0] * kernel[1]
+        kind = type(neighborhood).__name__.lower()
+        calls[kind, tuple(query.shape), keys, rest[0], str(query.dtype).removeprefix("torch.")] += 1
+        return run(query, key, value, bias, neighborhood, *rest)
+
+    with mock.patch.object(functional, "_run", counted):
+        yield calls
+
+
+def _attention_rows(network: str, model: nn.Module, inputs: Tensor, run: RunConfig) -> list[Any]:
+    """One row for each kind of attention in a forward pass."""
+    with attention_calls() as calls, torch.no_grad():
+        model(inputs)
+    rows = []
+    for (kind, shape, keys, score, dtype), count in calls.items():
+        backend = dispatch.choose(run.backend, inputs.device.type, getattr(torch, dtype), shape[-1])
+        row = {"network": network, "kind": kind, "score": score, "shape": list(shape), "keys": keys, "dtype": dtype}
+        rows.append(row | {"calls": count, "backend": backend})
+    return rows
+
+
+def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[str, Any]:
+    """The resolved settings, parameters, memory (MiB a process) and attention of a recipe, as values for JSON.
+
+    `attention` has a row for every kind of attention in a forward pass of a process's part of a batch: its shape
+    `(batch, height, width, heads, head_dim)` or `(batch, tokens, heads, head_dim)`, the keys that a query sees, how
+    often it is called and the backend that would compute it. The memory of an update is what it needs beyond weights,
+    gradients, optimisers and average.
+    """
+    recipe.check_processes(processes)
+    device = choose_device(run.device)
+    world = World(device, 0, processes)
+    size, channels = recipe.generator.image_size, recipe.generator.channels
+    with torch.device("meta"):
+        networks = make_networks(recipe, torch.device("meta"))
+    models = (networks.generator, networks.discriminator)
+    backend = natten_ext.use_backend(run.backend) if run.backend else nullcontext()
+    with backend, FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
+        for model in models:
+            model.to_empty(device=device)
+            if run.gradient_checkpointing:
+                recompute_blocks(model)
+            begin_step(model)
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        dtype = next(networks.discriminator.parameters()).dtype
+
+        def images(batch: int) -> Tensor:
+            return torch.empty(batch // processes, channels, size, size, device=device, dtype=dtype)
+
+        real_d, real_g = images(recipe.batch_d), images(recipe.batch_g) if networks.loss.uses_real else None
+        fixed = memory.now
+        discriminator_gradients(0, 0, recipe, networks, real_d, world)
+        peak_d = memory.take_peak() - fixed
+        generator_gradients(0, recipe, networks, real_g, world)
+        peak_g = memory.take_peak() - fixed
+        part_d, part_g = (batch // (processes * recipe.accumulate) for batch in (recipe.batch_d, recipe.batch_g))
+        z = torch.empty(part_g, recipe.generator.latent_dim, device=device, dtype=dtype)
+        with precision(recipe, device):
+            attention = _attention_rows("generator", networks.generator, z, run)
+            attention += _attention_rows("discriminator", networks.discriminator, real_d[:part_d], run)
+    # Adam keeps two numbers for each one that it trains, and the average is another generator.
+    adam = 2 * sum(p.nbytes for model in models for p in model.parameters() if p.requires_grad)
+    average = sum(t.nbytes for t in (*networks.generator.parameters(), *networks.generator.buffers()))
+    fixed += adam + average
+    sizes = {
+        "weights, gradients, Adam and average": fixed,
+        "activations, discriminator update": peak_d,
+        "activations, generator update": peak_g,
+        "total": fixed + max(peak_d, peak_g),
+    }
+    return {
+        "recipe": to_dict(recipe),
+        "run": to_dict(run),
+        "processes": processes,
+        "parameters": parameter_counts(recipe),
+        "memory_mib": {name: round(count / 2**20, 1) for name, count in sizes.items()},
+        "attention": attention,
+    }

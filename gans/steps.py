@@ -155,15 +155,11 @@ def apply(
     return values
 
 
-def discriminator_step(
+def discriminator_gradients(
     step: int, index: int, config: TrainConfig, networks: Networks, real: Tensor, world: World
-) -> dict[str, float]:
-    """Update `index` of the discriminator within step `step` (from 0); returns its log.
-
-    `real` holds this process's images `(batch_d / processes, C, H, W)`; as many are generated.
-    """
+) -> Terms:
+    """Adds this process's gradients of the discriminator's loss; returns the terms. Arguments as for the step."""
     generator, discriminator, loss = networks.generator, networks.discriminator, networks.loss
-    begin_step(discriminator)
     totals: Terms = {}
     parts = local_parts(config, world, config.batch_d)
     for (start, stop), real_part in zip(parts, real.chunk(len(parts)), strict=True):
@@ -177,18 +173,12 @@ def discriminator_step(
                 fake, number = fake.to(real.dtype), step * config.n_critic + index
                 terms = loss.discriminator_penalty(discriminator, real_part, fake, step=number)
             backward(terms, len(parts), totals)
-    return apply("discriminator", step + 1, discriminator, networks.optimizer_d, totals, config.clip, world)
+    return totals
 
 
-def generator_step(
-    step: int, config: TrainConfig, networks: Networks, real: Tensor | None, world: World
-) -> dict[str, float]:
-    """The update of the generator in step `step` (from 0); returns its log.
-
-    `real` holds this process's images `(batch_g / processes, C, H, W)` if the loss uses them.
-    """
+def generator_gradients(step: int, config: TrainConfig, networks: Networks, real: Tensor | None, world: World) -> Terms:
+    """Adds this process's gradients of the generator's loss; returns the terms. Arguments as for the step."""
     generator, discriminator, loss = networks.generator, networks.discriminator, networks.loss
-    begin_step(generator)
     totals: Terms = {}
     parts = local_parts(config, world, config.batch_g)
     reals = [None] * len(parts) if real is None else real.chunk(len(parts))
@@ -202,4 +192,28 @@ def generator_step(
             with precision(config, z.device, penalty=True):
                 terms = loss.generator_penalty(generator, z, step=step)
             backward(terms, len(parts), totals)
-    return apply("generator", step + 1, generator, networks.optimizer_g, totals, config.clip, world)
+    return totals
+
+
+def discriminator_step(
+    step: int, index: int, config: TrainConfig, networks: Networks, real: Tensor, world: World
+) -> dict[str, float]:
+    """Update `index` of the discriminator within step `step` (both from 0); returns its log.
+
+    `real` holds this process's images `(batch_d / processes, C, H, W)`; as many are generated.
+    """
+    begin_step(networks.discriminator)
+    terms = discriminator_gradients(step, index, config, networks, real, world)
+    return apply("discriminator", step + 1, networks.discriminator, networks.optimizer_d, terms, config.clip, world)
+
+
+def generator_step(
+    step: int, config: TrainConfig, networks: Networks, real: Tensor | None, world: World
+) -> dict[str, float]:
+    """The update of the generator in step `step` (from 0); returns its log.
+
+    `real` holds this process's images `(batch_g / processes, C, H, W)` if the loss uses them.
+    """
+    begin_step(networks.generator)
+    terms = generator_gradients(step, config, networks, real, world)
+    return apply("generator", step + 1, networks.generator, networks.optimizer_g, terms, config.clip, world)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+import natten_ext
 from gans import checkpoint
 from gans.cli import main
 from gans.presets import preset
@@ -35,26 +36,29 @@ def test_train_sample_and_resume(tmp_path, capsys):
 def test_overrides_start_from_the_preset():
     arguments = """--preset=stl10 --data x --out y --loss.gp-weight 5 --generator.windows 4 8 16
         --ema.decay 0.99 --discriminator.augment color --images.no-flip --backend reference --device cpu"""
-    parsed = parse(arguments.split())
-    recipe, base = parsed.recipe, preset("stl10")
+    arguments = parse(arguments.split())
+    recipe, base = arguments.recipe, preset("stl10")
     assert recipe.loss.gp_weight == 5 and recipe.ema.decay == 0.99 and not recipe.images.flip
     assert recipe.generator.windows == (4, 8, 16) and recipe.generator.depths == base.generator.depths
     assert recipe.discriminator.augment == ("color",)
-    assert parsed.run.backend == "reference" and parsed.run.device == "cpu"
+    assert arguments.run.backend == "reference" and arguments.run.device == "cpu"
+
+
+def parsed(options: str):
+    return parse(["--data", "x", "--out", "y", *options.split()]).recipe
 
 
 def test_parts_of_other_recipes():
-    arguments = "--preset cifar10-small --data x --out y --discriminator cifar10 --loss.r1 2 --discriminator.heads 3"
-    recipe = parse(arguments.split()).recipe
+    recipe = parsed("--preset cifar10-small --discriminator cifar10 --loss.r1 2 --discriminator.heads 3")
     assert recipe.generator == preset("cifar10-small").generator
     assert recipe.discriminator == replace(preset("cifar10").discriminator, heads=3)
     assert recipe.loss.r1 == 2
-    recipe = parse("--preset cifar10 --data x --out y --discriminator vitgan --loss vitgan32".split()).recipe
+    recipe = parsed("--preset cifar10 --discriminator vitgan --loss vitgan32")
     assert recipe.discriminator == ViTDiscriminatorConfig() and recipe.loss == preset("vitgan32").loss
-    with pytest.raises(ValueError, match="one of transgan, vitgan, .*cifar10-small.*; got 'cnn'"):
-        parse("--data x --out y --generator cnn".split())
+    with pytest.raises(ValueError, match=r"one of transgan, vitgan, .*cifar10-small.*; got 'cnn'"):
+        parsed("--generator cnn")
     with pytest.raises(ValueError, match=r"generator.image_size is 48 and discriminator.image_size is 32"):
-        parse("--data x --out y --generator stl10".split())
+        parsed("--generator stl10")
 
 
 def test_dry_run_prints_the_resolved_settings(tmp_path, capsys):
@@ -62,6 +66,16 @@ def test_dry_run_prints_the_resolved_settings(tmp_path, capsys):
     assert main(["train", "--preset", "cifar10", "--data", "x", "--out", str(out), "--dry-run"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["parameters"] == {"generator": 83_312_495, "discriminator": 10_210_400}
+    memory = shown["memory_mib"]
+    assert memory["weights, gradients, Adam and average"] == pytest.approx((83.3 * 5 + 10.2 * 4) * 4e6 / 2**20, rel=0.01)
+    assert 1000 < memory["activations, discriminator update"] < memory["total"] < 20_000
+    rows = [row for row in shown["attention"] if row["network"] == "generator"]
+    assert [(row["shape"], row["keys"], row["calls"]) for row in rows] == [
+        ([128, 8, 8, 4, 256], 64, 5),
+        ([128, 16, 16, 4, 64], 256, 4),
+        ([128, 32, 32, 4, 16], 1024, 2),
+    ]
+    assert all(row["backend"] in natten_ext.dispatch.NAMES and row["dtype"] == "float32" for row in shown["attention"])
     assert shown["recipe"]["lr_g"] == 1e-4
     assert not out.exists()
 
