@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.figures import figures_block
 from benchmarks.memory import Memory
-from benchmarks.report import figures_block, figures_to_reach, shape_block
+from benchmarks.report import figures_to_reach, shape_block
 from benchmarks.runner import Row
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import CpuClock, Timing, time_in_turns
