@@ -32,7 +32,7 @@ class _Spectral(nn.Module):
         rows, columns = self._matrix().shape
         self.register_buffer("left_vector", F.normalize(torch.randn(rows), dim=0))
         self.register_buffer("right_vector", F.normalize(torch.randn(columns), dim=0))
-        for _ in range(INITIAL_STEPS):
+        for _ in range(0 if self.weight.is_meta else INITIAL_STEPS):
             self.begin_step()
 
     @torch.no_grad()
