@@ -73,26 +73,43 @@ struct DensePlan {
   }
 };
 
-// Offset of row `r` of a window that is `width` wide.
-inline int64_t row_offset(const View& v, const DenseJob& job, int64_t width, int64_t r) {
-  return job.batch * v.batch + job.head * v.head + (job.y0 + r / width * job.step_y) * v.y +
-         (job.x0 + r % width * job.step_x) * v.x;
-}
+// The rows of a job's window in a tensor, one after the other.
+class RowCursor {
+ public:
+  // At row `r` of a window that is `width` wide.
+  RowCursor(const View& v, const DenseJob& job, int64_t width, int64_t r)
+      : offset(job.batch * v.batch + job.head * v.head + (job.y0 + r / width * job.step_y) * v.y +
+               (job.x0 + r % width * job.step_x) * v.x),
+        width_(width),
+        left_(width - r % width),
+        step_(job.step_x * v.x),
+        jump_(job.step_y * v.y - (width - 1) * step_) {}
+  void operator++() {
+    const bool last = --left_ == 0;
+    offset += last ? jump_ : step_;
+    if (last) left_ = width_;
+  }
 
-// The same in lse, whose rows are heads.
-template <class T>
-T* lse_at(const Arguments& a, const DenseJob& job, int64_t width, int64_t r) {
-  const Problem& p = a.problem;
-  const int64_t y = job.y0 + r / width * job.step_y, x = job.x0 + r % width * job.step_x;
-  return static_cast<T*>(a.lse) + ((job.batch * p.heads + job.head) * p.height + y) * p.width + x;
+  int64_t offset;
+
+ private:
+  int64_t width_, left_, step_, jump_;
+};
+
+// Where lse holds a job's queries; its rows are heads.
+inline RowCursor lse_cursor(const Problem& p, const DenseJob& job, int64_t width, int64_t r) {
+  View lse{};
+  lse.batch = p.heads * p.height * p.width, lse.head = p.height * p.width, lse.y = p.width, lse.x = 1;
+  return {lse, job, width, r};
 }
 
 // Rows [first, first + count) of a window to target[count][padded], the padding zero.
 template <class T>
 void pack_rows(T* target, const View& v, const DensePlan<T>& plan, const DenseJob& job, int64_t width, int64_t first,
                int64_t count, T factor) {
-  for (int64_t r = 0; r < count; ++r, target += plan.padded) {
-    load_row(target, v, row_offset(v, job, width, first + r), plan.channels, factor);
+  RowCursor row(v, job, width, first);
+  for (int64_t r = 0; r < count; ++r, ++row, target += plan.padded) {
+    load_row(target, v, row.offset, plan.channels, factor);
     for (int64_t c = plan.channels; c < plan.padded; ++c) target[c] = 0;
   }
 }
@@ -110,8 +127,21 @@ void pack_queries(T* rows, T* transposed, const View& v, const DensePlan<T>& pla
 template <class T>
 void unpack_rows(const T* rows, const View& v, const DensePlan<T>& plan, const DenseJob& job, int64_t width,
                  int64_t first, int64_t count, T factor) {
-  for (int64_t r = 0; r < count; ++r) {
-    store_row(rows + r * plan.padded, v, row_offset(v, job, width, first + r), plan.channels, factor);
+  RowCursor row(v, job, width, first);
+  for (int64_t r = 0; r < count; ++r, ++row) store_row(rows + r * plan.padded, v, row.offset, plan.channels, factor);
+}
+
+// Asks for the rows of a small window that is worked on next: they are too far apart for the hardware to guess.
+template <class T>
+void prefetch_rows(const View& v, const DensePlan<T>& plan, const DenseJob& job) {
+  constexpr int64_t kAtMost = 128;
+  if (!v || plan.keys > kAtMost || plan.queries > kAtMost) return;
+  const int64_t value_bytes = v.dtype == DType::float64 ? 8 : v.dtype == DType::float32 ? 4 : 2;
+  const int64_t rows = plan.problem.kind == Kind::full ? plan.keys : plan.queries;
+  RowCursor row(v, job, plan.key_window_x, 0);
+  for (int64_t r = 0; r < rows; ++r, ++row) {
+    const char* data = static_cast<const char*>(v.data) + row.offset * value_bytes;
+    for (int64_t byte = 0; byte < plan.channels * value_bytes; byte += 64) __builtin_prefetch(data + byte, 0, 2);
   }
 }
 
@@ -167,18 +197,17 @@ class KeyGradient {
     first_ = first;
   }
   T* row(int64_t key) {
-    if (in_place_) return static_cast<T*>(view_.data) + row_offset(view_, job_, plan_.key_window_x, key);
+    if (in_place_) return static_cast<T*>(view_.data) + RowCursor(view_, job_, plan_.key_window_x, key).offset;
     return buffer_ + (key - first_) * plan_.padded;
   }
   int64_t stride() const { return stride_; }
   void finish(int64_t last, T factor) {
-    for (int64_t key = first_; key < last; ++key) {
-      const int64_t offset = row_offset(view_, job_, plan_.key_window_x, key);
-      T* from = row(key);
-      if (!in_place_) {
-        store_row(from, view_, offset, plan_.channels, factor);
-      } else if (factor != 1) {
-        for (int64_t c = 0; c < plan_.channels; ++c) from[c] *= factor;
+    if (!in_place_) {
+      unpack_rows<T>(buffer_, view_, plan_, job_, plan_.key_window_x, first_, last - first_, factor);
+    } else if (factor != 1) {
+      for (int64_t key = first_; key < last; ++key) {
+        T* values = row(key);
+        for (int64_t c = 0; c < plan_.channels; ++c) values[c] *= factor;
       }
     }
   }
@@ -397,7 +426,9 @@ void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const Mak
     worker.table_gradient.start();
     const int64_t query_begin = slice_begin(slice, slices, plan.queries, plan.block_queries);
     const int64_t query_end = slice_begin(slice + 1, slices, plan.queries, plan.block_queries);
-    for (int64_t job = chunk * plan.jobs_per_head / chunks; job < (chunk + 1) * plan.jobs_per_head / chunks; ++job) {
+    const int64_t end = (chunk + 1) * plan.jobs_per_head / chunks;
+    for (int64_t job = chunk * plan.jobs_per_head / chunks; job < end; ++job) {
+      if (job + 1 < end) worker.prefetch(plan.job(plan.heads.first + head, job + 1));
       worker.run(plan.job(plan.heads.first + head, job), {query_begin, query_end, 0, plan.keys, true, !split});
     }
     worker.table_gradient.finish(partial + (head * parts + part) * table_size);

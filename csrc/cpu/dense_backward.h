@@ -30,10 +30,13 @@ class BackwardQueries {
     pack_queries<T>(query, query_t, a_.query, plan_, job, first, count, T(p.dot_scale()) * kLog2E<T>);
     pack_queries<T>(grad_output, grad_output_t, a_.grad_output, plan_, job, first, count, 1);
     pack_rows<T>(output, a_.output, plan_, job, plan_.window_x, first, count, 1);
-    for (int64_t i = 0; i < plan_.block_queries; ++i) {
-      lse2[i] = i < count ? *lse_at<T>(a_, job, plan_.window_x, first + i) * kLog2E<T> : kNoQuery;
-      delta[i] = i < count ? dot_row(grad_output + i * plan_.padded, output + i * plan_.padded, plan_.channels) : 0;
+    RowCursor lse = lse_cursor(p, job, plan_.window_x, first);
+    for (int64_t i = 0; i < count; ++i, ++lse) {
+      lse2[i] = static_cast<const T*>(a_.lse)[lse.offset] * kLog2E<T>;
+      delta[i] = dot_row(grad_output + i * plan_.padded, output + i * plan_.padded, plan_.padded);
     }
+    std::fill(lse2 + count, lse2 + plan_.block_queries, kNoQuery);
+    std::fill(delta + count, delta + plan_.block_queries, T(0));
   }
 
  private:
@@ -70,6 +73,10 @@ class DenseBackward {
         grad_score_(plan.block_keys * plan.block_queries),
         grad_query_(plan.block_queries * plan.padded),
         key_bias_(plan.block_keys) {}
+
+  void prefetch(const DenseJob& job) const {
+    for (const View* v : {&a_.query, &a_.key, &a_.value, &a_.output, &a_.grad_output}) prefetch_rows(*v, plan_, job);
+  }
 
   void run(const DenseJob& job, const DenseShare& share) {
     key_.start(job);

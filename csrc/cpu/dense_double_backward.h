@@ -49,6 +49,13 @@ class DenseDoubleBackward {
         key_bias_(plan.block_keys),
         key_x_(plan.block_keys) {}
 
+  void prefetch(const DenseJob& job) const {
+    for (const View* v : {&a_.query, &a_.key, &a_.value, &a_.output, &a_.grad_output, &a_.cot_query, &a_.cot_key,
+                          &a_.cot_value}) {
+      prefetch_rows(*v, plan_, job);
+    }
+  }
+
   void run(const DenseJob& job, const DenseShare& share) {
     for (KeyOperand<T>* operand : {&key_, &value_, &cot_key_, &cot_value_}) operand->start(job);
     grad_key_.start(job, share.key_begin);

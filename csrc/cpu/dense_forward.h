@@ -36,6 +36,10 @@ class DenseForward {
     }
   }
 
+  void prefetch(const DenseJob& job) const {
+    for (const View* v : {&a_.query, &a_.key, &a_.value}) prefetch_rows(*v, plan_, job);
+  }
+
  private:
   void block(const DenseJob& job, int64_t first, int64_t count) {
     const int64_t lanes = plan_.block_queries, padded = plan_.padded;
@@ -59,10 +63,10 @@ class DenseForward {
       }
       gemm<T>(count, padded, keys, {scores_, 1, lanes}, value_.block(k, keys), padded, output_, padded, k > 0);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t query = first + i;
-      unpack_rows<T>(output_ + i * padded, a_.output, plan_, job, plan_.window_x, query, 1, 1 / sum_[i]);
-      *lse_at<T>(a_, job, plan_.window_x, query) = (maximum_[i] + std::log2(sum_[i])) * kLn2<T>;
+    RowCursor row(a_.output, job, plan_.window_x, first), lse = lse_cursor(p, job, plan_.window_x, first);
+    for (int64_t i = 0; i < count; ++i, ++row, ++lse) {
+      store_row(output_ + i * padded, a_.output, row.offset, plan_.channels, 1 / sum_[i]);
+      static_cast<T*>(a_.lse)[lse.offset] = (maximum_[i] + std::log2(sum_[i])) * kLn2<T>;
     }
   }
 
@@ -107,13 +111,19 @@ void dense_forward(const Arguments& a, HeadRange heads) {
   // Long jobs are shared between threads by groups of queries; short ones pack their keys once.
   const int64_t group = plan.queries <= 512 ? plan.queries : 4 * plan.block_queries;
   const int64_t groups = (plan.queries + group - 1) / group;
-  // Heads vary faster than windows: they share the pages of memory.
+  // A task is such a group, or a few short jobs. Heads vary faster than windows: they share the pages of memory.
+  const int64_t jobs = heads.count() * plan.jobs_per_head;
+  const int64_t together = groups > 1 ? 1 : std::clamp<int64_t>(jobs / 64, 1, 16);
+  const auto job = [&](int64_t index) { return plan.job(heads.first + index % heads.count(), index / heads.count()); };
   for_each_task(
-      heads.count() * plan.jobs_per_head * groups, [&] { return DenseForward<T>(a, plan, tables); },
+      (jobs + together - 1) / together * groups, [&] { return DenseForward<T>(a, plan, tables); },
       [&](DenseForward<T>& worker, int64_t task) {
-        const int64_t job = task / groups, begin = task % groups * group;
-        worker.run(plan.job(heads.first + job % heads.count(), job / heads.count()), begin,
-                   std::min(plan.queries, begin + group));
+        const int64_t first = task / groups * together, last = std::min(jobs, first + together);
+        const int64_t begin = task % groups * group;
+        for (int64_t index = first; index < last; ++index) {
+          if (index + 1 < last) worker.prefetch(job(index + 1));
+          worker.run(job(index), begin, std::min(plan.queries, begin + group));
+        }
       });
 }
 

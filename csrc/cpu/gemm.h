@@ -4,6 +4,8 @@
 // rows of whole vectors (n is a multiple of the lanes; padding columns may hold anything).
 #pragma once
 
+#include <bit>
+
 #include "simd.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
@@ -47,7 +49,7 @@ NATTEN_EXT_INLINE void gemm_tile(
   }
 }
 
-// All rows of one column panel; the last rows take the tile of their own height.
+// All rows of one column panel; the last rows take lower tiles.
 template <class T, int ROWS, int VECTORS>
 NATTEN_EXT_INLINE void gemm_panel(
     int64_t m, int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
@@ -57,8 +59,8 @@ NATTEN_EXT_INLINE void gemm_panel(
   }
   if constexpr (ROWS > 1) {
     if (r < m) {
-      constexpr int half = ROWS / 2;
-      gemm_panel<T, half, VECTORS>(m - r, depth, {a.data + r * a.row, a.row, a.column}, b, ldb, c + r * ldc, ldc, add);
+      constexpr int fewer = std::bit_floor(static_cast<unsigned>(ROWS - 1));
+      gemm_panel<T, fewer, VECTORS>(m - r, depth, {a.data + r * a.row, a.row, a.column}, b, ldb, c + r * ldc, ldc, add);
     }
   }
 }

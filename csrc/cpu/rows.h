@@ -2,37 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
 #include "kernels.h"
 #include "simd.h"
+#include "working_memory.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
-
-// Working memory of one thread: cache-line aligned, uninitialised.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t size) {
-    const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
-    if (bytes == 0) return;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  ~Buffer() { std::free(data_); }
-  T* data() const { return data_; }
-  operator T*() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-};
 
 inline float bfloat16_to_float(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
