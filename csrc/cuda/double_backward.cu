@@ -1,0 +1,298 @@
+// Double backward, in two kernels like the backward. The query-centred one goes over the keys twice: the first pass
+// gives the row sums r and t, the second the gradients. Where the whole halo is one piece, the second pass finds it in
+// shared memory. The formulas are in docs/double_backward.md, with two changes: t needs only dO.w = rowsum(P * G), and
+// the gradient of grad_output is summed as (P (X - r)) V + P gV, so that nothing large cancels.
+#include "launch.h"
+#include "rows.h"
+
+namespace natten_ext::cuda {
+
+// The four products that both kernels make of a unit, and what becomes of them.
+template <class Real>
+struct PairTerms {
+  Scores<Real> p, dp, x, g;  // P, dP, X, G; all zero where there is no pair
+
+  NATTEN_EXT_DEVICE void mask(int b, const BlockPairs& pairs) {
+    NATTEN_EXT_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      if (!pairs.valid(e / 2, e % 2)) p[b][e] = dp[b][e] = x[b][e] = g[b][e] = 0;
+    }
+  }
+  // Sb = P (X (dP - D) - r dP + G - t) in x, and dS = P (dP - D) in dp.
+  NATTEN_EXT_DEVICE void to_gradients(int b, int e, Real delta, Real mean, Real rest) {
+    const Real centred = dp[b][e] - delta;
+    x[b][e] = p[b][e] * (x[b][e] * centred - mean * dp[b][e] + g[b][e] - rest);
+    dp[b][e] = p[b][e] * centred;
+  }
+};
+
+template <class M, int D>
+struct DoubleBackwardQuery {
+  using Real = typename M::Real;
+  static constexpr bool kByKey = false, kTableGradient = true;
+  static constexpr int kOwn = 4, kStaged = 4, kScalars = 2, kTables = 2;
+  static constexpr int kChannels = kResultChannels<M, D, 2>;
+  enum OwnTensor { kQuery, kGradOutput, kCotQuery, kOutput };
+  enum StagedTensor { kKey, kValue, kCotKey, kCotValue };
+
+  NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
+    using Element = typename M::Element;
+    const int head = block_x() % p.launch_heads, first = block_y() * kChannels;
+    const TableReader<Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
+    const TableReader<Element, Real> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1);
+    const int warp = thread_index() / kWarp;
+    TableGradient<Real> table(p, head, block_x() / p.launch_heads, shared.gradient(warp), shared.diagonal(warp));
+    const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
+    const bool has_cot_query = p.cot_query.data != nullptr, has_cot_key = p.cot_key.data != nullptr;
+    const bool has_cot_value = p.cot_value.data != nullptr;
+
+    for_each_tile<false>(p, [&](const Tile<false>& tile) {
+      const OwnRows<false> own(p, tile);
+      const Pieces pieces(tile.halo(p), p.plan.slots);
+      const Rectangle rectangle = rectangle_of(p, tile);
+      stage_rows<M, D>(shared.own(kQuery), p.query, p, tile, rectangle, p.queries);
+      stage_rows<M, D>(shared.own(kGradOutput), p.grad_output, p, tile, rectangle, p.queries);
+      if (has_cot_query) stage_rows<M, D>(shared.own(kCotQuery), p.cot_query, p, tile, rectangle, p.queries);
+      stage_rows<M, D>(shared.own(kOutput), p.output, p, tile, rectangle, p.queries);
+      const LeftRows<M, D> query(shared.own(kQuery), own), grad_output(shared.own(kGradOutput), own);
+      const LeftRows<M, D> cot_query(shared.own(kCotQuery), own);
+      const RowNumbers<Real> lse(p, p.lse, tile, own, kLog2E<Real>);
+
+      const auto issue = [&](int i, int stage) {
+        const Rectangle piece = pieces.piece(i);
+        stage_rows<M, D>(shared.rows(stage, kKey), p.key, p, tile, piece, p.keys);
+        stage_rows<M, D>(shared.rows(stage, kValue), p.value, p, tile, piece, p.keys);
+        if (has_cot_key) stage_rows<M, D>(shared.rows(stage, kCotKey), p.cot_key, p, tile, piece, p.keys);
+        if (has_cot_value) stage_rows<M, D>(shared.rows(stage, kCotValue), p.cot_value, p, tile, piece, p.keys);
+      };
+      const auto write_key_terms = [&](int i, int stage) {
+        if (!p.l2) return;
+        const Rectangle piece = pieces.piece(i);
+        write_key_norms<M, D>(shared.scalars(stage, 0), shared.rows(stage, kKey), piece, -factor / 2);
+        if (has_cot_key) {
+          write_key_products<M, D>(shared.scalars(stage, 1), shared.rows(stage, kCotKey), shared.rows(stage, kKey), piece,
+                                   -scale);
+        }
+        sync_block();
+      };
+      // Calls `use(unit, terms)` for every unit of a staged piece.
+      const auto for_each_unit = [&](int i, int stage, auto use) {
+        for (Walk walk(own.partners, pieces.piece(i), p.keys); walk.more();) {
+          const Unit unit = walk.next();
+          PairTerms<Real> terms;
+          clear(terms.p);
+          clear(terms.dp);
+          clear(terms.x);
+          clear(terms.g);
+          scores<M, D>(terms.p, query, shared.rows(stage, kKey), unit);
+          scores<M, D>(terms.dp, grad_output, shared.rows(stage, kValue), unit);
+          if (has_cot_query) scores<M, D>(terms.x, cot_query, shared.rows(stage, kKey), unit);
+          if (has_cot_key) scores<M, D>(terms.x, query, shared.rows(stage, kCotKey), unit);
+          if (has_cot_value) scores<M, D>(terms.g, grad_output, shared.rows(stage, kCotValue), unit);
+          NATTEN_EXT_UNROLL
+          for (int b = 0; b < 2; ++b) {
+            const BlockPairs pairs = pairs_of(p, tile, own, unit, b);
+            finish_scores(terms.p[b], pairs, factor, bias, [&](int, int c) {
+              return p.l2 ? staged_scalar<Real>(shared.scalars(stage, 0), unit, b, c) : Real(0);
+            });
+            NATTEN_EXT_UNROLL
+            for (int e = 0; e < 4; ++e) {
+              terms.p[b][e] = power_of_two(terms.p[b][e] - lse[e / 2]);
+              Real add = 0;
+              if (p.l2 && has_cot_key) add = staged_scalar<Real>(shared.scalars(stage, 1), unit, b, e % 2);
+              if (cot_bias && pairs.valid(e / 2, e % 2)) add += cot_bias.at(pairs.table_y[e / 2], pairs.table_x[e % 2]);
+              terms.x[b][e] = fused_multiply_add(terms.x[b][e], scale, add);
+            }
+            terms.mask(b, pairs);
+            use(b, pairs, unit, terms);
+          }
+        }
+      };
+
+      Real delta[2], mean[2] = {0, 0}, product[2] = {0, 0}, rest[2] = {0, 0};  // D, r, e, t
+      for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
+        write_key_terms(i, stage);
+        if (i == 0) own_row_products<M, D>(delta, shared.own(kGradOutput), shared.own(kOutput), own);
+        for_each_unit(i, stage, [&](int b, const BlockPairs&, const Unit&, PairTerms<Real>& terms) {
+          NATTEN_EXT_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            const Real weighted = terms.p[b][e] * terms.x[b][e];
+            mean[e / 2] += weighted;
+            product[e / 2] += weighted * terms.dp[b][e];
+            rest[e / 2] += terms.p[b][e] * terms.g[b][e];
+          }
+        });
+      });
+      add_over_columns(mean);
+      add_over_columns(product);
+      add_over_columns(rest);
+      for (int h = 0; h < 2; ++h) rest[h] += product[h] - 2 * delta[h] * mean[h];
+      if (first == 0) {
+        write_row_numbers(p, p.delta, tile, own, delta);
+        write_row_numbers(p, p.row_mean, tile, own, mean);
+        write_row_numbers(p, p.row_rest, tile, own, rest);
+      }
+      if (p.grad_query.data == nullptr && p.grad_grad_output.data == nullptr && !table) return;
+
+      Real grad_query[kChannels / 8][4] = {}, grad_grad_output[kChannels / 8][4] = {};
+      const auto second = [&](int i, int stage) {
+        Scores<Real> to_output;
+        for_each_unit(i, stage, [&](int b, const BlockPairs& pairs, const Unit& unit, PairTerms<Real>& terms) {
+          NATTEN_EXT_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            to_output[b][e] = terms.p[b][e] * (terms.x[b][e] - mean[e / 2]);
+            terms.to_gradients(b, e, delta[e / 2], mean[e / 2], rest[e / 2]);
+          }
+          if (table && first == 0) table.add(terms.x[b], pairs);
+          if (b == 0) return;
+          const auto rows = [&](StagedTensor tensor) { return shared.rows(stage, tensor) + first * sizeof(Element); };
+          accumulate<M, D, kChannels>(grad_query, terms.x, rows(kKey), unit);
+          if (has_cot_key) accumulate<M, D, kChannels>(grad_query, terms.dp, rows(kCotKey), unit);
+          accumulate<M, D, kChannels>(grad_grad_output, to_output, rows(kValue), unit);
+          if (has_cot_value) accumulate<M, D, kChannels>(grad_grad_output, terms.p, rows(kCotValue), unit);
+        });
+      };
+      if (pieces.count == 1) {
+        second(0, 0);
+      } else {
+        for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
+          write_key_terms(i, stage);
+          second(i, stage);
+        });
+      }
+      if (p.grad_query.data != nullptr) {
+        write_rows<M, D, kChannels>(grad_query, {scale, scale}, p.grad_query, shared.own(kOutput), p, tile, own, first);
+      }
+      if (p.grad_grad_output.data != nullptr) {
+        write_rows<M, D, kChannels>(grad_grad_output, {1, 1}, p.grad_grad_output, shared.own(kOutput), p, tile, own, first);
+      }
+    });
+    if (first == 0) table.write_partial(p, shared.gradient(0), shared.table_bytes);
+  }
+};
+
+template <class M, int D>
+struct DoubleBackwardKey {
+  using Real = typename M::Real;
+  static constexpr bool kByKey = true, kTableGradient = false;
+  static constexpr int kOwn = 4, kStaged = 3, kScalars = 4, kTables = 2;
+  static constexpr int kChannels = kResultChannels<M, D, 2>;
+  enum OwnTensor { kKey, kValue, kCotKey, kCotValue };
+  enum StagedTensor { kQuery, kGradOutput, kCotQuery };
+  enum Scalar { kLse, kDelta, kMean, kRest };
+
+  NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
+    using Element = typename M::Element;
+    const int head = block_x() % p.launch_heads, first = block_y() * kChannels;
+    const TableReader<Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
+    const TableReader<Element, Real> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1);
+    const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
+    const bool has_cot_query = p.cot_query.data != nullptr, has_cot_key = p.cot_key.data != nullptr;
+    const bool has_cot_value = p.cot_value.data != nullptr;
+
+    for_each_tile<true>(p, [&](const Tile<true>& tile) {
+      const OwnRows<true> own(p, tile);
+      const Pieces pieces(tile.halo(p), p.plan.slots);
+      const Rectangle rectangle = rectangle_of(p, tile);
+      stage_rows<M, D>(shared.own(kKey), p.key, p, tile, rectangle, p.keys);
+      stage_rows<M, D>(shared.own(kValue), p.value, p, tile, rectangle, p.keys);
+      if (has_cot_key) stage_rows<M, D>(shared.own(kCotKey), p.cot_key, p, tile, rectangle, p.keys);
+      if (has_cot_value) stage_rows<M, D>(shared.own(kCotValue), p.cot_value, p, tile, rectangle, p.keys);
+      const LeftRows<M, D> key(shared.own(kKey), own), value(shared.own(kValue), own);
+      const LeftRows<M, D> cot_key(shared.own(kCotKey), own), cot_value(shared.own(kCotValue), own);
+      Real key_bias[2] = {0, 0}, key_term[2] = {0, 0};    // of l2, in S and in X
+      Real sum[2] = {0, 0}, first_sum[2] = {0, 0};        // of Sb and dS over the key's queries
+      Real grad_key[kChannels / 8][4] = {}, grad_value[kChannels / 8][4] = {};
+
+      const auto issue = [&](int i, int stage) {
+        const Rectangle piece = pieces.piece(i);
+        stage_rows<M, D>(shared.rows(stage, kQuery), p.query, p, tile, piece, p.queries);
+        stage_rows<M, D>(shared.rows(stage, kGradOutput), p.grad_output, p, tile, piece, p.queries);
+        if (has_cot_query) stage_rows<M, D>(shared.rows(stage, kCotQuery), p.cot_query, p, tile, piece, p.queries);
+        stage_scalars<Real>(shared.scalars(stage, kLse), p.lse, p, tile, piece);
+        stage_scalars<Real>(shared.scalars(stage, kDelta), p.delta, p, tile, piece);
+        stage_scalars<Real>(shared.scalars(stage, kMean), p.row_mean, p, tile, piece);
+        stage_scalars<Real>(shared.scalars(stage, kRest), p.row_rest, p, tile, piece);
+      };
+      for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
+        if (i == 0 && p.l2) {
+          own_row_products<M, D>(key_bias, shared.own(kKey), shared.own(kKey), own);
+          if (has_cot_key) own_row_products<M, D>(key_term, shared.own(kCotKey), shared.own(kKey), own);
+          for (int h = 0; h < 2; ++h) key_bias[h] *= -factor / 2, key_term[h] *= -scale;
+        }
+        for (Walk walk(own.partners, pieces.piece(i), p.queries); walk.more();) {
+          const Unit unit = walk.next();
+          PairTerms<Real> terms;
+          clear(terms.p);
+          clear(terms.dp);
+          clear(terms.x);
+          clear(terms.g);
+          scores<M, D>(terms.p, key, shared.rows(stage, kQuery), unit);
+          scores<M, D>(terms.dp, value, shared.rows(stage, kGradOutput), unit);
+          if (has_cot_query) scores<M, D>(terms.x, key, shared.rows(stage, kCotQuery), unit);
+          if (has_cot_key) scores<M, D>(terms.x, cot_key, shared.rows(stage, kQuery), unit);
+          if (has_cot_value) scores<M, D>(terms.g, cot_value, shared.rows(stage, kGradOutput), unit);
+          Scores<Real> to_value;
+          NATTEN_EXT_UNROLL
+          for (int b = 0; b < 2; ++b) {
+            const BlockPairs pairs = pairs_of(p, tile, own, unit, b);
+            finish_scores(terms.p[b], pairs, factor, bias, [&](int h, int) { return key_bias[h]; });
+            NATTEN_EXT_UNROLL
+            for (int e = 0; e < 4; ++e) {
+              const auto number = [&](Scalar which) {
+                return staged_scalar<Real>(shared.scalars(stage, which), unit, b, e % 2);
+              };
+              terms.p[b][e] = power_of_two(terms.p[b][e] - number(kLse) * kLog2E<Real>);
+              Real add = key_term[e / 2];
+              if (cot_bias && pairs.valid(e / 2, e % 2)) add += cot_bias.at(pairs.table_y[e / 2], pairs.table_x[e % 2]);
+              terms.x[b][e] = fused_multiply_add(terms.x[b][e], scale, add);
+            }
+            terms.mask(b, pairs);
+            NATTEN_EXT_UNROLL
+            for (int e = 0; e < 4; ++e) {
+              const auto number = [&](Scalar which) {
+                return staged_scalar<Real>(shared.scalars(stage, which), unit, b, e % 2);
+              };
+              const Real mean = number(kMean);
+              to_value[b][e] = terms.p[b][e] * (terms.x[b][e] - mean);
+              terms.to_gradients(b, e, number(kDelta), mean, number(kRest));
+              sum[e / 2] += terms.x[b][e];
+              first_sum[e / 2] += terms.dp[b][e];
+            }
+          }
+          const uint32_t channel = first * sizeof(Element);
+          accumulate<M, D, kChannels>(grad_value, to_value, shared.rows(stage, kGradOutput) + channel, unit);
+          accumulate<M, D, kChannels>(grad_key, terms.x, shared.rows(stage, kQuery) + channel, unit);
+          if (has_cot_query) accumulate<M, D, kChannels>(grad_key, terms.dp, shared.rows(stage, kCotQuery) + channel, unit);
+        }
+      });
+
+      if (p.l2) {
+        add_over_columns(sum);
+        add_over_columns(first_sum);
+        subtract_rows<M, D, kChannels>(grad_key, sum, shared.own(kKey), own, first);
+        if (has_cot_key) subtract_rows<M, D, kChannels>(grad_key, first_sum, shared.own(kCotKey), own, first);
+      }
+      if (p.grad_key.data != nullptr) {
+        write_rows<M, D, kChannels>(grad_key, {scale, scale}, p.grad_key, shared.own(kValue), p, tile, own, first);
+      }
+      if (p.grad_value.data != nullptr) {
+        write_rows<M, D, kChannels>(grad_value, {1, 1}, p.grad_value, shared.own(kValue), p, tile, own, first);
+      }
+    });
+  }
+};
+
+template <class M>
+void double_backward_query(const Params& p, const std::vector<Window>& windows, Context& context) {
+  launch_all_heads<M, DoubleBackwardQuery>(p, windows, context, HeadDims<M>{});
+}
+template <class M>
+void double_backward_key(const Params& p, const std::vector<Window>& windows, Context& context) {
+  launch_all_heads<M, DoubleBackwardKey>(p, windows, context, HeadDims<M>{});
+}
+
+template void double_backward_query<NATTEN_EXT_MODE>(const Params&, const std::vector<Window>&, Context&);
+template void double_backward_key<NATTEN_EXT_MODE>(const Params&, const std::vector<Window>&, Context&);
+
+}  // namespace natten_ext::cuda

@@ -1,0 +1,39 @@
+// What library.cpp calls: one function per kernel, on the host.
+#pragma once
+
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "params.h"
+
+namespace natten_ext::cuda {
+
+// Where a launch goes, and what it may touch.
+struct Context {
+  int shared_limit;  // bytes of shared memory that a block may have
+  void* stream;
+  std::function<void*(size_t bytes)> allocate;  // device memory that lives until the launches are done
+#if defined(NATTEN_EXT_EMULATOR)
+  std::vector<emulator::MemoryRange> memory;
+#endif
+};
+
+#if !defined(NATTEN_EXT_EMULATOR)
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error of a launch is reported once
+  throw std::runtime_error(std::string("natten_ext: ") + what + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+}
+#endif
+
+// One order each, or one side of it: query-centred kernels write what belongs to queries and the table's gradient,
+// key-centred ones what belongs to keys.
+template <class M> void forward(const Params&, const std::vector<Window>&, Context&);
+template <class M> void backward_query(const Params&, const std::vector<Window>&, Context&);
+template <class M> void backward_key(const Params&, const std::vector<Window>&, Context&);
+template <class M> void double_backward_query(const Params&, const std::vector<Window>&, Context&);
+template <class M> void double_backward_key(const Params&, const std::vector<Window>&, Context&);
+
+}  // namespace natten_ext::cuda

@@ -1,0 +1,77 @@
+// Forward: one block has a tile of queries, walks over the keys of its halo, and keeps a running softmax.
+// The formulas of all orders are in docs/double_backward.md.
+#include "launch.h"
+#include "softmax.h"
+
+namespace natten_ext::cuda {
+
+template <class M, int D>
+struct Forward {
+  using Real = typename M::Real;
+  static constexpr bool kByKey = false;
+  static constexpr int kOwn = 1, kStaged = 2, kScalars = 1, kTables = 1;  // query; key, value; key bias; bias
+  static constexpr bool kTableGradient = false;
+  static constexpr int kChannels = kResultChannels<M, D, 1>;
+  static constexpr bool kHeld = M::kTensor && D * sizeof(typename M::Element) <= 256;
+
+  NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
+    const int head = block_x() % p.launch_heads, first = block_y() * kChannels;
+    const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
+    const Real factor = static_cast<Real>(p.scale) * kLog2E<Real>;
+
+    for_each_tile<false>(p, [&](const Tile<false>& tile) {
+      const OwnRows<false> own(p, tile);
+      const Pieces pieces(tile.halo(p), p.plan.slots);
+      stage_rows<M, D>(shared.own(0), p.query, p, tile, rectangle_of(p, tile), p.queries);
+      LeftRows<M, D, kHeld> query(shared.own(0), own);
+      RunningSoftmax<Real> softmax;
+      Real acc[kChannels / 8][4] = {};
+
+      const auto issue = [&](int i, int stage) {
+        const Rectangle piece = pieces.piece(i);
+        stage_rows<M, D>(shared.rows(stage, 0), p.key, p, tile, piece, p.keys);
+        stage_rows<M, D>(shared.rows(stage, 1), p.value, p, tile, piece, p.keys);
+      };
+      for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
+        const Rectangle piece = pieces.piece(i);
+        const Shared key_bias = shared.scalars(stage, 0);
+        if (p.l2) {
+          write_key_norms<M, D>(key_bias, shared.rows(stage, 0), piece, -factor / 2);
+          sync_block();
+        }
+        if (i == 0) query.load();
+        for (Walk walk(own.partners, piece, p.keys); walk.more();) {
+          const Unit unit = walk.next();
+          Scores<Real> s;
+          clear(s);
+          scores<M, D>(s, query, shared.rows(stage, 0), unit);
+          NATTEN_EXT_UNROLL
+          for (int b = 0; b < 2; ++b) {
+            finish_scores(s[b], pairs_of(p, tile, own, unit, b), factor, bias,
+                          [&](int, int c) { return p.l2 ? staged_scalar<Real>(key_bias, unit, b, c) : Real(0); });
+          }
+          softmax.update(s, acc);
+          accumulate<M, D, kChannels>(acc, s, shared.rows(stage, 1) + first * sizeof(typename M::Element), unit);
+        }
+      });
+
+      softmax.finish();
+      const Real inverse[2] = {1 / softmax.sum[0], 1 / softmax.sum[1]};
+      write_rows<M, D, kChannels>(acc, inverse, p.output, shared.own(0), p, tile, own, first);
+      for (int h = 0; h < 2; ++h) {
+        if (first == 0 && thread_index() % 4 == 0 && own.exists[h]) {
+          store_global(static_cast<Real*>(p.lse) + tile.row_index(p, own.y[h], own.x), softmax.logarithm(h));
+        }
+      }
+    });
+  }
+};
+
+template <class M>
+void forward(const Params& p, const std::vector<Window>& windows, Context& context) {
+  launch_all_heads<M, Forward>(p, windows, context, HeadDims<M>{});
+}
+
+template void forward<NATTEN_EXT_MODE>(const Params&, const std::vector<Window>&, Context&);
+
+}  // namespace natten_ext::cuda

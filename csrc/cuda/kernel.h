@@ -1,0 +1,71 @@
+// What all kernels share: the loop over a block's tiles, and the scores of a unit.
+#pragma once
+
+#include "products.h"
+#include "staging.h"
+#include "tables.h"
+
+namespace natten_ext::cuda {
+
+constexpr int kThreads = 256;  // of a block, at most
+
+template <class Real>
+constexpr Real kLog2E = static_cast<Real>(1.4426950408889634074);
+template <class Real>
+constexpr Real kLn2 = static_cast<Real>(0.69314718055994530942);
+template <class Real>
+constexpr Real kInfinity = static_cast<Real>(__builtin_huge_val());
+
+// Channels of each of `Results` results that one block keeps, bounded by a lane's registers. Further blocks (block_y)
+// do the other channels, and compute the scores again.
+template <class M, int D, int Results>
+constexpr int kResultChannels = [] {
+  const int most = (sizeof(typename M::Real) == 8 ? 64 : 256) / Results;
+  int channels = D;
+  while (channels > most) channels /= 2;
+  return channels;
+}();
+
+// Runs `body(tile)` on the tiles of this block. Blocks next to each other have different heads of the same tile, whose
+// rows share cache lines.
+template <bool ByKey, class Body>
+NATTEN_EXT_DEVICE void for_each_tile(const Params& p, Body body) {
+  const int head = block_x() % p.launch_heads, count = Tile<ByKey>::count(p, head);
+  for (int i = block_x() / p.launch_heads; i < count; i += p.plan.blocks_per_head) {
+    const Tile<ByKey> tile(p, head, i);
+    if (tile.empty()) continue;
+    body(tile);
+    if (i + p.plan.blocks_per_head < count) sync_block();  // shared memory is free again
+  }
+}
+
+// Own rows of a tile, as they are staged.
+template <bool ByKey>
+NATTEN_EXT_DEVICE Rectangle rectangle_of(const Params& p, const Tile<ByKey>& tile) {
+  return {tile.origin_y, tile.origin_y + Tile<ByKey>::tile_height(p), tile.origin_x,
+          tile.origin_x + Tile<ByKey>::tile_width(p)};
+}
+
+// The number that belongs to the staged row of a lane's column c of a block.
+template <class Real>
+NATTEN_EXT_DEVICE Real staged_scalar(Shared scalars, const Unit& unit, int block, int c) {
+  const int slot = unit.slot_of(block, thread_index() % 4 * 2 + c);
+  return load_shared<Real>(scalars + slot * static_cast<uint32_t>(sizeof(Real)));
+}
+
+// From products to scores in base-2 logarithms, -infinity where there is no pair: a times log2(e) is `factor`,
+// `key_bias(c, h)` the key's share, and the table holds base-2 logarithms.
+template <class Real, class Reader, class KeyBias>
+NATTEN_EXT_DEVICE void finish_scores(Real (&s)[4], const BlockPairs& pairs, Real factor, const Reader& table,
+                                     KeyBias key_bias) {
+  NATTEN_EXT_UNROLL
+  for (int e = 0; e < 4; ++e) {
+    const int h = e / 2, c = e % 2;
+    const bool valid = pairs.valid(h, c);
+    Real add = key_bias(h, c);
+    if (table && valid) add += table.at(pairs.table_y[h], pairs.table_x[c]);
+    s[e] = valid ? fused_multiply_add(s[e], factor, add) : -kInfinity<Real>;
+  }
+}
+
+}  // namespace natten_ext::cuda

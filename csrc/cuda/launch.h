@@ -1,0 +1,158 @@
+// From a problem to a launch, on the host: the padded head_dim, the cut into tiles and pieces, the call itself.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "entry.h"
+#include "kernel.h"
+#include "reduce.h"
+
+namespace natten_ext::cuda {
+
+#if defined(NATTEN_EXT_EMULATOR)
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments), int grid_x, int grid_y, int threads, uint32_t shared_bytes, const Arguments& arguments,
+            Context& context) {
+  emulator::run({grid_x, grid_y, threads, shared_bytes, context.memory}, [&] { kernel(arguments); });
+}
+
+#else
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments), int grid_x, int grid_y, int threads, uint32_t shared_bytes, const Arguments& arguments,
+            Context& context) {
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)), "shared memory of a kernel");
+  }
+  kernel<<<dim3(grid_x, grid_y), threads, shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(arguments);
+  check(cudaGetLastError(), "launch of a kernel");
+}
+
+#endif
+
+// Kernels are templates over the head_dim they pad to.
+template <class M>
+struct HeadDims : std::integer_sequence<int, 16, 32, 64, 96, 128, 256> {};
+template <>
+struct HeadDims<FloatMode> : std::integer_sequence<int, 16, 32, 64, 128, 256> {};
+template <>
+struct HeadDims<DoubleMode> : std::integer_sequence<int, 32, 128, 256> {};
+
+template <class M, template <class, int> class Kernel, int D>
+NATTEN_EXT_KERNEL(kThreads, 1) attention_kernel(NATTEN_EXT_PARAMETER(Params) p) {
+  using K = Kernel<M, D>;
+  K::run(p, SharedLayout<M, D>(p.plan, K::kOwn, K::kStaged, K::kScalars, K::kTables, K::kTableGradient && p.table_gradient,
+                               p.table_rows * p.table_columns));
+}
+
+// Largest number of partners of `tile` adjacent rows on one axis, roughly: it only sizes stages.
+inline int64_t halo_extent(Neighborhood n, int64_t tile, int64_t kernel, int64_t length) {
+  if (n == Neighborhood::full) return length;
+  if (n == Neighborhood::sliding) return std::min(length, tile + kernel - 1);
+  return std::min(length, kernel % tile == 0 || tile % kernel == 0 ? std::max(tile, kernel) : (tile / kernel + 2) * kernel);
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tiles of the head that has most.
+inline int64_t largest_tile_count(const Params& p, bool by_key) {
+  const Map& own = by_key ? p.keys : p.queries;
+  const int tile_height = 2 * (p.plan.warps / p.plan.warps_x), tile_width = kBlock * p.plan.warps_x;
+  int64_t most = 0;
+  for (int h = 0; h < p.launch_heads; ++h) {
+    const Window& w = p.windows[h];
+    most = std::max(most, int64_t{p.batch} * w.dilation_y * w.dilation_x *
+                              divide_up(divide_up(own.height, w.dilation_y), tile_height) *
+                              divide_up(divide_up(own.width, w.dilation_x), tile_width));
+  }
+  return most;
+}
+
+// Chooses warps, stages and slots: the largest tile whose halo fits beside it, for at least two blocks on a
+// multiprocessor where possible.
+template <class M, template <class, int> class Kernel, int D>
+Plan plan_of(const Params& p, const Context& context) {
+  using K = Kernel<M, D>;
+  const int shared_limit = context.shared_limit;
+  const bool gradient = K::kTableGradient && p.table_gradient;
+  const Map& other = K::kByKey ? p.queries : p.keys;
+  const auto bytes = [&](const Plan& plan) {
+    return SharedLayout<M, D>(plan, K::kOwn, K::kStaged, K::kScalars, K::kTables, gradient, p.table_rows * p.table_columns).total;
+  };
+  for (const bool tables_shared : {true, false}) {
+    for (const int64_t limit : {int64_t{shared_limit} / 2, int64_t{shared_limit}}) {
+      for (const int warps : {4, 2, 1}) {
+        Plan plan{warps, 1, kBlock, 1, 1, tables_shared, 0};
+        int64_t halo = 1;
+        for (int h = 0; h < p.launch_heads; ++h) {
+          const Window& w = p.windows[h];
+          const int64_t height = divide_up(other.height, w.dilation_y), width = divide_up(other.width, w.dilation_x);
+          halo = std::max(halo, halo_extent(p.neighborhood, 2 * warps, w.kernel_y, height) *
+                                    halo_extent(p.neighborhood, kBlock, w.kernel_x, width));
+        }
+        plan.slots = static_cast<int>(divide_up(halo, kBlock) * kBlock);
+        if (plan.slots > 512 || bytes(plan) > limit) {
+          // Several pieces, two stages; at least two units each.
+          plan.stages = 2;
+          for (plan.slots = 128; plan.slots > 32 && bytes(plan) > limit;) plan.slots /= 2;
+          if (bytes(plan) > limit && warps == 1 && limit == shared_limit) {
+            plan.stages = 1;
+            while (plan.slots > kBlock && bytes(plan) > limit) plan.slots /= 2;
+          }
+        }
+        plan.shared_bytes = static_cast<uint32_t>(bytes(plan));
+        if (plan.shared_bytes <= limit) return plan;
+      }
+    }
+  }
+  throw std::runtime_error("natten_ext: head_dim " + std::to_string(p.head_dim) + " in this dtype does not fit the " +
+                           std::to_string(shared_limit) + " bytes of shared memory that this GPU gives a block");
+}
+
+// Blocks of a launch with a table gradient: few enough that their partial sums stay small. The number does not depend
+// on the GPU, so neither do the sums.
+constexpr int kTableBlocks = 2048;
+
+template <class M, template <class, int> class Kernel, int D>
+void launch_padded(Params p, Context& context) {
+  using K = Kernel<M, D>;
+  const bool gradient = K::kTableGradient && p.table_gradient;
+  p.table_gradient = gradient;
+  p.plan = plan_of<M, Kernel, D>(p, context);
+  const int64_t tiles = largest_tile_count(p, K::kByKey);
+  const int64_t most = gradient ? std::max(1, kTableBlocks / p.launch_heads) : INT32_MAX / p.launch_heads;
+  if (!gradient && tiles > most) throw std::runtime_error("natten_ext: too many tiles for one launch");
+  p.plan.blocks_per_head = static_cast<int>(std::min(tiles, most));
+  const int64_t partials = p.plan.blocks_per_head * (p.plan.tables_shared ? 1 : p.plan.warps);
+  const int64_t table = int64_t{p.table_rows} * p.table_columns;
+  if (gradient) {
+    p.table_partials = context.allocate(partials * p.launch_heads * table * sizeof(typename M::Real));
+  }
+  const int channel_blocks = static_cast<int>(divide_up(p.head_dim, K::kChannels));
+  launch(attention_kernel<M, Kernel, D>, p.launch_heads * p.plan.blocks_per_head, channel_blocks, kWarp * p.plan.warps,
+         p.plan.shared_bytes, p, context);
+  if (gradient) {
+    const TableSums sums{p.table_partials, static_cast<int>(partials), static_cast<int>(table), p.first_head,
+                         p.launch_heads, p.grad_bias.data, p.grad_bias.is_float};
+    launch(reduce_tables<typename M::Element, typename M::Real>, static_cast<int>(divide_up(table, kWarp)),
+           p.launch_heads, kReductionThreads, kReductionThreads * sizeof(typename M::Real), sums, context);
+  }
+}
+
+// Launches the instance for the least padded head_dim that holds the problem's, for at most kMaxHeads heads at a time.
+template <class M, template <class, int> class Kernel, int... Dims>
+void launch_all_heads(Params p, const std::vector<Window>& windows, Context& context, std::integer_sequence<int, Dims...>) {
+  for (p.first_head = 0; p.first_head < p.heads; p.first_head += kMaxHeads) {
+    p.launch_heads = std::min(kMaxHeads, p.heads - p.first_head);
+    std::copy_n(windows.begin() + p.first_head, p.launch_heads, p.windows);
+    bool done = false;
+    ((!done && p.head_dim <= Dims ? (launch_padded<M, Kernel, Dims>(p, context), done = true) : false), ...);
+  }
+}
+
+}  // namespace natten_ext::cuda

@@ -1,0 +1,287 @@
+// The `cuda` backend as torch sees it: the operators, and the way from their arguments to launches. The emulator's
+// library is this file too, on CPU tensors and with a few operators of its own.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "../operators.h"
+#include "entry.h"
+
+namespace natten_ext::cuda {
+namespace {
+
+using torch::stable::Tensor;
+
+// The last row of a sequence's map may be short: see params.h.
+Map sequence_map(int64_t tokens) {
+  operators::require(tokens <= INT32_MAX - kBlock, "a sequence may have at most 2^31 - 9 tokens");
+  return {static_cast<int>((tokens + kBlock - 1) / kBlock), kBlock, static_cast<int>(tokens)};
+}
+
+Rows rows_of(const View& v, bool sequence) {
+  return {v.data, v.batch, sequence ? v.x * kBlock : v.y, v.x, v.head};
+}
+
+Table table_of(const View& v) { return {v.data, v.head, v.y, v.x, v.dtype == DType::float32}; }
+
+int element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// The widest access that the address, the strides and the length of every row allow.
+int vector_bytes(const Problem& p, std::initializer_list<const View*> views) {
+  int64_t all = 16;
+  for (const View* v : views) {
+    if (!*v) continue;
+    const int64_t size = element_size(v->dtype);
+    all |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(v->data)) | p.head_dim * size;
+    for (const int64_t stride : {v->batch, v->y, v->x, v->head}) all |= stride * size;
+  }
+  return static_cast<int>(all & -all);
+}
+
+Context context_of(const Tensor& like);
+void note_workspace(Context& context, void* data, size_t bytes);
+
+struct Launcher {
+  Params params{};
+  std::vector<Window> windows;
+  Context context;
+  std::vector<Tensor> workspace;
+  Tensor like;  // where workspace is allocated
+
+  Launcher(const Arguments& a, const Tensor& like) : like(like) {
+    const Problem& p = a.problem;
+    const bool sequence = p.kind == Kind::full;
+    params.neighborhood = static_cast<Neighborhood>(p.kind);
+    params.batch = static_cast<int>(p.batch);
+    params.heads = static_cast<int>(p.heads);
+    params.head_dim = static_cast<int>(p.head_dim);
+    params.l2 = p.l2;
+    params.scale = p.dot_scale();
+    operators::require(p.batch <= INT32_MAX && p.heads <= INT32_MAX, "batch and heads must be less than 2^31");
+    if (sequence) {
+      params.queries = sequence_map(p.width);
+      params.keys = sequence_map(p.key_width);
+    } else {
+      operators::require(p.height <= UINT16_MAX && p.width <= UINT16_MAX, "height and width must be at most 65535");
+      operators::require(p.height * p.width <= INT32_MAX, "a map may have at most 2^31 - 1 positions");
+      params.queries = params.keys = {static_cast<int>(p.height), static_cast<int>(p.width),
+                                      static_cast<int>(p.height * p.width)};
+    }
+    for (int64_t head = 0; head < p.heads; ++head) {
+      HeadWindow w{1, 1, 1, 1};
+      if (p.kind == Kind::grid) w = {p.window_y, p.window_x, 1, 1};
+      if (p.kind == Kind::neighborhood) w = p.windows[head];
+      windows.push_back({static_cast<uint16_t>(w.kernel_y), static_cast<uint16_t>(w.kernel_x),
+                         static_cast<uint16_t>(w.dilation_y), static_cast<uint16_t>(w.dilation_x)});
+    }
+    const bool table = a.bias || a.cot_bias;
+    params.table_rows = table ? static_cast<int>(p.table_height()) : 0;
+    params.table_columns = table ? static_cast<int>(p.table_width()) : 0;
+    const auto rows = [&](const View& v) { return rows_of(v, sequence); };
+    params.query = rows(a.query), params.key = rows(a.key), params.value = rows(a.value);
+    params.output = rows(a.output), params.grad_output = rows(a.grad_output);
+    params.cot_query = rows(a.cot_query), params.cot_key = rows(a.cot_key), params.cot_value = rows(a.cot_value);
+    params.grad_query = rows(a.grad_query), params.grad_key = rows(a.grad_key), params.grad_value = rows(a.grad_value);
+    params.grad_grad_output = rows(a.grad_grad_output);
+    params.bias = table_of(a.bias), params.cot_bias = table_of(a.cot_bias), params.grad_bias = table_of(a.grad_bias);
+    params.table_gradient = static_cast<bool>(a.grad_bias);
+    params.lse = a.lse;
+    params.vector_bytes = vector_bytes(p, {&a.query, &a.key, &a.value, &a.output, &a.grad_output, &a.cot_query,
+                                           &a.cot_key, &a.cot_value});
+    params.output_vector_bytes =
+        vector_bytes(p, {&a.output, &a.grad_query, &a.grad_key, &a.grad_value, &a.grad_grad_output});
+    context = context_of(like);
+    context.allocate = [this](size_t bytes) { return allocate(bytes); };
+    note_memory(a);
+  }
+
+  void* allocate(size_t bytes) {
+    const int64_t size = static_cast<int64_t>(bytes);
+    workspace.push_back(torch::stable::new_empty(like, {&size, 1}, torch::headeronly::ScalarType::Byte));
+    void* data = workspace.back().mutable_data_ptr();
+    note_workspace(context, data, bytes);
+    return data;
+  }
+
+  // One number per query and head.
+  void* allocate_row_numbers(size_t real_size) {
+    return allocate(real_size * params.batch * params.heads * params.queries.count);
+  }
+
+  void note_memory(const Arguments& a);
+};
+
+#if defined(NATTEN_EXT_EMULATOR)
+
+// What the largest consumer GPUs give a block, so that tests see the smallest pieces; or what tests ask for.
+int emulated_shared_limit = 99 * 1024;
+
+Context context_of(const Tensor&) { return {emulated_shared_limit, nullptr, {}, {}}; }
+
+void note_workspace(Context& context, void* data, size_t bytes) {
+  std::memset(data, 0xff, bytes);
+  context.memory.push_back({data, bytes, true});
+}
+
+void Launcher::note_memory(const Arguments& a) {
+  const Problem& p = a.problem;
+  const auto note = [&](const View& v, bool written, int64_t width) {
+    if (!v) return;
+    const int64_t last = (p.batch - 1) * v.batch + (p.height - 1) * v.y + (width - 1) * v.x + (p.heads - 1) * v.head;
+    context.memory.push_back({v.data, static_cast<size_t>((last + p.head_dim) * element_size(v.dtype)), written});
+  };
+  const auto note_table = [&](const View& v, bool written) {
+    if (!v) return;
+    const int64_t last = (p.heads - 1) * v.head + (p.table_height() - 1) * v.y + (p.table_width() - 1) * v.x;
+    context.memory.push_back({v.data, static_cast<size_t>((last + 1) * element_size(v.dtype)), written});
+  };
+  for (const View* v : {&a.query, &a.grad_output, &a.cot_query}) note(*v, false, p.width);
+  for (const View* v : {&a.key, &a.value, &a.cot_key, &a.cot_value}) note(*v, false, p.key_width);
+  for (const View* v : {&a.output, &a.grad_query, &a.grad_grad_output}) note(*v, true, p.width);
+  for (const View* v : {&a.grad_key, &a.grad_value}) note(*v, true, p.key_width);
+  for (const View* v : {&a.bias, &a.cot_bias}) note_table(*v, false);
+  note_table(a.grad_bias, true);
+  const size_t real = a.query.dtype == DType::float64 ? 8 : 4;
+  context.memory.push_back({a.lse, static_cast<size_t>(p.batch * p.heads * p.queries()) * real, true});
+}
+
+bool on_device(const Tensor& t) { return t.is_cpu(); }
+void poison(Tensor& t) { std::memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size()); }
+struct DeviceScope {
+  explicit DeviceScope(const Tensor&) {}
+};
+
+#else
+
+Context context_of(const Tensor& like) {
+  const int device = like.get_device_index();
+  int limit = 0;
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory of the GPU");
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("natten_ext: torch gave no current CUDA stream");
+  }
+  return {limit, stream, {}};
+}
+
+void note_workspace(Context&, void*, size_t) {}
+void Launcher::note_memory(const Arguments&) {}
+
+bool on_device(const Tensor& t) { return t.is_cuda(); }
+void poison(Tensor&) {}
+struct DeviceScope {
+  torch::stable::accelerator::DeviceGuard guard;
+  explicit DeviceScope(const Tensor& t) : guard(t.get_device_index()) {}
+};
+
+#endif
+
+// Calls `run.template operator()<Mode>()` for what the arguments compute in.
+template <class Run>
+void with_mode(DType dtype, bool tf32, Run run) {
+  switch (dtype) {
+    case DType::float16: return run.template operator()<HalfMode>();
+    case DType::bfloat16: return run.template operator()<BfloatMode>();
+    case DType::float32: return tf32 ? run.template operator()<Tf32Mode>() : run.template operator()<FloatMode>();
+    case DType::float64: return run.template operator()<DoubleMode>();
+  }
+}
+
+struct CudaBackend {
+  bool tf32;
+  Tensor like;
+  const char* device =
+#if defined(NATTEN_EXT_EMULATOR)
+      "the CPU, where CUDA is emulated";
+#else
+      "a CUDA device";
+#endif
+
+  bool holds(const Tensor& t) const { return on_device(t) && t.get_device_index() == like.get_device_index(); }
+  bool takes(DType) const { return true; }
+  void allocated(Tensor& t) const { poison(t); }
+
+  void forward(const Arguments& a) const {
+    Launcher launcher(a, like);
+    with_mode(a.query.dtype, tf32, [&]<class M>() { cuda::forward<M>(launcher.params, launcher.windows, launcher.context); });
+  }
+
+  void backward(const Arguments& a) const {
+    Launcher launcher(a, like);
+    Params& p = launcher.params;
+    with_mode(a.query.dtype, tf32, [&]<class M>() {
+      p.delta = launcher.allocate_row_numbers(sizeof(typename M::Real));
+      cuda::backward_query<M>(p, launcher.windows, launcher.context);
+      if (a.grad_key || a.grad_value) cuda::backward_key<M>(p, launcher.windows, launcher.context);
+    });
+  }
+
+  void double_backward(const Arguments& a) const {
+    Launcher launcher(a, like);
+    Params& p = launcher.params;
+    with_mode(a.query.dtype, tf32, [&]<class M>() {
+      for (void** numbers : {&p.delta, &p.row_mean, &p.row_rest}) {
+        *numbers = launcher.allocate_row_numbers(sizeof(typename M::Real));
+      }
+      cuda::double_backward_query<M>(p, launcher.windows, launcher.context);
+      if (a.grad_key || a.grad_value) cuda::double_backward_key<M>(p, launcher.windows, launcher.context);
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor> run_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
+                                   std::vector<int64_t> neighborhood, bool l2, double scale, bool tf32) {
+  const DeviceScope scope(query);
+  return operators::forward(CudaBackend{tf32, query}, query, key, value, bias, neighborhood, l2, scale);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,
+                                                    std::optional<Tensor> bias, Tensor output, Tensor lse,
+                                                    std::vector<int64_t> neighborhood, bool l2, double scale,
+                                                    int64_t needs, bool tf32) {
+  const DeviceScope scope(query);
+  return operators::backward(CudaBackend{tf32, query}, grad_output, query, key, value, bias, output, lse, neighborhood,
+                             l2, scale, needs);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_double_backward(
+    std::optional<Tensor> cot_query, std::optional<Tensor> cot_key, std::optional<Tensor> cot_value,
+    std::optional<Tensor> cot_bias, Tensor grad_output, Tensor query, Tensor key, Tensor value,
+    std::optional<Tensor> bias, Tensor output, Tensor lse, std::vector<int64_t> neighborhood, bool l2, double scale,
+    int64_t needs, bool tf32) {
+  const DeviceScope scope(query);
+  return operators::double_backward(CudaBackend{tf32, query}, cot_query, cot_key, cot_value, cot_bias, grad_output,
+                                    query, key, value, bias, output, lse, neighborhood, l2, scale, needs);
+}
+
+#if defined(NATTEN_EXT_EMULATOR)
+void configure(int64_t order, std::string dropped_site, int64_t shared_limit) {
+  emulator::configure(static_cast<int>(order), dropped_site);
+  emulated_shared_limit = static_cast<int>(shared_limit);
+}
+std::string sites() { return emulator::sites(); }
+#endif
+
+}  // namespace
+}  // namespace natten_ext::cuda
+
+STABLE_TORCH_LIBRARY(natten_ext_cuda, m) {
+  natten_ext::operators::define(m, ", bool tf32");
+#if defined(NATTEN_EXT_EMULATOR)
+  m.def("configure(int order, str dropped_site, int shared_limit) -> ()");
+  m.def("sites() -> str");
+#endif
+}
+
+STABLE_TORCH_LIBRARY_IMPL(natten_ext_cuda, CompositeExplicitAutograd, m) {
+  m.impl("forward", TORCH_BOX(&natten_ext::cuda::run_forward));
+  m.impl("backward", TORCH_BOX(&natten_ext::cuda::run_backward));
+  m.impl("double_backward", TORCH_BOX(&natten_ext::cuda::run_double_backward));
+#if defined(NATTEN_EXT_EMULATOR)
+  m.impl("configure", TORCH_BOX(&natten_ext::cuda::configure));
+  m.impl("sites", TORCH_BOX(&natten_ext::cuda::sites));
+#endif
+}

@@ -1,0 +1,130 @@
+// What a launch hands to its kernel: sizes, tensors, and how the work is cut into blocks and stages.
+#pragma once
+
+#include <cstdint>
+
+#include "../geometry.h"
+#include "arch.h"
+
+namespace natten_ext::cuda {
+
+constexpr int kMaxHeads = 128;  // per launch; the host starts another for the rest
+constexpr int kMaxStages = 3;
+constexpr int kBlock = 8;      // adjacent keys (or queries) of a row that are worked on as one
+constexpr int kWarpRows = 16;  // queries (or keys) of a warp: two rows of eight
+
+enum class Neighborhood : int { full = 0, grid = 1, sliding = 2 };
+
+struct Window {
+  uint16_t kernel_y, kernel_x, dilation_y, dilation_x;
+};
+
+// A tensor (batch, y, x, head, channel). Strides count elements; channels are contiguous. No data: absent.
+struct Rows {
+  void* data;
+  int64_t batch, y, x, head;
+};
+
+// A relative position table (head, y, x), in the element type of the maps or in float.
+struct Table {
+  void* data;
+  int64_t head, y, x;
+  bool is_float;
+};
+
+// A map of queries or keys. Sequences are maps of width 8 whose last row may be short: `count` positions in all.
+struct Map {
+  int height, width, count;
+};
+
+// How a kernel cuts its work. A tile of `warps` x 16 rows is `warps_x` warps wide; the other side is staged in pieces
+// of at most `slots` rows, `stages` pieces deep.
+struct Plan {
+  int warps, warps_x, slots, stages;
+  int blocks_per_head;  // each works on every blocks_per_head-th tile of its head
+  bool tables_shared;   // tables and their gradients fit shared memory
+  uint32_t shared_bytes;
+};
+
+struct Params {
+  Neighborhood neighborhood;
+  int batch, heads, head_dim;
+  int first_head, launch_heads;
+  Map queries, keys;
+  bool l2;
+  double scale;                // a: factor of q.k
+  int vector_bytes;            // widest copy that every staged row allows: 16, 8, 4 or 2
+  int output_vector_bytes;     // the same for results
+  int table_rows, table_columns;
+
+  Rows query, key, value, output;
+  Rows grad_output, cot_query, cot_key, cot_value;
+  Rows grad_query, grad_key, grad_value, grad_grad_output;
+  Table bias, cot_bias, grad_bias;
+  bool table_gradient;
+  void *lse, *delta, *row_mean, *row_rest;  // (batch, heads, queries) in Real: L, D, r, t of docs/double_backward.md
+  void* table_partials;                     // (partials, launch_heads, table) in Real
+  Plan plan;
+  Window windows[kMaxHeads];
+};
+
+// What a kernel computes in. Tensor: on the matrix units (float: as TF32).
+template <class ElementType, class RealType, bool Tensor>
+struct Mode {
+  using Element = ElementType;
+  using Real = RealType;
+  static constexpr bool kTensor = Tensor;
+};
+using HalfMode = Mode<Half, float, true>;
+using BfloatMode = Mode<Bfloat, float, true>;
+using Tf32Mode = Mode<float, float, true>;
+using FloatMode = Mode<float, float, false>;
+using DoubleMode = Mode<double, double, false>;
+
+// Bytes from one staged row to the next: sixteen more than the row, so that eight rows lie in different banks.
+template <class M, int D>
+constexpr uint32_t kPitch = D * sizeof(typename M::Element) + 16;
+
+// Where things lie in a block's shared memory. `own`: tensors of the tile; `staged`: tensors of a piece; `scalars`:
+// numbers per staged row; `tables`: tables read; `gradient`: whether a table gradient is summed.
+template <class M, int D>
+struct SharedLayout {
+  using Real = typename M::Real;
+  static constexpr uint32_t kDiagonal = 2 * 64 + 16;  // numbers of a warp's scratch, see table.h
+
+  NATTEN_EXT_HOST_DEVICE SharedLayout(const Plan& plan, int own, int staged, int scalars, int tables, bool gradient,
+                                      int table_size) {
+    tile_bytes = plan.warps * kWarpRows * kPitch<M, D>;
+    piece_bytes = plan.slots * kPitch<M, D>;
+    scalar_bytes = round_up(plan.slots * sizeof(Real));
+    stage_bytes = staged * piece_bytes + scalars * scalar_bytes;
+    table_bytes = round_up(table_size * sizeof(Real));
+    stages = own * tile_bytes;
+    scratch = stages + plan.stages * stage_bytes;
+    tables_at = scratch + (gradient ? plan.warps * round_up(kDiagonal * sizeof(Real)) : 0);
+    gradients = tables_at + (plan.tables_shared ? tables * table_bytes : 0);
+    total = gradients + (plan.tables_shared && gradient ? plan.warps * table_bytes : 0);
+    staged_count = staged;
+  }
+
+  NATTEN_EXT_HOST_DEVICE Shared own(int tensor) const { return tensor * tile_bytes; }
+  NATTEN_EXT_HOST_DEVICE Shared rows(int stage, int tensor) const {
+    return stages + stage * stage_bytes + tensor * piece_bytes;
+  }
+  NATTEN_EXT_HOST_DEVICE Shared scalars(int stage, int which) const {
+    return stages + stage * stage_bytes + staged_count * piece_bytes + which * scalar_bytes;
+  }
+  NATTEN_EXT_HOST_DEVICE Shared diagonal(int warp) const {
+    return scratch + warp * round_up(kDiagonal * sizeof(Real));
+  }
+  NATTEN_EXT_HOST_DEVICE Shared table(int which) const { return tables_at + which * table_bytes; }
+  NATTEN_EXT_HOST_DEVICE Shared gradient(int warp) const { return gradients + warp * table_bytes; }
+
+  NATTEN_EXT_HOST_DEVICE static constexpr uint32_t round_up(uint32_t bytes) { return (bytes + 15) / 16 * 16; }
+
+  uint32_t tile_bytes, piece_bytes, scalar_bytes, stage_bytes, table_bytes;
+  uint32_t stages, scratch, tables_at, gradients, total;
+  int staged_count;
+};
+
+}  // namespace natten_ext::cuda

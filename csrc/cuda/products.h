@@ -1,0 +1,168 @@
+// The two products that every kernel is made of, for a warp's 16 own rows and a unit of two blocks of staged rows:
+//
+//   scores      c[i][j] += own[i] . staged[j]
+//   accumulate  acc[i]  += sum over j of weights[i][j] * staged[j]
+//
+// Results lie as in the matrix units' fragments in every mode (arch.h): of block b, a lane has c[b][2h + e] for its
+// own rows h = 0, 1 and the block's columns 2 (lane % 4) + e. On the matrix units the weights of one product are the
+// left operand of the next without leaving their registers.
+#pragma once
+
+#include "tiles.h"
+
+namespace natten_ext::cuda {
+
+template <class Real>
+using Scores = Real[2][4];
+
+// Own rows as the left operand. Held: in registers, otherwise read again from the tile for every unit.
+template <class M, int D, bool Held = false>
+struct LeftRows {
+  static constexpr int kSteps = D * static_cast<int>(sizeof(typename M::Element)) / 32;
+  Shared address[2];  // on the matrix units the lane's row of ldmatrix, otherwise rows g and g + 8
+  uint32_t fragments[Held ? kSteps : 1][4];
+
+  template <class Own>
+  NATTEN_EXT_DEVICE LeftRows(Shared tile, const Own& own) {
+    const int lane = thread_index() % kWarp;
+    if constexpr (M::kTensor) {
+      address[0] = tile + own.slot_of(lane % 16) * kPitch<M, D> + lane / 16 * 16;
+    } else {
+      address[0] = tile + own.slot_of(lane / 4) * kPitch<M, D>;
+      address[1] = tile + own.slot_of(lane / 4 + 8) * kPitch<M, D>;
+    }
+  }
+  // Once the tile has arrived.
+  NATTEN_EXT_DEVICE void load() {
+    if constexpr (Held) {
+      NATTEN_EXT_UNROLL
+      for (int k = 0; k < kSteps; ++k) read(fragments[k], k);
+    }
+  }
+  NATTEN_EXT_DEVICE void read(uint32_t (&a)[4], int k) const {
+    load_matrices(a, address[0] + 32 * k);
+    if constexpr (sizeof(typename M::Element) == 4) {
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < 4; ++i) a[i] = round_to_tf32(a[i]);
+    }
+  }
+};
+
+template <class M, int D, bool Held>
+NATTEN_EXT_DEVICE void scores(Scores<typename M::Real>& c, const LeftRows<M, D, Held>& left, Shared staged, const Unit& unit) {
+  using Element = typename M::Element;
+  using Real = typename M::Real;
+  const int lane = thread_index() % kWarp;
+  if constexpr (M::kTensor) {
+    // Lanes 0 to 7 give rows of the first block at the step's first half, 8 to 15 at its second, 16 to 31 the second block's.
+    const Shared row = staged + unit.slot_of(lane / 16, lane % 8) * kPitch<M, D> + lane / 8 % 2 * 16;
+    NATTEN_EXT_UNROLL
+    for (int k = 0; k < LeftRows<M, D>::kSteps; ++k) {
+      uint32_t a[4], b[4];
+      load_matrices(b, row + 32 * k);
+      if constexpr (sizeof(Element) == 4) {
+        NATTEN_EXT_UNROLL
+        for (int i = 0; i < 4; ++i) b[i] = round_to_tf32(b[i]);
+      }
+      if constexpr (Held) {
+        multiply<Element>(c[0], left.fragments[k], b[0], b[1]);
+        multiply<Element>(c[1], left.fragments[k], b[2], b[3]);
+      } else {
+        left.read(a, k);
+        multiply<Element>(c[0], a, b[0], b[1]);
+        multiply<Element>(c[1], a, b[2], b[3]);
+      }
+    }
+  } else {
+    constexpr int kChunk = 16 / sizeof(Element);
+    struct alignas(16) Chunk {
+      Real e[kChunk];
+    };
+    Shared row[2][2];
+    NATTEN_EXT_UNROLL
+    for (int j = 0; j < 4; ++j) row[j / 2][j % 2] = staged + unit.slot_of(j / 2, lane % 4 * 2 + j % 2) * kPitch<M, D>;
+    for (int channel = 0; channel < D; channel += kChunk) {
+      const uint32_t at = channel * static_cast<uint32_t>(sizeof(Element));
+      const Chunk own[2] = {load_shared<Chunk>(left.address[0] + at), load_shared<Chunk>(left.address[1] + at)};
+      NATTEN_EXT_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const Chunk other = load_shared<Chunk>(row[j / 2][j % 2] + at);
+        NATTEN_EXT_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          NATTEN_EXT_UNROLL
+          for (int i = 0; i < kChunk; ++i) {
+            Real& sum = c[j / 2][2 * h + j % 2];
+            sum = fused_multiply_add(own[h].e[i], other.e[i], sum);
+          }
+        }
+      }
+    }
+  }
+}
+
+// `staged` points at the first channel of the DC that `acc` holds.
+template <class M, int D, int DC>
+NATTEN_EXT_DEVICE void accumulate(typename M::Real (&acc)[DC / 8][4], const Scores<typename M::Real>& weights, Shared staged,
+                                  const Unit& unit) {
+  using Element = typename M::Element;
+  using Real = typename M::Real;
+  const int lane = thread_index() % kWarp;
+  if constexpr (M::kTensor && sizeof(Element) == 2) {
+    uint32_t a[4];
+    NATTEN_EXT_UNROLL
+    for (int i = 0; i < 4; ++i) a[i] = pack<Element>(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1]);
+    const Shared row = staged + unit.slot_of(lane / 8 % 2, lane % 8) * kPitch<M, D> + lane / 16 * 16;
+    NATTEN_EXT_UNROLL
+    for (int n = 0; n < DC / 16; ++n) {
+      uint32_t b[4];
+      load_matrices_transposed(b, row + 32 * n);
+      multiply<Element>(acc[2 * n], a, b[0], b[1]);
+      multiply<Element>(acc[2 * n + 1], a, b[2], b[3]);
+    }
+  } else if constexpr (M::kTensor) {
+    // The depth of a product may be in any order: t stands for column 2t, and t + 4 for 2t + 1.
+    NATTEN_EXT_UNROLL
+    for (int b = 0; b < 2; ++b) {
+      uint32_t a[4];
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < 4; ++i) a[i] = round_to_tf32(bits_of(weights[b][i % 2 * 2 + i / 2]));
+      const uint32_t channel = lane / 4 * 4;
+      const Shared even = staged + unit.slot_of(b, lane % 4 * 2) * kPitch<M, D> + channel;
+      const Shared odd = staged + unit.slot_of(b, lane % 4 * 2 + 1) * kPitch<M, D> + channel;
+      NATTEN_EXT_UNROLL
+      for (int n = 0; n < DC / 8; ++n) {
+        multiply<Element>(acc[n], a, round_to_tf32(load_shared<uint32_t>(even + 32 * n)),
+                          round_to_tf32(load_shared<uint32_t>(odd + 32 * n)));
+      }
+    }
+  } else {
+    struct alignas(2 * sizeof(Real)) Pair {
+      Real e[2];
+    };
+    NATTEN_EXT_UNROLL
+    for (int j = 0; j < 2 * kBlock; ++j) {
+      const int b = j / kBlock, column = j % kBlock, source = lane / 4 * 4 + column / 2;
+      Real weight[2];
+      NATTEN_EXT_UNROLL
+      for (int h = 0; h < 2; ++h) weight[h] = shuffle(weights[b][2 * h + column % 2], source);
+      const Shared row = staged + unit.slot_of(b, column) * kPitch<M, D> + lane % 4 * static_cast<uint32_t>(sizeof(Pair));
+      NATTEN_EXT_UNROLL
+      for (int n = 0; n < DC / 8; ++n) {
+        const Pair other = load_shared<Pair>(row + 8 * n * static_cast<uint32_t>(sizeof(Real)));
+        NATTEN_EXT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          // What is masked has weight zero exactly, also beside a NaN.
+          if (weight[i / 2] != 0) acc[n][i] = fused_multiply_add(weight[i / 2], other.e[i % 2], acc[n][i]);
+        }
+      }
+    }
+  }
+}
+
+template <class Real>
+NATTEN_EXT_DEVICE void clear(Scores<Real>& c) {
+  NATTEN_EXT_UNROLL
+  for (int i = 0; i < 8; ++i) c[i / 4][i % 4] = 0;
+}
+
+}  // namespace natten_ext::cuda

@@ -1,0 +1,71 @@
+// The running softmax of a lane's two rows, whose columns are spread over four lanes.
+#pragma once
+
+#include "kernel.h"
+
+namespace natten_ext::cuda {
+
+// Weights are 2^(score - base). The base follows the largest score only when that is kSlack or more above it, which is
+// rare: until then weights may be as large as 2^kSlack, and nothing is rescaled (as in FlashAttention-4).
+template <class Real>
+struct RunningSoftmax {
+  static constexpr Real kSlack = 8;
+  Real base[2] = {-kInfinity<Real>, -kInfinity<Real>};
+  Real sum[2] = {0, 0};  // of the lane's own columns
+
+  // Turns scores into weights.
+  template <int N>
+  NATTEN_EXT_DEVICE void update(Scores<Real>& s, Real (&acc)[N][4]) {
+    Real largest[2];
+    NATTEN_EXT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      largest[h] = larger(larger(s[0][2 * h], s[0][2 * h + 1]), larger(s[1][2 * h], s[1][2 * h + 1]));
+    }
+    if (any_in_warp(largest[0] > base[0] + kSlack || largest[1] > base[1] + kSlack)) raise(largest, acc);
+    NATTEN_EXT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const Real from = base[h] == -kInfinity<Real> ? Real(0) : base[h];  // a row that has met no key yet
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        Real& weight = s[i / 2][2 * h + i % 2];
+        weight = power_of_two(weight - from);
+        sum[h] += weight;
+      }
+    }
+  }
+
+  // The rows' whole sums.
+  NATTEN_EXT_DEVICE void finish() {
+    NATTEN_EXT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += shuffle_xor(sum[h], 1);
+      sum[h] += shuffle_xor(sum[h], 2);
+    }
+  }
+  NATTEN_EXT_DEVICE Real logarithm(int h) const {
+    return fused_multiply_add(base[h], kLn2<Real>, natural_logarithm(sum[h]));
+  }
+
+ private:
+  NATTEN_EXT_DEVICE static Real larger(Real a, Real b) { return a > b ? a : b; }
+
+  template <int N>
+  NATTEN_EXT_DEVICE void raise(Real (&largest)[2], Real (&acc)[N][4]) {
+    NATTEN_EXT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      largest[h] = larger(largest[h], shuffle_xor(largest[h], 1));
+      largest[h] = larger(largest[h], shuffle_xor(largest[h], 2));
+      const Real next = larger(base[h], largest[h]);
+      const Real factor = base[h] == -kInfinity<Real> ? Real(0) : power_of_two(base[h] - next);
+      base[h] = next;
+      sum[h] *= factor;
+      NATTEN_EXT_UNROLL
+      for (int n = 0; n < N; ++n) {
+        acc[n][2 * h] *= factor;
+        acc[n][2 * h + 1] *= factor;
+      }
+    }
+  }
+};
+
+}  // namespace natten_ext::cuda

@@ -1,0 +1,265 @@
+// Which queries and keys a block, a warp and a lane work on.
+//
+// A tile is a rectangle of one residue class of one (batch, head): queries in the query-centred kernels, keys in the
+// key-centred ones. Each warp has 16 of its rows, two rows of the map by eight columns. The other side's halo, the
+// rectangle of all partners of the tile, is staged in pieces, and a warp walks through the part of a piece that its
+// own rows can meet, in blocks of eight adjacent positions of a map row, two blocks at a time (a Unit).
+#pragma once
+
+#include "params.h"
+
+namespace natten_ext::cuda {
+
+NATTEN_EXT_DEVICE int lesser(int a, int b) { return a < b ? a : b; }
+NATTEN_EXT_DEVICE int greater(int a, int b) { return a > b ? a : b; }
+
+// Division of small numbers by one divisor: exact while number * divisor < 2^32.
+struct Divisor {
+  uint32_t divisor, magic;
+  NATTEN_EXT_DEVICE explicit Divisor(int d) : divisor(d), magic(0xffffffffu / d + 1) {}
+  NATTEN_EXT_DEVICE int operator()(int number) const { return magic == 0 ? number : multiply_high(number, magic); }
+};
+
+// One axis of a residue class. Windows start later for later queries, so partners of a range are a range.
+struct Axis {
+  Neighborhood neighborhood;
+  int queries, keys, kernel;
+  Divisor by_kernel;
+
+  // First key of the window of a query.
+  NATTEN_EXT_DEVICE int start(int query) const {
+    if (neighborhood == Neighborhood::sliding) return class_window_start(query, keys, kernel);
+    return neighborhood == Neighborhood::grid ? by_kernel(query) * kernel : 0;
+  }
+  NATTEN_EXT_DEVICE int first_query(int key) const {
+    if (neighborhood == Neighborhood::sliding) return key < kernel ? 0 : key - kernel + 1 + kernel / 2;
+    return neighborhood == Neighborhood::grid ? by_kernel(key) * kernel : 0;
+  }
+  NATTEN_EXT_DEVICE int end_query(int key) const {
+    if (neighborhood == Neighborhood::sliding) return key >= keys - kernel ? queries : key + kernel / 2 + 1;
+    return neighborhood == Neighborhood::grid ? by_kernel(key) * kernel + kernel : queries;
+  }
+};
+
+struct Rectangle {
+  int y0, y1, x0, x1;
+  NATTEN_EXT_DEVICE int height() const { return y1 - y0; }
+  NATTEN_EXT_DEVICE int width() const { return x1 - x0; }
+};
+
+// `ByKey`: the tile's own rows are keys, and queries are staged.
+template <bool ByKey>
+struct Tile {
+  int batch, head;  // head of the tensors; `window` has the launch's own
+  Window window;
+  int residue_y, residue_x;
+  Axis y, x;
+  int origin_y, origin_x;
+  Map own, other;  // the whole maps, undilated
+
+  NATTEN_EXT_DEVICE static int count(const Params& p, int launch_head) {
+    const Window w = p.windows[launch_head];
+    const Map& own = ByKey ? p.keys : p.queries;
+    return p.batch * w.dilation_y * w.dilation_x * tiles_y(p, w, own) * tiles_x(p, w, own);
+  }
+
+  NATTEN_EXT_DEVICE Tile(const Params& p, int launch_head, int index)
+      : head(p.first_head + launch_head),
+        window(p.windows[launch_head]),
+        y(axis(p, 0, 0, 1)),
+        x(axis(p, 0, 0, 1)),
+        own(ByKey ? p.keys : p.queries),
+        other(ByKey ? p.queries : p.keys) {
+    const int nx = tiles_x(p, window, own), ny = tiles_y(p, window, own);
+    origin_x = index % nx * tile_width(p);
+    index /= nx;
+    origin_y = index % ny * tile_height(p);
+    index /= ny;
+    residue_x = index % window.dilation_x;
+    index /= window.dilation_x;
+    residue_y = index % window.dilation_y;
+    batch = index / window.dilation_y;
+    y = axis(p, class_size(p.queries.height, window.dilation_y, residue_y),
+             class_size(p.keys.height, window.dilation_y, residue_y), window.kernel_y);
+    x = axis(p, class_size(p.queries.width, window.dilation_x, residue_x),
+             class_size(p.keys.width, window.dilation_x, residue_x), window.kernel_x);
+  }
+
+  NATTEN_EXT_DEVICE static int tile_height(const Params& p) { return 2 * (p.plan.warps / p.plan.warps_x); }
+  NATTEN_EXT_DEVICE static int tile_width(const Params& p) { return kBlock * p.plan.warps_x; }
+
+  NATTEN_EXT_DEVICE int own_height() const { return ByKey ? y.keys : y.queries; }
+  NATTEN_EXT_DEVICE int own_width() const { return ByKey ? x.keys : x.queries; }
+  NATTEN_EXT_DEVICE bool empty() const { return origin_y >= own_height() || origin_x >= own_width(); }
+
+  // Whether a position of the class exists. Only undilated maps have a short last row.
+  NATTEN_EXT_DEVICE bool owns(int py, int px) const {
+    return py < own_height() && px < own_width() && int64_t{py} * own.width + px < own.count;
+  }
+
+  // Partners of the own rows [y0, y1] x [x0, x1], all of which exist.
+  NATTEN_EXT_DEVICE Rectangle partners(int y0, int y1, int x0, int x1) const {
+    if (ByKey) return {y.first_query(y0), y.end_query(y1), x.first_query(x0), x.end_query(x1)};
+    return {y.start(y0), y.start(y1) + y.kernel, x.start(x0), x.start(x1) + x.kernel};
+  }
+  NATTEN_EXT_DEVICE Rectangle halo(const Params& p) const {
+    return partners(origin_y, lesser(origin_y + tile_height(p), own_height()) - 1, origin_x,
+                    lesser(origin_x + tile_width(p), own_width()) - 1);
+  }
+
+  // Element offset of a position of the class, at channel 0.
+  NATTEN_EXT_DEVICE int64_t offset(const Rows& t, int py, int px) const {
+    return batch * t.batch + head * t.head + (int64_t{py} * window.dilation_y + residue_y) * t.y +
+           (int64_t{px} * window.dilation_x + residue_x) * t.x;
+  }
+  // Index into (batch, heads, queries).
+  NATTEN_EXT_DEVICE int64_t row_index(const Params& p, int py, int px) const {
+    return (int64_t{batch} * p.heads + head) * p.queries.count +
+           (int64_t{py} * window.dilation_y + residue_y) * p.queries.width + int64_t{px} * window.dilation_x + residue_x;
+  }
+
+ private:
+  NATTEN_EXT_DEVICE static int class_size(int length, int dilation, int residue) {
+    return (length - residue + dilation - 1) / dilation;
+  }
+  NATTEN_EXT_DEVICE static int tiles_y(const Params& p, const Window& w, const Map& own) {
+    return (class_size(own.height, w.dilation_y, 0) + tile_height(p) - 1) / tile_height(p);
+  }
+  NATTEN_EXT_DEVICE static int tiles_x(const Params& p, const Window& w, const Map& own) {
+    return (class_size(own.width, w.dilation_x, 0) + tile_width(p) - 1) / tile_width(p);
+  }
+  NATTEN_EXT_DEVICE static Axis axis(const Params& p, int queries, int keys, int kernel) {
+    // A window of `full` is all keys.
+    if (p.neighborhood == Neighborhood::full) kernel = keys;
+    return {p.neighborhood, queries, keys, kernel, Divisor(kernel > 0 ? kernel : 1)};
+  }
+};
+
+// A halo cut into pieces of at most `slots` positions: several whole rows, or parts of one.
+struct Pieces {
+  Rectangle halo;
+  int rows, columns, across, count;
+
+  NATTEN_EXT_DEVICE Pieces(const Rectangle& h, int slots) : halo(h) {
+    columns = lesser(h.width(), slots);
+    rows = slots / columns;
+    across = (h.width() + columns - 1) / columns;
+    count = (h.height() + rows - 1) / rows * across;
+  }
+  NATTEN_EXT_DEVICE Rectangle piece(int index) const {
+    const int y0 = halo.y0 + index / across * rows, x0 = halo.x0 + index % across * columns;
+    return {y0, lesser(y0 + rows, halo.y1), x0, lesser(x0 + columns, halo.x1)};
+  }
+};
+
+// Two blocks of the staged side.
+struct Unit {
+  int y[2], x[2], slot[2];
+  int x_end[2];    // positions from here on belong to no block of this walk
+  int last_slot;   // rows past it were not staged
+
+  NATTEN_EXT_DEVICE int slot_of(int block, int position) const {
+    return lesser((block ? slot[1] : slot[0]) + position, last_slot);
+  }
+};
+
+// Goes through the blocks of `wanted` inside a staged piece.
+struct Walk {
+  Rectangle range, piece;
+  int row_count, y, x, width;
+
+  NATTEN_EXT_DEVICE Walk(const Rectangle& wanted, const Rectangle& staged, const Map& map) : piece(staged) {
+    range = {greater(wanted.y0, staged.y0), lesser(wanted.y1, staged.y1), greater(wanted.x0, staged.x0),
+             lesser(wanted.x1, staged.x1)};
+    if (range.x0 >= range.x1) range.y1 = range.y0;
+    y = range.y0;
+    x = range.x0;
+    row_count = map.count;
+    width = map.width;
+  }
+  NATTEN_EXT_DEVICE bool more() const { return y < range.y1; }
+
+  NATTEN_EXT_DEVICE Unit next() {
+    Unit unit;
+    unit.last_slot = piece.height() * piece.width() - 1;
+    NATTEN_EXT_UNROLL
+    for (int b = 0; b < 2; ++b) {
+      const bool live = y < range.y1;
+      unit.y[b] = y;
+      unit.x[b] = x;
+      unit.slot[b] = live ? (y - piece.y0) * piece.width() + x - piece.x0 : 0;
+      // The last row of a sequence may be short; the count of a map is never in the way.
+      const int64_t left = row_count - int64_t{y} * width;
+      unit.x_end[b] = !live ? x : left < range.x1 ? static_cast<int>(left) : range.x1;
+      x += kBlock;
+      if (x >= range.x1) x = range.x0, ++y;
+    }
+    return unit;
+  }
+};
+
+// A warp's own rows. In fragments a lane has rows g and g + 8: one column of the map, two of its rows.
+template <bool ByKey>
+struct OwnRows {
+  int y[2], x;        // positions of the lane's two rows
+  bool exists[2];
+  bool any;           // whether the warp has any
+  Rectangle partners;  // of all rows of the warp
+  int start_y[2], start_x;  // windows of the lane's queries; not used by keys
+  int first_slot, tile_width;  // of the warp in the tile, which is stored row by row
+
+  NATTEN_EXT_DEVICE OwnRows(const Params& p, const Tile<ByKey>& tile) {
+    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+    const int warp_y = warp / p.plan.warps_x * 2, warp_x = warp % p.plan.warps_x * kBlock;
+    tile_width = Tile<ByKey>::tile_width(p);
+    first_slot = warp_y * tile_width + warp_x;
+    const int y0 = tile.origin_y + warp_y, x0 = tile.origin_x + warp_x;
+    any = tile.owns(y0, x0);
+    x = x0 + lane / 4;
+    for (int h = 0; h < 2; ++h) {
+      y[h] = y0 + h;
+      exists[h] = tile.owns(y[h], x);
+      start_y[h] = ByKey ? 0 : tile.y.start(lesser(y[h], tile.own_height() - 1));
+    }
+    start_x = ByKey ? 0 : tile.x.start(lesser(x, tile.own_width() - 1));
+    partners = {0, 0, 0, 0};
+    if (any) {
+      partners = tile.partners(y0, lesser(y0 + 1, tile.own_height() - 1), x0,
+                               lesser(x0 + kBlock - 1, tile.own_width() - 1));
+    }
+  }
+
+  // Slot of row 0 to 15 of the warp in the tile.
+  NATTEN_EXT_DEVICE int slot_of(int row) const { return first_slot + row / kBlock * tile_width + row % kBlock; }
+};
+
+// Which of a lane's pairs of own row h and column c of a block exist, and their place in the table.
+struct BlockPairs {
+  bool valid_y[2], valid_x[2];
+  int table_y[2], table_x[2];
+
+  NATTEN_EXT_DEVICE bool valid(int h, int c) const { return valid_y[h] && valid_x[c]; }
+};
+
+template <bool ByKey>
+NATTEN_EXT_DEVICE BlockPairs pairs_of(const Params& p, const Tile<ByKey>& tile, const OwnRows<ByKey>& own, const Unit& unit,
+                                      int block) {
+  BlockPairs pairs;
+  const int zero_y = p.table_rows / 2, zero_x = p.table_columns / 2;
+  const int y = unit.y[block], column = unit.x[block] + thread_index() % 4 * 2;
+  const int start_y = ByKey ? tile.y.start(y) : 0;
+  for (int h = 0; h < 2; ++h) {
+    const int key = ByKey ? own.y[h] : y, start = ByKey ? start_y : own.start_y[h];
+    pairs.valid_y[h] = own.exists[h] && static_cast<uint32_t>(key - start) < static_cast<uint32_t>(tile.y.kernel);
+    pairs.table_y[h] = zero_y + (ByKey ? own.y[h] - y : y - own.y[h]);
+  }
+  for (int c = 0; c < 2; ++c) {
+    const int x = column + c;
+    const int key = ByKey ? own.x : x, start = ByKey ? tile.x.start(x) : own.start_x;
+    pairs.valid_x[c] = x < unit.x_end[block] && static_cast<uint32_t>(key - start) < static_cast<uint32_t>(tile.x.kernel);
+    pairs.table_x[c] = zero_x + (ByKey ? own.x - x : x - own.x);
+  }
+  return pairs;
+}
+
+}  // namespace natten_ext::cuda

@@ -1,0 +1,112 @@
+"""The ``cuda`` backend: hand-written kernels (csrc/cuda) for the tensor cores of sm_80 and later.
+
+The kernels are in a shared object of their own, because only a torch with CUDA has what it links to. Tests load the
+same kernels compiled for the host instead, under the emulator of csrc/emulator: ``NATTEN_EXT_CUDA_EMULATOR`` is its path.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MINIMUM_CAPABILITY = (8, 0)
+
+EMULATOR_VARIABLE = "NATTEN_EXT_CUDA_EMULATOR"
+
+_library = Path(__file__).parent / "libnatten_ext_cuda.so"
+
+
+def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Why this backend can't run a problem; empty if it can."""
+    reason = _not_loaded()
+    if reason:
+        return reason
+    emulated = _emulator() is not None
+    if device_type not in (("cpu", "meta") if emulated else ("cuda", "meta")):
+        return f"device must be {'cpu, where it is emulated' if emulated else 'cuda'}, got {device_type}"
+    if dtype not in DTYPES:
+        return f"dtype must be one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}"
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {head_dim}"
+    if device_type == "cuda":
+        return _unsupported_gpu(torch.cuda.current_device())
+    return ""
+
+
+def forward(query, key, value, bias, neighborhood, score, scale):
+    """``(output, lse)``; see ``natten_ext.ops``."""
+    return torch.ops.natten_ext_cuda.forward(query, key, value, bias, neighborhood, score == "l2", scale, _tf32(query))
+
+
+def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
+    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
+    return torch.ops.natten_ext_cuda.backward(
+        grad_output, query, key, value, bias, output, lse, neighborhood, score == "l2", scale, _bits(needs), _tf32(query)
+    )
+
+
+def double_backward(
+    cot_query,
+    cot_key,
+    cot_value,
+    cot_bias,
+    grad_output,
+    query,
+    key,
+    value,
+    bias,
+    output,
+    lse,
+    neighborhood,
+    score,
+    scale,
+    needs,
+):
+    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
+    return torch.ops.natten_ext_cuda.double_backward(
+        cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
+        neighborhood, score == "l2", scale, _bits(needs), _tf32(query),
+    )  # fmt: skip
+
+
+def _bits(needs) -> int:
+    return sum(1 << position for position, need in enumerate(needs) if need)
+
+
+def _tf32(query: torch.Tensor) -> bool:
+    """Whether torch lets float32 matrix products run in TF32 on the tensor cores."""
+    return query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _emulator() -> str | None:
+    return os.environ.get(EMULATOR_VARIABLE) or None
+
+
+@cache
+def _not_loaded() -> str:
+    """Loads the kernels, once. Empty if they are there, else why not."""
+    if _emulator() is not None:
+        torch.ops.load_library(_emulator())
+        return ""
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if not _library.exists():
+        return "it was not built: no nvcc was found, or NATTEN_EXT_CUDA=0 was set, when natten_ext was installed"
+    try:
+        torch.ops.load_library(_library)
+    except OSError as error:
+        return f"{_library.name} does not load: {error}"
+    return ""
+
+
+@cache
+def _unsupported_gpu(device: int) -> str:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        return "the GPU must have compute capability {}.{} or later, got {}.{}".format(*MINIMUM_CAPABILITY, *capability)
+    return ""
