@@ -53,6 +53,13 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """One of our tensors that is published in parts: they are put one after the other along the first axis."""
+
+    parts: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
 class Extra:
     """A published tensor that ours does without; it may be missing.
 
@@ -69,22 +76,30 @@ class Layout:
 
     `networks` says for each weights file of ours under which key the state dict is, and whether it is a "generator" or
     a "discriminator". `ignored` are the file's other keys. `sources` and `extras` are made for a model of ours, given
-    on the "meta" device.
+    on the "meta" device. Files may keep the networks in another dictionary, under the key `nested`, and lack those of
+    our names in `optional`.
     """
 
     networks: Mapping[str, tuple[str, str]]
     ignored: frozenset[str]
-    sources: Callable[[nn.Module], dict[str, Source]]
+    sources: Callable[[nn.Module], dict[str, Source | Joined]]
     """For each name in our state dict, where it comes from."""
     extras: Callable[[nn.Module], dict[str, Extra]]
     """For each published name without a counterpart."""
+    nested: str | None = None
+    optional: frozenset[str] = frozenset()
+
+
+def parts_of(source: Source | Joined) -> tuple[Source, ...]:
+    """The published tensors that one of ours is made of."""
+    return source.parts if isinstance(source, Joined) else (source,)
 
 
 def layouts() -> dict[str, Layout]:
     """The presets whose published checkpoints can be converted."""
-    from gans.tools import convert_transgan
+    from gans.tools import convert_stylenat, convert_transgan
 
-    return dict(convert_transgan.LAYOUTS)
+    return {**convert_transgan.LAYOUTS, **convert_stylenat.LAYOUTS}
 
 
 def translate(state: Mapping[str, Tensor], model: nn.Module, layout: Layout, where: str) -> dict[str, Tensor]:
@@ -94,7 +109,7 @@ def translate(state: Mapping[str, Tensor], model: nn.Module, layout: Layout, whe
     """
     state = {name.removeprefix("module."): value for name, value in state.items()}  # of DataParallel
     sources, extras = layout.sources(model), layout.extras(model)
-    wanted = {source.name: source for source in sources.values()}
+    wanted = {part.name: part for source in sources.values() for part in parts_of(source)}
     problems = [f"unknown: {name}" for name in state if name not in wanted and name not in extras]
     problems += [f"missing: {name}" for name in wanted if name not in state]
     for name, source in wanted.items():
@@ -105,13 +120,19 @@ def translate(state: Mapping[str, Tensor], model: nn.Module, layout: Layout, whe
             problems.append(f"{name} is not the constant that its tensors are to be read with")
     if problems:
         raise ValueError(f"{where} does not fit this preset: {len(problems)} problems\n  " + "\n  ".join(problems))
-    return {ours: source.convert(state[source.name]).contiguous() for ours, source in sources.items()}
+    return {
+        ours: torch.cat([part.convert(state[part.name]) for part in source.parts])
+        if isinstance(source, Joined)
+        else source.convert(state[source.name]).contiguous()
+        for ours, source in sources.items()
+    }
 
 
 def _fits(value: Tensor, extra: Extra) -> bool:
     if tuple(value.shape) != extra.shape:
         return False
-    return extra.expected is None or torch.equal(value, extra.expected().to(value.dtype))
+    # Filters are rounded in whatever way they were computed.
+    return extra.expected is None or torch.allclose(value, extra.expected().to(value.dtype), rtol=1e-5, atol=1e-6)
 
 
 def read_published(path: Path) -> dict[str, Any]:
@@ -134,12 +155,17 @@ def read_published(path: Path) -> dict[str, Any]:
 
 def convert(content: Mapping[str, Any], recipe: TrainConfig, layout: Layout) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The name of each weights file and its state dict, from the dictionary in a published file."""
+    if layout.nested is not None and layout.nested in content:
+        content = {key: value for key, value in content.items() if key != layout.nested} | content[layout.nested]
     known = {key for key, _ in layout.networks.values()}
-    problems = [f"missing: {key}" for key in sorted(known - content.keys())]
+    needed = {key for ours, (key, _) in layout.networks.items() if ours not in layout.optional}
+    problems = [f"missing: {key}" for key in sorted(needed - content.keys())]
     problems += [f"unknown: {key}" for key in sorted(map(str, content.keys() - known - layout.ignored))]
     if problems:
         raise ValueError("the checkpoint is not laid out as published:\n  " + "\n  ".join(problems))
     for ours, (key, role) in layout.networks.items():
+        if key not in content:
+            continue
         with torch.device("meta"):
             model = build(getattr(recipe, role))
         state = translate(content[key], model, layout, where=key)
