@@ -16,9 +16,13 @@ from types import ModuleType
 import torch
 
 from . import cpu
+from .triton import backend as triton
 
-FUSED: dict[str, ModuleType] = {"cpu": cpu}
+FUSED: dict[str, ModuleType] = {"triton": triton, "cpu": cpu}
 """Fused backends by name, in the order in which ``auto`` tries them."""
+
+# On CPU tensors these run in an interpreter or an emulator, and only when they are asked for by name.
+_MADE_FOR_GPUS = ("cuda", "triton")
 
 NAMES = (*FUSED, "reference")
 
@@ -83,6 +87,8 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int
         return name
     reasons = []
     for candidate in FUSED:
+        if device_type == "cpu" and candidate in _MADE_FOR_GPUS:
+            continue
         status = _status(candidate, device_type, dtype, head_dim)
         if status.available:
             return candidate

@@ -18,7 +18,7 @@ from .geometry import (
 )
 from .launch import Launch, rows_of
 from .problem import QUERY
-from .scores import logits, table_centre
+from .scores import key_bias_of, logits, table_centre
 from .tiles import (
     LN2,
     add_weighted,
@@ -26,7 +26,7 @@ from .tiles import (
     number,
     product,
     row_numbers,
-    row_sums,
+    scaled,
     store_rows,
     zero_rows,
 )
@@ -63,7 +63,7 @@ def forward_kernel(
         keys = as_keys(there, table_columns, 0)
         k = load_rows(key, batch, head, lattice, there, S)
         v = load_rows(value, batch, head, lattice, there, S)
-        key_bias = (-scale / 2 * row_sums(k, k, BLOCK, S))[None, :] if S.l2 else None
+        key_bias = key_bias_of(k, scale, 0, BLOCK, S)
         scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
         higher = tl.maximum(highest, tl.max(scores, 1))
         # A row may see nothing in this block, and nothing yet.
@@ -71,17 +71,11 @@ def forward_kernel(
         weights = tl.exp2(scores - origin[:, None])
         decay = tl.exp2(highest - origin)
         total = total * decay + tl.sum(weights, 1)
-        decayed = ()
-        for index in tl.static_range(len(S.chunks)):
-            decayed = decayed + (rows[index] * decay[:, None],)
-        rows = add_weighted(decayed, weights, v, S)
+        rows = add_weighted(scaled(rows, decay[:, None], S), weights, v, S)
         highest = higher
 
     total = tl.where(total == 0.0, 1.0, total)  # only where there is no query
-    results = ()
-    for index in tl.static_range(len(S.chunks)):
-        results = results + (rows[index] / total[:, None],)
-    store_rows(output, batch, head, lattice, place, results, S)
+    store_rows(output, batch, head, lattice, place, scaled(rows, 1 / total[:, None], S), S)
     numbers = row_numbers(batch, head, heads, height, width, lattice, place)
     tl.store(lse + numbers, (highest + tl.log2(total)) * LN2, mask=place.valid)
 

@@ -63,17 +63,14 @@ def locate(tile, head, members, height, width, window_y, window_x, KEYS: tl.cons
         window_x = tl.load(members + head * 4 + 1)
         step_y = tl.load(members + head * 4 + 2)
         step_x = tl.load(members + head * 4 + 3)
-        across_y = tl.cdiv(height, step_y)
         across_x = tl.cdiv(width, step_x)
         columns = step_x
         instances = step_y * step_x
     elif S.kind == GRID and not S.packed:
-        across_y = window_y
         across_x = window_x
         columns = width // window_x
         instances = height // window_y * columns
     else:
-        across_y = height
         across_x = window_x if KEYS and S.kind == FULL else width
         columns = 1
         instances = 1

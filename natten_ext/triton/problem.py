@@ -212,3 +212,28 @@ def _splits(size: int, height: int) -> Iterator[IntPair]:
 def _power(number: int) -> int:
     """Smallest power of two that is not below the number."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def displacements(problem: Problem, tiles: Tiling) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Where blocks of keys can lie relative to tiles of queries, for each axis: (first, count, shift).
+
+    The blocks at ``shift + index * extent`` from the tile's first query, for ``count`` indices from ``first``, hold
+    every key that a query of the tile may see.
+    """
+    longest = problem.longest(tiles.packed, QUERY)
+    windows = [m[:2] for m in problem.members] or [problem.window]
+    results = []
+    for axis in (0, 1):
+        own, block = tiles.own[axis], tiles.block[axis]
+        low = high = 0
+        for lattice, window in zip(longest, windows, strict=True):
+            last_tile = (lattice[axis] - 1) // own * own
+            low = min(low, -min(window[axis] - 1, last_tile))
+            high = max(high, min(own + window[axis] - 2, lattice[axis] - 1))
+        # Away from borders, a neighborhood's blocks start with its windows.
+        shift = 0
+        if problem.kind == NEIGHBORHOOD:
+            shift = max(low, -(max(window[axis] for window in windows) // 2))
+        first = (low - shift) // block
+        results.append((first, (high - shift) // block - first + 1, shift))
+    return results[0], results[1]

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .geometry import visible
-from .tiles import LOG2E
+from .tiles import LOG2E, add_product, row_sums
 
 
 @triton.jit
@@ -34,3 +34,52 @@ def logits(products, key_bias, queries, keys, table, scale, lattice, S: tl.const
     if table is not None:
         scores += table_entries(table, queries, keys, see, S) * LOG2E
     return tl.where(see, scores, float("-inf"))
+
+
+@triton.jit
+def key_bias_of(k, scale, AXIS: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
+    """What the score l2 adds per key, -scale/2 * |k|^2, along axis 1 - AXIS of the scores; None for dot."""
+    if S.l2:
+        return tl.expand_dims(-scale / 2 * row_sums(k, k, COUNT, S), AXIS)
+    else:
+        return None
+
+
+@triton.jit
+def cot_key_bias_of(cot_k, k, scale, AXIS: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
+    """What the score l2 adds to ``cot_scores`` per key, -scale * gK.K; None for dot and without gK."""
+    if S.l2 and cot_k is not None:
+        return tl.expand_dims(-scale * row_sums(cot_k, k, COUNT, S), AXIS)
+    else:
+        return None
+
+
+@triton.jit
+def cot_scores(
+    cot_first, first, second, cot_second, key_bias, cot_table, queries, keys, scale, lattice,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """X = scale * (cot_first . second + first . cot_second) + gbias: the cotangent of dS (docs/double_backward.md).
+
+    ``first`` is what runs along axis 0, the queries or the keys. Cotangents may be None.
+    """
+    x = tl.zeros((HEIGHT, WIDTH), S.accumulate)
+    if cot_first is not None:
+        x = add_product(x, cot_first, second, S)
+    if cot_second is not None:
+        x = add_product(x, first, cot_second, S)
+    x = x * scale
+    if key_bias is not None:
+        x += key_bias
+    if cot_table is not None:
+        x += table_entries(cot_table, queries, keys, visible(queries, keys, lattice, S), S)
+    return x
+
+
+@triton.jit
+def second_score_gradient(weights, x, d_weights, g, mean, x_mean, offset):
+    """Sb, the gradient with respect to the scores in the double backward; ``g`` is dO gV^T or None."""
+    inner = x * (d_weights - mean) - x_mean * d_weights - offset
+    if g is not None:
+        inner += g
+    return weights * inner

@@ -143,6 +143,14 @@ def load_rows(rows, batch, head, lattice, place, S: tl.constexpr):
 
 
 @triton.jit
+def load_rows_if_given(rows, batch, head, lattice, place, S: tl.constexpr):
+    if rows is None:
+        return None
+    else:
+        return load_rows(rows, batch, head, lattice, place, S)
+
+
+@triton.jit
 def chunk_of(operand, INDEX: tl.constexpr, S: tl.constexpr):
     if S.streamed:
         return load_chunk(operand.pointers, operand.valid, INDEX, S)
@@ -190,6 +198,15 @@ def row_sums(a, b, HEIGHT: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def row_dots(rows, operand, HEIGHT: tl.constexpr, S: tl.constexpr):
+    """Sum over the channels of accumulators times an operand, per row."""
+    total = tl.zeros((HEIGHT,), S.accumulate)
+    for index in tl.static_range(len(S.chunks)):
+        total += tl.sum(rows[index] * chunk_of(operand, index, S).to(S.accumulate), 1)
+    return total
+
+
+@triton.jit
 def store_rows(rows, batch, head, lattice, place, values, S: tl.constexpr):
     pointers = row_pointers(rows, batch, head, lattice, place)
     for index in tl.static_range(len(S.chunks)):
@@ -208,3 +225,22 @@ def row_numbers(batch, head, heads, height, width, lattice, place):
     y = lattice.origin_y + place.y * lattice.step_y
     x = lattice.origin_x + place.x * lattice.step_x
     return (image * height + y) * width + x
+
+
+@triton.jit
+def scaled(rows, factor, S: tl.constexpr):
+    """rows * factor; ``factor`` is a number or a column."""
+    results = ()
+    for index in tl.static_range(len(S.chunks)):
+        results = results + (rows[index] * factor,)
+    return results
+
+
+@triton.jit
+def subtract_scaled(rows, factor, operand, S: tl.constexpr):
+    """rows - factor * operand, with a factor per row."""
+    results = ()
+    for index in tl.static_range(len(S.chunks)):
+        chunk = chunk_of(operand, index, S).to(S.accumulate)
+        results = results + (rows[index] - factor[:, None] * chunk,)
+    return results

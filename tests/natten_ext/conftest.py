@@ -15,6 +15,11 @@ import pytest
 import torch
 from cases import Case
 
+if not torch.cuda.is_available():
+    import interpreter
+
+    interpreter.use()
+
 import natten_ext
 
 # Backends whose kernels are not made for the CPU run there through an interpreter or an emulator.

@@ -1,0 +1,79 @@
+"""The ``triton`` backend as ``natten_ext.dispatch`` sees it.
+
+Importing this module does not import Triton; the kernels are imported when the first problem runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Why this backend can't run a problem; empty if it can."""
+    if device_type not in ("cuda", "cpu"):
+        return f"device must be cuda, got {device_type}"
+    if device_type == "cpu" and not _interpreted():
+        return "device must be cuda, got cpu (Triton runs there only in its interpreter, with TRITON_INTERPRET=1)"
+    if missing := _missing():
+        return missing
+    if device_type == "cuda" and (reason := _cannot_use_gpu()):
+        return reason
+    if dtype not in DTYPES:
+        return f"dtype must be one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}"
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {head_dim}"
+    return ""
+
+
+def forward(*arguments):
+    """``(output, lse)``; see ``natten_ext.ops``."""
+    return _step("forward").forward(*arguments)
+
+
+def backward(*arguments):
+    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
+    return _step("backward").backward(*arguments)
+
+
+def double_backward(*arguments):
+    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
+    return _step("double_backward").double_backward(*arguments)
+
+
+def _step(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing() -> str:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install natten_ext[triton]"
+    return ""
+
+
+@functools.cache
+def _cannot_use_gpu() -> str:
+    if torch.version.hip is not None:
+        return "device must be an NVIDIA GPU, got an AMD build of torch"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    devices = range(torch.cuda.device_count())
+    lowest = min(torch.cuda.get_device_capability(device) for device in devices)
+    if lowest < MINIMUM_CAPABILITY:
+        return f"compute capability must be at least 8.0, got {lowest[0]}.{lowest[1]}"
+    return ""

@@ -1,0 +1,155 @@
+"""The backward: a pass over tiles of queries, one over tiles of keys, and one for the table (table_gradient.py).
+
+The formulas are in docs/double_backward.md. Nothing is added up across programs: the gradient of a key is gathered
+by the program that owns it, from the queries that see it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .geometry import (
+    SIZES,
+    as_keys,
+    as_queries,
+    block_count,
+    block_place,
+    empty,
+    keys_of,
+    locate,
+    own_place,
+    queries_of,
+)
+from .launch import Launch, rows_of
+from .problem import KEY, QUERY
+from .scores import key_bias_of, logits, table_centre
+from .table_gradient import table_gradient
+from .tiles import (
+    LOG2E,
+    add_weighted,
+    load_rows,
+    number,
+    product,
+    row_numbers,
+    row_sums,
+    scaled,
+    store_rows,
+    subtract_scaled,
+    zero_rows,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_query_kernel(
+    grad_output, query, key, value, output, lse, row_means, grad_query, table, members,
+    scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
+    S: tl.constexpr,
+):  # fmt: skip
+    """D = rowsum(dO * O) for the other passes, and dQ unless ``grad_query`` is None: three products per block."""
+    OWN: tl.constexpr = S.own_h * S.own_w
+    BLOCK: tl.constexpr = S.block_h * S.block_w
+    program = tl.program_id(0)
+    head = program % heads
+    batch = program // heads // tiles
+    lattice, box = locate(program // heads % tiles, head, members, height, width, window_y, window_x, False, S)
+    if empty(box):
+        return
+    scale = number(scale, S)
+    place = own_place(box, S)
+    do = load_rows(grad_output, batch, head, lattice, place, S)
+    mean = row_sums(do, load_rows(output, batch, head, lattice, place, S), OWN, S)
+    numbers = row_numbers(batch, head, heads, height, width, lattice, place)
+    tl.store(row_means + numbers, mean, mask=place.valid)
+    if grad_query is None:
+        return
+
+    if table is not None:
+        table = table_centre(table, head, table_rows, table_columns)
+    queries = as_queries(place, lattice, table_columns, 1, S)
+    q = load_rows(query, batch, head, lattice, place, S)
+    logsum = (tl.load(lse + numbers, mask=place.valid, other=0.0) * LOG2E)[:, None]
+    dq = zero_rows(OWN, S)
+    reach = keys_of(box, lattice, S)
+    for block in range(block_count(reach, S)):
+        there = block_place(reach, block, S)
+        keys = as_keys(there, table_columns, 0)
+        k = load_rows(key, batch, head, lattice, there, S)
+        v = load_rows(value, batch, head, lattice, there, S)
+        products = product(q, k, OWN, BLOCK, S)
+        scores = logits(products, key_bias_of(k, scale, 0, BLOCK, S), queries, keys, table, scale, lattice, S)
+        weights = tl.exp2(scores - logsum)
+        d_scores = weights * (product(do, v, OWN, BLOCK, S) - mean[:, None])
+        dq = add_weighted(dq, d_scores, k, S)
+    store_rows(grad_query, batch, head, lattice, place, scaled(dq, scale, S), S)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_key_kernel(
+    grad_output, query, key, value, lse, row_means, grad_key, grad_value, table, members,
+    scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
+    S: tl.constexpr,
+):  # fmt: skip
+    """dK and dV, gathered from the queries that see a tile of keys: four products per block."""
+    OWN: tl.constexpr = S.own_h * S.own_w
+    BLOCK: tl.constexpr = S.block_h * S.block_w
+    program = tl.program_id(0)
+    head = program % heads
+    batch = program // heads // tiles
+    lattice, box = locate(program // heads % tiles, head, members, height, width, window_y, window_x, True, S)
+    if empty(box):
+        return
+    scale = number(scale, S)
+    if table is not None:
+        table = table_centre(table, head, table_rows, table_columns)
+    place = own_place(box, S)
+    keys = as_keys(place, table_columns, 1)
+    k = load_rows(key, batch, head, lattice, place, S)
+    v = load_rows(value, batch, head, lattice, place, S)
+    key_bias = key_bias_of(k, scale, 1, OWN, S)
+    dk = zero_rows(OWN, S)
+    dv = zero_rows(OWN, S)
+    d_key_bias = tl.zeros((OWN,), S.accumulate)
+    reach = queries_of(box, lattice, S)
+    for block in range(block_count(reach, S)):
+        there = block_place(reach, block, S)
+        queries = as_queries(there, lattice, table_columns, 0, S)
+        q = load_rows(query, batch, head, lattice, there, S)
+        do = load_rows(grad_output, batch, head, lattice, there, S)
+        numbers = row_numbers(batch, head, heads, height, width, lattice, there)
+        logsum = (tl.load(lse + numbers, mask=there.valid, other=0.0) * LOG2E)[None, :]
+        mean = tl.load(row_means + numbers, mask=there.valid, other=0.0)[None, :]
+        scores = logits(product(k, q, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
+        weights = tl.exp2(scores - logsum)
+        dv = add_weighted(dv, weights, do, S)
+        d_scores = weights * (product(v, do, OWN, BLOCK, S) - mean)
+        dk = add_weighted(dk, d_scores, q, S)
+        if S.l2:
+            d_key_bias += tl.sum(d_scores, 1)
+    dk = scaled(subtract_scaled(dk, d_key_bias, k, S) if S.l2 else dk, scale, S)
+    store_rows(grad_key, batch, head, lattice, place, dk, S)
+    store_rows(grad_value, batch, head, lattice, place, dv, S)
+
+
+def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
+    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
+    launch = Launch(query, key, bias, neighborhood, score, scale)
+    nothing = query.new_empty((0,))
+    grad_query, grad_key, grad_value, grad_bias = nothing, nothing, nothing, nothing
+    if not any(needs):
+        return grad_query, grad_key, grad_value, grad_bias
+    do, q, k, v, out = (rows_of(tensor) for tensor in (grad_output, query, key, value, output))
+    row_means = lse.new_empty(lse.shape)
+    dq = None
+    if needs[0]:
+        grad_query = query.new_empty(query.shape)
+        dq = rows_of(grad_query)
+    launch.run(backward_query_kernel, "backward_query", QUERY, do, q, k, v, out, lse, row_means, dq, launch.table)
+    if needs[1] or needs[2]:
+        grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
+        dk, dv = rows_of(grad_key), rows_of(grad_value)
+        launch.run(backward_key_kernel, "backward_key", KEY, do, q, k, v, lse, row_means, dk, dv, launch.table)
+    if needs[3]:
+        grad_bias = table_gradient(launch, "table", bias, (None, None, None, None), do, q, k, v, lse, row_means)
+    results = grad_query, grad_key, grad_value, grad_bias
+    return tuple(result if need else nothing for result, need in zip(results, needs, strict=True))

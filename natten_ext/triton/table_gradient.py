@@ -1,0 +1,209 @@
+"""The gradient of a relative position table: sums of score gradients over equal offsets, in a fixed order.
+
+A program owns one displacement of a block of keys from a tile of queries, and goes through a share of all tiles. So
+every element of its [tile, block] accumulator stands for one offset throughout, and stays in registers; at the end
+it is summed over equal offsets. A second kernel sums the programs' results. Used by the backward and the double
+backward.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .geometry import SIZES, Box, Place, as_keys, as_queries, empty, keys_of, locate, own_place
+from .problem import QUERY, displacements
+from .scores import (
+    cot_key_bias_of,
+    cot_scores,
+    key_bias_of,
+    logits,
+    second_score_gradient,
+    table_centre,
+)
+from .tiles import LOG2E, load_rows, load_rows_if_given, number, product, row_numbers
+
+# Programs at most, unless there are more displacements. Fixed, so that sums have one order on every GPU.
+MAX_PROGRAMS = 1024
+
+RANGES = ("items", "shares", "first_y", "first_x", "count_y", "count_x", "shift_y", "shift_x")
+
+
+@triton.constexpr_function
+def _offsets(own, block):
+    """Power of two that holds the offsets between the elements of a tile and of a block, on one axis."""
+    return 1 << (own + block - 2).bit_length()
+
+
+@triton.jit
+def _sum_equal_offsets(pairs, S: tl.constexpr):
+    """Sums of [tile, block] over equal offsets: [columns, rows], index 0 being the offset 1 - tile's extent."""
+    ROWS: tl.constexpr = _offsets(S.own_h, S.block_h)
+    COLUMNS: tl.constexpr = _offsets(S.own_w, S.block_w)
+    pairs = tl.permute(tl.reshape(pairs, (S.own_h, S.own_w, S.block_h, S.block_w)), (0, 2, 1, 3))
+    # Shift every query's keys to their offsets, then add the queries up.
+    source = tl.arange(0, COLUMNS)[None, :] + (tl.arange(0, S.own_w) - (S.own_w - 1))[:, None]
+    exists = (source >= 0) & (source < S.block_w)
+    source = tl.where(exists, source, 0)[None, None]
+    pairs = tl.gather(pairs, tl.broadcast_to(source, (S.own_h, S.block_h, S.own_w, COLUMNS)), 3)
+    pairs = tl.sum(tl.where(exists[None, None], pairs, 0.0), 2)
+
+    pairs = tl.permute(pairs, (0, 2, 1))
+    source = tl.arange(0, ROWS)[None, :] + (tl.arange(0, S.own_h) - (S.own_h - 1))[:, None]
+    exists = (source >= 0) & (source < S.block_h)
+    source = tl.where(exists, source, 0)[:, None]
+    pairs = tl.gather(pairs, tl.broadcast_to(source, (S.own_h, COLUMNS, ROWS)), 2)
+    return tl.sum(tl.where(exists[:, None], pairs, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=SIZES + RANGES)
+def table_shares_kernel(
+    cot_query, cot_key, cot_value, cot_table, grad_output, query, key, value, lse,
+    row_means, row_x_means, row_offsets, sums, items, shares, first_y, first_x, count_y, count_x, shift_y, shift_x,
+    table, members, scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
+    S: tl.constexpr,
+):  # fmt: skip
+    """One program's sums. Its offsets are those of a block at ``shift + (first + row or column) * block``."""
+    OWN: tl.constexpr = S.own_h * S.own_w
+    BLOCK: tl.constexpr = S.block_h * S.block_w
+    ROWS: tl.constexpr = _offsets(S.own_h, S.block_h)
+    COLUMNS: tl.constexpr = _offsets(S.own_w, S.block_w)
+    program = tl.program_id(0)
+    head = program % heads
+    displacement = program // heads % (count_y * count_x)
+    share = program // heads // (count_y * count_x)
+    down = shift_y + (first_y + displacement // count_x) * S.block_h
+    right = shift_x + (first_x + displacement % count_x) * S.block_w
+    scale = number(scale, S)
+    table = table_centre(table, head, table_rows, table_columns)
+    if cot_table is not None:
+        cot_table = table_centre(cot_table, head, table_rows, table_columns)
+
+    pairs = tl.zeros((OWN, BLOCK), S.accumulate)
+    element = tl.arange(0, BLOCK)
+    each = tl.cdiv(items, shares)
+    for item in range(share * each, tl.minimum((share + 1) * each, items)):
+        batch = item // tiles
+        lattice, box = locate(item % tiles, head, members, height, width, window_y, window_x, False, S)
+        reach = keys_of(box, lattice, S)
+        block = Box(
+            tl.maximum(box.low_y + down, reach.low_y),
+            tl.maximum(box.low_x + right, reach.low_x),
+            tl.minimum(box.low_y + down + S.block_h, reach.high_y),
+            tl.minimum(box.low_x + right + S.block_w, reach.high_x),
+        )
+        if not (empty(box) | empty(block)):
+            place = own_place(box, S)
+            queries = as_queries(place, lattice, table_columns, 1, S)
+            y = box.low_y + down + element // S.block_w
+            x = box.low_x + right + element % S.block_w
+            inside = (y >= block.low_y) & (y < block.high_y) & (x >= block.low_x) & (x < block.high_x)
+            there = Place(y, x, inside)
+            keys = as_keys(there, table_columns, 0)
+            numbers = row_numbers(batch, head, heads, height, width, lattice, place)
+            logsum = (tl.load(lse + numbers, mask=place.valid, other=0.0) * LOG2E)[:, None]
+            mean = tl.load(row_means + numbers, mask=place.valid, other=0.0)[:, None]
+            q = load_rows(query, batch, head, lattice, place, S)
+            k = load_rows(key, batch, head, lattice, there, S)
+            key_bias = key_bias_of(k, scale, 0, BLOCK, S)
+            scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
+            weights = tl.exp2(scores - logsum)
+            do = load_rows(grad_output, batch, head, lattice, place, S)
+            v = load_rows(value, batch, head, lattice, there, S)
+            d_weights = product(do, v, OWN, BLOCK, S)
+            if row_x_means is None:
+                pairs += weights * (d_weights - mean)
+            else:
+                x_mean = tl.load(row_x_means + numbers, mask=place.valid, other=0.0)[:, None]
+                offset = tl.load(row_offsets + numbers, mask=place.valid, other=0.0)[:, None]
+                gq = load_rows_if_given(cot_query, batch, head, lattice, place, S)
+                gk = load_rows_if_given(cot_key, batch, head, lattice, there, S)
+                cot_bias = cot_key_bias_of(gk, k, scale, 0, BLOCK, S)
+                cot = cot_scores(gq, q, k, gk, cot_bias, cot_table, queries, keys, scale, lattice, OWN, BLOCK, S)
+                g = None
+                if cot_value is not None:
+                    g = product(do, load_rows(cot_value, batch, head, lattice, there, S), OWN, BLOCK, S)
+                pairs += second_score_gradient(weights, cot, d_weights, g, mean, x_mean, offset)
+
+    here = sums + program.to(tl.int64) * (COLUMNS * ROWS)
+    index = tl.arange(0, COLUMNS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    tl.store(here + index, _sum_equal_offsets(pairs, S))
+
+
+@triton.jit(do_not_specialize=(*RANGES, "heads", "table_rows", "table_columns"))
+def table_sum_kernel(
+    sums, grad_table, items, shares, first_y, first_x, count_y, count_x, shift_y, shift_x,
+    heads, table_rows, table_columns, WIDTH: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """One row of a head's table: the sums of all programs over shares and displacements, in order."""
+    ROWS: tl.constexpr = _offsets(S.own_h, S.block_h)
+    COLUMNS: tl.constexpr = _offsets(S.own_w, S.block_w)
+    program = tl.program_id(0)
+    head = program % heads
+    row = program // heads
+    column = tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), S.accumulate)
+    for part in range(shares * count_y * count_x):
+        displacement = part % (count_y * count_x)
+        down = shift_y + (first_y + displacement // count_x) * S.block_h
+        right = shift_x + (first_x + displacement % count_x) * S.block_w
+        y = row - table_rows // 2 - down + S.own_h - 1
+        x = column - table_columns // 2 - right + S.own_w - 1
+        there = (y >= 0) & (y < ROWS) & (x >= 0) & (x < COLUMNS) & (column < table_columns)
+        here = sums + (part * heads + head).to(tl.int64) * (COLUMNS * ROWS)
+        total += tl.load(here + x * ROWS + y, mask=there, other=0.0)
+    tl.store(
+        grad_table + (head * table_rows + row) * table_columns + column,
+        total.to(grad_table.dtype.element_ty),
+        mask=column < table_columns,
+    )
+
+
+def table_gradient(launch, step, bias, cotangents, do, q, k, v, lse, means, x_means=None, offsets=None):
+    """Gradient of the table: of the second order if ``x_means`` and ``offsets`` (r and t) are given."""
+    problem = launch.problem
+    static, tiles, config = launch.static(step, QUERY)
+    items = tiles.tiles * problem.batch
+    if items == 0:
+        return bias.new_zeros(bias.shape)
+    (first_y, count_y, shift_y), (first_x, count_x, shift_x) = displacements(problem, tiles)
+    shares = max(1, min(items, MAX_PROGRAMS // (problem.heads * count_y * count_x)))
+    if static.interpreted:
+        shares = min(shares, 2)
+    ranges = items, shares, first_y, first_x, count_y, count_x, shift_y, shift_x
+    programs = shares * count_y * count_x * problem.heads
+    area = _offsets.fn(static.own_h, static.block_h) * _offsets.fn(static.own_w, static.block_w)
+    sums = lse.new_empty((programs, area))
+    maps = *cotangents, do, q, k, v
+    launch.start(
+        table_shares_kernel,
+        programs,
+        (
+            *cotangents,
+            do,
+            q,
+            k,
+            v,
+            lse,
+            means,
+            x_means,
+            offsets,
+            sums,
+            *ranges,
+            launch.table,
+            *launch.sizes(tiles.tiles),
+        ),
+        config,
+        S=static,
+    )
+    grad = bias.new_empty(bias.shape)
+    heads, rows, columns = bias.shape
+    launch.start(
+        table_sum_kernel,
+        heads * rows,
+        (sums, grad, *ranges, heads, rows, columns),
+        config._replace(warps=1),
+        WIDTH=1 << (columns - 1).bit_length(),
+        S=static,
+    )
+    return grad

@@ -1,0 +1,53 @@
+"""Triton's interpreter for the tests of the ``triton`` backend on a machine without a GPU, with less overhead.
+
+``use`` must run before anything imports Triton: kernels are made for the interpreter or for a GPU when they are
+defined.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+
+
+def use() -> None:
+    """Interpret Triton's kernels in this process, if Triton is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+    from triton.runtime import interpreter
+
+    triton.knobs.runtime.interpret = True  # read once, by whatever imported Triton before
+    builder = interpreter.interpreter_builder
+    # Checks of every integer operation for overflow take half of the time.
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    interpreter._patch_lang = _patch_once(interpreter._patch_lang)
+
+
+class _Patched:
+    """Nothing to restore: a caller further out does."""
+
+    def restore(self) -> None:
+        pass
+
+
+def _patch_once(patch_lang):
+    """Triton patches its language module in every nested call again; the outermost one is enough."""
+    active: set[int] = set()
+
+    class Scope:
+        def __init__(self, inner, module: int) -> None:
+            self.inner, self.module = inner, module
+            active.add(module)
+
+        def restore(self) -> None:
+            active.discard(self.module)
+            self.inner.restore()
+
+    def patch(function):
+        module = id(function.__globals__)
+        return _Patched() if module in active else Scope(patch_lang(function), module)
+
+    return patch
