@@ -41,7 +41,7 @@ from benchmarks.shapes import SHAPES
 
 PRECISIONS = ("bfloat16", "float16", "float32", "tf32")
 RESERVE = 4.0  # seconds for the last words
-LOG_SIZE = 400_000  # bytes of each child's log that are kept
+LOG_SIZE = 200_000  # bytes of each child's log that are kept
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+import natten_ext
+
 from .problem import STEPS, Attend, Inputs, first_gradients
 
 RUNS = 3
@@ -87,6 +89,7 @@ class ResidentSet:
 
     def _release(self) -> None:
         gc.collect()
+        natten_ext.cpu.release_working_memory()
         if hasattr(self._libc, "malloc_trim"):
             self._libc.malloc_trim(0)
 

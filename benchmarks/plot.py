@@ -1,6 +1,7 @@
 """The figure: how much faster than naive, and how much memory, by shape and order.
 
-Redraw from a result: ``python -m benchmarks.plot result.json figure.png``.
+Redraw from a result: ``python -m benchmarks.plot result.json figure.png``; of gpu_check's, with a precision behind it
+(bfloat16 where there is none).
 """
 
 from __future__ import annotations
@@ -136,8 +137,13 @@ def _finish(axis: Axes, result: Result, title: str, handles: list[Any]) -> None:
 
 
 def main() -> None:
-    result = json.loads(Path(sys.argv[1]).read_text())
-    draw(result["rows"], result["environment"], Path(sys.argv[2]))
+    source, figure, *precision = sys.argv[1:]
+    result = json.loads(Path(source).read_text())
+    rows = result["rows"]
+    if rows and "precision" in rows[0]:  # of gpu_check
+        wanted = precision[0] if precision else "bfloat16"
+        rows = [row for row in rows if (row["precision"], row["pass"]) == (wanted, "quick")]
+    draw(rows, result["environment"], Path(figure))
 
 
 if __name__ == "__main__":

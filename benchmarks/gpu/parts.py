@@ -89,7 +89,12 @@ def environment(run: Run) -> str:
         for name in dict.fromkeys(name for statuses in events[0]["backends"].values() for name in statuses)
         if any(statuses.get(name) == "" for statuses in events[0]["backends"].values())
     ]
-    run.found["summary"] = f"backends that can run on {run.device}: {', '.join(can) or 'none'}"
+    told = events[0]["environment"]
+    facts = [told.get("gpu"), f"driver {machine['driver']}" if "driver" in machine else "", f"torch {told['torch']}"]
+    facts += [f"CUDA {told['cuda']}" if told.get("cuda") else "", f"triton {told['packages'].get('triton', 'none')}"]
+    facts += [f"commit {run.document.data['commit'][:10] or 'unknown'}{' and changes' if told['modified'] else ''}"]
+    facts += [f"our backends that can run on {run.device}: {', '.join(can) or 'none'}"]
+    run.found["summary"] = ", ".join(fact for fact in facts if fact)
     run.found["backends"] = can
     return OK
 
