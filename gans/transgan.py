@@ -8,11 +8,12 @@ configurations here), so the gradient penalty differentiates a fused kernel twic
 Where the paper, the published code and this file differ, `docs/transgan.md` has the table. In short: relative
 position tables are indexed by key minus query (published: query minus key; flip both axes to convert),
 position embeddings keep their map shape, and everything else is an option of the configurations below, whose
-defaults are those of the published CIFAR-10 code.
+defaults are those of the published CIFAR-10 code. The recipes are in `gans/presets_transgan.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from gans.layers import (
     Block,
     LinearInit,
     NormName,
+    anti_alias,
     init_weights,
     learned_embedding,
     make_norm,
@@ -72,7 +74,8 @@ class _Blocks:
 class GeneratorConfig(_Blocks):
     """Generator; the defaults are the published CIFAR-10 configuration (83,312,495 parameters).
 
-    Stage i works on a map of side `base_size * 2**i` with `base_dim / 4**i` channels.
+    Stage i works on a map of side `base_size * 2**i`. The first stage has `base_dim` channels; a bicubic doubling keeps
+    the channels, pixel shuffle divides them by 4.
     """
 
     latent_dim: int = 256
@@ -80,7 +83,7 @@ class GeneratorConfig(_Blocks):
     base_size: int = 8
     """Side of the first stage's map."""
     base_dim: int = 1024
-    """Channels of the first stage; pixel shuffle divides them by 4 at each doubling."""
+    """Channels of the first stage."""
     depths: tuple[int, ...] = (5, 4, 2)
     """Blocks of each stage."""
     windows: tuple[int, ...] = (8, 16, 32)
@@ -89,6 +92,14 @@ class GeneratorConfig(_Blocks):
     """Image channels, 1 or 3."""
     noise: bool = False
     """Noise at attention inputs: in the published code only the 256-pixel generators have it."""
+    bicubic: int = 0
+    """How many doublings, from the first, are bicubic; the rest are pixel shuffles (published 256-pixel code: 2)."""
+    anti_alias: int = 0
+    """How many doublings, from the last, come after an anti-alias filter (published CelebA-HQ code: 2, Church: 0)."""
+    cross_attention: bool = False
+    """Whether each block begins with attention to a second map made from z (published CelebA-HQ code: yes)."""
+    latent_norm: bool = False
+    """Whether z is scaled to norm sqrt(latent_dim) (an option of the published 256-pixel code, off there)."""
     linear_init: LinearInit = "torch"
     """The published generator keeps PyTorch's default for Linear; "trunc_normal" is the discriminator's rule."""
 
@@ -97,10 +108,14 @@ class GeneratorConfig(_Blocks):
             raise ValueError(f"generator.channels is {self.channels}; it must be 1 or 3")
         if self.latent_dim < 1:
             raise ValueError(f"generator.latent_dim is {self.latent_dim}; it must be positive")
-        if self.base_dim % 4 ** (len(self.depths) - 1):
+        doublings = max(len(self.depths) - 1, 0)
+        for name in ("bicubic", "anti_alias"):
+            if not 0 <= getattr(self, name) <= doublings:
+                raise ValueError(f"generator.{name} is {getattr(self, name)}; there are {doublings} doublings")
+        if self.base_dim % 4 ** (doublings - self.bicubic):
             raise ValueError(
-                f"generator.base_dim is {self.base_dim}; {len(self.depths)} stages need a multiple of "
-                f"{4 ** (len(self.depths) - 1)}"
+                f"generator.base_dim is {self.base_dim}; {doublings - self.bicubic} pixel shuffles need a multiple of "
+                f"{4 ** (doublings - self.bicubic)}"
             )
         self._check_stages("generator", self.sizes, self.dims, self.depths, self.windows)
 
@@ -112,7 +127,7 @@ class GeneratorConfig(_Blocks):
     @property
     def dims(self) -> tuple[int, ...]:
         """Channels of each stage."""
-        return tuple(self.base_dim // 4**i for i in range(len(self.depths)))
+        return tuple(self.base_dim // 4 ** max(0, i - self.bicubic) for i in range(len(self.depths)))
 
     @property
     def image_size(self) -> int:
@@ -140,6 +155,13 @@ class DiscriminatorConfig(_Blocks):
     """Blocks of each stage."""
     windows: tuple[int, ...] = (16, 8)
     """Side of each stage's attention windows; the map's own side makes attention global."""
+    full_blocks: tuple[int, ...] = ()
+    """How many blocks of each stage, from its last, attend over the whole map instead (published 256-pixel code: one,
+    where the map has 4096 tokens); empty for none."""
+    overlap: bool = False
+    """Whether the first stage's patches have twice the side, half of it shared (published CelebA-HQ code: yes)."""
+    rel_pos_bias: bool = True
+    """Whether the stages have relative position tables (published CelebA-HQ code: no)."""
     last_depth: int = 1
     """Blocks after the class token is appended, over all tokens and without a position table."""
     noise: bool = True
@@ -157,10 +179,19 @@ class DiscriminatorConfig(_Blocks):
             raise ValueError(
                 f"discriminator.image_size is {self.image_size}; its coarsest patches ({coarsest} px) must divide it"
             )
+        if self.overlap and self.patch_size % 2:
+            raise ValueError(f"discriminator.patch_size is {self.patch_size}; patches that overlap need an even side")
         if self.last_depth < 1:
             raise ValueError(f"discriminator.last_depth is {self.last_depth}; the class token needs at least 1 block")
         check_policy(self.augment)
         self._check_stages("discriminator", self.sizes, self.dims, self.depths, self.windows)
+        if self.full_blocks:
+            fits = len(self.full_blocks) == len(self.depths)
+            if not fits or any(not 0 <= n <= depth for n, depth in zip(self.full_blocks, self.depths, strict=True)):
+                raise ValueError(
+                    f"discriminator.full_blocks is {self.full_blocks}; it needs one number for each of the depths "
+                    f"{self.depths} and no larger"
+                )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -173,53 +204,79 @@ class DiscriminatorConfig(_Blocks):
         return tuple(sum(self.patch_dims[: i + 1]) for i in range(len(self.patch_dims)))
 
 
-def _stage(config: GeneratorConfig | DiscriminatorConfig, dim: int, depth: int, window: int | None) -> nn.Sequential:
-    """`depth` blocks of one width."""
-    return nn.Sequential(
-        *(
-            Block(
-                dim,
-                config.heads,
-                window=window,
-                norm=config.norm,
-                noise=config.noise,
-                mlp_ratio=config.mlp_ratio,
-                qkv_bias=config.qkv_bias,
-            )
-            for _ in range(depth)
+def _stage(
+    config: GeneratorConfig | DiscriminatorConfig,
+    dim: int,
+    windows: Sequence[int | None],
+    *,
+    rel_pos_bias: bool = True,
+    context_dim: int | None = None,
+) -> nn.ModuleList:
+    """One block of width `dim` for each window."""
+    return nn.ModuleList(
+        Block(
+            dim,
+            config.heads,
+            window=window,
+            norm=config.norm,
+            noise=config.noise,
+            mlp_ratio=config.mlp_ratio,
+            qkv_bias=config.qkv_bias,
+            rel_pos_bias=rel_pos_bias,
+            context_dim=context_dim,
         )
+        for window in windows
     )
 
 
 class Generator(nn.Module):
     """z `(B, latent_dim)` to images `(B, channels, S, S)`, S = `config.image_size`.
 
-    Linear to the first map, then per stage: add a learned position embedding, run the blocks, pixel shuffle
-    to the next stage; last a 1x1 convolution. The output is linear, without tanh, so values may leave [-1,
-    1].
+    Linear to the first map, then per stage: add a learned position embedding, run the blocks, double the map's
+    side for the next stage; last a 1x1 convolution. The output is linear, without tanh, so values may leave
+    [-1, 1]. With cross attention, a second Linear makes a map of the first's shape from z, to which all blocks attend.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
         self.input = nn.Linear(config.latent_dim, config.base_size**2 * config.base_dim)
+        self.context: nn.Linear | None = None
+        if config.cross_attention:
+            self.context = nn.Linear(config.latent_dim, config.base_size**2 * config.base_dim)
+            self.context_pos_embed = nn.Parameter(torch.zeros(1, config.base_size**2, config.base_dim))
         self.pos_embed = nn.ParameterList(
             learned_embedding(1, size, size, dim) for size, dim in zip(config.sizes, config.dims, strict=True)
         )
         self.stages = nn.ModuleList(
-            _stage(config, dim, depth, window)
+            _stage(config, dim, [window] * depth, context_dim=config.base_dim if config.cross_attention else None)
             for dim, depth, window in zip(config.dims, config.depths, config.windows, strict=True)
         )
         self.to_rgb = nn.Conv2d(config.dims[-1], config.channels, kernel_size=1)
         init_weights(self, config.linear_init)
 
+    def _double(self, x: Tensor, stage: int) -> Tensor:
+        """The map of the stage before, at the side of `stage`."""
+        if stage >= len(self.stages) - self.config.anti_alias:
+            x = anti_alias(x)
+        if stage <= self.config.bicubic:
+            return to_map(F.interpolate(to_image(x), scale_factor=2, mode="bicubic"))
+        return to_map(F.pixel_shuffle(to_image(x), 2))
+
     def forward(self, z: Tensor) -> Tensor:
         config = self.config
+        if config.latent_norm:
+            z = F.normalize(z, dim=1) * config.latent_dim**0.5
         x = self.input(z).view(-1, config.base_size, config.base_size, config.base_dim)
+        context = None
+        if self.context is not None:
+            context = self.context(z).view(-1, config.base_size**2, config.base_dim) + self.context_pos_embed
         for i, (pos_embed, blocks) in enumerate(zip(self.pos_embed, self.stages, strict=True)):
             if i > 0:
-                x = to_map(F.pixel_shuffle(to_image(x), 2))
-            x = blocks(x + pos_embed)
+                x = self._double(x, i)
+            x = x + pos_embed
+            for block in blocks:
+                x = block(x, context)
         return self.to_rgb(to_image(x))
 
 
@@ -234,20 +291,24 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         self.config = config
-        self.patches = nn.ModuleList(
-            nn.Conv2d(config.channels, dim, kernel_size=size, stride=size)
-            for dim, size in ((dim, config.patch_size * 2**i) for i, dim in enumerate(config.patch_dims))
-        )
+        self.patches = nn.ModuleList()
+        for i, dim in enumerate(config.patch_dims):
+            stride = config.patch_size * 2**i
+            reach = stride // 2 if i == 0 and config.overlap else 0
+            self.patches.append(nn.Conv2d(config.channels, dim, stride + 2 * reach, stride=stride, padding=reach))
         self.pos_embed = nn.ParameterList(
             learned_embedding(1, size, size, dim) for size, dim in zip(config.sizes, config.dims, strict=True)
         )
-        self.stages = nn.ModuleList(
-            _stage(config, dim, depth, window)
-            for dim, depth, window in zip(config.dims, config.depths, config.windows, strict=True)
-        )
+        self.stages = nn.ModuleList()
+        full_blocks = config.full_blocks or (0,) * len(config.depths)
+        for size, dim, depth, window, full in zip(
+            config.sizes, config.dims, config.depths, config.windows, full_blocks, strict=True
+        ):
+            windows = [window] * (depth - full) + [size] * full
+            self.stages.append(_stage(config, dim, windows, rel_pos_bias=config.rel_pos_bias))
         width = config.dims[-1]
         self.cls_token = learned_embedding(1, 1, width)
-        self.last = _stage(config, width, config.last_depth, window=None)
+        self.last = _stage(config, width, [None] * config.last_depth)
         self.norm = make_norm(config.norm, width)
         self.head = nn.Linear(width, 1)
         init_weights(self, config.linear_init)
@@ -260,7 +321,11 @@ class Discriminator(nn.Module):
             tokens = to_map(patches(images))
             if x is not None:
                 tokens = torch.cat([to_map(F.avg_pool2d(to_image(x), 2)), tokens], dim=-1)
-            x = blocks(tokens + pos_embed)
+            x = tokens + pos_embed
+            for block in blocks:
+                x = block(x)
         assert x is not None  # there is at least one stage
-        x = self.last(torch.cat([self.cls_token.expand(len(images), -1, -1), x.flatten(1, 2)], dim=1))
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), x.flatten(1, 2)], dim=1)
+        for block in self.last:
+            x = block(x)
         return self.head(self.norm(x[:, 0])).squeeze(-1)
