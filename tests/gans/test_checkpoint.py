@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gans import checkpoint
+from gans.config import to_dict
+from gans.train import train
 
 
 def save(root, step, keep=2, value=0.0):
@@ -71,3 +85,95 @@ def test_rng_state_round_trip():
     first = torch.rand(3)
     checkpoint.set_rng_state(state)
     assert torch.equal(first, torch.rand(3))
+
+
+@pytest.mark.slow
+def test_run_killed_with_sigkill_continues_to_the_same_weights(tiny, tiny_run, tmp_path):
+    """Every step writes a checkpoint, so the signal falls into one with a good chance; none is left broken."""
+    config = replace(tiny, steps=300)
+    out = tmp_path / "killed"
+    run = replace(tiny_run, out=str(out), checkpoint_every=1, keep=2, sample_every=1000, threads=1)
+    script = (
+        "import json, sys; from gans.config import *; from gans.train import train; "
+        "recipe, run = json.load(sys.stdin); "
+        "train(from_dict(TrainConfig, recipe), from_dict(RunConfig, run), progress=False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, text=True)
+    process.stdin.write(json.dumps([to_dict(config), to_dict(run)]))
+    process.stdin.close()
+    root = out / "checkpoints"
+    deadline = time.monotonic() + 300
+    while len(checkpoint.list_checkpoints(root)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    for path in checkpoint.list_checkpoints(root):
+        assert checkpoint.load_state(path)["step"] == int(path.name.removeprefix("step-"))
+        assert all(load_file(path / f"{name}.safetensors") for name in ("generator", "generator_ema", "discriminator"))
+
+    last = checkpoint.load_state(checkpoint.find("latest", root))["step"]
+    config = replace(config, steps=last + 2)
+    resumed = train(config, replace(run, resume="latest"), progress=False)
+    whole = train(config, replace(run, out=str(tmp_path / "whole"), checkpoint_every=10_000), progress=False)
+    assert resumed.name == whole.name
+    for name in ("generator", "generator_ema", "discriminator"):
+        a, b = (load_file(path / f"{name}.safetensors") for path in (resumed, whole))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("limit", [1000, 100_000])
+def test_disk_that_is_full(tmp_path, limit):
+    """No file may grow beyond `limit` bytes: too little for the weights, or for the optimisers' state only."""
+    save(tmp_path, 1)
+    model = torch.nn.Linear(60, 60)
+    state = {"step": 2, "optimizer": torch.zeros(100_000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # Python ignores the signal, writes fail
+    try:
+        with pytest.raises(OSError, match=r"cannot write checkpoint .*step-00000002.* Last good .*step-00000001"):
+            checkpoint.save(tmp_path, 2, models={"model": model}, state=state, config={}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    checkpoint.save(tmp_path, 2, models={"model": model}, state=state, config={}, keep=2)
+
+
+def test_no_space_left(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(
+        OSError, match=r"No space left on device \(\d+ MiB free\). Last good checkpoint: none"
+    ) as caught:
+        save(tmp_path, 1)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing"])
+def test_unreadable_files_are_named(tmp_path, damage):
+    path = save(tmp_path, 1)
+
+    def break_file(name: str) -> None:
+        file = path / name
+        content = file.read_bytes()
+        file.unlink()
+        if damage != "missing":
+            file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"no checkpoint")
+
+    break_file("model.safetensors")
+    with pytest.raises(ValueError, match=r"cannot load .*step-00000001/model\.safetensors"):
+        checkpoint.load_weights(path, "model", torch.nn.Linear(2, 2))
+    break_file("state.pt")
+    with pytest.raises(ValueError, match=r"cannot read .*step-00000001/state\.pt"):
+        checkpoint.load_state(path)
+    break_file("config.json")
+    with pytest.raises(ValueError, match=r"cannot read .*step-00000001/config\.json"):
+        checkpoint.load_config(path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    path = save(tmp_path, 1)
+    with pytest.raises(ValueError, match="size mismatch for weight"):
+        checkpoint.load_weights(path, "model", torch.nn.Linear(3, 2))

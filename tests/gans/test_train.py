@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gans import checkpoint, logs
+from gans import checkpoint, logs, registry
 from gans.data import Stream, batches, to_unit_range
 from gans.distributed import World
 from gans.losses import GANLoss
@@ -91,7 +91,7 @@ def test_run_folder(tiny, tiny_run):
     assert [line["step"] for line in lines if "generator/adversarial" in line] == [2, 4, 6]
     assert [line["step"] for line in lines if "distance" in line] == [0, 3, 6]
     assert lines[-2]["real_images"] == 48
-    assert (out / "config.json").exists()
+    assert (out / "config.json").exists() and (out / "curves.png").exists()
     assert list(out.glob("events.out.tfevents.*"))
 
 
@@ -260,6 +260,36 @@ def test_divergence_stops_a_run_and_leaves_the_last_checkpoint(tiny, tiny_run):
     with pytest.raises(NonFiniteError, match="step 3: discriminator/"):
         train(tiny, replace(tiny_run, resume="latest"), progress=False)
     assert [p.name for p in path.parent.iterdir()] == ["step-00000002"]
+
+
+class SometimesBroken(GANLoss):
+    """The generator's loss is not finite in calls number 2 and 3."""
+
+    calls = 0
+
+    def generator(self, discriminator, real, fake):
+        terms = super().generator(discriminator, real, fake)
+        self.calls += 1
+        return {name: term * (float("inf") if self.calls in (2, 3) else 1) for name, term in terms.items()}
+
+
+def test_skipping_what_is_not_finite(tiny, tiny_run, monkeypatch):
+    monkeypatch.setitem(
+        registry._NAMED, type(tiny.loss), ("standard", registry.Entry(type(tiny.loss), SometimesBroken))
+    )
+    run = replace(tiny_run, log_every=1)
+    with pytest.raises(
+        NonFiniteError, match=r"step 2: generator/adversarial is .*Last good checkpoint: .*step-00000001"
+    ):
+        train(tiny, replace(run, checkpoint_every=1), progress=False)
+    skip = replace(run, non_finite="skip", out=run.out + "-skip")
+    path = train(tiny, skip, progress=False)
+    lines = logs.read(Path(skip.out))
+    assert [line["skipped"] for line in lines] == [0, 1, 2, 2, 2, 2]
+    assert "generator/adversarial" not in lines[1] and "discriminator/adversarial" in lines[1]
+    assert checkpoint.load_state(path)["skipped"] == 2
+    with pytest.raises(NonFiniteError, match="step 2: generator"):
+        train(tiny, replace(skip, out=run.out + "-limit", max_skips=1), progress=False)
 
 
 def test_samples_come_from_fixed_z(tiny):
