@@ -4,7 +4,8 @@
     python -m benchmarks.tables --check      # exit status 1, and the names, where one is out of date
     python -m benchmarks.tables PAGE.md ...  # these pages alone
 
-A page says where a table stands and what it is made from; what is between the two comments is replaced:
+A page says where a table stands and what it is made from, in two comments that begin their lines; what is between
+them is replaced:
 
     <!-- table: KIND FILE [ARGUMENT ...] -->
     <!-- end of table -->
@@ -33,8 +34,9 @@ from benchmarks.gpu.markdown import figures_table, peers_table, speed_table, tab
 from benchmarks.shapes import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
-OPENING = re.compile(r"<!-- table: ")
+# At the start of a line: an indented example is none.
+MARKED = re.compile(r"^(<!-- table: ([^\n]*?) -->\n)(.*?)^(<!-- end of table -->)", re.DOTALL | re.MULTILINE)
+OPENING = re.compile(r"^<!-- table: ", re.MULTILINE)
 
 ORDERS = ("forward", "backward", "double")
 GPU_BACKENDS = ("triton", "cuda")
