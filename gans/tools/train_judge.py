@@ -30,6 +30,10 @@ class TrainJudgeArguments:
     """Side of the images that it sees; what it judges is resized to it."""
     channels: int = 3
     """3 for colour, 1 for grey."""
+    width: int = 32
+    """Channels of its first layer."""
+    features: int = 128
+    """Channels of its last layer, whose means are the features."""
     split: str = "train"
     """Which split of the data, where it has several."""
     limit: int = 50_000
@@ -54,7 +58,7 @@ def run(arguments: list[str]) -> None:
     if task == "classes" and not source.labels:
         raise ValueError(f"data {options.data!r} has no classes; put each in a folder, or use --task rotation")
     classes = len(source.classes) if task == "classes" else 4
-    config = JudgeConfig(size=options.size, channels=options.channels, classes=classes)
+    config = JudgeConfig(options.size, options.channels, classes, options.width, options.features)
     device = choose_device(options.device)
     rows = choose(len(source), options.limit)
     labels = torch.tensor([source.labels[row] for row in rows]) if task == "classes" and source.labels else None

@@ -104,21 +104,21 @@ def digits_judge(tmp_path_factory):
     """A judge of scikit-learn's digits, trained by the command; 8 px keep it to seconds."""
     path = tmp_path_factory.mktemp("judge") / "digits.safetensors"
     options = ["--data", "digits", "--size", "8", "--channels", "1", "--epochs", "3", "--lr", "0.01"]
-    options += ["--batch", "32", "--device", "cpu"]
+    options += ["--batch", "32", "--device", "cpu", "--width", "16", "--features", "32"]
     assert main(["train-judge", *options, "--out", str(path)]) == 0
     return path
 
 
 def test_judge_learns_and_is_loaded_as_saved(digits_judge):
     network = networks.load_network("judge", judge=digits_judge)
-    assert not network.judge.training and network.num_features == 128
+    assert not network.judge.training and network.num_features == 32
     assert float(network.about.split(" px, ")[1].split(" %")[0]) > 80
     source = open_source("digits")
     images = load_images(source, size=8, channels=1, limit=1797)
     right = network.judge(images).argmax(1) == torch.tensor(source.labels)
     assert right.float().mean() > 0.8
-    assert network(images[:3].expand(-1, 3, -1, -1)).shape == (3, 128)
-    assert network(nn.functional.interpolate(images[:3], scale_factor=4)).shape == (3, 128)
+    assert network(images[:3].expand(-1, 3, -1, -1)).shape == (3, 32)
+    assert network(nn.functional.interpolate(images[:3], scale_factor=4)).shape == (3, 32)
 
 
 def test_rotations():
@@ -340,7 +340,7 @@ def test_evaluate_a_checkpoint(tiny, digits_judge, tmp_path, capsys):
     options += ["--cache", tmp_path / "cache", "--checkpoint", tmp_path]
     printed = said(capsys, *options, "--count", "20", "--batch", "8")
     assert "(seeds 0-19): 20 images of 8 px" in printed
-    assert "20 images are too few for 128 features" in printed
+    assert "20 images are too few for 32 features" in printed
     assert "leave it out" in said(capsys, *options, "--size", "16", status=1)
 
 
