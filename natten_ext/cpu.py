@@ -70,5 +70,10 @@ def instruction_set() -> str:
     return torch.ops.natten_ext_cpu.instruction_set()
 
 
+def release_working_memory() -> None:
+    """Give back the working memory that the kernels keep for their next calls (at most 16 MiB per thread)."""
+    torch.ops.natten_ext_cpu.release_working_memory()
+
+
 def _bits(needs) -> int:
     return sum(1 << position for position, need in enumerate(needs) if need)

@@ -17,6 +17,7 @@
 
 #include "../operators.h"
 #include "kernels.h"
+#include "working_memory.h"
 
 namespace natten_ext {
 
@@ -119,6 +120,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
 
 std::string instruction_set() { return variant().name; }
 
+void release_working_memory() { BlockCache::instance().release(); }
+
 }  // namespace
 
 void parallel_tasks(int64_t count, void (*worker)(void*, int64_t (*)(void*), void*), void* context) {
@@ -142,6 +145,7 @@ void parallel_tasks(int64_t count, void (*worker)(void*, int64_t (*)(void*), voi
 STABLE_TORCH_LIBRARY(natten_ext_cpu, m) {
   natten_ext::operators::define(m);
   m.def("instruction_set() -> str");
+  m.def("release_working_memory() -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(natten_ext_cpu, CompositeExplicitAutograd, m) {
@@ -149,4 +153,5 @@ STABLE_TORCH_LIBRARY_IMPL(natten_ext_cpu, CompositeExplicitAutograd, m) {
   m.impl("backward", TORCH_BOX(&natten_ext::backward));
   m.impl("double_backward", TORCH_BOX(&natten_ext::double_backward));
   m.impl("instruction_set", TORCH_BOX(&natten_ext::instruction_set));
+  m.impl("release_working_memory", TORCH_BOX(&natten_ext::release_working_memory));
 }

@@ -25,6 +25,15 @@ def test_bits_do_not_depend_on_the_run_or_the_threads(target, case, threads):
         assert_same_bits(solve(case, target, inputs), first)
 
 
+@pytest.mark.cases(THREADED)
+def test_bits_do_not_depend_on_what_an_earlier_call_left_in_working_memory(target, case):
+    """A call on NaN fills working memory with them; multiplied by a weight of zero they would still show."""
+    inputs = inputs_of(case, torch.float32, target.device)
+    first = solve(case, target, inputs)
+    solve(case, target, {name: torch.full_like(tensor, torch.nan) for name, tensor in inputs.items()})
+    assert_same_bits(solve(case, target, inputs), first)
+
+
 LARGER = [
     Case("larger-full", "full", (4, 130, 3, 40)),
     Case("larger-full-l2", "full", (2, 300, 2, 64), score="l2"),
