@@ -77,7 +77,8 @@ def backward_query_kernel(
         k = load_rows(key, batch, head, lattice, there, S)
         v = load_rows(value, batch, head, lattice, there, S)
         products = product(q, k, OWN, BLOCK, S)
-        scores = logits(products, key_bias_of(k, scale, 0, BLOCK, S), queries, keys, table, scale, lattice, S)
+        key_bias = key_bias_of(k, scale, 0, BLOCK, S) if S.l2 else None
+        scores = logits(products, key_bias, queries, keys, table, scale, lattice, S)
         weights = tl.exp2(scores - logsum)
         d_scores = weights * (product(do, v, OWN, BLOCK, S) - mean[:, None])
         dq = add_weighted(dq, d_scores, k, S)
@@ -106,7 +107,7 @@ def backward_key_kernel(
     keys = as_keys(place, table_columns, 1)
     k = load_rows(key, batch, head, lattice, place, S)
     v = load_rows(value, batch, head, lattice, place, S)
-    key_bias = key_bias_of(k, scale, 1, OWN, S)
+    key_bias = key_bias_of(k, scale, 1, OWN, S) if S.l2 else None
     dk = zero_rows(OWN, S)
     dv = zero_rows(OWN, S)
     d_key_bias = tl.zeros((OWN,), S.accumulate)

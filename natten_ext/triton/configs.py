@@ -7,8 +7,10 @@ A key is ``step/kind/dtype/channels``, or ``step/dtype/channels`` for all kinds 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +43,9 @@ class Config(NamedTuple):
 INTERPRETER = Config(32, 16, 1, 1)
 
 
+_assumed = "default"
+
+
 def precision(dtype: torch.dtype, full: bool) -> str:
     """Triton's input precision of products."""
     if dtype != torch.float32:
@@ -64,9 +69,20 @@ def architecture(device: torch.device) -> str:
     if triton.knobs.runtime.interpret:
         return "interpreter"
     if device.type != "cuda":
-        return "default"
+        return _assumed
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+@contextlib.contextmanager
+def assumed_architecture(name: str) -> Iterator[None]:
+    """Which architecture tensors that are not on a GPU stand for (to compile ahead of time)."""
+    global _assumed
+    previous, _assumed = _assumed, name
+    try:
+        yield
+    finally:
+        _assumed = previous
 
 
 def lookup(device: torch.device, step: str, kind: int, dtype: torch.dtype, full: bool, head_dim: int) -> Config:

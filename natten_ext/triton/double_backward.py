@@ -36,7 +36,6 @@ from .tiles import (
     LOG2E,
     add_weighted,
     load_rows,
-    load_rows_if_given,
     number,
     product,
     row_dots,
@@ -76,7 +75,7 @@ def double_query_kernel(
     numbers = row_numbers(batch, head, heads, height, width, lattice, place)
     logsum = (tl.load(lse + numbers, mask=place.valid, other=0.0) * LOG2E)[:, None]
     q = load_rows(query, batch, head, lattice, place, S)
-    gq = load_rows_if_given(cot_query, batch, head, lattice, place, S)
+    gq = load_rows(cot_query, batch, head, lattice, place, S) if cot_query is not None else None
     reach = keys_of(box, lattice, S)
 
     x_mean = tl.zeros((OWN,), S.accumulate)
@@ -85,11 +84,11 @@ def double_query_kernel(
         there = block_place(reach, block, S)
         keys = as_keys(there, table_columns, 0)
         k = load_rows(key, batch, head, lattice, there, S)
-        gk = load_rows_if_given(cot_key, batch, head, lattice, there, S)
-        key_bias = key_bias_of(k, scale, 0, BLOCK, S)
+        gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
+        key_bias = key_bias_of(k, scale, 0, BLOCK, S) if S.l2 else None
         scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
         weights = tl.exp2(scores - logsum)
-        cot_key_bias = cot_key_bias_of(gk, k, scale, 0, BLOCK, S)
+        cot_key_bias = cot_key_bias_of(gk, k, scale, 0, BLOCK, S) if S.l2 and cot_key is not None else None
         x = weights * cot_scores(gq, q, k, gk, cot_key_bias, cot_table, queries, keys, scale, lattice, OWN, BLOCK, S)
         x_mean += tl.sum(x, 1)
         rows = add_weighted(rows, x, load_rows(value, batch, head, lattice, there, S), S)
@@ -111,11 +110,11 @@ def double_query_kernel(
             there = block_place(reach, block, S)
             keys = as_keys(there, table_columns, 0)
             k = load_rows(key, batch, head, lattice, there, S)
-            gk = load_rows_if_given(cot_key, batch, head, lattice, there, S)
-            key_bias = key_bias_of(k, scale, 0, BLOCK, S)
+            gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
+            key_bias = key_bias_of(k, scale, 0, BLOCK, S) if S.l2 else None
             scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
             weights = tl.exp2(scores - logsum)
-            cot_key_bias = cot_key_bias_of(gk, k, scale, 0, BLOCK, S)
+            cot_key_bias = cot_key_bias_of(gk, k, scale, 0, BLOCK, S) if S.l2 and cot_key is not None else None
             x = cot_scores(gq, q, k, gk, cot_key_bias, cot_table, queries, keys, scale, lattice, OWN, BLOCK, S)
             d_weights = product(do, load_rows(value, batch, head, lattice, there, S), OWN, BLOCK, S)
             g = None
@@ -153,10 +152,10 @@ def double_key_kernel(
     keys = as_keys(place, table_columns, 1)
     k = load_rows(key, batch, head, lattice, place, S)
     v = load_rows(value, batch, head, lattice, place, S)
-    gk = load_rows_if_given(cot_key, batch, head, lattice, place, S)
-    gv = load_rows_if_given(cot_value, batch, head, lattice, place, S)
-    key_bias = key_bias_of(k, scale, 1, OWN, S)
-    cot_key_bias = cot_key_bias_of(gk, k, scale, 1, OWN, S)
+    gk = load_rows(cot_key, batch, head, lattice, place, S) if cot_key is not None else None
+    gv = load_rows(cot_value, batch, head, lattice, place, S) if cot_value is not None else None
+    key_bias = key_bias_of(k, scale, 1, OWN, S) if S.l2 else None
+    cot_key_bias = cot_key_bias_of(gk, k, scale, 1, OWN, S) if S.l2 and cot_key is not None else None
     dk = zero_rows(OWN, S)
     dv = zero_rows(OWN, S)
     d_key_bias = tl.zeros((OWN,), S.accumulate)
@@ -171,7 +170,7 @@ def double_key_kernel(
         x_mean = tl.load(row_x_means + numbers, mask=there.valid, other=0.0)[None, :]
         offset = tl.load(row_offsets + numbers, mask=there.valid, other=0.0)[None, :]
         q = load_rows(query, batch, head, lattice, there, S)
-        gq = load_rows_if_given(cot_query, batch, head, lattice, there, S)
+        gq = load_rows(cot_query, batch, head, lattice, there, S) if cot_query is not None else None
         do = load_rows(grad_output, batch, head, lattice, there, S)
         scores = logits(product(k, q, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
         weights = tl.exp2(scores - logsum)

@@ -63,7 +63,7 @@ def forward_kernel(
         keys = as_keys(there, table_columns, 0)
         k = load_rows(key, batch, head, lattice, there, S)
         v = load_rows(value, batch, head, lattice, there, S)
-        key_bias = key_bias_of(k, scale, 0, BLOCK, S)
+        key_bias = key_bias_of(k, scale, 0, BLOCK, S) if S.l2 else None
         scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
         higher = tl.maximum(highest, tl.max(scores, 1))
         # A row may see nothing in this block, and nothing yet.

@@ -34,7 +34,10 @@ _recorder: Callable[..., None] | None = None
 
 @contextlib.contextmanager
 def recorded_launches(recorder: Callable[..., None]) -> Iterator[None]:
-    """Hand ``(kernel, programs, arguments, options)`` of every launch to ``recorder`` instead of launching."""
+    """Hand ``(kernel, programs, arguments, options)`` of every launch to ``recorder`` instead of launching.
+
+    With tensors on the device "meta" that is all a problem does. Not for several threads.
+    """
     global _recorder
     previous, _recorder = _recorder, recorder
     try:

@@ -237,3 +237,8 @@ def displacements(problem: Problem, tiles: Tiling) -> tuple[tuple[int, int, int]
         first = (low - shift) // block
         results.append((first, (high - shift) // block - first + 1, shift))
     return results[0], results[1]
+
+
+def offset_extent(own: int, block: int) -> int:
+    """Power of two that holds the offsets between the positions of a tile and of a block, on one axis."""
+    return 1 << (own + block - 2).bit_length()  # calls nothing: kernels use it too

@@ -38,20 +38,14 @@ def logits(products, key_bias, queries, keys, table, scale, lattice, S: tl.const
 
 @triton.jit
 def key_bias_of(k, scale, AXIS: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
-    """What the score l2 adds per key, -scale/2 * |k|^2, along axis 1 - AXIS of the scores; None for dot."""
-    if S.l2:
-        return tl.expand_dims(-scale / 2 * row_sums(k, k, COUNT, S), AXIS)
-    else:
-        return None
+    """What the score l2 adds per key, -scale/2 * |k|^2, along axis 1 - AXIS of the scores."""
+    return tl.expand_dims(-scale / 2 * row_sums(k, k, COUNT, S), AXIS)
 
 
 @triton.jit
 def cot_key_bias_of(cot_k, k, scale, AXIS: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
-    """What the score l2 adds to ``cot_scores`` per key, -scale * gK.K; None for dot and without gK."""
-    if S.l2 and cot_k is not None:
-        return tl.expand_dims(-scale * row_sums(cot_k, k, COUNT, S), AXIS)
-    else:
-        return None
+    """What the score l2 adds to ``cot_scores`` per key, -scale * gK.K."""
+    return tl.expand_dims(-scale * row_sums(cot_k, k, COUNT, S), AXIS)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .geometry import SIZES, Box, Place, as_keys, as_queries, empty, keys_of, locate, own_place
-from .problem import QUERY, displacements
+from .problem import QUERY, displacements, offset_extent
 from .scores import (
     cot_key_bias_of,
     cot_scores,
@@ -21,7 +21,7 @@ from .scores import (
     second_score_gradient,
     table_centre,
 )
-from .tiles import LOG2E, load_rows, load_rows_if_given, number, product, row_numbers
+from .tiles import LOG2E, load_rows, number, product, row_numbers
 
 # Programs at most, unless there are more displacements. Fixed, so that sums have one order on every GPU.
 MAX_PROGRAMS = 1024
@@ -29,10 +29,7 @@ MAX_PROGRAMS = 1024
 RANGES = ("items", "shares", "first_y", "first_x", "count_y", "count_x", "shift_y", "shift_x")
 
 
-@triton.constexpr_function
-def _offsets(own, block):
-    """Power of two that holds the offsets between the elements of a tile and of a block, on one axis."""
-    return 1 << (own + block - 2).bit_length()
+_offsets = triton.constexpr_function(offset_extent)
 
 
 @triton.jit
@@ -105,7 +102,7 @@ def table_shares_kernel(
             mean = tl.load(row_means + numbers, mask=place.valid, other=0.0)[:, None]
             q = load_rows(query, batch, head, lattice, place, S)
             k = load_rows(key, batch, head, lattice, there, S)
-            key_bias = key_bias_of(k, scale, 0, BLOCK, S)
+            key_bias = key_bias_of(k, scale, 0, BLOCK, S) if S.l2 else None
             scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
             weights = tl.exp2(scores - logsum)
             do = load_rows(grad_output, batch, head, lattice, place, S)
@@ -116,9 +113,9 @@ def table_shares_kernel(
             else:
                 x_mean = tl.load(row_x_means + numbers, mask=place.valid, other=0.0)[:, None]
                 offset = tl.load(row_offsets + numbers, mask=place.valid, other=0.0)[:, None]
-                gq = load_rows_if_given(cot_query, batch, head, lattice, place, S)
-                gk = load_rows_if_given(cot_key, batch, head, lattice, there, S)
-                cot_bias = cot_key_bias_of(gk, k, scale, 0, BLOCK, S)
+                gq = load_rows(cot_query, batch, head, lattice, place, S) if cot_query is not None else None
+                gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
+                cot_bias = cot_key_bias_of(gk, k, scale, 0, BLOCK, S) if S.l2 and cot_key is not None else None
                 cot = cot_scores(gq, q, k, gk, cot_bias, cot_table, queries, keys, scale, lattice, OWN, BLOCK, S)
                 g = None
                 if cot_value is not None:
@@ -172,30 +169,11 @@ def table_gradient(launch, step, bias, cotangents, do, q, k, v, lse, means, x_me
         shares = min(shares, 2)
     ranges = items, shares, first_y, first_x, count_y, count_x, shift_y, shift_x
     programs = shares * count_y * count_x * problem.heads
-    area = _offsets.fn(static.own_h, static.block_h) * _offsets.fn(static.own_w, static.block_w)
+    area = offset_extent(static.own_h, static.block_h) * offset_extent(static.own_w, static.block_w)
     sums = lse.new_empty((programs, area))
     maps = *cotangents, do, q, k, v
-    launch.start(
-        table_shares_kernel,
-        programs,
-        (
-            *cotangents,
-            do,
-            q,
-            k,
-            v,
-            lse,
-            means,
-            x_means,
-            offsets,
-            sums,
-            *ranges,
-            launch.table,
-            *launch.sizes(tiles.tiles),
-        ),
-        config,
-        S=static,
-    )
+    arguments = *maps, lse, means, x_means, offsets, sums, *ranges, launch.table, *launch.sizes(tiles.tiles)
+    launch.start(table_shares_kernel, programs, arguments, config, S=static)
     grad = bias.new_empty(bias.shape)
     heads, rows, columns = bias.shape
     launch.start(

@@ -143,14 +143,6 @@ def load_rows(rows, batch, head, lattice, place, S: tl.constexpr):
 
 
 @triton.jit
-def load_rows_if_given(rows, batch, head, lattice, place, S: tl.constexpr):
-    if rows is None:
-        return None
-    else:
-        return load_rows(rows, batch, head, lattice, place, S)
-
-
-@triton.jit
 def chunk_of(operand, INDEX: tl.constexpr, S: tl.constexpr):
     if S.streamed:
         return load_chunk(operand.pointers, operand.valid, INDEX, S)
