@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import natten_ext
@@ -40,14 +39,9 @@ def test_parameter_counts_are_the_published_ones(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_shapes_of_every_preset(name):
     recipe = PRESETS[name].recipe
-    with torch.device("meta"):
-        generator = build(recipe.generator)
-        discriminator = build(replace(recipe.discriminator, augment=()))  # random choices need real numbers
-    with FakeTensorMode(allow_non_fake_inputs=True), natten_ext.use_backend("reference"):
-        generator.to_empty(device="cpu")
-        discriminator.to_empty(device="cpu")
-        images = generator(torch.randn(2, recipe.generator.latent_dim))
-        scores = discriminator(images)
+    with torch.device("meta"), natten_ext.use_backend("reference"):
+        images = build(recipe.generator)(torch.randn(2, recipe.generator.latent_dim))
+        scores = build(recipe.discriminator)(images, augment=False)
     size = recipe.generator.image_size
     assert images.shape == (2, recipe.generator.channels, size, size)
     assert scores.shape == (2,)
