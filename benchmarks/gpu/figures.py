@@ -23,22 +23,26 @@ MEMORY_GOAL = 0.25
 
 
 class Rows:
-    """Rows that were timed, by shape, order and candidate; of the first pass where there are two."""
+    """The rows of one precision that were timed, by pass, by shape and order, and by candidate."""
 
     def __init__(self, rows: Iterable[Row], precision: str = PRECISION) -> None:
-        self.all: dict[tuple[str, str, str], Row] = {}
-        self.beside_compiled: dict[tuple[str, str, str], Row] = {}
+        self._passes: dict[str, dict[tuple[str, str], dict[str, Row]]] = {"quick": {}, "compiled": {}}
         for row in rows:
             if row["precision"] == precision and row["median"]:
-                key = row["shape"], row["order"], row["candidate"]
-                (self.all if row["pass"] == "quick" else self.beside_compiled)[key] = row
-        for key, row in self.beside_compiled.items():
-            self.all.setdefault(key, row)
-        self.shapes = [name for name in SHAPES if any(key[0] == name for key in self.all)]
+                cell = self._passes[row["pass"]].setdefault((row["shape"], row["order"]), {})
+                cell[row["candidate"]] = row
+        timed = {shape for cells in self._passes.values() for shape, _ in cells}
+        self.shapes = [name for name in SHAPES if name in timed]
+        self.candidates = {name for cells in self._passes.values() for cell in cells.values() for name in cell}
+
+    def get(self, shape: str, order: str, candidate: str) -> Row | None:
+        """A row of the first pass, else of the second."""
+        found = (cells.get((shape, order), {}).get(candidate) for cells in self._passes.values())
+        return next((row for row in found if row), None)
 
     def percent(self, backend: str, order: str, shapes: Iterable[str]) -> dict[str, float]:
         """Percent of the floor, operators alone."""
-        rows = {name: self.all.get((name, order, backend)) for name in shapes}
+        rows = {name: self.get(name, order, backend) for name in shapes}
         return {name: row["alone_percent"] for name, row in rows.items() if row and row["alone_percent"]}
 
     def ratio(
@@ -48,11 +52,11 @@ class Rows:
         ratios = {}
         for name in shapes:
             found = []
-            for rows in (self.all, self.beside_compiled):
-                mine = rows.get((name, order, backend))
-                there = [row for key, row in rows.items() if key[:2] == (name, order) and peers(key[2])]
-                theirs = [row[field] for row in there if row[field]]
-                found += [min(theirs) / mine[field]] if mine and mine[field] and theirs else []
+            for cells in self._passes.values():
+                cell = cells.get((name, order), {})
+                theirs = [row[field] for peer, row in cell.items() if peers(peer) and row[field]]
+                if backend in cell and cell[backend][field] and theirs:
+                    found.append(min(theirs) / cell[backend][field])
             if found:
                 ratios[name] = min(found)
         return ratios
@@ -81,7 +85,7 @@ def _triton(rows: Rows) -> list[Figure]:
         memory = {
             name: row["memory"]["ratio"]
             for name in rows.shapes
-            if (row := rows.all.get((name, order, "triton"))) and row["memory"]
+            if (row := rows.get(name, order, "triton")) and row["memory"]
         }
         name = f"{OPERATORS[order]}: memory beyond inputs and outputs / outputs, largest"
         if memory:

@@ -54,10 +54,10 @@ def speed_table(data: Data, precision: str) -> str:
     backends = _ours(data)
     lines = []
     for name in rows.shapes:
-        scaled = next(row["scaled"] for key, row in rows.all.items() if key[0] == name)
+        scaled = next(row["scaled"] for row in data["rows"] if row["shape"] == name)
         line: list[object] = [name, SHAPES[name].describe() + (f" ({scaled})" if scaled != "as it is" else "")]
         for backend in backends:
-            cells = [_alone(rows.all.get((name, order, backend))) for order in ORDERS]
+            cells = [_alone(rows.get(name, order, backend)) for order in ORDERS]
             line.append(" / ".join(cells))
         lines.append(line)
     header = [f"{name}: forward / backward / double backward, us (percent of the floor)" for name in backends]
@@ -65,15 +65,14 @@ def speed_table(data: Data, precision: str) -> str:
 
 
 def peers_table(data: Data, precision: str) -> str:
-    """Whole steps: every other candidate's time over that of our fastest backend; first calls by the host too."""
+    """Whole steps: every other candidate's time over that of our fastest backend."""
     rows = Rows(data["rows"], precision)
     ours = _ours(data)
-    present = {key[2] for key in (*rows.all, *rows.beside_compiled)}
-    peers = [name for name in PEERS if name in present]
+    peers = [name for name in PEERS if name in rows.candidates]
     lines = []
     for name in rows.shapes:
         for order in ORDERS:
-            mine = [r for b in ours if (r := rows.all.get((name, order, b)))]
+            mine = [r for b in ours if (r := rows.get(name, order, b))]
             best = min(mine, key=lambda row: row["median"], default=None)
             line: list[object] = [name, order]
             if best is None:

@@ -30,6 +30,7 @@ NOT_RUN = "not run"
 TEST_LIMIT = 60.0  # seconds for one operator test, compilation of its kernels included
 EXERCISE_LIMIT = 60.0
 CANDIDATE_LIMIT = 45.0  # seconds that one candidate of the benchmark may take for one activity
+COMPILE_LIMIT = 120.0  # seconds for the first calls of one backend on one shape
 COMPILE_SHARE = 0.3  # of the benchmark's time, at most, for filling the caches of compiled kernels in parallel
 SANITIZER_TOOLS = {"memcheck": r"ERROR SUMMARY: (\d+) error", "racecheck": r"RACECHECK SUMMARY: (\d+) hazard"}
 SANITIZER_STATUS = 86
@@ -358,7 +359,7 @@ def _compile_first(run: Run, command: list[str]) -> None:
         stem = run.stem(f"compile-{number}")
         until = time.monotonic() + COMPILE_SHARE * run.left
         arguments = ["--stem", str(stem), "--compile-only", f"{number}/{run.processes}"]
-        return supervise([*command, *arguments], stem, until, CANDIDATE_LIMIT, on_event)
+        return supervise([*command, *arguments], stem, until, COMPILE_LIMIT, on_event)
 
     outcomes = _in_parallel(one, [(number,) for number in range(run.processes)])
     run.found["first_calls"] = first_calls
