@@ -124,8 +124,10 @@ class RunConfig:
     """Steps between sample grids of the averaged generator, always from the same z."""
     sample_count: int = 64
     """Images of a grid."""
+    metric: str = "random"
+    """Network of the distance to real images: "random" (fixed random weights), "lite1", or "judge:FILE"."""
     metric_every: int = 0
-    """Steps between measurements of the distance to real images (gans.metrics); 0 for never."""
+    """Steps between measurements of that distance; 0 for never."""
     metric_images: int = 2000
     """Generated images per measurement, and the most real ones that are used."""
     checkpoint_every: int = 5000

@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     lines = logs.read(run)
     shown = [0, *(i * sample_every for i in (1, 2, 4, 8, 12)), options.steps]
     plot_samples(run, shown, recipe.generator.image_size, out / "samples.png")
-    plot_curves(lines, out / "curves.png")
+    plot_curves(lines, out / "curves.png", RandomFeatureFrechet.name)
 
     print("measuring one training step with fused and with naive attention", flush=True)
     cost_recipe = replace(COST_RECIPE, batch_d=options.cost_batch, batch_g=options.cost_batch)

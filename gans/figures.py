@@ -9,8 +9,6 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from gans.metrics import RandomFeatureFrechet
-
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -52,8 +50,11 @@ def plot_samples(run: Path, steps: Sequence[int], size: int, path: Path, columns
     plt.close(figure)
 
 
-def plot_curves(lines: Sequence[dict[str, float]], path: Path) -> None:
-    """Each network's loss terms, and the distance to the real images with its floor if the run measured it."""
+def plot_curves(lines: Sequence[dict[str, float]], path: Path, distance: str = "distance") -> None:
+    """Each network's loss terms, and the distance to the real images with its floor if the run measured it.
+
+    `distance` is the distance's name.
+    """
     distances = [line for line in lines if "distance" in line]
     panels = 3 if distances else 2
     figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.6), layout="constrained", squeeze=False)
@@ -71,7 +72,7 @@ def plot_curves(lines: Sequence[dict[str, float]], path: Path) -> None:
         points = [(line["step"], line["distance"]) for line in distances]
         axis.semilogy(*zip(*points, strict=True), marker=".", label="averaged generator")
         axis.axhline(distances[-1]["floor"], color="gray", linestyle="--", label="real against real")
-        axis.set(title=f"{RandomFeatureFrechet.name} to real images", xlabel="generator step")
+        axis.set(title=f"{distance} to real images", xlabel="generator step")
     for axis in axes[0]:
         if axis.lines:
             axis.legend(fontsize=8)

@@ -18,7 +18,7 @@ from gans import data
 from gans.config import RunConfig, TrainConfig
 from gans.images import grid, save_png
 from gans.logs import RunLog, read
-from gans.metrics import RandomFeatureFrechet
+from gans.metrics import Metric, make_metric
 from gans.sources import ImageSource
 from gans.state import TrainState
 
@@ -74,9 +74,9 @@ class Monitor:
             size, channels, broken = config.generator.image_size, config.generator.channels, config.images.broken
             return data.load_images(source, size=size, channels=channels, limit=limit, broken=broken)
 
-        self.metric: RandomFeatureFrechet | None = None
+        self.metric: Metric | None = None
         if run.metric_every:
-            self.metric = metric = RandomFeatureFrechet(real(run.metric_images))
+            self.metric = metric = make_metric(run.metric, real(run.metric_images).to(self.device))
             floor = f"real against real (two halves of {metric.count} images) {metric.floor:.4g}"
             self._bar.write(f"{metric.name}: {floor}")
         if state.step == 0:
@@ -95,7 +95,7 @@ class Monitor:
         if kind is None:
             from gans.figures import plot_curves  # matplotlib takes a second to load
 
-            plot_curves(read(self.out), self.out / "curves.png")
+            plot_curves(read(self.out), self.out / "curves.png", self.metric.name if self.metric else "distance")
 
     def step_done(self, logs: Sequence[dict[str, float]]) -> None:
         """Takes the logs of a step's updates, of which the files get the means, and writes what is due."""
@@ -136,7 +136,8 @@ class Monitor:
 
     def _measure(self) -> None:
         if self.metric:
-            distance = self.metric(generate(self.state.average.model, self.run.metric_images))
+            images = generate(self.state.average.model, self.run.metric_images)
+            distance = self.metric(images.to(self.device))
             self.log.write(self.state.step, {"distance": distance, "floor": self.metric.floor})
 
     def _sample(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 DIGITS = "digits"
@@ -78,8 +78,9 @@ class FileImages:
             image = Image.open(io.BytesIO(self.read(name)))
             image.load()
             return ImageOps.exif_transpose(image)
-        except Exception as error:
-            raise BrokenImageError(f"cannot read image {name!r} in {str(self.origin)!r}: {error}") from error
+        except Exception as error:  # Pillow's decoders raise all sorts
+            what = "Pillow knows no such format" if isinstance(error, UnidentifiedImageError) else error
+            raise BrokenImageError(f"cannot read image {name!r} in {str(self.origin)!r}: {what}") from error
 
     def _read_labels(self, every: set[str]) -> tuple[list[int] | None, list[str]]:
         found: dict[str, Any] = {}

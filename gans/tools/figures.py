@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from gans import logs
-from gans.config import TrainConfig, from_dict
+from gans.config import RunConfig, TrainConfig, from_dict
 from gans.figures import plot_curves, plot_samples, sample_steps
 
 
@@ -28,9 +28,10 @@ class FigureArguments:
 def run(arguments: list[str]) -> None:
     """Writes both figures."""
     parsed = tyro.cli(FigureArguments, args=arguments, prog="python -m gans figures")
-    config = from_dict(TrainConfig, json.loads((parsed.run / "config.json").read_text())["recipe"])
+    resolved = json.loads((parsed.run / "config.json").read_text())
+    config, run_config = from_dict(TrainConfig, resolved["recipe"]), from_dict(RunConfig, resolved["run"])
     parsed.out.mkdir(parents=True, exist_ok=True)
     size = config.generator.image_size
     plot_samples(parsed.run, parsed.steps or sample_steps(parsed.run), size, parsed.out / "samples.png")
-    plot_curves(logs.read(parsed.run), parsed.out / "curves.png")
+    plot_curves(logs.read(parsed.run), parsed.out / "curves.png", f"distance ({run_config.metric})")
     print(f"wrote {parsed.out / 'samples.png'} and {parsed.out / 'curves.png'}")
