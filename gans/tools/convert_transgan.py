@@ -3,15 +3,17 @@
 The files hold `gen_state_dict`, `dis_state_dict` and `avg_gen_state_dict` (the average has parameters only). Position
 embeddings are `(1, H * W, C)` there and `(1, H, W, C)` here. Relative position tables are `((2 w - 1)^2, heads)`,
 indexed by query minus key, there and `(heads, 2 w - 1, 2 w - 1)`, indexed by key minus query, here: both axes of the
-offsets are turned around. The published index buffers are checked and left behind.
+offsets are turned around. The published index buffers are checked and left behind. The files were not to be had; names
+and shapes are those of the published code.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,8 @@ BLOCK: tuple[Replacement, ...] = (
     (r"\bnorm([12])\.", r"norm\1.norm."),
     (r"\bnoise\.strength$", "attn.noise_strength_1"),
     (r"\battn\.rel_pos_bias$", "attn.relative_position_bias_table"),
+    (r"\bcross_attn\.(query|key|value)\.", lambda match: f"cross_attention.{match[1][0]}_transform."),
+    (r"\bcross_attn\.", "cross_attention."),
 )
 """Inside a transformer block, ours to published."""
 
@@ -64,7 +68,18 @@ SMALL_GENERATOR: tuple[Replacement, ...] = (
 )
 """32 and 48 pixels."""
 
-SMALL_DISCRIMINATOR: tuple[Replacement, ...] = (
+LARGE_GENERATOR: tuple[Replacement, ...] = (
+    (r"^input\.", "l1."),
+    (r"^context\.", "embedding_transform."),
+    (r"^context_pos_embed$", "embed_pos"),
+    (r"^to_rgb\.", "deconv.0."),
+    _from_one("pos_embed pos_embed"),
+    (r"^stages\.(\d+)\.", lambda match: f"blocks_{int(match[1]) + 1}.block."),
+    *BLOCK,
+)
+"""256 pixels."""
+
+DISCRIMINATOR: tuple[Replacement, ...] = (
     _from_one("patches fRGB"),
     _from_one("pos_embed pos_embed"),
     _from_one("stages blocks"),
@@ -72,6 +87,11 @@ SMALL_DISCRIMINATOR: tuple[Replacement, ...] = (
     (r"^norm\.", "norm.norm."),
     *BLOCK,
 )
+
+CHURCH_DISCRIMINATOR: tuple[Replacement, ...] = ((r"^stages\.0\.2\.", "blocks_11.0."), *DISCRIMINATOR)
+"""The block of a stage that attends to the whole map has a list of its own."""
+
+CELEBAHQ_DISCRIMINATOR: tuple[Replacement, ...] = ((r"^stages\.1\.2\.", "blocks_21.0."), *DISCRIMINATOR)
 
 
 def published_name(name: str, replacements: tuple[Replacement, ...]) -> str:
@@ -98,21 +118,30 @@ IGNORED = frozenset(
 """What the files hold beside the networks."""
 
 
-def layout(generator: tuple[Replacement, ...], discriminator: tuple[Replacement, ...]) -> Layout:
-    """The layout of one of the four published pairs of networks."""
+def layout(
+    generator: tuple[Replacement, ...],
+    discriminator: tuple[Replacement, ...],
+    constants: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> Layout:
+    """The layout of one of the four published pairs of networks; `constants` are shapes of further buffers."""
+
+    def name_of(name: str, model: nn.Module) -> str:
+        return published_name(name, generator if isinstance(model, Generator) else discriminator)
 
     def sources(model: nn.Module) -> dict[str, Source]:
-        replacements = generator if isinstance(model, Generator) else discriminator
-        state = model.state_dict()
-        return {name: _source(name, value, published_name(name, replacements)) for name, value in state.items()}
+        return {name: _source(name, value, name_of(name, model)) for name, value in model.state_dict().items()}
 
     def extras(model: nn.Module) -> dict[str, Extra]:
-        tables = [source for source in sources(model).values() if source.convert is flip_table]
-        windows = {source.name: (math.isqrt(source.shape[0]) + 1) // 2 for source in tables}
-        return {
-            name.replace("bias_table", "index"): Extra((window**2, window**2), partial(published_index, window))
-            for name, window in windows.items()
-        }
+        found = {} if isinstance(model, Generator) else {name: Extra(shape) for name, shape in constants.items()}
+        for name, value in model.state_dict().items():
+            published = name_of(name, model)
+            if name.endswith("rel_pos_bias"):
+                window = (value.shape[1] + 1) // 2
+                index = Extra((window**2, window**2), partial(published_index, window))
+                found[published.replace("bias_table", "index")] = index
+            elif name.endswith("cross_attn.query.weight"):  # beside it is a strength of noise that is never added
+                found[published.replace("q_transform.weight", "noise_strength_1")] = Extra(())
+        return found
 
     return Layout(
         networks={
@@ -127,7 +156,10 @@ def layout(generator: tuple[Replacement, ...], discriminator: tuple[Replacement,
 
 
 LAYOUTS = {
-    "cifar10": layout(SMALL_GENERATOR, SMALL_DISCRIMINATOR),
-    "stl10": layout(SMALL_GENERATOR, SMALL_DISCRIMINATOR),
+    "cifar10": layout(SMALL_GENERATOR, DISCRIMINATOR),
+    "stl10": layout(SMALL_GENERATOR, DISCRIMINATOR),
+    "church256": layout(LARGE_GENERATOR, CHURCH_DISCRIMINATOR),
+    # Hz_fbank: the wavelet filters of DiffAug's "filter"; ours makes its own (gans.augment.BAND_FILTERS).
+    "celebahq256": layout(LARGE_GENERATOR, CELEBAHQ_DISCRIMINATOR, {"Hz_fbank": (4, 43)}),
 }
 """By preset."""

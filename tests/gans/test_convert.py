@@ -25,6 +25,10 @@ LISTS = {
     ("cifar10", "discriminator"): "e719a78a40940334c1a79bbb1685f9cc066dad58f2ba3d4e8cb49ca7c12a7d9a",
     ("stl10", "generator"): "2645de22f24c50f9fdc61a434ff0da0e62bd65da38cdf996b703fb7d6c072f68",
     ("stl10", "discriminator"): "cfa6c87a1599def7bd27568ad8f4aa1f47d27a21f8eeeaa28772a213705f1cd5",
+    ("church256", "generator"): "95fd5ada846f276604942022d86c60a8404ecf1733b4231618679535ab388a8a",
+    ("church256", "discriminator"): "7b29bb3efbbebbd16114962ad1b7ab13a62ebad20c2cefbcfddaa0b49f07273d",
+    ("celebahq256", "generator"): "df8eac5e51e6a7d0f39008b04eabf37343686030c7f7ec4420ffd076643277f3",
+    ("celebahq256", "discriminator"): "df9b80baee922915181794f81e6f9650ec9b3b66f3aa75c2a96a8e891e4eb3b2",
 }
 """SHA-256 of the published networks' "name shape" lines, sorted: the names and shapes themselves are not ours."""
 
@@ -59,10 +63,9 @@ DISCRIMINATOR = DiscriminatorConfig(
 def random_published(model: torch.nn.Module, layout: convert.Layout, seed: int) -> dict[str, torch.Tensor]:
     """A state dict as published, with random numbers in all parameters, and the index buffers."""
     generator = torch.Generator().manual_seed(seed)
-    extras = layout.extras(model)
     state = {}
     for name, shape in published_shapes(model, layout).items():
-        if name in extras:
+        if name.endswith("relative_position_index"):
             state[name] = swin_index(math.isqrt(shape[0]))
         else:
             state[name] = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.5
@@ -75,8 +78,34 @@ def swin_index(w: int) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def published_block(state, prefix, x, heads, norm, noise):
-    """Tokens `(B, N, C)`: attention with a bias by query minus key, then the MLP."""
+def windowed(x, window):
+    """Tokens `(B, N, C)` of a square map as `(B * windows, window^2, C)`, and a way back."""
+    batch, tokens, channels = x.shape
+    across = math.isqrt(tokens) // window
+    shape = (batch, across, window, across, window, channels)
+
+    def back(y):
+        return y.view(batch, across, across, window, window, -1).transpose(2, 3).reshape(batch, tokens, -1)
+
+    return x.view(shape).transpose(2, 3).reshape(-1, window**2, channels), back
+
+
+def published_cross_attention(state, prefix, x, context, heads):
+    q = x @ state[prefix + "q_transform.weight"].T
+    k, v = (context @ state[f"{prefix}{name}_transform.weight"].T for name in "kv")
+    q, k, v = (y.unflatten(-1, (heads, -1)) for y in (q, k, v))
+    scores = torch.einsum("bihc,bjhc->bhij", q, k) / math.sqrt(q.shape[-1])
+    y = torch.einsum("bhij,bjhc->bihc", scores.softmax(-1), v).flatten(2)
+    return x + F.linear(y, state[prefix + "proj.weight"], state[prefix + "proj.bias"])
+
+
+def published_block(state, prefix, x, heads, norm, noise, window=None, context=None):
+    """Tokens `(B, N, C)`: attention with a bias by query minus key, then the MLP; in windows, if there are any."""
+    if context is not None:
+        x = published_cross_attention(state, prefix + "cross_attention.", x, context, heads)
+    if window is not None:
+        parts, back = windowed(x, window)
+        return back(published_block(state, prefix, parts, heads, norm, noise))
 
     def normed(name, x):
         if norm == "rms":
@@ -114,6 +143,25 @@ def published_generator(state, config, z):
     return F.conv2d(maps, state["deconv.0.weight"], state["deconv.0.bias"])
 
 
+def published_large_generator(state, config, z):
+    x = F.linear(z, state["l1.weight"], state["l1.bias"]).view(len(z), -1, config.base_dim)
+    context = F.linear(z, state["embedding_transform.weight"], state["embedding_transform.bias"])
+    context = context.view(len(z), -1, config.base_dim) + state["embed_pos"]
+    for i, (depth, window) in enumerate(zip(config.depths, config.windows, strict=True)):
+        side = config.base_size * 2**i
+        if i > 0:
+            maps = x.transpose(1, 2).reshape(len(z), -1, side // 2, side // 2)
+            bicubic = i <= config.bicubic
+            maps = F.interpolate(maps, scale_factor=2, mode="bicubic") if bicubic else F.pixel_shuffle(maps, 2)
+            x = maps.flatten(2).transpose(1, 2)
+        x = x + state[f"pos_embed_{i + 1}"]
+        for j in range(depth):
+            prefix = f"blocks_{i + 1}.block.{j}."
+            x = published_block(state, prefix, x, config.heads, config.norm, False, window, context)
+    maps = x.transpose(1, 2).reshape(len(z), -1, side, side)
+    return F.conv2d(maps, state["deconv.0.weight"], state["deconv.0.bias"])
+
+
 def published_discriminator(state, config, images):
     x = None
     for i, depth in enumerate(config.depths):
@@ -135,8 +183,8 @@ def published_discriminator(state, config, images):
     return F.linear(x, state["head.weight"], state["head.bias"]).squeeze(-1)
 
 
-def converted(config, seed):
-    layout = convert.layouts()["cifar10"]
+def converted(config, seed, preset_name="cifar10"):
+    layout = convert.layouts()[preset_name]
     model = build(config).double()
     state = random_published(model, layout, seed)
     model.load_state_dict(convert.translate(state, model, layout, "state"))
@@ -160,6 +208,24 @@ def test_converted_discriminator_computes_what_the_published_one_does(norm):
     expected = published_discriminator(state, config, images)
     torch.manual_seed(5)
     torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_converted_large_generator_computes_what_the_published_one_does():
+    """Windows, a bicubic doubling, cross attention, a first stage without blocks."""
+    config = GeneratorConfig(
+        latent_dim=5,
+        base_size=2,
+        base_dim=32,
+        depths=(0, 1, 2),
+        windows=(2, 4, 4),
+        heads=2,
+        norm="rms",
+        bicubic=1,
+        cross_attention=True,
+    )
+    state, model = converted(config, seed=6, preset_name="celebahq256")
+    z = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(model(z), published_large_generator(state, config, z), rtol=1e-9, atol=1e-9)
 
 
 # Files
