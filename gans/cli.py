@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a recipe:  train --preset cifar10 --data FOLDER|ZIP --out DIR [any override]",
     "presets": "list the recipes; with a name, print all of its settings",
     "data": "check images:  data --data FOLDER|ZIP",
+    "cost": "time and memory of a step, fused and naive:  cost --preset cifar10 --batch 4",
     "figures": "draw a run's samples and curves:  figures --run DIR --out DIR",
     "sample": "images from a checkpoint:  sample --checkpoint DIR --seeds 0-63 --out FILE.png",
     "interpolate": "an animation from seed to seed:  interpolate --checkpoint DIR --seeds 0-5 --out FILE.gif",
@@ -40,4 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; train continues from the last checkpoint with --resume latest", file=sys.stderr)
+        return 130
     return 0

@@ -80,6 +80,10 @@ class TrainConfig:
         for name in ("steps", "clip", "lr_d", "lr_g", "warmup", "decay_start", "decay_end", "decay_to"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        if self.precision not in typing.get_args(Precision):
+            raise ValueError(
+                f"precision is {self.precision!r}; it must be one of {', '.join(typing.get_args(Precision))}"
+            )
         if self.decay_end and self.decay_end <= self.decay_start:
             raise ValueError(f"decay_end is {self.decay_end}; it must come after decay_start ({self.decay_start})")
         self.check_processes(1)

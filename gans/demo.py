@@ -13,17 +13,15 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import tyro
 
-import natten_ext
 from gans import logs
-from gans.config import RunConfig, TrainConfig
+from gans.config import RunConfig
 from gans.distributed import choose_device
 from gans.figures import plot_curves, plot_samples
 from gans.metrics import RandomFeatureFrechet
 from gans.presets_transgan import DIGITS
-from gans.profile import StepCost, measure_apart
+from gans.profile import compare, cost_table, fused_backend
 from gans.train import train
 
 NEEDED_FALL = 5.0
@@ -58,28 +56,6 @@ class DemoArguments:
     """Batch size of the comparison of training steps."""
 
 
-def fused_backend(device: torch.device) -> str:
-    """The backend that "auto" takes for the demo's networks."""
-    return next(status.name for status in natten_ext.backends(device, torch.float32, 16) if status.available)
-
-
-def compare_costs(recipe: TrainConfig, device: str, threads: int) -> list[StepCost]:
-    """One training step with the backend that "auto" takes, and with naive attention."""
-    names = (fused_backend(choose_device(device)), "reference")
-    return [measure_apart(recipe, backend=name, device=device, threads=threads) for name in names]
-
-
-def cost_table(costs: list[StepCost]) -> str:
-    """Markdown table of the costs, with the ratio to the last one (naive attention)."""
-    naive = costs[-1]
-    lines = ["| attention | backend | step, s | peak memory, MiB |", "| --- | --- | --- | --- |"]
-    for label, cost in zip(("fused", "naive"), costs, strict=True):
-        lines.append(f"| {label} | {cost.backend} | {cost.seconds:.2f} | {cost.peak_mib:.0f} |")
-    fused = costs[0]
-    lines.append(f"| naive / fused | | {naive.seconds / fused.seconds:.1f} | {naive.peak_mib / fused.peak_mib:.1f} |")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; exit status 1 if the distance did not fall enough."""
     options = tyro.cli(DemoArguments, args=arguments, prog="python -m gans.demo")
@@ -92,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     sample_every = max(1, options.steps // 16)
     print(
         f"training a TransGAN on scikit-learn's digits: {recipe.steps} steps on {device}, "
-        f"attention backend {fused_backend(device)!r}"
+        f"attention backend {fused_backend(options.device)!r}"
     )
     train(
         recipe,
@@ -117,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     print("measuring one training step with fused and with naive attention", flush=True)
     cost_recipe = replace(COST_RECIPE, batch_d=options.cost_batch, batch_g=options.cost_batch)
-    table = cost_table(compare_costs(cost_recipe, options.device, options.threads))
+    table = cost_table(compare(cost_recipe, device=options.device, threads=options.threads))
     distances = [line for line in lines if "distance" in line]
     first, last = distances[0], distances[-1]
     fall = first["distance"] / last["distance"]

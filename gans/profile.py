@@ -1,4 +1,4 @@
-"""Time and peak memory of one training step (a discriminator step with its penalty and a generator step).
+"""Time and peak memory of one training step: a discriminator update with its penalty, and a generator update.
 
 Memory is what the step needs beyond weights, optimiser states and the images given to it. On the CPU that is
 the resident peak of a process of its own, which has only been warmed up with two images before, minus what
@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ import natten_ext
 from gans.config import TrainConfig, from_dict, to_dict
 from gans.distributed import World, choose_device
 from gans.steps import discriminator_step, generator_step, make_networks
+
+Update = Literal["both", "discriminator", "generator"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ def _peak(device: torch.device) -> float:
     return _status_mib("VmHWM")
 
 
-def measure(config: TrainConfig, *, backend: str, device: str = "auto", repeats: int = 3) -> StepCost:
+def measure(
+    config: TrainConfig, *, backend: str, device: str = "auto", update: Update = "both", repeats: int = 3
+) -> StepCost:
     """Measures a recipe's step in this process: median time of `repeats` steps, and the first's peak memory."""
     target = choose_device(device)
     networks = make_networks(config, target)
@@ -73,9 +78,11 @@ def measure(config: TrainConfig, *, backend: str, device: str = "auto", repeats:
         return torch.rand(count, channels, size, size, device=target, dtype=dtype) * 2 - 1
 
     def step(config: TrainConfig) -> None:
-        discriminator_step(0, 0, config, networks, images(config.batch_d), world)
-        real = images(config.batch_g) if networks.loss.uses_real else None
-        generator_step(0, config, networks, real, world)
+        if update != "generator":
+            discriminator_step(0, 0, config, networks, images(config.batch_d), world)
+        if update != "discriminator":
+            real = images(config.batch_g) if networks.loss.uses_real else None
+            generator_step(0, config, networks, real, world)
 
     with natten_ext.use_backend(backend):
         step(replace(config, batch_d=2, batch_g=2, accumulate=1))
@@ -91,16 +98,17 @@ def measure(config: TrainConfig, *, backend: str, device: str = "auto", repeats:
 
 
 def measure_apart(
-    config: TrainConfig, *, backend: str, device: str = "auto", threads: int = 0, repeats: int = 3
+    config: TrainConfig,
+    *,
+    backend: str,
+    device: str = "auto",
+    update: Update = "both",
+    threads: int = 0,
+    repeats: int = 3,
 ) -> StepCost:
     """`measure` in a fresh process; RuntimeError with its output if it fails."""
-    request = {
-        "recipe": to_dict(config),
-        "backend": backend,
-        "device": device,
-        "repeats": repeats,
-        "threads": threads,
-    }
+    options = {"backend": backend, "device": device, "update": update, "repeats": repeats}
+    request = {"recipe": to_dict(config), "threads": threads, "options": options}
     result = subprocess.run(
         [sys.executable, "-m", "gans.profile"], input=json.dumps(request), capture_output=True, text=True
     )
@@ -109,14 +117,37 @@ def measure_apart(
     return StepCost(**json.loads(result.stdout.splitlines()[-1]))
 
 
+def fused_backend(device: str, head_dim: int = 16) -> str:
+    """The backend that "auto" takes on a device for float32."""
+    statuses = natten_ext.backends(choose_device(device), torch.float32, head_dim)
+    return next(status.name for status in statuses if status.available)
+
+
+def compare(
+    config: TrainConfig, *, device: str = "auto", update: Update = "both", threads: int = 0, repeats: int = 3
+) -> list[StepCost]:
+    """A recipe's step with the backend that "auto" takes, and with naive attention, each in a fresh process."""
+    options = {"device": device, "update": update, "threads": threads, "repeats": repeats}
+    return [measure_apart(config, backend=name, **options) for name in (fused_backend(device), "reference")]
+
+
+def cost_table(costs: list[StepCost]) -> str:
+    """Markdown table of `compare`'s result, with the ratio of naive to fused."""
+    fused, naive = costs
+    lines = ["| attention | backend | step, s | peak memory, MiB |", "| --- | --- | --- | --- |"]
+    for label, cost in (("fused", fused), ("naive", naive)):
+        lines.append(f"| {label} | {cost.backend} | {cost.seconds:.2f} | {cost.peak_mib:.0f} |")
+    lines.append(f"| naive / fused | | {naive.seconds / fused.seconds:.1f} | {naive.peak_mib / fused.peak_mib:.1f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Reads a request of `measure_apart` from stdin and prints the cost as JSON."""
     request = json.load(sys.stdin)
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     config = from_dict(TrainConfig, request["recipe"])
-    cost = measure(config, backend=request["backend"], device=request["device"], repeats=request["repeats"])
-    print(json.dumps(asdict(cost)))
+    print(json.dumps(asdict(measure(config, **request["options"]))))
 
 
 if __name__ == "__main__":

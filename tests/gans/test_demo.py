@@ -5,13 +5,13 @@ from dataclasses import replace
 from PIL import Image
 
 from gans import demo
-from gans.profile import measure_apart
+from gans.profile import StepCost, measure_apart
 
 
 def test_demo_in_two_steps(tmp_path, monkeypatch, capsys):
     small = {"backend": "reference", "seconds": 2.0, "peak_mib": 300.0}
-    costs = [demo.StepCost(**small), demo.StepCost(**(small | {"seconds": 8.0, "peak_mib": 900.0}))]
-    monkeypatch.setattr(demo, "compare_costs", lambda *arguments: costs)
+    costs = [StepCost(**small), StepCost(**(small | {"seconds": 8.0, "peak_mib": 900.0}))]
+    monkeypatch.setattr(demo, "compare", lambda *arguments, **options: costs)
     monkeypatch.setattr(demo, "DIGITS", replace(demo.DIGITS, batch_d=2, batch_g=2))
     monkeypatch.setattr(demo, "METRIC_IMAGES", 100)
     status = demo.main(["--out", str(tmp_path), "--steps", "2", "--device", "cpu"])
@@ -25,7 +25,7 @@ def test_demo_in_two_steps(tmp_path, monkeypatch, capsys):
 
 
 def test_step_cost_of_a_fresh_process(tiny):
-    cost = measure_apart(tiny, backend="reference", device="cpu", threads=1, repeats=1)
+    cost = measure_apart(tiny, backend="reference", device="cpu", update="discriminator", threads=1, repeats=1)
     assert cost.backend == "reference"
     assert 0 < cost.seconds < 60
     assert 0 <= cost.peak_mib < 2000

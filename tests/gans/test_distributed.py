@@ -35,12 +35,16 @@ def final_weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
-    """WGAN-GP's penalty, drift, R1, R2, bCR, DiffAug and noise at once; one process, then two that accumulate too."""
+    """WGAN-GP's penalty, drift, R1, R2, bCR, DiffAug and noise at once.
+
+    One process, against one for the first step that two, started by torchrun, continue.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(["train", *RECIPE, "--out", str(one)]) == 0
+    assert main(["train", *RECIPE, "--out", str(two), "--steps", "1"]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gans"]
     ran = subprocess.run(
-        [*command, "train", *RECIPE, "--out", str(two)],
+        [*command, "train", *RECIPE, "--out", str(two), "--resume", "latest"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
