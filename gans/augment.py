@@ -3,7 +3,7 @@
 Source: "Differentiable Augmentation for Data-Efficient GAN Training", Zhao et al. 2020, arXiv 2006.10738. The
 constants are those of TransGAN's published code, which differ from the paper's: translation by up to 0.2 of
 the side (paper 0.125), cutout with probability 0.3 a batch (paper: always). The paper's are called
-"translation_0.125" and "cutout_1.0".
+"translation_0.125" and "cutout_1.0"; Projected GAN's cutout (arXiv 2111.01007) is "cutout_ratio_0.2".
 
 Every operation is affine in the image and differentiable twice, since the gradient penalty differentiates
 through it. Numbers that belong to images come from `gans.rng`, those for a whole batch from torch's generator of
@@ -217,6 +217,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "translation_0.125": partial(translation, ratio=0.125),
     "cutout": cutout,
     "cutout_1.0": partial(cutout, probability=1.0),
+    "cutout_ratio_0.2": partial(cutout, ratio=0.2, probability=1.0),
     "color": color,
     "flip": flip,
     "erase_ratio": erase_ratio,

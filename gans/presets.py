@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from gans import presets_stylenat, presets_transgan, presets_vitgan
+from gans import presets_projected, presets_stylenat, presets_transgan, presets_vitgan
 from gans.config import Preset, TrainConfig
 
-PRESETS: dict[str, Preset] = {**presets_transgan.PRESETS, **presets_vitgan.PRESETS, **presets_stylenat.PRESETS}
+PRESETS: dict[str, Preset] = {
+    **presets_transgan.PRESETS,
+    **presets_vitgan.PRESETS,
+    **presets_stylenat.PRESETS,
+    **presets_projected.PRESETS,
+}
 
 
 def preset(name: str) -> TrainConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Union
 
-from gans import losses, path_length, stylenat, stylenat_discriminator, transgan, vitgan
+from gans import fastgan, losses, path_length, projected, stylenat, stylenat_discriminator, transgan, vitgan
 
 
 class Entry(NamedTuple):
@@ -23,11 +23,13 @@ CHOICES: dict[str, dict[str, Entry]] = {
         "transgan": Entry(transgan.GeneratorConfig, transgan.Generator),
         "vitgan": Entry(vitgan.ViTGeneratorConfig, vitgan.Generator),
         "stylenat": Entry(stylenat.StyleNATGeneratorConfig, stylenat.Generator),
+        "fastgan": Entry(fastgan.FastGANGeneratorConfig, fastgan.Generator),
     },
     "discriminator": {
         "transgan": Entry(transgan.DiscriminatorConfig, transgan.Discriminator),
         "vitgan": Entry(vitgan.ViTDiscriminatorConfig, vitgan.Discriminator),
         "stylenat": Entry(stylenat_discriminator.StyleNATDiscriminatorConfig, stylenat_discriminator.Discriminator),
+        "projected": Entry(projected.ProjectedDiscriminatorConfig, projected.Discriminator),
     },
     "loss": {
         "standard": Entry(losses.LossConfig, losses.GANLoss),
