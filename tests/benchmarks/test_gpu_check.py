@@ -74,7 +74,7 @@ def test_a_part_that_fails_takes_none_along(check, tmp_path, capsys):
 def test_a_part_that_hangs_gets_its_share_alone(check):
     begin = time.monotonic()
     status, data = check(fake("tests", hangs), fake("bench", good), minutes=0.15)
-    assert time.monotonic() - begin < 12
+    assert time.monotonic() - begin < 60  # not the 600 s of what hangs
     tests = data["parts"]["tests"]
     assert (tests["status"], tests["reason"]) == (
         OUT_OF_TIME,
@@ -208,7 +208,7 @@ def test_everything_in_small_on_a_cpu(tmp_path, monkeypatch):
     (tools / "compute-sanitizer").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["--out", str(tmp_path / "out"), "--device", "cpu", "--minutes", "6", "--processes", "1",
+    arguments = ["--out", str(tmp_path / "out"), "--device", "cpu", "--minutes", "12", "--processes", "1",
                  "--parts", "tests,repeat,sanitizer,bench", "--backend", "cpu", "--precision", "float32",
                  "--shape", "cifar-d2", "--tests", str(suite)]  # fmt: skip
     assert gpu_check.main(arguments) == 1

@@ -78,7 +78,7 @@ def test_what_hangs_is_killed(watch):
 def test_the_deadline_ends_it(watch):
     begin = time.monotonic()
     ended, done, lost = watch("a", "hangs", seconds=3.0)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60  # not the 600 s of what hangs
     assert (ended.reason, lost) == ("out of time", {})
     assert done in (["a"], [])  # none where this machine is too busy to start Python in time
 
