@@ -7,6 +7,7 @@ distance is named after its network: `frechet_judge` and `frechet_inception` hav
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -115,7 +116,7 @@ class InceptionNetwork(FeatureNetwork):
 
     def forward(self, images: Tensor) -> Tensor:
         images = with_channels(images, 3).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-        return (self.network(images, return_features=True) if self.script else self.network(images)).float()
+        return (self.network(images, return_features=True) if self.script else self.network(images)[0]).float()
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -138,16 +139,21 @@ def _load_torch_fidelity(weights: Path | None) -> nn.Module:
             f"network inception needs {' and '.join(missing)} (pip install torch-fidelity, and the torchvision that "
             "fits your torch) or, without them, a TorchScript file: --inception-weights inception-2015-12-05.pt"
         )
-    from torchmetrics.image.fid import NoTrainInceptionV3
+    if weights is not None:
+        try:
+            torch.load(weights, map_location="cpu", weights_only=True)  # the library would run code in the file
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"inception weights {str(weights)!r} cannot be read as tensors: {error}") from error
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
         path = None if weights is None else str(weights)
-        return NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
     except OSError as error:  # urllib's errors are among them
         raise ValueError(
             f"inception's weights cannot be downloaded ({error}); give a file with --inception-weights"
         ) from error
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         raise ValueError(f"inception weights {str(weights)!r} are not torch-fidelity's: {error}") from error
 
 
