@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None, parts: tuple[Part, ...] = PARTS) ->
     described = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     document = Document(options.out, arguments=described, commit=options.commit or _commit())
     folder = Path(tempfile.mkdtemp(prefix="gpu_check-"))
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     chosen = [part for part in parts if part.name in options.parts or part.name == "environment"]
     for part in chosen:
         document.data["parts"][part.name] = {"status": NOT_RUN, "reason": "the run did not get there"}
@@ -106,6 +106,7 @@ def main(arguments: list[str] | None = None, parts: tuple[Part, ...] = PARTS) ->
         document.save()
         _keep_logs(folder, options.out / LOG_NAME)
         shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
     print(_last_words(document))
     print(f"\nwritten: {options.out / JSON_NAME}, {PAGE_NAME}, {LOG_NAME}")
     return 1 if any(part["status"] == FAILED for part in document.data["parts"].values()) else 0
