@@ -15,6 +15,11 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.insert(0, str(HERE / "natten_ext"))
 
+if not torch.cuda.is_available():
+    import interpreter  # of Triton's kernels; before anything imports Triton
+
+    interpreter.use()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds (compilers, subprocesses)")

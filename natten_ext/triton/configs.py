@@ -39,8 +39,8 @@ class Config(NamedTuple):
     streamed: bool = False
 
 
-# Small tiles, so that small problems have several of them.
-INTERPRETER = Config(32, 16, 1, 1)
+# Every operation costs the same there, however large.
+INTERPRETER = Config(64, 32, 1, 1)
 
 
 _assumed = "default"

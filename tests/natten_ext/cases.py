@@ -79,6 +79,12 @@ class Case:
         )
 
     @property
+    def lattices(self) -> int:
+        """Independent parts of the problem: residue classes and heads of the images (windows may share a part)."""
+        classes = [d[0] * d[1] for d in self.per_head("dilation")] if self.kind == "neighborhood" else [1] * self.heads
+        return self.shape[0] * sum(classes)
+
+    @property
     def table_shape(self) -> tuple[int, int, int]:
         extents = [as_pair(self.window)] if self.kind == "grid" else self.per_head("kernel")
         return self.heads, 2 * max(e[0] for e in extents) - 1, 2 * max(e[1] for e in extents) - 1

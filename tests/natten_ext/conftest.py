@@ -4,6 +4,9 @@ A test that asks for `target` runs once per fused backend and device that `natte
 that asks for `any_target` also on `reference`; a backend that joins the package joins the tests with no code here. A
 test that also asks for `case` gets its cases from the marker `pytest.mark.cases(...)`: all of them where kernels run
 at full speed, the small ones where they are interpreted or emulated.
+
+An interpreter takes seconds for what takes an emulator milliseconds. Of each test it gets a few, evenly spread over
+its parameters: 2, or as many as `pytest.mark.interpreted(...)` says; all of them with NATTEN_EXT_TEST_ALL=1.
 """
 
 from __future__ import annotations
@@ -15,15 +18,12 @@ import pytest
 import torch
 from cases import Case
 
-if not torch.cuda.is_available():
-    import interpreter
-
-    interpreter.use()
-
 import natten_ext
 
 # Backends whose kernels are not made for the CPU run there through an interpreter or an emulator.
 NATIVE_ON_CPU = {"reference", "cpu"}
+INTERPRETED_ON_CPU = {"triton"}
+TEST_ALL = os.environ.get("NATTEN_EXT_TEST_ALL") == "1"
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,16 @@ class Target:
     def slow(self) -> bool:
         """Whether only small cases should run."""
         return self.device == "cpu" and self.backend not in NATIVE_ON_CPU
+
+    @property
+    def interpreted(self) -> bool:
+        return self.device == "cpu" and self.backend in INTERPRETED_ON_CPU
+
+    def takes(self, case: Case) -> bool:
+        """Whether a case is small enough for this target."""
+        if self.interpreted and not TEST_ALL:
+            return case.small and case.lattices <= 6
+        return case.small or not self.slow
 
     def can(self, dtype: torch.dtype, head_dim: int = 8) -> bool:
         return any(s.available and s.name == self.backend for s in natten_ext.backends(self.device, dtype, head_dim))
@@ -65,6 +75,7 @@ def _targets(with_reference: bool) -> list[Target]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cases(cases): the attention problems that a test runs on")
+    config.addinivalue_line("markers", "interpreted(count): how many of a test's parameters an interpreter gets")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -73,9 +84,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("cases")
     cases: list[Case] = list(marker.args[0]) if marker else []
     if name and "case" in metafunc.fixturenames:
-        pairs = [(target, case) for target in targets for case in cases if case.small or not target.slow]
+        pairs = [(target, case) for target in targets for case in cases if target.takes(case)]
         metafunc.parametrize((name, "case"), pairs, ids=lambda value: str(value))
     elif name:
         metafunc.parametrize(name, targets, ids=str)
     elif marker:
         metafunc.parametrize("case", cases, ids=str)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave an interpreter a few of each test."""
+    if TEST_ALL:
+        return
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        parameters = getattr(item, "callspec", None) and item.callspec.params.values()
+        if any(isinstance(value, Target) and value.interpreted for value in parameters or ()):
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped: set[pytest.Item] = set()
+    for group in groups.values():
+        marker = group[0].get_closest_marker("interpreted")
+        count = marker.args[0] if marker else 2
+        if count < len(group):
+            kept = {index * (len(group) - 1) // max(count - 1, 1) for index in range(count)}
+            dropped |= {item for index, item in enumerate(group) if index not in kept}
+    if dropped:
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]

@@ -16,10 +16,8 @@ def use() -> None:
     if importlib.util.find_spec("triton") is None:
         return
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton
     from triton.runtime import interpreter
 
-    triton.knobs.runtime.interpret = True  # read once, by whatever imported Triton before
     builder = interpreter.interpreter_builder
     # Checks of every integer operation for overflow take half of the time.
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -35,12 +33,16 @@ class _Patched:
 
 def _patch_once(patch_lang):
     """Triton patches its language module in every nested call again; the outermost one is enough."""
+    from triton import language
+
     active: set[int] = set()
 
     class Scope:
         def __init__(self, inner, module: int) -> None:
             self.inner, self.module = inner, module
             active.add(module)
+            # Its own conversion to an integer is an error from numpy 2.4 on.
+            language.tensor.__index__ = lambda tensor: tensor.handle.data.item()
 
         def restore(self) -> None:
             active.discard(self.module)

@@ -56,6 +56,7 @@ def check(results: Inputs, case: Case, dtype: torch.dtype, factor: float = 2) ->
     assert_within_budget(results, plain(case, dtype), truth(case, dtype), absolute, dtype, factor)
 
 
+@pytest.mark.interpreted(28)
 @pytest.mark.cases(CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_all_orders_stay_within_the_error_budget(target, case, dtype):
