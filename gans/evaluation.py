@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,19 +67,30 @@ def read_batches(
 
 @torch.no_grad()
 def features_of(
-    batches: Iterable[Tensor], network: FeatureNetwork, device: torch.device, *, total: int, description: str
-) -> Tensor:
-    """Features `(N, D)`, float32 on the CPU, of batches of images: uint8, or floats in [-1, 1] (rounded to 8 bits)."""
-    found = []
+    batches: Iterable[Tensor],
+    networks: Sequence[FeatureNetwork],
+    device: torch.device,
+    *,
+    total: int,
+    description: str,
+) -> list[Tensor]:
+    """Features `(N, D)`, float32 on the CPU, over each network, in one pass through `total` images.
+
+    The batches are uint8, or floats in [-1, 1], which are rounded to 8 bits.
+    """
+    found: list[list[Tensor]] = [[] for _ in networks]
     with tqdm(total=total, desc=description, unit="image", dynamic_ncols=True) as bar:
         for images in batches:
             if images.dtype != torch.uint8:
                 images = images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-            found.append(network(to_unit_range(images.to(device))).float().cpu())
+            images = to_unit_range(images.to(device))
+            for network, parts in zip(networks, found, strict=True):
+                parts.append(network(images).float().cpu())
             bar.update(len(images))
-    features = torch.cat(found)
-    if not features.isfinite().all():
-        raise ValueError(f"features of {description} over {network.name} are not finite")
+    features = [torch.cat(parts) for parts in found]
+    for network, vectors in zip(networks, features, strict=True):
+        if not vectors.isfinite().all():
+            raise ValueError(f"features of {description} over {network.name} are not finite")
     return features
 
 
@@ -146,7 +157,8 @@ class Reference:
             except (SafetensorError, KeyError, OSError) as error:
                 print(f"cache {path} is unreadable ({error}) and is made anew", file=sys.stderr)
         batches = read_batches(self.source, rows, size=self.size, channels=self.channels, batch=batch, workers=workers)
-        found = features_of(batches, network, device, total=len(rows), description=f"{self.name}, {network.name}")
+        description = f"{self.name}, {network.name}"
+        (found,) = features_of(batches, [network], device, total=len(rows), description=description)
         if path:
             with new_file(path) as partial:
                 about = {"settings": json.dumps(settings | {"reference": self.name})}

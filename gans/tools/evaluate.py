@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,13 +100,13 @@ class EvaluateArguments:
 
 @dataclass(frozen=True)
 class Generated:
-    """The images to be judged: how many, of what size, and a way to go through them again for each network."""
+    """The images to be judged: how many, of what size, and the images batch by batch."""
 
     name: str
     count: int
     size: int
     channels: int
-    batches: Callable[[], Iterable[Tensor]]
+    batches: Iterable[Tensor]
 
 
 def from_checkpoint(options: EvaluateArguments) -> Generated:
@@ -116,9 +116,7 @@ def from_checkpoint(options: EvaluateArguments) -> Generated:
     if options.size not in (0, config.image_size):
         raise ValueError(f"size is {options.size}, but the generator makes {config.image_size} px; leave it out")
 
-    def batches() -> Iterable[Tensor]:
-        return render(generator, range(options.count), batch=options.batch, truncation=options.truncation)
-
+    batches = render(generator, range(options.count), batch=options.batch, truncation=options.truncation)
     name = f"{options.checkpoint} (seeds 0-{options.count - 1})"
     return Generated(name, options.count, config.image_size, config.channels, batches)
 
@@ -131,9 +129,7 @@ def from_images(options: EvaluateArguments) -> Generated:
     channels = 1 if first.mode in ("L", "1", "I", "I;16") else 3
     rows = choose(len(source), options.count)
 
-    def batches() -> Iterable[Tensor]:
-        return read_batches(source, rows, size=size, channels=channels, batch=options.batch, workers=options.workers)
-
+    batches = read_batches(source, rows, size=size, channels=channels, batch=options.batch, workers=options.workers)
     return Generated(options.images, len(rows), size, channels, batches)
 
 
@@ -148,13 +144,12 @@ def run(arguments: list[str]) -> None:
     source = open_source(options.reference, options.reference_split)
     reference = Reference(source, options.reference, generated.size, generated.channels, options.reference_count)
     cache = (options.cache or default_cache()) if options.use_cache else None
+    with attention_backend(options.backend):
+        fakes = features_of(generated.batches, networks, device, total=generated.count, description=generated.name)
     results: dict[str, dict[str, float]] = {}
     notes = []
-    for network in networks:
+    for network, fake in zip(networks, fakes, strict=True):
         real = reference.features(network, device, batch=options.batch, workers=options.workers, cache=cache)
-        with attention_backend(options.backend):
-            description = f"{generated.name}, {network.name}"
-            fake = features_of(generated.batches(), network, device, total=generated.count, description=description)
         rest, held = split_for_floor(real, len(fake))
         settings = {"neighbours": options.neighbours, "manifold": options.manifold_count}
         values = measure(real, fake, network.name, **settings)

@@ -284,13 +284,17 @@ def test_archives_are_known_by_their_contents(tmp_path):
 def test_measured_are_the_images_as_they_would_be_saved():
     network = Counting()
     images = torch.tensor([-1.2, 0.0, 0.5012, 2.0]).view(4, 1, 1, 1).expand(4, 3, 2, 2)
-    found = evaluation.features_of([images[:3], images[3:]], network, torch.device("cpu"), total=4, description="x")
+    twice = [network, network]
+    found, again = evaluation.features_of(
+        [images[:3], images[3:]], twice, torch.device("cpu"), total=4, description="x"
+    )
+    assert torch.equal(found, again)
     expected = torch.tensor([0, 128, 191, 255]) / 127.5 - 1
     torch.testing.assert_close(found, expected[:, None].expand(4, 12))
     with pytest.raises(ValueError, match="not finite"):
         bad = nn.Module()
         bad.forward, bad.name = lambda x: x.mean((2, 3)) / 0, "bad"
-        evaluation.features_of([images], bad, torch.device("cpu"), total=4, description="x")
+        evaluation.features_of([images], [bad], torch.device("cpu"), total=4, description="x")
 
 
 def test_floor_is_of_disjoint_parts():
