@@ -44,7 +44,7 @@ struct DensePlan {
     key_window_x = p.kind == Kind::full ? p.key_width : window_x;
     padded = round_up_to_lanes<T>(channels);
     jobs_per_head = p.batch * windows_y * windows_x;
-    block_queries = round_up_to_lanes<T>(even_block(queries, block_queries_at_most));
+    block_queries = query_block(block_queries_at_most);
     block_keys = even_block(keys, block_keys_at_most);
     table_width = masked ? round_up_to_lanes<T>(queries) : p.table_width();
     table_size = (masked ? keys : p.table_height()) * table_width;
@@ -66,6 +66,13 @@ struct DensePlan {
   int64_t jobs_per_head, block_queries, block_keys, table_width, table_size;
 
  private:
+  // Like even_block, in whole vectors. One block less, and a little larger, where that leaves fewer lanes empty.
+  int64_t query_block(int64_t limit) const {
+    const int64_t block = round_up_to_lanes<T>(even_block(queries, limit));
+    const int64_t larger = round_up_to_lanes<T>(even_block(queries, limit + limit / 4));
+    const auto lanes = [&](int64_t size) { return (queries + size - 1) / size * size; };
+    return lanes(larger) < lanes(block) ? larger : block;
+  }
   // Largest block size that splits n into equal blocks of at most `limit`.
   static int64_t even_block(int64_t n, int64_t limit) {
     const int64_t blocks = (n + limit - 1) / limit;
