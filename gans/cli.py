@@ -15,6 +15,7 @@ COMMANDS = {
     "figures": "draw a run's samples and curves:  figures --run DIR --out DIR",
     "sample": "images from a checkpoint:  sample --checkpoint DIR --seeds 0-63 --out FILE.png",
     "interpolate": "an animation from seed to seed:  interpolate --checkpoint DIR --seeds 0-5 --out FILE.gif",
+    "attention-map": "where attention looks:  attention-map --checkpoint DIR --seed 0 --out FILE.png",
     "convert": "a published checkpoint to ours:  convert --checkpoint FILE.pth --preset cifar10 --out DIR",
     "evaluate": "distances to real images:  evaluate --reference FOLDER|ZIP --checkpoint DIR --networks lite1",
     "train-judge": "a network to measure over:  train-judge --data FOLDER|ZIP --out FILE.safetensors",
@@ -24,7 +25,7 @@ COMMANDS = {
 
 def usage() -> str:
     """What `python -m gans` prints without a command."""
-    lines = [f"  {name:<13}{line}" for name, line in COMMANDS.items()]
+    lines = [f"  {name:<14}{line}" for name, line in COMMANDS.items()]
     head = "usage: python -m gans COMMAND [options]\n\ncommands:"
     return "\n".join([head, *lines, "\nEach command explains its options with --help."])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gans.layers import to_image
 from gans.spectral import EqualizedLinear
-from natten_ext import attention
+from natten_ext import attention, attention_weights
 
 MakeLinear = Callable[..., EqualizedLinear]
 ScoreName = Literal["l2", "dot"]
@@ -59,13 +59,9 @@ class ViTAttention(nn.Module):
         self.proj = make_linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        def split(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.heads, -1))
-
-        query = split(self.query(x))
-        key = query if self.key is None else split(self.key(x))
+        query, key = self._query_and_key(x)
         if self.values == "plain":
-            value = split(self.value(x))
+            value = self._split(self.value(x))
         else:
             # (heads, head_dim, dim) each: x W_q^T is there already, what remains is W_q W_v^T per head.
             w_query, w_value = (
@@ -74,6 +70,18 @@ class ViTAttention(nn.Module):
             mix = w_query @ w_value.transpose(1, 2) * query.shape[-1] ** -0.5
             value = torch.einsum("bnhi,hij->bnhj", query, mix.to(query.dtype))
         return self.proj(attention(query, key, value, score=self.score).flatten(-2))
+
+    def attention_weights(self, x: Tensor, positions: Tensor | Sequence[int]) -> Tensor:
+        """Where the tokens at `positions` look when the module is given `x`: `natten_ext.attention_weights`."""
+        query, key = self._query_and_key(x)
+        return attention_weights(query, key, positions, score=self.score)
+
+    def _query_and_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query = self._split(self.query(x))
+        return query, query if self.key is None else self._split(self.key(x))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, score={self.score!r}, tied={self.key is None}, values={self.values!r}"
