@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import natten_ext
+from gans import rng
 from gans.augment import diff_augment
 from gans.losses import GANLoss, LossConfig
 from gans.presets_vitgan import PRESETS
@@ -225,6 +226,27 @@ def test_parameter_gradients_through_the_fused_double_backward(loss, values):
     assert len(expected) == len(list(discriminator.parameters()))
     for name, gradient in loss_gradients(discriminator, function, images, "auto").items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    """Accumulated over two parts, the gradients are the whole batch's: augmentation and bCR belong to images."""
+    torch.manual_seed(0)
+    discriminator = Discriminator(DISCRIMINATOR).double()
+    images = torch.randn(2, 4, 1, 12, 12, dtype=torch.float64)
+    loss = GANLoss(replace(LOSSES["its own"], r1=1.0))
+
+    def gradients(*parts):
+        discriminator.zero_grad(set_to_none=True)
+        for start, stop in parts:
+            with rng.part(7, 4, start, stop):
+                terms = loss.discriminator(discriminator, *images[:, start:stop])
+            with rng.part(8, 4, start, stop):
+                terms |= loss.discriminator_penalty(discriminator, *images[:, start:stop], step=0)
+            (torch.stack(list(terms.values())).sum() / len(parts)).backward()
+        return [p.grad.clone() for p in discriminator.parameters()]
+
+    for whole, parts in zip(gradients((0, 4)), gradients((0, 2), (2, 4)), strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12)
 
 
 def test_gradient_checkpointing_changes_nothing_to_the_second_derivative():
