@@ -203,9 +203,10 @@ def describe_status(status: int) -> str:
 
 
 def last_line(text: str, limit: int = 300) -> str:
-    """The last line that says something."""
+    """The last line that says something: not the list of modules behind a fatal error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:limit] if lines else "(no output)"
+    fatal = [line for line in lines if line.startswith("Fatal Python error")]
+    return (fatal or lines)[-1][:limit] if lines else "(no output)"
 
 
 def _start(command: list[str], log: Path, environment: dict[str, str] | None) -> subprocess.Popen[bytes]:

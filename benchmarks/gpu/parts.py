@@ -416,7 +416,7 @@ class Part:
 
 PARTS = (
     Part("build", build, 10, 10, needs_backend=False, floor=240),
-    Part("environment", environment, 5, 5, needs_backend=False, floor=90),
+    Part("environment", environment, 5, 5, needs_backend=False, floor=180),
     Part("tests", tests, 30, 15),
     Part("repeat", exercises(("repeat",)), 7, 10),
     Part("capture", exercises(("small", "compile", "graphs", "streams"), of=("bfloat16",)), 8, 10),
