@@ -240,7 +240,7 @@ def _read(current: Path) -> list[str] | None:
         return None
 
 
-def _tail(log: Path, size: int = 4000) -> str:
+def _tail(log: Path, size: int = 64_000) -> str:
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - size))
         return file.read().decode(errors="replace")
