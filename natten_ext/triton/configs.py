@@ -2,7 +2,7 @@
 
 A section per architecture ("sm_90", written by ``python -m natten_ext.triton.tune``) goes before "default", which
 suits every NVIDIA GPU: no spilled registers and at most 99 KiB of shared memory for sm_80 to sm_100.
-A key is ``step/kind/dtype/channels``, or ``step/dtype/channels`` for all kinds of neighborhood.
+A key is ``step/shape class/dtype/channels``, or ``step/dtype/channels`` for all shape classes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..geometry import FULL, GRID, NEIGHBORHOOD
-
 PATH = Path(__file__).with_name("configs.json")
-KINDS = {FULL: "full", GRID: "grid", NEIGHBORHOOD: "neighborhood"}
 CHANNELS = (16, 32, 64, 128, 256)
 STEPS = ("forward", "backward_query", "backward_key", "double_query", "double_key", "table", "double_table")
 
@@ -44,6 +41,7 @@ INTERPRETER = Config(64, 32, 1, 1)
 
 
 _assumed = "default"
+_forced: Config | None = None
 
 
 def precision(dtype: torch.dtype, full: bool) -> str:
@@ -85,18 +83,31 @@ def assumed_architecture(name: str) -> Iterator[None]:
         _assumed = previous
 
 
-def lookup(device: torch.device, step: str, kind: int, dtype: torch.dtype, full: bool, head_dim: int) -> Config:
+@contextlib.contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Use one configuration for everything (to tune, and in tests)."""
+    global _forced
+    previous, _forced = _forced, config
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def lookup(device: torch.device, step: str, shape_class: str, dtype: torch.dtype, full: bool, head_dim: int) -> Config:
     """The configuration of a step."""
-    return _lookup(architecture(device), step, KINDS[kind], dtype_class(dtype, full), channel_class(head_dim))
+    if _forced is not None:
+        return _forced
+    return _lookup(architecture(device), step, shape_class, dtype_class(dtype, full), channel_class(head_dim))
 
 
 @functools.lru_cache(maxsize=4096)
-def _lookup(section: str, step: str, kind: str, dtype: str, channels: int) -> Config:
+def _lookup(section: str, step: str, shape_class: str, dtype: str, channels: int) -> Config:
     if section == "interpreter":
         return INTERPRETER._replace(streamed=channels == 256)
     table = read()
     for entries in (table.get(section, {}), table["default"]):
-        for key in (f"{step}/{kind}/{dtype}/{channels}", f"{step}/{dtype}/{channels}"):
+        for key in (f"{step}/{shape_class}/{dtype}/{channels}", f"{step}/{dtype}/{channels}"):
             if key in entries:
                 return Config(*entries[key])
     raise RuntimeError(f"{PATH} has no configuration for {step}/{dtype}/{channels}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -54,6 +55,16 @@ def rows_of(tensor: torch.Tensor | None) -> Rows | None:
         batch, tokens, heads, _ = tensor.stride()
         return Rows(tensor, batch, 0, tokens, heads)
     return Rows(tensor, *tensor.stride()[:4])
+
+
+def _aligned(arguments: Sequence[Any]) -> tuple[int, list[Any]]:
+    """The power of two up to 16 that all strides are multiples of, and the arguments with strides in units of it."""
+    align = math.gcd(16, *(stride for rows in arguments if isinstance(rows, Rows) for stride in rows[1:]))
+    units = [
+        Rows(rows.pointer, *(stride // align for stride in rows[1:])) if isinstance(rows, Rows) else rows
+        for rows in arguments
+    ]
+    return align, units
 
 
 def chunks_of(head_dim: int) -> tuple[int, ...]:
@@ -110,7 +121,7 @@ class Launch:
         """What the kernel of a step is compiled for, how the problem is tiled, and the step's configuration."""
         problem = self.problem
         full = full_precision(self.dtype)
-        config = configs.lookup(self.device, step, problem.kind, self.dtype, full, problem.head_dim)
+        config = configs.lookup(self.device, step, problem.shape_class, self.dtype, full, problem.head_dim)
         tiles = tiling(problem, config.own, config.block, owner)
         chunks = (64,) * -(-problem.head_dim // 64) if config.streamed else chunks_of(problem.head_dim)
         static = Static(
@@ -119,6 +130,7 @@ class Launch:
             exact=problem.kind == FULL or (problem.kind == GRID and not tiles.packed),
             l2=self.l2,
             head_dim=problem.head_dim,
+            align=1,
             chunks=chunks,
             streamed=config.streamed,
             own_h=tiles.own[0],
@@ -147,13 +159,15 @@ class Launch:
         self.start(kernel, programs, (*arguments, *self.sizes(tiles.tiles)), config, S=static, **constants)
 
     def start(
-        self, kernel: Any, programs: int, arguments: Sequence[Any], config: configs.Config, **constants: Any
+        self, kernel: Any, programs: int, arguments: Sequence[Any], config: configs.Config, S: Static, **constants: Any
     ) -> None:
+        """Launch a kernel compiled for ``S``."""
         if programs == 0:
             return
         if programs > MAX_PROGRAMS:
             raise RuntimeError(f"the problem needs {programs} programs, more than a launch can have ({MAX_PROGRAMS})")
-        options = constants | {"num_warps": config.warps, "num_stages": config.stages}
+        align, arguments = _aligned(arguments)
+        options = constants | {"S": S._replace(align=align), "num_warps": config.warps, "num_stages": config.stages}
         if _recorder is not None:
             _recorder(kernel, programs, arguments, options)
             return

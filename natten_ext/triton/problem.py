@@ -16,6 +16,7 @@ import torch
 from ..geometry import FULL, GRID, NEIGHBORHOOD, IntPair
 
 QUERY, KEY = "query", "key"
+SMALL_WINDOW = 32
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class Axis:
             return query // self.window * self.window
         return min(max(query - self.window // 2, 0), self.queries - self.window)
 
+    def displaced_blocks(self, own: int, block: int, first: int, count: int, shift: int) -> int:
+        """Blocks at the given displacements (see ``displacements``) that hold keys which their tile sees."""
+        total = 0
+        for tile in range(0, self.queries, own):
+            low, high = self.keys_of(tile, min(tile + own, self.queries) - 1)
+            starts = (tile + shift + index * block for index in range(first, first + count))
+            total += sum(start < high and start + block > low for start in starts)
+        return total
+
     def blocks(self, own: int, block: int, owner: str) -> int:
         """Blocks that all tiles of ``own`` queries (or keys) of one lattice walk over, on this axis."""
         length = self.queries if owner == QUERY else self.keys
@@ -79,6 +89,13 @@ class Problem:
     @property
     def keys(self) -> int:
         return self.window[1] if self.kind == FULL else self.queries
+
+    @property
+    def shape_class(self) -> str:
+        """What tile sizes are chosen for: "full", "grid", "windows" (small ones) or "neighborhood"."""
+        if self.kind == GRID:
+            return "grid" if self.window[0] * self.window[1] >= SMALL_WINDOW else "windows"
+        return "full" if self.kind == FULL else "neighborhood"
 
     def lattices(self, packed: bool) -> Iterator[tuple[int, Axis, Axis]]:
         """(how many, vertical axis, horizontal axis) of the lattices of all heads of one image."""
@@ -174,9 +191,10 @@ def tiling(problem: Problem, own: int, block: int, owner: str) -> Tiling:
     """The way to shape tiles of ``own`` and blocks of ``block`` positions that computes the fewest pairs.
 
     Both are powers of two. A tile is never larger than the largest lattice needs (but has at least 16 positions).
+    Small windows share a lattice, so that a tile has several of them.
     """
     best = None
-    for packed in (False, True) if problem.kind == GRID else (False,):
+    for packed in {"grid": (False, True), "windows": (True,)}.get(problem.shape_class, (False,)):
         longest = problem.longest(packed, owner)
         need = max(_power(h) * _power(w) for h, w in longest)
         lattices = list(problem.lattices(packed))
@@ -237,6 +255,18 @@ def displacements(problem: Problem, tiles: Tiling) -> tuple[tuple[int, int, int]
         first = (low - shift) // block
         results.append((first, (high - shift) // block - first + 1, shift))
     return results[0], results[1]
+
+
+def displaced_pairs(problem: Problem, tiles: Tiling) -> int:
+    """Pairs of a query and a key that the gradient of the table computes for one image, masked ones included."""
+    (first_y, count_y, shift_y), (first_x, count_x, shift_x) = displacements(problem, tiles)
+    blocks = sum(
+        number
+        * vertical.displaced_blocks(tiles.own[0], tiles.block[0], first_y, count_y, shift_y)
+        * horizontal.displaced_blocks(tiles.own[1], tiles.block[1], first_x, count_x, shift_x)
+        for number, vertical, horizontal in problem.lattices(tiles.packed)
+    )
+    return blocks * tiles.own[0] * tiles.own[1] * tiles.block[0] * tiles.block[1]
 
 
 def offset_extent(own: int, block: int) -> int:

@@ -27,16 +27,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from .. import geometry
-from . import backward, configs, double_backward, forward
+from . import configs
 from .launch import INTERPRETED, recorded_launches
+from .named import DTYPES, ORDERS, named_shapes, run_orders, torch_dtype
 from .tiles import Rows
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
 """Bytes of shared memory that one block of threads can have."""
-
-DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
-ORDERS = ("forward", "backward", "double")
 
 
 @dataclass(frozen=True)
@@ -84,33 +81,6 @@ class _CompileOnly:
         return 0
 
 
-def _neighborhood(shape: Any) -> geometry.AnyNeighborhood:
-    if shape.kind == "full":
-        return geometry.Full()
-    if shape.kind == "grid":
-        return geometry.Grid((shape.window, shape.window))
-    dilations = [d for group, d in shape.head_groups for _ in range(*group.indices(shape.heads))]
-    return geometry.Neighborhood(((shape.window, shape.window),) * shape.heads, tuple((d, d) for d in dilations))
-
-
-def run_orders(shape: Any, dtype: torch.dtype, device: str, orders: Iterable[str] = ORDERS) -> None:
-    """Run the passes of a named shape on empty tensors, all gradients and cotangents included."""
-    query = torch.empty(shape.query_shape, dtype=dtype, device=device)
-    key, value = (torch.empty(shape.key_shape, dtype=dtype, device=device) for _ in range(2))
-    bias = torch.empty(shape.table_shape, dtype=dtype, device=device) if shape.table else None
-    batch, *tokens, heads, head_dim = shape.query_shape
-    lse = torch.empty((batch, heads, *tokens), dtype=torch.float32, device=device)
-    choices = _neighborhood(shape).encode(), shape.score, head_dim**-0.5
-    table = bias is not None
-    if "forward" in orders:
-        forward.forward(query, key, value, bias, *choices)
-    if "backward" in orders:
-        backward.backward(query, query, key, value, bias, query, lse, *choices, [True, True, True, table])
-    if "double" in orders:
-        inputs = query, key, value, bias
-        double_backward.double_backward(*inputs, query, *inputs, query, lse, *choices, [True, True, True, True, table])
-
-
 def _signature(arguments: Iterable[Any]) -> tuple:
     """What Triton compiles separately for: types, and strides that are 1 or multiples of 16."""
     parts: list[Any] = []
@@ -126,11 +96,8 @@ def _signature(arguments: Iterable[Any]) -> tuple:
 def variants(shapes: Iterable[Any], dtypes: Iterable[str], arch: str, orders: Iterable[str]) -> Iterator[tuple]:
     """(shape, dtype, kernel, arguments, options) of every different kernel that the shapes launch."""
     seen = set()
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
     for name in dtypes:
-        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
-        matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
+        dtype = torch_dtype(name)
         for shape in shapes:
             found: list[tuple] = []
             with recorded_launches(lambda *launch: found.append(launch)), configs.assumed_architecture(arch):  # noqa: B023
@@ -140,7 +107,6 @@ def variants(shapes: Iterable[Any], dtypes: Iterable[str], arch: str, orders: It
                 if key not in seen:
                     seen.add(key)
                     yield shape.name, name, kernel, arguments, options
-    matmul.fp32_precision = before
 
 
 def compile_variant(shape: str, dtype: str, arch: str, kernel: Any, arguments: tuple, options: dict) -> Usage:
@@ -206,14 +172,10 @@ def line_of(usage: Usage) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        from benchmarks.shapes import SHAPES
-    except ImportError:
-        print("the named shapes are in benchmarks/shapes.py: run this in a checkout", file=sys.stderr)
-        return 2
+    named = named_shapes()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], choices=SHARED_LIMIT)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", default=list(named), choices=named, metavar="NAME")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "tf32", "float32"], choices=DTYPES)
     parser.add_argument("--orders", nargs="+", default=ORDERS, choices=ORDERS)
     parser.add_argument("--kernels", nargs="+", default=(), metavar="NAME", help="only these, as in the first column")
@@ -221,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the table to this file as well")
     options = parser.parse_args(arguments)
     print(HEADER, flush=True)
-    shapes = [SHAPES[name] for name in options.shapes]
+    shapes = [named[name] for name in options.shapes]
     table = usages(
         shapes, options.dtypes, options.arch, options.orders, options.kernels, options.processes, verbose=True
     )

@@ -25,6 +25,7 @@ class Static(NamedTuple):
     exact: bool  # every query of a lattice sees every key
     l2: bool
     head_dim: int
+    align: int  # what all strides are multiples of
     chunks: tuple[int, ...]
     streamed: bool
     own_h: int
@@ -37,7 +38,10 @@ class Static(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A tensor ``(batch, height, width, heads, head_dim)`` with contiguous channels: address and strides."""
+    """A tensor ``(batch, height, width, heads, head_dim)`` with contiguous channels: address and strides.
+
+    In a kernel the strides are in units of ``Static.align``, from which the compiler sees how wide it can load.
+    """
 
     pointer: object
     batch: object
@@ -104,12 +108,12 @@ def dot(a, b, total, S: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(rows, batch, head, lattice, place):
+def row_pointers(rows, batch, head, lattice, place, S: tl.constexpr):
     """Address of the first channel at every place; offsets are 64 bits wide."""
-    start = rows.pointer + batch.to(tl.int64) * rows.batch + head.to(tl.int64) * rows.head
+    image = batch.to(tl.int64) * rows.batch + head.to(tl.int64) * rows.head
     y = (lattice.origin_y + place.y * lattice.step_y).to(tl.int64)
     x = (lattice.origin_x + place.x * lattice.step_x).to(tl.int64)
-    return start + y * rows.y + x * rows.x
+    return rows.pointer + image * S.align + (y * rows.y + x * rows.x) * S.align
 
 
 @triton.jit
@@ -134,7 +138,7 @@ def load_chunk(pointers, valid, INDEX: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def load_rows(rows, batch, head, lattice, place, S: tl.constexpr):
-    pointers = row_pointers(rows, batch, head, lattice, place)
+    pointers = row_pointers(rows, batch, head, lattice, place, S)
     held = ()
     if not S.streamed:
         for index in tl.static_range(len(S.chunks)):
@@ -200,7 +204,7 @@ def row_dots(rows, operand, HEIGHT: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def store_rows(rows, batch, head, lattice, place, values, S: tl.constexpr):
-    pointers = row_pointers(rows, batch, head, lattice, place)
+    pointers = row_pointers(rows, batch, head, lattice, place, S)
     for index in tl.static_range(len(S.chunks)):
         channel = _first(S.chunks, index) + tl.arange(0, _width(S.chunks, index))
         mask = place.valid[:, None]

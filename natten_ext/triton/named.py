@@ -1,0 +1,57 @@
+"""The passes of a named shape (``benchmarks/shapes.py``) on empty tensors, for the commands of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .. import geometry
+from . import backward, double_backward, forward
+
+ORDERS = ("forward", "backward", "double")
+DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
+
+
+def named_shapes() -> Mapping[str, Any]:
+    """The named shapes. They are part of a checkout, not of the installed package."""
+    try:
+        from benchmarks.shapes import SHAPES
+    except ImportError as error:
+        raise SystemExit("the named shapes are in benchmarks/shapes.py: run this in a checkout") from error
+    return SHAPES
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name in ``DTYPES``, after setting whether torch allows TF32 for it."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
+    return torch.float32 if name == "tf32" else getattr(torch, name)
+
+
+def neighborhood_of(shape: Any) -> geometry.AnyNeighborhood:
+    if shape.kind == "full":
+        return geometry.Full()
+    if shape.kind == "grid":
+        return geometry.Grid((shape.window, shape.window))
+    dilations = [d for group, d in shape.head_groups for _ in range(*group.indices(shape.heads))]
+    return geometry.Neighborhood(((shape.window, shape.window),) * shape.heads, tuple((d, d) for d in dilations))
+
+
+def run_orders(shape: Any, dtype: torch.dtype, device: str, orders: Iterable[str] = ORDERS) -> None:
+    """Run the passes of a shape on empty tensors, with all gradients and cotangents."""
+    query = torch.empty(shape.query_shape, dtype=dtype, device=device)
+    key, value = (torch.empty(shape.key_shape, dtype=dtype, device=device) for _ in range(2))
+    bias = torch.empty(shape.table_shape, dtype=dtype, device=device) if shape.table else None
+    batch, *tokens, heads, head_dim = shape.query_shape
+    row_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    lse = torch.empty((batch, heads, *tokens), dtype=row_dtype, device=device)
+    choices = neighborhood_of(shape).encode(), shape.score, head_dim**-0.5
+    inputs = query, key, value, bias
+    needs = [True, True, True, bias is not None]
+    if "forward" in orders:
+        forward.forward(*inputs, *choices)
+    if "backward" in orders:
+        backward.backward(query, *inputs, query, lse, *choices, needs)
+    if "double" in orders:
+        double_backward.double_backward(*inputs, query, *inputs, query, lse, *choices, [True, *needs])

@@ -1,0 +1,142 @@
+"""What is particular to the triton backend: when it can run, tiles smaller than problems, streamed channels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from budget import assert_equal_to_rounding
+from cases import cotangents_of, derivatives, find, forward, grad_output_of, inputs_of, oracle_derivatives
+
+import natten_ext
+from natten_ext.triton import backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(code: str, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_without_triton_it_says_so():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from natten_ext.triton import backend; import torch\n"
+        "print(backend.cannot_run('cpu', torch.float32, 8))"
+    )
+    assert "natten_ext[triton]" in run(code, TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+def test_cpu_tensors_need_the_interpreter():
+    code = (
+        "import natten_ext, torch; q = torch.randn(1, 4, 1, 8)\n"
+        "print(natten_ext.dispatch.choose('auto', 'cpu', torch.float32, 8))\n"
+        "try: natten_ext.attention(q, q, q, backend='triton')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    chosen, message = run(code).splitlines()
+    assert chosen == "cpu" and "TRITON_INTERPRET=1" in message
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [(("xpu", torch.float32, 8), "xpu"), (("cpu", torch.int8, 8), "int8"), (("cpu", torch.float32, 257), "256")],
+)
+def test_reasons(problem, reason, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    assert reason in backend.cannot_run(*problem)
+
+
+def test_auto_never_interprets(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(natten_ext.dispatch, "_override", None)
+    assert natten_ext.dispatch.choose(None, "cpu", torch.float32, 8) == "cpu"
+    assert natten_ext.dispatch.choose(None, "cpu", torch.float16, 8) == "reference"
+
+
+def check(case) -> None:
+    if backend.cannot_run(DEVICE, torch.float64, case.head_dim):
+        pytest.skip("the triton backend cannot run here")
+    inputs = inputs_of(case)
+    grad_output, cotangents = grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
+    true = oracle_derivatives(case, inputs, grad_output, cotangents)
+    results = derivatives(
+        lambda leaves: forward(case, leaves, "triton"),
+        {name: tensor.to(DEVICE) for name, tensor in inputs.items()},
+        grad_output.to(DEVICE),
+        {name: tensor.to(DEVICE) for name, tensor in cotangents.items()},
+    )
+    assert_equal_to_rounding(results, true)
+
+
+@pytest.mark.parametrize(
+    "case", [find("na-8x6-k4", bias=True, score="l2", shape=(1, 8, 7, 1, 5)), find("full-dim-24")], ids=str
+)
+def test_several_tiles_and_blocks(case):
+    """The smallest tiles, so that a small problem has several of them, with borders in all of them."""
+    configs = pytest.importorskip("natten_ext.triton.configs")
+    with configs.forced(configs.Config(16, 16, 4, 1)):
+        check(case)
+
+
+def test_streamed_channels():
+    """Rows loaded chunk by chunk, as for head_dim 256."""
+    configs = pytest.importorskip("natten_ext.triton.configs")
+    with configs.forced(configs.Config(32, 16, 4, 1, streamed=True)):
+        check(find("grid-4x4-dim-256", bias=True, score="l2", shape=(1, 4, 4, 1, 72)))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_tf32_follows_torch(precision):
+    pytest.importorskip("triton")
+    from natten_ext.triton.launch import full_precision
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        assert full_precision(torch.float32) == (precision == "ieee")
+        assert full_precision(torch.bfloat16)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_more_programs_than_a_launch_can_have():
+    launch = pytest.importorskip("natten_ext.triton.launch")
+    query = torch.empty(2**20, 64, 2**6, 1, device="meta")
+    problem = launch.Launch(query, query, None, [0], "dot", 1.0)
+    with pytest.raises(RuntimeError, match="programs"):
+        problem.start(None, 2**31, (), launch.configs.Config(16, 16, 4, 1), None)
+
+
+@pytest.mark.slow
+def test_tuning_writes_the_fastest(tmp_path):
+    """With a clock that prefers one candidate; the rest of the table stays."""
+    tune = pytest.importorskip("natten_ext.triton.tune")
+    shapes = pytest.importorskip("benchmarks.shapes").SHAPES
+    path = tmp_path / "configs.json"
+    path.write_text('{"default": {"forward/half/32": [64, 32, 4, 2]}}')
+    wanted = tune.Config(32, 16, 8, 1)
+    seen = set()
+
+    def timer(kernel, programs, arguments, options) -> float:
+        static = options["S"]
+        config = (static.own_h * static.own_w, static.block_h * static.block_w, options["num_warps"])
+        seen.add(kernel.fn.__name__)
+        return 1.0 if (*config, options["num_stages"]) == wanted[:4] else 2.0
+
+    lines: list[str] = []
+    steps = ["forward", "backward_key", "table"]
+    tune.tune([shapes["nat-16"]], ["bfloat16"], steps, "sm_90", path, "meta", timer, lines.append)
+    table = tune.configs.read(path)
+    assert table["default"] == {"forward/half/32": [64, 32, 4, 2]}
+    assert table["sm_90"] == {f"{step}/neighborhood/half/32": list(wanted) for step in steps}
+    assert len(lines) == 3 and {"forward_kernel", "backward_key_kernel", "table_shares_kernel"} <= seen

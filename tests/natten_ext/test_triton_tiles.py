@@ -1,0 +1,113 @@
+"""How the triton backend cuts problems into tiles: nothing is missed, and the share of useful work is what it says."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from natten_ext.geometry import FULL, GRID, NEIGHBORHOOD, Full, Grid, Neighborhood
+from natten_ext.triton import work
+from natten_ext.triton.launch import chunks_of
+from natten_ext.triton.problem import KEY, QUERY, Axis, _problem_of, displaced_pairs, displacements, tiling
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def axis_pairs(axis: Axis) -> set[tuple[int, int]]:
+    """(query, key) for every query of an axis and every key that it sees, by the oracle."""
+    if axis.kind == FULL:
+        return set(product(range(axis.queries), range(axis.keys)))
+    if axis.kind == GRID:
+        return {(q, k) for q, k in product(range(axis.queries), repeat=2) if q // axis.window == k // axis.window}
+    return {(q, k) for q in range(axis.queries) for k in oracle.axis_neighbors(q, axis.queries, axis.window, 1)}
+
+
+axes = st.one_of(
+    st.builds(lambda q, k: Axis(FULL, q, k, k), st.integers(1, 40), st.integers(1, 40)),
+    st.builds(lambda w, n: Axis(GRID, w * n, w * n, w), st.integers(1, 9), st.integers(1, 5)),
+    st.builds(lambda w, n: Axis(NEIGHBORHOOD, w + n, w + n, w), st.integers(1, 9), st.integers(0, 30)),
+)
+powers = st.sampled_from([1, 2, 4, 8, 16])
+
+
+@given(axes, powers)
+@quick
+def test_reach_is_exactly_what_is_seen(axis, own):
+    """The range of keys of a tile of queries, and the range of queries of a tile of keys."""
+    pairs = axis_pairs(axis)
+    for first in range(0, axis.queries, own):
+        seen = [k for q, k in pairs if first <= q < first + own]
+        assert axis.keys_of(first, min(first + own, axis.queries) - 1) == (min(seen), max(seen) + 1)
+    for first in range(0, axis.keys, own):
+        seen = [q for q, k in pairs if first <= k < first + own]
+        assert axis.queries_of(first, min(first + own, axis.keys) - 1) == (min(seen), max(seen) + 1)
+
+
+PROBLEMS = [
+    _problem_of(tuple(code), shape, keys)
+    for code, shape, keys in (
+        (Full().encode(), (2, 65, 3, 16), 65),
+        (Full().encode(), (1, 7, 2, 16), 130),
+        (Grid((4, 4)).encode(), (1, 8, 16, 2, 24), 8),
+        (Grid((3, 5)).encode(), (1, 6, 10, 2, 24), 6),
+        (Grid((12, 12)).encode(), (1, 24, 12, 1, 24), 24),
+        (Grid((8, 1)).encode(), (1, 16, 6, 1, 24), 16),
+        (Neighborhood(((7, 7),) * 2, ((1, 1), (2, 2))).encode(), (1, 16, 19, 2, 32), 16),
+        (Neighborhood(((3, 3), (5, 2)), ((1, 4), (2, 3))).encode(), (1, 13, 17, 2, 32), 13),
+        (Neighborhood(((6, 4),), ((1, 1),)).encode(), (1, 6, 33, 1, 32), 6),
+    )
+]
+
+
+@pytest.mark.parametrize("owner", [QUERY, KEY])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: str(problem.window))
+@pytest.mark.parametrize("sizes", [(64, 32), (16, 16)], ids=str)
+def test_tiles_hold_every_pair(problem, owner, sizes):
+    """Pairs of all lattices are the problem's, and no more than the tiles compute."""
+    tiles = tiling(problem, *sizes, owner)
+    pairs = sum(n * len(axis_pairs(y)) * len(axis_pairs(x)) for n, y, x in problem.lattices(tiles.packed))
+    assert pairs == problem.pairs()
+    assert pairs <= tiles.issued
+    for side, size in ((tiles.own, sizes[0]), (tiles.block, sizes[1])):
+        assert side[0] * side[1] <= size and all(extent & (extent - 1) == 0 for extent in side)
+    assert tiles.own[0] * tiles.own[1] >= 16
+    assert tiles.tiles * tiles.own[0] * tiles.own[1] * problem.heads >= problem.heads * (
+        problem.queries if owner == QUERY else problem.keys
+    )
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[2:], ids=lambda problem: str(problem.window))
+@pytest.mark.parametrize("sizes", [(64, 32), (16, 16)], ids=str)
+def test_displacements_hold_every_pair(problem, sizes):
+    """The table's gradient meets every pair, at exactly one displacement."""
+    tiles = tiling(problem, *sizes, QUERY)
+    ranges = displacements(problem, tiles)
+    for _, *lattice in problem.lattices(tiles.packed):
+        for axis, own, block, (first, count, shift) in zip(lattice, tiles.own, tiles.block, ranges, strict=True):
+            for query, key in axis_pairs(axis):
+                index = (key - (query // own * own + shift)) // block
+                assert first <= index < first + count
+    assert problem.pairs() <= displaced_pairs(problem, tiles)
+
+
+@pytest.mark.parametrize("head_dim", range(1, 257))
+def test_chunks_hold_the_channels(head_dim):
+    chunks = chunks_of(head_dim)
+    assert all(width in (16, 32, 64, 128) for width in chunks) and len(chunks) <= 3
+    assert head_dim <= sum(chunks) < max(head_dim * 4 / 3, head_dim + 16) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("church-g4", 0.85), ("cifar-d1", 0.8), ("nat-256", 0.25), ("celeba-d1", 0.15), ("l2-1k", 1.0)]
+)
+def test_share_of_useful_work(name, least):
+    shapes = pytest.importorskip("benchmarks.shapes").SHAPES
+    launch = work.launch_of(shapes[name], work.torch_dtype("bfloat16"))
+    for order in work.ORDERS:
+        assert least <= work.useful_share(launch, order) <= 1
