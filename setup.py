@@ -1,7 +1,8 @@
 """Builds the compiled parts of natten_ext with ninja; metadata is in pyproject.toml.
 
-Two shared objects: ``natten_ext/libnatten_ext_cpu.so``, the CPU kernels on LibTorch's stable ABI (any Python, torch
-2.11 and later), and ``natten_ext/_C``, a small pybind11 module. The kernels are compiled once per instruction set.
+Three shared objects: ``natten_ext/libnatten_ext_cpu.so``, the CPU kernels on LibTorch's stable ABI (any Python, torch
+2.11 and later), compiled once per instruction set; ``natten_ext/libnatten_ext_cuda.so``, the same for GPUs, where there
+is an nvcc (setup_cuda.py); and ``natten_ext/_C``, a small pybind11 module.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))  # a build backend does not run in this folder
+
+import setup_cuda  # noqa: E402
+
 CPU_KERNELS = ("forward", "backward", "double_backward")
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 MINIMUM_TORCH = (2, 11)
@@ -111,7 +116,7 @@ class NinjaFile:
 
 
 class BuildWithNinja(build_ext):
-    """Builds both shared objects in one ninja run and puts them into the package."""
+    """Builds the shared objects in one ninja run and puts them into the package."""
 
     def run(self):
         compiler = find_compiler()
@@ -126,6 +131,8 @@ class BuildWithNinja(build_ext):
         self._cpu_library(file, build, package / "libnatten_ext_cpu.so", Path(torch.__file__).parent)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         self._bindings(file, build, package / f"_C{suffix}", pybind11.get_include(), torch.__version__)
+        if nvcc := setup_cuda.find_nvcc():
+            setup_cuda.add_library(file, nvcc, build, package, torch, TORCH_TARGET_VERSION)
         (build / "build.ninja").write_text("\n".join(file.lines) + "\n")
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)]
         if os.environ.get("MAX_JOBS"):
@@ -137,7 +144,7 @@ class BuildWithNinja(build_ext):
 
     def get_outputs(self):
         package = Path(self.build_lib) / "natten_ext"
-        return [str(path) for path in package.glob("*.so")]
+        return [str(path) for pattern in ("*.so", setup_cuda.RESOURCES) for path in package.glob(pattern)]
 
     @staticmethod
     def _cpu_library(file: NinjaFile, build: Path, output: Path, torch: Path) -> None:
@@ -194,7 +201,8 @@ def version() -> str:
 
 
 # The extension's name and sources are for setuptools; BuildWithNinja builds what there is to build.
-setup(
-    ext_modules=[Extension("natten_ext._C", ["csrc/bindings.cpp"])],
-    cmdclass={"build_ext": BuildWithNinja},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("natten_ext._C", ["csrc/bindings.cpp"])],
+        cmdclass={"build_ext": BuildWithNinja},
+    )

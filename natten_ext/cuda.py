@@ -46,7 +46,18 @@ def forward(query, key, value, bias, neighborhood, score, scale):
 def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
     """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
     return torch.ops.natten_ext_cuda.backward(
-        grad_output, query, key, value, bias, output, lse, neighborhood, score == "l2", scale, _bits(needs), _tf32(query)
+        grad_output,
+        query,
+        key,
+        value,
+        bias,
+        output,
+        lse,
+        neighborhood,
+        score == "l2",
+        scale,
+        _bits(needs),
+        _tf32(query),
     )
 
 

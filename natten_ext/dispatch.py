@@ -15,11 +15,11 @@ from types import ModuleType
 
 import torch
 
-from . import cpu
+from . import cpu, cuda, preferences
 from .triton import backend as triton
 
-FUSED: dict[str, ModuleType] = {"triton": triton, "cpu": cpu}
-"""Fused backends by name, in the order in which ``auto`` tries them."""
+FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
+"""Fused backends by name, in the order in which ``auto`` tries them where ``preferences`` knows no better."""
 
 # On CPU tensors these run in an interpreter or an emulator, and only when they are asked for by name.
 _MADE_FOR_GPUS = ("cuda", "triton")
@@ -72,8 +72,12 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {name!r}")
 
 
-def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+def choose(
+    name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str = "neighborhood"
+) -> str:
     """The backend that runs a problem: ``name``, or by ``use_backend``, the environment, or what can run it.
+
+    ``neighborhood`` is "full", "grid" or "neighborhood"; with dtype and head_dim it finds the fastest on a GPU.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run the problem.
     """
@@ -86,7 +90,7 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int
             raise RuntimeError(f"backend {name!r} cannot run this: {status.reason}")
         return name
     reasons = []
-    for candidate in FUSED:
+    for candidate in _candidates(device_type, dtype, head_dim, neighborhood):
         if device_type == "cpu" and candidate in _MADE_FOR_GPUS:
             continue
         status = _status(candidate, device_type, dtype, head_dim)
@@ -98,6 +102,15 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int
             f"natten_ext runs unfused on {device_type} (slow, memory grows with tokens x keys): {'; '.join(reasons)}"
         )
     return "reference"
+
+
+def _candidates(device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, ...]:
+    """Fused backends in the order in which ``auto`` tries them."""
+    if device_type != "cuda":
+        return tuple(FUSED)
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    fastest = preferences.order(capability, neighborhood, str(dtype).removeprefix("torch."), head_dim)
+    return (*fastest, *(name for name in FUSED if name not in fastest))
 
 
 def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> BackendStatus:

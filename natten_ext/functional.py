@@ -155,7 +155,8 @@ def _run(
     device_type = query.device.type
     if bias is not None:
         _check_bias(bias, query, neighborhood)
-    name = dispatch.choose(backend, device_type, query.dtype, query.shape[-1])
+    kind = type(neighborhood).__name__.lower()
+    name = dispatch.choose(backend, device_type, query.dtype, query.shape[-1], kind)
     if name == "reference":
         return reference.attention(query, key, value, bias, neighborhood, score, scale)
     if forward_ad._current_level >= 0 and any(

@@ -11,7 +11,16 @@ struct BackwardQuery {
   using Real = typename M::Real;
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 3, kStaged = 2, kScalars = 1, kTables = 1;  // query, grad_output, output; key, value
-  static constexpr int kChannels = kResultChannels<M, D, 1>;
+  static constexpr int kChannels = kResultChannels<M, D, 256>;
+  static constexpr int kBlocks = D <= 32 ? 3 : 2;  // on a multiprocessor, as far as registers go
+
+  static void choose_tensors(Params& p) {
+    p.own[0] = p.query;
+    p.own[1] = p.grad_output;
+    p.own[2] = p.output;
+    p.staged[0] = p.key;
+    p.staged[1] = p.value;
+  }
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
     const int head = block_x() % p.launch_heads, first = block_y() * kChannels;
@@ -23,19 +32,14 @@ struct BackwardQuery {
     for_each_tile<false>(p, [&](const Tile<false>& tile) {
       const OwnRows<false> own(p, tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      const Rectangle rectangle = rectangle_of(p, tile);
-      stage_rows<M, D>(shared.own(0), p.query, p, tile, rectangle, p.queries);
-      stage_rows<M, D>(shared.own(1), p.grad_output, p, tile, rectangle, p.queries);
-      stage_rows<M, D>(shared.own(2), p.output, p, tile, rectangle, p.queries);
+      stage_own<M, D, kOwn>(shared, p, tile);
       const LeftRows<M, D> query(shared.own(0), own), grad_output(shared.own(1), own);
       const RowNumbers<Real> lse(p, p.lse, tile, own, kLog2E<Real>);
       Real delta[2];
       Real acc[kChannels / 8][4] = {};
 
       const auto issue = [&](int i, int stage) {
-        const Rectangle piece = pieces.piece(i);
-        stage_rows<M, D>(shared.rows(stage, 0), p.key, p, tile, piece, p.keys);
-        stage_rows<M, D>(shared.rows(stage, 1), p.value, p, tile, piece, p.keys);
+        stage_piece<M, D, kStaged, 0>(shared, stage, p, tile, pieces.piece(i));
       };
       const bool pairs_needed = p.grad_query.data != nullptr || table;
       for_each_piece(pairs_needed ? pieces.count : 1, p.plan.stages, issue, [&](int i, int stage) {
@@ -85,7 +89,17 @@ struct BackwardKey {
   using Real = typename M::Real;
   static constexpr bool kByKey = true, kTableGradient = false;
   static constexpr int kOwn = 2, kStaged = 2, kScalars = 2, kTables = 1;  // key, value; query, grad_output; L, D
-  static constexpr int kChannels = kResultChannels<M, D, 2>;
+  static constexpr int kChannels = kResultChannels<M, D, 96>;
+  static constexpr int kBlocks = D <= 32 ? 3 : 2;  // on a multiprocessor, as far as registers go
+
+  static void choose_tensors(Params& p) {
+    p.own[0] = p.key;
+    p.own[1] = p.value;
+    p.staged[0] = p.query;
+    p.staged[1] = p.grad_output;
+    p.scalars[0] = p.lse;
+    p.scalars[1] = p.delta;
+  }
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
     const int head = block_x() % p.launch_heads, first = block_y() * kChannels;
@@ -95,18 +109,13 @@ struct BackwardKey {
     for_each_tile<true>(p, [&](const Tile<true>& tile) {
       const OwnRows<true> own(p, tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_rows<M, D>(shared.own(0), p.key, p, tile, rectangle_of(p, tile), p.keys);
-      stage_rows<M, D>(shared.own(1), p.value, p, tile, rectangle_of(p, tile), p.keys);
+      stage_own<M, D, kOwn>(shared, p, tile);
       const LeftRows<M, D> key(shared.own(0), own), value(shared.own(1), own);
       Real key_bias[2] = {0, 0}, sum[2] = {0, 0};  // sum: of score gradients over the key's queries
       Real grad_key[kChannels / 8][4] = {}, grad_value[kChannels / 8][4] = {};
 
       const auto issue = [&](int i, int stage) {
-        const Rectangle piece = pieces.piece(i);
-        stage_rows<M, D>(shared.rows(stage, 0), p.query, p, tile, piece, p.queries);
-        stage_rows<M, D>(shared.rows(stage, 1), p.grad_output, p, tile, piece, p.queries);
-        stage_scalars<Real>(shared.scalars(stage, 0), p.lse, p, tile, piece);
-        stage_scalars<Real>(shared.scalars(stage, 1), p.delta, p, tile, piece);
+        stage_piece<M, D, kStaged, 2>(shared, stage, p, tile, pieces.piece(i));
       };
       for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
         if (i == 0 && p.l2) {

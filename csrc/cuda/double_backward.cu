@@ -18,11 +18,12 @@ struct PairTerms {
       if (!pairs.valid(e / 2, e % 2)) p[b][e] = dp[b][e] = x[b][e] = g[b][e] = 0;
     }
   }
-  // Sb = P (X (dP - D) - r dP + G - t) in x, and dS = P (dP - D) in dp.
+  // Sb = P (X (dP - D) - r dP + G - t) in x, dS = P (dP - D) in dp, and P (X - r) in g.
   NATTEN_EXT_DEVICE void to_gradients(int b, int e, Real delta, Real mean, Real rest) {
-    const Real centred = dp[b][e] - delta;
+    const Real centred = dp[b][e] - delta, value = p[b][e] * (x[b][e] - mean);
     x[b][e] = p[b][e] * (x[b][e] * centred - mean * dp[b][e] + g[b][e] - rest);
     dp[b][e] = p[b][e] * centred;
+    g[b][e] = value;
   }
 };
 
@@ -31,9 +32,21 @@ struct DoubleBackwardQuery {
   using Real = typename M::Real;
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 4, kStaged = 4, kScalars = 2, kTables = 2;
-  static constexpr int kChannels = kResultChannels<M, D, 2>;
+  static constexpr int kChannels = kResultChannels<M, D, 64>;
+  static constexpr int kBlocks = 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kQuery, kGradOutput, kCotQuery, kOutput };
   enum StagedTensor { kKey, kValue, kCotKey, kCotValue };
+
+  static void choose_tensors(Params& p) {
+    p.own[0] = p.query;
+    p.own[1] = p.grad_output;
+    p.own[2] = p.cot_query;
+    p.own[3] = p.output;
+    p.staged[0] = p.key;
+    p.staged[1] = p.value;
+    p.staged[2] = p.cot_key;
+    p.staged[3] = p.cot_value;
+  }
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
     using Element = typename M::Element;
@@ -49,21 +62,13 @@ struct DoubleBackwardQuery {
     for_each_tile<false>(p, [&](const Tile<false>& tile) {
       const OwnRows<false> own(p, tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      const Rectangle rectangle = rectangle_of(p, tile);
-      stage_rows<M, D>(shared.own(kQuery), p.query, p, tile, rectangle, p.queries);
-      stage_rows<M, D>(shared.own(kGradOutput), p.grad_output, p, tile, rectangle, p.queries);
-      if (has_cot_query) stage_rows<M, D>(shared.own(kCotQuery), p.cot_query, p, tile, rectangle, p.queries);
-      stage_rows<M, D>(shared.own(kOutput), p.output, p, tile, rectangle, p.queries);
+      stage_own<M, D, kOwn>(shared, p, tile);
       const LeftRows<M, D> query(shared.own(kQuery), own), grad_output(shared.own(kGradOutput), own);
       const LeftRows<M, D> cot_query(shared.own(kCotQuery), own);
       const RowNumbers<Real> lse(p, p.lse, tile, own, kLog2E<Real>);
 
       const auto issue = [&](int i, int stage) {
-        const Rectangle piece = pieces.piece(i);
-        stage_rows<M, D>(shared.rows(stage, kKey), p.key, p, tile, piece, p.keys);
-        stage_rows<M, D>(shared.rows(stage, kValue), p.value, p, tile, piece, p.keys);
-        if (has_cot_key) stage_rows<M, D>(shared.rows(stage, kCotKey), p.cot_key, p, tile, piece, p.keys);
-        if (has_cot_value) stage_rows<M, D>(shared.rows(stage, kCotValue), p.cot_value, p, tile, piece, p.keys);
+        stage_piece<M, D, kStaged, 0>(shared, stage, p, tile, pieces.piece(i));
       };
       const auto write_key_terms = [&](int i, int stage) {
         if (!p.l2) return;
@@ -136,19 +141,15 @@ struct DoubleBackwardQuery {
 
       Real grad_query[kChannels / 8][4] = {}, grad_grad_output[kChannels / 8][4] = {};
       const auto second = [&](int i, int stage) {
-        Scores<Real> to_output;
         for_each_unit(i, stage, [&](int b, const BlockPairs& pairs, const Unit& unit, PairTerms<Real>& terms) {
           NATTEN_EXT_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            to_output[b][e] = terms.p[b][e] * (terms.x[b][e] - mean[e / 2]);
-            terms.to_gradients(b, e, delta[e / 2], mean[e / 2], rest[e / 2]);
-          }
+          for (int e = 0; e < 4; ++e) terms.to_gradients(b, e, delta[e / 2], mean[e / 2], rest[e / 2]);
           if (table && first == 0) table.add(terms.x[b], pairs);
           if (b == 0) return;
           const auto rows = [&](StagedTensor tensor) { return shared.rows(stage, tensor) + first * sizeof(Element); };
           accumulate<M, D, kChannels>(grad_query, terms.x, rows(kKey), unit);
           if (has_cot_key) accumulate<M, D, kChannels>(grad_query, terms.dp, rows(kCotKey), unit);
-          accumulate<M, D, kChannels>(grad_grad_output, to_output, rows(kValue), unit);
+          accumulate<M, D, kChannels>(grad_grad_output, terms.g, rows(kValue), unit);
           if (has_cot_value) accumulate<M, D, kChannels>(grad_grad_output, terms.p, rows(kCotValue), unit);
         });
       };
@@ -176,10 +177,25 @@ struct DoubleBackwardKey {
   using Real = typename M::Real;
   static constexpr bool kByKey = true, kTableGradient = false;
   static constexpr int kOwn = 4, kStaged = 3, kScalars = 4, kTables = 2;
-  static constexpr int kChannels = kResultChannels<M, D, 2>;
+  static constexpr int kChannels = kResultChannels<M, D, 96>;
+  static constexpr int kBlocks = 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kKey, kValue, kCotKey, kCotValue };
   enum StagedTensor { kQuery, kGradOutput, kCotQuery };
   enum Scalar { kLse, kDelta, kMean, kRest };
+
+  static void choose_tensors(Params& p) {
+    p.own[0] = p.key;
+    p.own[1] = p.value;
+    p.own[2] = p.cot_key;
+    p.own[3] = p.cot_value;
+    p.staged[0] = p.query;
+    p.staged[1] = p.grad_output;
+    p.staged[2] = p.cot_query;
+    p.scalars[0] = p.lse;
+    p.scalars[1] = p.delta;
+    p.scalars[2] = p.row_mean;
+    p.scalars[3] = p.row_rest;
+  }
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
     using Element = typename M::Element;
@@ -193,11 +209,7 @@ struct DoubleBackwardKey {
     for_each_tile<true>(p, [&](const Tile<true>& tile) {
       const OwnRows<true> own(p, tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      const Rectangle rectangle = rectangle_of(p, tile);
-      stage_rows<M, D>(shared.own(kKey), p.key, p, tile, rectangle, p.keys);
-      stage_rows<M, D>(shared.own(kValue), p.value, p, tile, rectangle, p.keys);
-      if (has_cot_key) stage_rows<M, D>(shared.own(kCotKey), p.cot_key, p, tile, rectangle, p.keys);
-      if (has_cot_value) stage_rows<M, D>(shared.own(kCotValue), p.cot_value, p, tile, rectangle, p.keys);
+      stage_own<M, D, kOwn>(shared, p, tile);
       const LeftRows<M, D> key(shared.own(kKey), own), value(shared.own(kValue), own);
       const LeftRows<M, D> cot_key(shared.own(kCotKey), own), cot_value(shared.own(kCotValue), own);
       Real key_bias[2] = {0, 0}, key_term[2] = {0, 0};    // of l2, in S and in X
@@ -205,14 +217,7 @@ struct DoubleBackwardKey {
       Real grad_key[kChannels / 8][4] = {}, grad_value[kChannels / 8][4] = {};
 
       const auto issue = [&](int i, int stage) {
-        const Rectangle piece = pieces.piece(i);
-        stage_rows<M, D>(shared.rows(stage, kQuery), p.query, p, tile, piece, p.queries);
-        stage_rows<M, D>(shared.rows(stage, kGradOutput), p.grad_output, p, tile, piece, p.queries);
-        if (has_cot_query) stage_rows<M, D>(shared.rows(stage, kCotQuery), p.cot_query, p, tile, piece, p.queries);
-        stage_scalars<Real>(shared.scalars(stage, kLse), p.lse, p, tile, piece);
-        stage_scalars<Real>(shared.scalars(stage, kDelta), p.delta, p, tile, piece);
-        stage_scalars<Real>(shared.scalars(stage, kMean), p.row_mean, p, tile, piece);
-        stage_scalars<Real>(shared.scalars(stage, kRest), p.row_rest, p, tile, piece);
+        stage_piece<M, D, kStaged, 4>(shared, stage, p, tile, pieces.piece(i));
       };
       for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
         if (i == 0 && p.l2) {
@@ -232,7 +237,6 @@ struct DoubleBackwardKey {
           if (has_cot_query) scores<M, D>(terms.x, key, shared.rows(stage, kCotQuery), unit);
           if (has_cot_key) scores<M, D>(terms.x, cot_key, shared.rows(stage, kQuery), unit);
           if (has_cot_value) scores<M, D>(terms.g, cot_value, shared.rows(stage, kGradOutput), unit);
-          Scores<Real> to_value;
           NATTEN_EXT_UNROLL
           for (int b = 0; b < 2; ++b) {
             const BlockPairs pairs = pairs_of(p, tile, own, unit, b);
@@ -253,15 +257,13 @@ struct DoubleBackwardKey {
               const auto number = [&](Scalar which) {
                 return staged_scalar<Real>(shared.scalars(stage, which), unit, b, e % 2);
               };
-              const Real mean = number(kMean);
-              to_value[b][e] = terms.p[b][e] * (terms.x[b][e] - mean);
-              terms.to_gradients(b, e, number(kDelta), mean, number(kRest));
+              terms.to_gradients(b, e, number(kDelta), number(kMean), number(kRest));
               sum[e / 2] += terms.x[b][e];
               first_sum[e / 2] += terms.dp[b][e];
             }
           }
           const uint32_t channel = first * sizeof(Element);
-          accumulate<M, D, kChannels>(grad_value, to_value, shared.rows(stage, kGradOutput) + channel, unit);
+          accumulate<M, D, kChannels>(grad_value, terms.g, shared.rows(stage, kGradOutput) + channel, unit);
           accumulate<M, D, kChannels>(grad_key, terms.x, shared.rows(stage, kQuery) + channel, unit);
           if (has_cot_query) accumulate<M, D, kChannels>(grad_key, terms.dp, shared.rows(stage, kCotQuery) + channel, unit);
         }

@@ -10,9 +10,14 @@
 
 namespace natten_ext::cuda {
 
+// Few enough blocks that their partial sums of tables stay small. The number does not depend on the GPU, so neither do
+// the sums.
+constexpr int kTableBlocks = 2048;
+
 // Where a launch goes, and what it may touch.
 struct Context {
   int shared_limit;  // bytes of shared memory that a block may have
+  int table_blocks;  // blocks of a launch with a table gradient, at most
   void* stream;
   std::function<void*(size_t bytes)> allocate;  // device memory that lives until the launches are done
 #if defined(NATTEN_EXT_EMULATOR)

@@ -11,8 +11,15 @@ struct Forward {
   static constexpr bool kByKey = false;
   static constexpr int kOwn = 1, kStaged = 2, kScalars = 1, kTables = 1;  // query; key, value; key bias; bias
   static constexpr bool kTableGradient = false;
-  static constexpr int kChannels = kResultChannels<M, D, 1>;
+  static constexpr int kChannels = kResultChannels<M, D, 256>;
+  static constexpr int kBlocks = D <= 16 ? 4 : D <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
   static constexpr bool kHeld = M::kTensor && D * sizeof(typename M::Element) <= 256;
+
+  static void choose_tensors(Params& p) {
+    p.own[0] = p.query;
+    p.staged[0] = p.key;
+    p.staged[1] = p.value;
+  }
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
     const int head = block_x() % p.launch_heads, first = block_y() * kChannels;
@@ -22,15 +29,13 @@ struct Forward {
     for_each_tile<false>(p, [&](const Tile<false>& tile) {
       const OwnRows<false> own(p, tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_rows<M, D>(shared.own(0), p.query, p, tile, rectangle_of(p, tile), p.queries);
+      stage_own<M, D, kOwn>(shared, p, tile);
       LeftRows<M, D, kHeld> query(shared.own(0), own);
       RunningSoftmax<Real> softmax;
       Real acc[kChannels / 8][4] = {};
 
       const auto issue = [&](int i, int stage) {
-        const Rectangle piece = pieces.piece(i);
-        stage_rows<M, D>(shared.rows(stage, 0), p.key, p, tile, piece, p.keys);
-        stage_rows<M, D>(shared.rows(stage, 1), p.value, p, tile, piece, p.keys);
+        stage_piece<M, D, kStaged, 0>(shared, stage, p, tile, pieces.piece(i));
       };
       for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
         const Rectangle piece = pieces.piece(i);

@@ -7,7 +7,7 @@
 
 namespace natten_ext::cuda {
 
-constexpr int kThreads = 256;  // of a block, at most
+constexpr int kThreads = 128;  // of a block, at most
 
 template <class Real>
 constexpr Real kLog2E = static_cast<Real>(1.4426950408889634074);
@@ -16,13 +16,12 @@ constexpr Real kLn2 = static_cast<Real>(0.69314718055994530942);
 template <class Real>
 constexpr Real kInfinity = static_cast<Real>(__builtin_huge_val());
 
-// Channels of each of `Results` results that one block keeps, bounded by a lane's registers. Further blocks (block_y)
-// do the other channels, and compute the scores again.
-template <class M, int D, int Results>
+// Channels of a result that one block keeps in registers, `Most` in single precision. Further blocks (block_y) do the
+// other channels, and compute the scores again.
+template <class M, int D, int Most>
 constexpr int kResultChannels = [] {
-  const int most = (sizeof(typename M::Real) == 8 ? 64 : 256) / Results;
   int channels = D;
-  while (channels > most) channels /= 2;
+  while (channels > (sizeof(typename M::Real) == 8 ? Most / 2 : Most)) channels /= 2;
   return channels;
 }();
 
@@ -37,13 +36,6 @@ NATTEN_EXT_DEVICE void for_each_tile(const Params& p, Body body) {
     body(tile);
     if (i + p.plan.blocks_per_head < count) sync_block();  // shared memory is free again
   }
-}
-
-// Own rows of a tile, as they are staged.
-template <bool ByKey>
-NATTEN_EXT_DEVICE Rectangle rectangle_of(const Params& p, const Tile<ByKey>& tile) {
-  return {tile.origin_y, tile.origin_y + Tile<ByKey>::tile_height(p), tile.origin_x,
-          tile.origin_x + Tile<ByKey>::tile_width(p)};
 }
 
 // The number that belongs to the staged row of a lane's column c of a block.

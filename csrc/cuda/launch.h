@@ -44,7 +44,7 @@ template <>
 struct HeadDims<DoubleMode> : std::integer_sequence<int, 32, 128, 256> {};
 
 template <class M, template <class, int> class Kernel, int D>
-NATTEN_EXT_KERNEL(kThreads, 1) attention_kernel(NATTEN_EXT_PARAMETER(Params) p) {
+NATTEN_EXT_KERNEL(kThreads, (Kernel<M, D>::kBlocks)) attention_kernel(NATTEN_EXT_PARAMETER(Params) p) {
   using K = Kernel<M, D>;
   K::run(p, SharedLayout<M, D>(p.plan, K::kOwn, K::kStaged, K::kScalars, K::kTables, K::kTableGradient && p.table_gradient,
                                p.table_rows * p.table_columns));
@@ -114,18 +114,15 @@ Plan plan_of(const Params& p, const Context& context) {
                            std::to_string(shared_limit) + " bytes of shared memory that this GPU gives a block");
 }
 
-// Blocks of a launch with a table gradient: few enough that their partial sums stay small. The number does not depend
-// on the GPU, so neither do the sums.
-constexpr int kTableBlocks = 2048;
-
 template <class M, template <class, int> class Kernel, int D>
 void launch_padded(Params p, Context& context) {
   using K = Kernel<M, D>;
   const bool gradient = K::kTableGradient && p.table_gradient;
   p.table_gradient = gradient;
+  K::choose_tensors(p);
   p.plan = plan_of<M, Kernel, D>(p, context);
   const int64_t tiles = largest_tile_count(p, K::kByKey);
-  const int64_t most = gradient ? std::max(1, kTableBlocks / p.launch_heads) : INT32_MAX / p.launch_heads;
+  const int64_t most = gradient ? std::max(1, context.table_blocks / p.launch_heads) : INT32_MAX / p.launch_heads;
   if (!gradient && tiles > most) throw std::runtime_error("natten_ext: too many tiles for one launch");
   p.plan.blocks_per_head = static_cast<int>(std::min(tiles, most));
   const int64_t partials = p.plan.blocks_per_head * (p.plan.tables_shared ? 1 : p.plan.warps);

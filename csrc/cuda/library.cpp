@@ -117,9 +117,9 @@ struct Launcher {
 #if defined(NATTEN_EXT_EMULATOR)
 
 // What the largest consumer GPUs give a block, so that tests see the smallest pieces; or what tests ask for.
-int emulated_shared_limit = 99 * 1024;
+int emulated_shared_limit = 99 * 1024, emulated_table_blocks = kTableBlocks;
 
-Context context_of(const Tensor&) { return {emulated_shared_limit, nullptr, {}, {}}; }
+Context context_of(const Tensor&) { return {emulated_shared_limit, emulated_table_blocks, nullptr, {}, {}}; }
 
 void note_workspace(Context& context, void* data, size_t bytes) {
   std::memset(data, 0xff, bytes);
@@ -164,7 +164,7 @@ Context context_of(const Tensor& like) {
   if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("natten_ext: torch gave no current CUDA stream");
   }
-  return {limit, stream, {}};
+  return {limit, kTableBlocks, stream, {}};
 }
 
 void note_workspace(Context&, void*, size_t) {}
@@ -258,9 +258,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_double_backward(
 }
 
 #if defined(NATTEN_EXT_EMULATOR)
-void configure(int64_t order, std::string dropped_site, int64_t shared_limit) {
+void configure(int64_t order, std::string dropped_site, int64_t shared_limit, int64_t table_blocks) {
   emulator::configure(static_cast<int>(order), dropped_site);
   emulated_shared_limit = static_cast<int>(shared_limit);
+  emulated_table_blocks = static_cast<int>(table_blocks);
 }
 std::string sites() { return emulator::sites(); }
 #endif
@@ -271,7 +272,7 @@ std::string sites() { return emulator::sites(); }
 STABLE_TORCH_LIBRARY(natten_ext_cuda, m) {
   natten_ext::operators::define(m, ", bool tf32");
 #if defined(NATTEN_EXT_EMULATOR)
-  m.def("configure(int order, str dropped_site, int shared_limit) -> ()");
+  m.def("configure(int order, str dropped_site, int shared_limit, int table_blocks) -> ()");
   m.def("sites() -> str");
 #endif
 }

@@ -10,6 +10,7 @@ namespace natten_ext::cuda {
 
 constexpr int kMaxHeads = 128;  // per launch; the host starts another for the rest
 constexpr int kMaxStages = 3;
+constexpr int kMaxTensors = 4;  // staged together
 constexpr int kBlock = 8;      // adjacent keys (or queries) of a row that are worked on as one
 constexpr int kWarpRows = 16;  // queries (or keys) of a warp: two rows of eight
 
@@ -62,6 +63,9 @@ struct Params {
   Rows grad_query, grad_key, grad_value, grad_grad_output;
   Table bias, cot_bias, grad_bias;
   bool table_gradient;
+  // Per kernel, from the tensors above: what is staged once per tile and once per piece, and numbers per staged row.
+  Rows own[kMaxTensors], staged[kMaxTensors];
+  const void* scalars[kMaxTensors];
   void *lse, *delta, *row_mean, *row_rest;  // (batch, heads, queries) in Real: L, D, r, t of docs/double_backward.md
   void* table_partials;                     // (partials, launch_heads, table) in Real
   Plan plan;

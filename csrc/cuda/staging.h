@@ -66,6 +66,31 @@ NATTEN_EXT_DEVICE void stage_scalars(Shared destination, const void* source, con
   }
 }
 
+// Starts copying a tile's own rows of p.own[0] to p.own[Count - 1], as far as they are given.
+template <class M, int D, int Count, bool ByKey>
+NATTEN_EXT_DEVICE void stage_own(const SharedLayout<M, D>& shared, const Params& p, const Tile<ByKey>& tile) {
+  const Rectangle rectangle{tile.origin_y, tile.origin_y + Tile<ByKey>::tile_height(p), tile.origin_x,
+                            tile.origin_x + Tile<ByKey>::tile_width(p)};
+  NATTEN_EXT_NO_UNROLL
+  for (int i = 0; i < Count; ++i) {
+    if (p.own[i].data != nullptr) stage_rows<M, D>(shared.own(i), p.own[i], p, tile, rectangle, tile.own);
+  }
+}
+
+// The same for a piece: p.staged[0] and on, and the numbers of its rows in p.scalars[0] and on.
+template <class M, int D, int Tensors, int Scalars, bool ByKey>
+NATTEN_EXT_DEVICE void stage_piece(const SharedLayout<M, D>& shared, int stage, const Params& p, const Tile<ByKey>& tile,
+                                   const Rectangle& piece) {
+  NATTEN_EXT_NO_UNROLL
+  for (int i = 0; i < Tensors; ++i) {
+    if (p.staged[i].data != nullptr) stage_rows<M, D>(shared.rows(stage, i), p.staged[i], p, tile, piece, tile.other);
+  }
+  NATTEN_EXT_NO_UNROLL
+  for (int i = 0; i < Scalars; ++i) {
+    stage_scalars<typename M::Real>(shared.scalars(stage, i), p.scalars[i], p, tile, piece);
+  }
+}
+
 NATTEN_EXT_DEVICE void copy_async_wait_for(int pending) {
   if (pending == 0) copy_async_wait<0>();
   else if (pending == 1) copy_async_wait<1>();
@@ -143,6 +168,18 @@ NATTEN_EXT_DEVICE void own_row_products(typename M::Real (&sums)[2], Shared a, S
   }
 }
 
+template <class Element, class Real>
+NATTEN_EXT_DEVICE void store_pair(Shared address, Real first, Real second) {
+  if constexpr (sizeof(Element) == 2) {
+    store_shared(address, pack<Element>(first, second));
+  } else {
+    struct alignas(2 * sizeof(Element)) Pair {
+      Element e[2];
+    };
+    store_shared(address, Pair{{first, second}});
+  }
+}
+
 // Writes a warp's 16 x DC results, times `factor`, to channels `first` and on of its own rows. `scratch` is a tile in
 // shared memory whose rows of this warp nobody needs any more.
 template <class M, int D, int DC, bool ByKey>
@@ -156,10 +193,10 @@ NATTEN_EXT_DEVICE void write_rows(const typename M::Real (&acc)[DC / 8][4], cons
   NATTEN_EXT_UNROLL
   for (int n = 0; n < DC / 8; ++n) {
     NATTEN_EXT_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const int row = lane / 4 + 8 * (e / 2), channel = 8 * n + lane % 4 * 2 + e % 2;
-      store_shared(scratch + own.slot_of(row) * kPitch<M, D> + channel * static_cast<uint32_t>(sizeof(Element)),
-                   narrow<Element>(acc[n][e] * factor[e / 2]));
+    for (int h = 0; h < 2; ++h) {
+      const int channel = 8 * n + lane % 4 * 2;
+      store_pair<Element>(scratch + own.slot_of(lane / 4 + 8 * h) * kPitch<M, D> + channel * static_cast<uint32_t>(sizeof(Element)),
+                          acc[n][2 * h] * factor[h], acc[n][2 * h + 1] * factor[h]);
     }
   }
   sync_warp();

@@ -50,6 +50,7 @@ struct TableGradient {
   bool shared;
   int rows, columns;
 
+  // A barrier must follow before `add`.
   NATTEN_EXT_DEVICE TableGradient(const Params& p, int launch_head, int block_of_head, Shared sums, Shared scratch)
       : sums(sums), scratch(scratch), shared(p.plan.tables_shared), rows(p.table_rows), columns(p.table_columns) {
     const int index = shared ? block_of_head : block_of_head * p.plan.warps + thread_index() / kWarp;
@@ -58,7 +59,6 @@ struct TableGradient {
     partial = static_cast<Real*>(p.table_partials);
     partial += (int64_t{index} * p.launch_heads + launch_head) * rows * columns;
     for (int i = thread_index() % kWarp; i < rows * columns; i += kWarp) write(i, Real(0));
-    sync_warp();
   }
   NATTEN_EXT_DEVICE explicit operator bool() const { return partial != nullptr; }
 

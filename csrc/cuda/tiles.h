@@ -155,7 +155,7 @@ struct Pieces {
 // Two blocks of the staged side.
 struct Unit {
   int y[2], x[2], slot[2];
-  int x_end[2];    // positions from here on belong to no block of this walk
+  int columns[2];  // of the eight, those that belong to the block
   int last_slot;   // rows past it were not staged
 
   NATTEN_EXT_DEVICE int slot_of(int block, int position) const {
@@ -163,36 +163,42 @@ struct Unit {
   }
 };
 
-// Goes through the blocks of `wanted` inside a staged piece.
+// Goes through the blocks of `wanted` inside a staged piece, row by row.
 struct Walk {
-  Rectangle range, piece;
-  int row_count, y, x, width;
+  int y, x, slot;             // of the next block; its slot is that of its first column
+  int y_end, x_begin, x_end;
+  int next_row;               // slots from the end of a row's last block to the next row's first
+  int last_slot, short_row;   // the last row of a sequence has `short_columns`
+  int short_columns;
 
-  NATTEN_EXT_DEVICE Walk(const Rectangle& wanted, const Rectangle& staged, const Map& map) : piece(staged) {
-    range = {greater(wanted.y0, staged.y0), lesser(wanted.y1, staged.y1), greater(wanted.x0, staged.x0),
-             lesser(wanted.x1, staged.x1)};
-    if (range.x0 >= range.x1) range.y1 = range.y0;
-    y = range.y0;
-    x = range.x0;
-    row_count = map.count;
-    width = map.width;
+  NATTEN_EXT_DEVICE Walk(const Rectangle& wanted, const Rectangle& piece, const Map& map) {
+    y = greater(wanted.y0, piece.y0);
+    y_end = lesser(wanted.y1, piece.y1);
+    x = x_begin = greater(wanted.x0, piece.x0);
+    x_end = lesser(wanted.x1, piece.x1);
+    if (x_begin >= x_end) y_end = y;
+    const int width = piece.width();
+    slot = (y - piece.y0) * width + x - piece.x0;
+    next_row = width - (x_end - x_begin + kBlock - 1) / kBlock * kBlock;
+    last_slot = piece.height() * width - 1;
+    short_row = map.height - 1;
+    short_columns = map.width - (map.height * map.width - map.count);
   }
-  NATTEN_EXT_DEVICE bool more() const { return y < range.y1; }
+  NATTEN_EXT_DEVICE bool more() const { return y < y_end; }
 
   NATTEN_EXT_DEVICE Unit next() {
     Unit unit;
-    unit.last_slot = piece.height() * piece.width() - 1;
+    unit.last_slot = last_slot;
     NATTEN_EXT_UNROLL
     for (int b = 0; b < 2; ++b) {
-      const bool live = y < range.y1;
+      const bool live = y < y_end;
       unit.y[b] = y;
       unit.x[b] = x;
-      unit.slot[b] = live ? (y - piece.y0) * piece.width() + x - piece.x0 : 0;
-      // The last row of a sequence may be short; the count of a map is never in the way.
-      const int64_t left = row_count - int64_t{y} * width;
-      unit.x_end[b] = !live ? x : left < range.x1 ? static_cast<int>(left) : range.x1;
+      unit.slot[b] = live ? slot : 0;
+      unit.columns[b] = live ? lesser(x_end, y == short_row ? short_columns : x_end) - x : 0;
       x += kBlock;
-      if (x >= range.x1) x = range.x0, ++y;
+      slot += kBlock;
+      if (x >= x_end) x = x_begin, ++y, slot += next_row;
     }
     return unit;
   }
@@ -246,7 +252,7 @@ NATTEN_EXT_DEVICE BlockPairs pairs_of(const Params& p, const Tile<ByKey>& tile, 
                                       int block) {
   BlockPairs pairs;
   const int zero_y = p.table_rows / 2, zero_x = p.table_columns / 2;
-  const int y = unit.y[block], column = unit.x[block] + thread_index() % 4 * 2;
+  const int y = unit.y[block], first = thread_index() % 4 * 2;
   const int start_y = ByKey ? tile.y.start(y) : 0;
   for (int h = 0; h < 2; ++h) {
     const int key = ByKey ? own.y[h] : y, start = ByKey ? start_y : own.start_y[h];
@@ -254,9 +260,9 @@ NATTEN_EXT_DEVICE BlockPairs pairs_of(const Params& p, const Tile<ByKey>& tile, 
     pairs.table_y[h] = zero_y + (ByKey ? own.y[h] - y : y - own.y[h]);
   }
   for (int c = 0; c < 2; ++c) {
-    const int x = column + c;
+    const int x = unit.x[block] + first + c;
     const int key = ByKey ? own.x : x, start = ByKey ? tile.x.start(x) : own.start_x;
-    pairs.valid_x[c] = x < unit.x_end[block] && static_cast<uint32_t>(key - start) < static_cast<uint32_t>(tile.x.kernel);
+    pairs.valid_x[c] = first + c < unit.columns[block] && static_cast<uint32_t>(key - start) < static_cast<uint32_t>(tile.x.kernel);
     pairs.table_x[c] = zero_x + (ByKey ? own.x - x : x - own.x);
   }
   return pairs;

@@ -11,6 +11,7 @@
 #define NATTEN_EXT_KERNEL(threads, blocks) void
 #define NATTEN_EXT_PARAMETER(T) const T
 #define NATTEN_EXT_UNROLL
+#define NATTEN_EXT_NO_UNROLL
 
 namespace natten_ext::cuda {
 

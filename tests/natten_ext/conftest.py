@@ -14,9 +14,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import emulator
 import pytest
 import torch
 from cases import Case
+
+if not torch.cuda.is_available():
+    emulator.use()
 
 import natten_ext
 

@@ -1,0 +1,52 @@
+"""Which fused backend is the fastest on a GPU, as measured: the table behind ``backend="auto"``.
+
+``preferences.json`` holds one entry per class of problems that was measured, written by hand from the results of
+``python -m benchmarks.gpu_check`` (benchmarks/results): ``capability`` ("9.0"), ``neighborhood`` ("full", "grid" or
+"neighborhood"), ``dtype`` ("bfloat16"), ``head_dim`` (the largest of the class), ``fastest`` (backends, fastest
+first), and ``results``, the file the entry comes from. Classes that nobody measured take the default order.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+DEFAULT_ORDER = ("cuda", "triton")
+"""Of what is not measured."""
+
+PATH = Path(__file__).parent / "preferences.json"
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One measured class of problems; see the module."""
+
+    capability: str
+    neighborhood: str
+    dtype: str
+    head_dim: int
+    fastest: tuple[str, ...]
+    results: str
+
+
+@cache
+def table(path: Path = PATH) -> tuple[Preference, ...]:
+    """The entries of a table, narrow classes first. Raises ValueError for one that makes no sense."""
+    entries = []
+    for entry in json.loads(path.read_text())["measured"]:
+        preference = Preference(**entry | {"fastest": tuple(entry["fastest"])})
+        if sorted(preference.fastest) != sorted(DEFAULT_ORDER):
+            raise ValueError(f"{path.name}: fastest must order {DEFAULT_ORDER}, got {preference.fastest}")
+        entries.append(preference)
+    return tuple(sorted(entries, key=lambda preference: preference.head_dim))
+
+
+def order(capability: str, neighborhood: str, dtype: str, head_dim: int, path: Path = PATH) -> tuple[str, ...]:
+    """GPU backends for a problem, the fastest first."""
+    for entry in table(path):
+        same = (entry.capability, entry.neighborhood, entry.dtype) == (capability, neighborhood, dtype)
+        if same and head_dim <= entry.head_dim:
+            return entry.fastest
+    return DEFAULT_ORDER

@@ -1,0 +1,32 @@
+"""The emulator's settings, and problems run under them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from cases import Case, Inputs, cotangents_of, derivatives, forward, grad_output_of, inputs_of
+
+SHARED_LIMIT = 99 * 1024
+TABLE_BLOCKS = 2048
+
+
+@contextmanager
+def settings(
+    order: int = 0, dropped_site: str = "", shared_limit: int = SHARED_LIMIT, table_blocks: int = TABLE_BLOCKS
+) -> Iterator[None]:
+    """Emulate a GPU: the order of a block's warps, a barrier left out, shared memory per block, table blocks."""
+    configure = torch.ops.natten_ext_cuda.configure
+    configure(order, dropped_site, shared_limit, table_blocks)
+    try:
+        yield
+    finally:
+        configure(0, "", SHARED_LIMIT, TABLE_BLOCKS)
+
+
+def solve(case: Case, dtype: torch.dtype) -> Inputs:
+    """All three orders of a case on the emulated GPU."""
+    inputs = inputs_of(case, dtype)
+    grad_output, cotangents = grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
+    return derivatives(lambda leaves: forward(case, leaves, "cuda"), inputs, grad_output, cotangents)

@@ -1,0 +1,142 @@
+"""What the operator tests do not reach: how work is cut, the barriers inside kernels, TF32."""
+
+from __future__ import annotations
+
+import emulated
+import pytest
+import torch
+from budget import assert_equal_to_rounding, assert_same_bits
+from cases import (
+    Case,
+    cotangents_of,
+    find,
+    grad_output_of,
+    inputs_of,
+    magnitude,
+    oracle_derivatives,
+)
+
+import natten_ext
+
+pytestmark = pytest.mark.skipif(
+    not any(status.name == "cuda" and status.available for status in natten_ext.backends()),
+    reason="the cuda backend is not emulated here",
+)
+
+# Several tiles in both directions, halos larger than a piece, dilated classes of different sizes.
+LARGER = [
+    Case("full", "full", (1, 75, 1, 8), keys=90, score="l2"),
+    Case("grid", "grid", (1, 12, 24, 1, 8), window=12, bias=True),
+    Case("grid-small-windows", "grid", (1, 12, 12, 2, 8), window=(4, 2), score="l2", bias=True),
+    Case("na", "neighborhood", (1, 13, 21, 2, 8), kernel=(5, 3), dilation=(1, 2), groups=("dilation",), bias=True),
+]
+
+
+def truth(case: Case, dtype: torch.dtype):
+    inputs = inputs_of(case, dtype)
+    return oracle_derivatives(case, inputs, grad_output_of(case, inputs["query"]), cotangents_of(case, inputs))
+
+
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_several_tiles(case):
+    assert_equal_to_rounding(emulated.solve(case, torch.float64), truth(case, torch.float64))
+
+
+@pytest.mark.parametrize("case", LARGER, ids=str)
+@pytest.mark.parametrize("shared_limit", [24 * 1024, 16 * 1024])
+def test_little_shared_memory(case, shared_limit):
+    """Many pieces, two stages deep or one, one or two warps, tables in global memory where they do not fit."""
+    with emulated.settings(shared_limit=shared_limit):
+        results = emulated.solve(case, torch.float32)
+    inputs = truth(case, torch.float32)
+    for name, true in inputs.items():
+        error = magnitude([results[name].double() - true])
+        assert error <= 1e-5 * max(1.0, magnitude([true])), name
+
+
+def test_too_little_shared_memory_is_an_error():
+    with emulated.settings(shared_limit=4096), pytest.raises(RuntimeError, match="head_dim 200.*4096 bytes"):
+        emulated.solve(Case("wide", "full", (1, 5, 1, 200)), torch.float32)
+
+
+@pytest.mark.parametrize("case", LARGER[1:], ids=str)
+def test_blocks_with_several_tiles(case):
+    """With a table gradient a block goes over many tiles; here all blocks of a head are one."""
+    with emulated.settings(table_blocks=1):
+        assert_equal_to_rounding(emulated.solve(case, torch.float64), truth(case, torch.float64))
+
+
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_bits_do_not_depend_on_the_order_of_warps(case):
+    with emulated.settings(shared_limit=24 * 1024):
+        ascending = emulated.solve(case, torch.bfloat16)
+    with emulated.settings(shared_limit=24 * 1024, order=1):
+        assert_same_bits(emulated.solve(case, torch.bfloat16), ascending)
+
+
+@pytest.mark.parametrize("head_dim", [200, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_wide_heads(head_dim, dtype):
+    """Results in several blocks of channels."""
+    case = Case("wide", "neighborhood", (1, 5, 6, 1, head_dim), kernel=3, bias=True, score="l2", scale=1 / head_dim)
+    results = emulated.solve(case, dtype)
+    allowed = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for name, true in truth(case, dtype).items():
+        assert magnitude([results[name].double() - true]) <= allowed * max(1.0, magnitude([true])), name
+
+
+@pytest.fixture
+def tf32():
+    previous = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = previous
+
+
+@pytest.mark.parametrize("case", [find("full-cross-13x29", score="l2"), find("na-9x10-kernels", bias=True)], ids=str)
+def test_tf32_where_torch_allows_it(case, tf32):
+    """Errors are those of 10 bits of mantissa: larger than float32's, smaller than bfloat16's."""
+    results = emulated.solve(case, torch.float32)
+    errors = []
+    for name, true in truth(case, torch.float32).items():
+        errors.append(magnitude([results[name].double() - true]) / max(1.0, magnitude([true])))
+        assert errors[-1] <= 4e-3, name
+    assert max(errors) > 1e-5
+
+
+# Small problems that together pass every barrier and wait.
+PASSING_ALL = [
+    ({}, Case("full", "full", (1, 20, 1, 8), keys=150, score="l2"), torch.float32),
+    ({"shared_limit": 24 * 1024}, LARGER[1], torch.bfloat16),
+    (
+        {"table_blocks": 1},
+        Case("na", "neighborhood", (1, 8, 16, 1, 8), kernel=5, bias=True, score="l2"),
+        torch.bfloat16,
+    ),
+]
+
+
+def solve_all(dropped_site: str = "") -> list:
+    results = []
+    for settings, case, dtype in PASSING_ALL:
+        with emulated.settings(**settings, dropped_site=dropped_site):
+            results.append(emulated.solve(case, dtype))
+    return results
+
+
+def goes_unnoticed(dropped_site: str, expected: list) -> bool:
+    try:
+        for results, same in zip(solve_all(dropped_site), expected, strict=True):
+            assert_same_bits(results, same)
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
+def test_every_barrier_and_every_wait_is_needed():
+    """Without any one of them, the emulator reports a race, a copy under way, or NaN from poisoned memory."""
+    torch.ops.natten_ext_cuda.sites()
+    expected = solve_all()
+    sites = torch.ops.natten_ext_cuda.sites().split()
+    assert len(sites) >= 10, sites
+    assert not [site for site in sites if goes_unnoticed(site, expected)]

@@ -1,0 +1,110 @@
+"""nvcc compiles the kernels for several GPUs, and those that the named shapes use neither spill nor need a stack."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from natten_ext import cuda_resources
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import setup_cuda  # noqa: E402
+
+CAPABILITIES = ("8.0", "9.0", "10.0")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> list[cuda_resources.Kernel]:
+    """Every bfloat16 kernel, which is what the named shapes run, for every capability."""
+    nvcc = setup_cuda.find_nvcc()
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    folder = tmp_path_factory.mktemp("cuda")
+
+    def compile_one(job: tuple[str, str]) -> str:
+        kernel, capability = job
+        flags = [*setup_cuda.kernel_flags("BfloatMode"), *setup_cuda.architecture_flags(capability)]
+        command = [
+            nvcc,
+            *flags,
+            "-c",
+            str(setup_cuda.SOURCE / f"{kernel}.cu"),
+            "-o",
+            str(folder / f"{kernel}{capability}.o"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    jobs = [(kernel, capability) for kernel in reversed(setup_cuda.KERNELS) for capability in CAPABILITIES]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        reports = list(pool.map(compile_one, jobs))
+    return [kernel for report in reports for kernel in cuda_resources.parse(report.splitlines())]
+
+
+def test_every_kernel_is_reported(kernels):
+    names = {(kernel.name, kernel.capability) for kernel in kernels}
+    expected = ("Forward", "BackwardQuery", "BackwardKey", "DoubleBackwardQuery", "DoubleBackwardKey")
+    assert names == {(name, capability) for name in expected for capability in CAPABILITIES}
+    assert {kernel.head_dim for kernel in kernels} == {16, 32, 64, 96, 128, 256}
+
+
+def test_nothing_spills(kernels):
+    assert not [kernel for kernel in kernels if kernel.spills or kernel.stack]
+
+
+REPORT = """\
+ptxas info    : Compiling entry function '_ZN10natten_ext4cuda16attention_kernelINS0_4ModeINS0_6BfloatEfLb1EEENS0_7ForwardELi32EEEvNS0_6ParamsE' for 'sm_90'
+ptxas info    : Function properties for _ZN10natten_ext4cuda16attention_kernelINS0_4ModeINS0_6BfloatEfLb1EEENS0_7ForwardELi32EEEvNS0_6ParamsE
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack size
+"""  # noqa: E501
+
+
+def test_a_report_is_understood(tmp_path, capsys):
+    kernel = cuda_resources.Kernel("Forward", "bfloat16", 32, "9.0", 168, 16, 20)
+    assert list(cuda_resources.parse(REPORT.splitlines())) == [kernel]
+    assert kernel.blocks == 3
+    path = tmp_path / "report.txt"
+    path.write_text(REPORT)
+    assert cuda_resources.main([str(path)]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split() == ["Forward", "bfloat16", "32", "9.0", "168", "16", "20", "3", "19%", "75"]
+
+
+def test_a_missing_report_is_an_error(tmp_path, capsys):
+    assert cuda_resources.main([str(tmp_path / "none")]) == 1
+    assert "without CUDA kernels" in capsys.readouterr().err
+
+
+def test_architecture_lists():
+    assert setup_cuda.architecture_flags("8.0;9.0+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    with pytest.raises(SystemExit, match="'7.5' is not one of 8.0"):
+        setup_cuda.architecture_flags("7.5 8.0")
+    with pytest.raises(SystemExit, match="no compute capability"):
+        setup_cuda.architecture_flags(" ")
+
+
+def test_leaving_the_kernels_out_and_asking_for_them(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("NATTEN_EXT_CUDA", "0")
+    assert setup_cuda.find_nvcc() is None and "NATTEN_EXT_CUDA=0" in capsys.readouterr().out
+    monkeypatch.setattr(setup_cuda.shutil, "which", lambda name: None)
+    monkeypatch.setenv("NATTEN_EXT_CUDA", "1")
+    with pytest.raises(SystemExit, match="there is no nvcc"):
+        setup_cuda.find_nvcc()
+    monkeypatch.delenv("NATTEN_EXT_CUDA")
+    assert setup_cuda.find_nvcc() is None and len(capsys.readouterr().out.splitlines()) == 1
+    monkeypatch.setenv("NATTEN_EXT_CUDA", "yes")
+    with pytest.raises(SystemExit, match="must be 0 or 1, got 'yes'"):
+        setup_cuda.find_nvcc()
