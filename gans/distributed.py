@@ -37,6 +37,11 @@ class World:
         if self.size > 1:
             PartialState().wait_for_everyone()
 
+    def leave(self) -> None:
+        """Ends this process's part in the exchange; nothing here may be used with other processes afterwards."""
+        if self.size > 1:
+            PartialState().destroy_process_group()
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a tensor over all processes, without a graph."""
         values = values.detach()

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -107,8 +108,11 @@ def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[st
     gradients, optimisers and average.
     """
     recipe.check_processes(processes)
+    parts = processes * recipe.accumulate
+    # All parts of a batch need the same.
+    part = replace(recipe, batch_d=recipe.batch_d // parts, batch_g=recipe.batch_g // parts, accumulate=1)
     device = choose_device(run.device)
-    world = World(device, 0, processes)
+    alone = World(device)
     size, channels = recipe.generator.image_size, recipe.generator.channels
     with torch.device("meta"):
         networks = make_networks(recipe, torch.device("meta"))
@@ -124,20 +128,19 @@ def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[st
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         dtype = next(networks.discriminator.parameters()).dtype
 
-        def images(batch: int) -> Tensor:
-            return torch.empty(batch // processes, channels, size, size, device=device, dtype=dtype)
+        def images(count: int) -> Tensor:
+            return torch.empty(count, channels, size, size, device=device, dtype=dtype)
 
-        real_d, real_g = images(recipe.batch_d), images(recipe.batch_g) if networks.loss.uses_real else None
+        real_d, real_g = images(part.batch_d), images(part.batch_g) if networks.loss.uses_real else None
         fixed = memory.now
-        discriminator_gradients(0, 0, recipe, networks, real_d, world)
+        discriminator_gradients(0, 0, part, networks, real_d, alone)
         peak_d = memory.take_peak() - fixed
-        generator_gradients(0, recipe, networks, real_g, world)
+        generator_gradients(0, part, networks, real_g, alone)
         peak_g = memory.take_peak() - fixed
-        part_d, part_g = (batch // (processes * recipe.accumulate) for batch in (recipe.batch_d, recipe.batch_g))
-        z = torch.empty(part_g, recipe.generator.latent_dim, device=device, dtype=dtype)
+        z = torch.empty(part.batch_g, recipe.generator.latent_dim, device=device, dtype=dtype)
         with precision(recipe, device):
             attention = _attention_rows("generator", networks.generator, z, run)
-            attention += _attention_rows("discriminator", networks.discriminator, real_d[:part_d], run)
+            attention += _attention_rows("discriminator", networks.discriminator, real_d, run)
     # Adam keeps two numbers for each one that it trains, and the average is another generator.
     adam = 2 * sum(p.nbytes for model in models for p in model.parameters() if p.requires_grad)
     average = sum(t.nbytes for t in (*networks.generator.parameters(), *networks.generator.buffers()))

@@ -79,8 +79,9 @@ class Monitor:
             self.metric = metric = make_metric(run.metric, real(run.metric_images).to(self.device))
             floor = f"real against real (two halves of {metric.count} images) {metric.floor:.4g}"
             self._bar.write(f"{metric.name}: {floor}")
+        if not (real_grid := self.out / "samples" / "real.png").exists():
+            save_png(grid(real(run.sample_count)), real_grid)
         if state.step == 0:
-            save_png(grid(real(run.sample_count)), self.out / "samples" / "real.png")
             self._sample()
             self._measure()
 

@@ -166,11 +166,11 @@ def discriminator_gradients(
         with rng.part(draw_seed(config, step * (config.n_critic + 1) + index), config.batch_d, start, stop):
             with precision(config, real.device):
                 with torch.no_grad():
-                    fake = generator(latents(generator, stop - start))
+                    fake = generator(latents(generator, stop - start)).to(real.dtype)
                 terms = loss.discriminator(discriminator, real_part, fake)
             backward(terms, len(parts), totals)
             with precision(config, real.device, penalty=True):
-                fake, number = fake.to(real.dtype), step * config.n_critic + index
+                number = step * config.n_critic + index
                 terms = loss.discriminator_penalty(discriminator, real_part, fake, step=number)
             backward(terms, len(parts), totals)
     return totals
@@ -187,7 +187,7 @@ def generator_gradients(step: int, config: TrainConfig, networks: Networks, real
         with rng.part(seed, config.batch_g, start, stop), frozen(discriminator):
             z = latents(generator, stop - start)
             with precision(config, z.device):
-                terms = loss.generator(discriminator, real_part, generator(z))
+                terms = loss.generator(discriminator, real_part, generator(z).to(z.dtype))
             backward(terms, len(parts), totals)
             with precision(config, z.device, penalty=True):
                 terms = loss.generator_penalty(generator, z, step=step)

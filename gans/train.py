@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import natten_ext
 from gans import checkpoint, data
-from gans.config import RunConfig, TrainConfig, differences, to_dict
-from gans.distributed import World, join
+from gans.config import RunConfig, TrainConfig, differences, from_dict, to_dict
+from gans.distributed import World, choose_device
 from gans.ema import EMA
 from gans.monitor import Monitor
 from gans.recompute import recompute_blocks
@@ -49,7 +49,8 @@ def checkpoint_to_resume(config: TrainConfig, run: RunConfig, root: Path) -> Pat
     path = checkpoint.find(run.resume, root)
     if path is None:
         return None
-    changed = differences(checkpoint.load_config(path)["recipe"], to_dict(config))
+    saved = from_dict(TrainConfig, checkpoint.load_config(path)["recipe"])
+    changed = differences(to_dict(saved), to_dict(config))
     shown = [f"{name} ({change})" for name, change in changed.items() if name not in FREE_ON_RESUME]
     if shown:
         raise ValueError(f"cannot resume {path} with another recipe; it differs in {', '.join(shown)}")
@@ -82,20 +83,20 @@ def resolved_config(config: TrainConfig, run: RunConfig, state: TrainState, worl
     }
 
 
-def train(config: TrainConfig, run: RunConfig, *, progress: bool = True) -> Path:
+def train(config: TrainConfig, run: RunConfig, *, world: World | None = None, progress: bool = True) -> Path:
     """Trains a recipe and returns the last checkpoint's path.
 
-    Started by `torchrun`, all processes work on each batch together. The weights do not depend on how many there
-    are, other than by rounding. Resuming continues exactly: on one device, backend and number of threads and
-    processes the weights are bit for bit those of a run that was never interrupted. Logs, grids and measurements
-    draw from a generator of their own, so how often they happen changes nothing.
+    In a `world` of several processes (`gans.distributed.join`) all of them work on each batch together. The weights
+    do not depend on how many there are, other than by rounding. Resuming continues exactly: on one device, backend
+    and number of threads and processes the weights are bit for bit those of a run that was never interrupted. Logs,
+    grids and measurements draw from a generator of their own, so how often they happen changes nothing.
 
     Raises NonFiniteError when training diverges, FileExistsError when `out` holds a run and `resume` is not
     given, and OSError when a checkpoint cannot be written.
     """
     out = Path(run.out)
     checkpoints = out / "checkpoints"
-    world = join(run.device)
+    world = world or World(choose_device(run.device))
     config.check_processes(world.size)
     configure_torch(run)
     latest = checkpoint_to_resume(config, run, checkpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
@@ -9,7 +10,10 @@ import tyro
 
 from gans import registry
 from gans.config import RunConfig, TrainConfig
+from gans.distributed import join
+from gans.dry_run import describe
 from gans.presets import PRESETS, preset
+from gans.train import train
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,11 @@ def _resized(config: Any, like: Any) -> Any:
 def run(arguments: list[str]) -> None:
     """Trains, or prints what would be trained."""
     parsed = parse(arguments)
+    world = join(parsed.run.device)
     if parsed.dry_run:
-        import json
-
-        from gans.dry_run import describe
-
-        print(json.dumps(describe(parsed.recipe, parsed.run), indent=2))
-        return
-    from gans.train import train
-
-    path = train(parsed.recipe, parsed.run)
-    print(f"last checkpoint: {path}")
+        shown = json.dumps(describe(parsed.recipe, parsed.run, world.size), indent=2)
+    else:
+        shown = f"last checkpoint: {train(parsed.recipe, parsed.run, world=world)}"
+    if world.is_main:
+        print(shown)
+    world.leave()

@@ -10,6 +10,8 @@ import natten_ext
 from gans import checkpoint
 from gans.cli import main
 from gans.presets import preset
+from gans.profile import StepCost
+from gans.tools import cost
 from gans.tools.train import parse
 from gans.vitgan import ViTDiscriminatorConfig
 
@@ -67,7 +69,9 @@ def test_dry_run_prints_the_resolved_settings(tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown["parameters"] == {"generator": 83_312_495, "discriminator": 10_210_400}
     memory = shown["memory_mib"]
-    assert memory["weights, gradients, Adam and average"] == pytest.approx((83.3 * 5 + 10.2 * 4) * 4e6 / 2**20, rel=0.01)
+    assert memory["weights, gradients, Adam and average"] == pytest.approx(
+        (83.3 * 5 + 10.2 * 4) * 4e6 / 2**20, rel=0.01
+    )
     assert 1000 < memory["activations, discriminator update"] < memory["total"] < 20_000
     rows = [row for row in shown["attention"] if row["network"] == "generator"]
     assert [(row["shape"], row["keys"], row["calls"]) for row in rows] == [
@@ -98,3 +102,27 @@ def test_errors_are_one_line(tmp_path, capsys):
         main(["train", "--preset", "digits"])  # data and out are required
     with pytest.raises(SystemExit):
         main(["train", *SMALL, "--out", str(tmp_path / "run"), "--no-such-option", "1"])
+
+
+def test_cost_shows_fused_and_naive(monkeypatch, capsys):
+    asked = {}
+
+    def compare(recipe, **options):
+        asked.update(options, batches=(recipe.batch_d, recipe.batch_g, recipe.accumulate), precision=recipe.precision)
+        return [StepCost("cpu", 0.5, 100.0), StepCost("reference", 2.0, 800.0)]
+
+    monkeypatch.setattr(cost, "compare", compare)
+    options = "--preset stl10 --batch 3 --precision bf16 --threads 2 --device cpu"
+    assert main(["cost", *options.split()]) == 0
+    assert "| naive / fused | | 4.0 | 8.0 |" in capsys.readouterr().out
+    expected = {"update": "discriminator", "device": "cpu", "threads": 2, "repeats": 3}
+    assert asked == expected | {"batches": (3, 3, 1), "precision": "bf16"}
+
+
+def test_interrupting_names_the_way_on(monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cost, "run", interrupted)
+    assert main(["cost"]) == 130
+    assert "--resume latest" in capsys.readouterr().err
