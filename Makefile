@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -32,10 +33,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# torch, ninja and pybind11 come first: the compiled parts are built against them.
+# torch, ninja and pybind11 come first: the compiled parts are built against them. Torch for CUDA brings its own Triton.
 $(INSTALLED): $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja pybind11
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[gans,bench,test]"
 	touch $@
 
