@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -205,7 +206,7 @@ def describe_status(status: int) -> str:
 def last_line(text: str, limit: int = 300) -> str:
     """The last line that says something: not the list of modules behind a fatal error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    fatal = [line for line in lines if line.startswith("Fatal Python error")]
+    fatal = re.findall(r"Fatal Python error.*", text)
     return (fatal or lines)[-1][:limit] if lines else "(no output)"
 
 
