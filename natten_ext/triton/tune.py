@@ -33,14 +33,17 @@ Timer = Callable[[Any, int, tuple, dict], float]
 
 def candidates(channels: int, half: bool) -> Iterator[Config]:
     """What is tried for a class: what is likely to fit the registers."""
-    wide = channels > 64
-    for own in (32, 64, 128) if half else (16, 32, 64):
-        for block in (16, 32, 64) if half else (16, 32):
-            if own * block > (64 * 64 if wide or not half else 128 * 64):
-                continue
+    if channels > 128 or (channels > 64 and not half):
+        # Rows do not fit the registers: warps share the channels of few rows, where blocks are wider than tiles.
+        for own, block in ((16, 32), (16, 64), (32, 64), (64, 16)):
             for warps in (4, 8):
-                for stages in (1, 2, 3) if half else (1, 2):
-                    yield Config(own, block, warps, stages, channels > 128 or (wide and not half))
+                yield Config(own, block, warps, 1, streamed=True)
+        return
+    # Each warp takes 16 positions of a tile.
+    for own, warps in ((32, 2), (64, 4), (128, 8)):
+        for block in (16, 32, 64):
+            for stages in (1, 2, 3):
+                yield Config(own, block, warps, stages)
 
 
 def time_launch(kernel: Any, programs: int, arguments: tuple, options: dict) -> float:
