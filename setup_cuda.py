@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels: with nvcc for GPUs (used by setup.py), and with the C++ compiler for the emulator (by tests).
+"""Builds the CUDA kernels: with nvcc for GPUs (setup.py), and with the C++ compiler for the emulator (tests).
 
 Environment variables: ``NATTEN_EXT_CUDA`` 0 leaves the kernels out and 1 makes a missing nvcc an error;
 ``TORCH_CUDA_ARCH_LIST`` lists compute capabilities as torch does ("8.0;9.0+PTX"); ``CUDA_HOME`` is where CUDA is.
@@ -21,9 +21,8 @@ LIBRARY = "libnatten_ext_cuda.so"
 RESOURCES = "cuda_resources.txt"  # what ptxas said of every kernel
 
 CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
-DEFAULT_CAPABILITIES = (
-    "8.0+PTX"  # where no GPU is visible: runs on every GPU from 8.0 on, compiled at first use after 8.x
-)
+# Where no GPU is visible: runs on every GPU from 8.0 on; after 8.x the driver compiles it at first use.
+DEFAULT_CAPABILITIES = "8.0+PTX"
 
 
 def find_nvcc() -> str | None:

@@ -1,7 +1,8 @@
 """The ``cuda`` backend: hand-written kernels (csrc/cuda) for the tensor cores of sm_80 and later.
 
 The kernels are in a shared object of their own, because only a torch with CUDA has what it links to. Tests load the
-same kernels compiled for the host instead, under the emulator of csrc/emulator: ``NATTEN_EXT_CUDA_EMULATOR`` is its path.
+same kernels compiled for the host instead, under the emulator of csrc/emulator; the environment variable
+``NATTEN_EXT_CUDA_EMULATOR`` is its path.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def test_little_shared_memory(case, shared_limit):
 
 
 def test_too_little_shared_memory_is_an_error():
-    with emulated.settings(shared_limit=4096), pytest.raises(RuntimeError, match="head_dim 200.*4096 bytes"):
+    with emulated.settings(shared_limit=4096), pytest.raises(RuntimeError, match=r"head_dim 200.*4096 bytes"):
         emulated.solve(Case("wide", "full", (1, 5, 1, 200)), torch.float32)
 
 

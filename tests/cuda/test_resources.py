@@ -90,7 +90,7 @@ def test_architecture_lists():
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
-    with pytest.raises(SystemExit, match="'7.5' is not one of 8.0"):
+    with pytest.raises(SystemExit, match=r"'7.5' is not one of 8.0"):
         setup_cuda.architecture_flags("7.5 8.0")
     with pytest.raises(SystemExit, match="no compute capability"):
         setup_cuda.architecture_flags(" ")

@@ -14,7 +14,7 @@ FOLDER = ROOT / "build" / "emulator"
 
 
 def use() -> None:
-    """Run the kernels of the ``cuda`` backend under the emulator in this process, unless other backends are asked for."""
+    """Run the ``cuda`` backend under the emulator here, unless only other backends are tested."""
     wanted = os.environ.get("NATTEN_EXT_TEST_BACKENDS", "")
     if wanted and "cuda" not in wanted.split(","):
         return
