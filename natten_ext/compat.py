@@ -7,6 +7,7 @@ and others no longer run. Put this module in its place and they do::
     sys.modules["natten.functional"] = natten_ext.compat
 
 or change ``from natten.functional import na2d_qk, na2d_av`` to ``from natten_ext.compat import na2d_qk, na2d_av``.
+The older names ``natten2dqkrpb`` and ``natten2dav`` are here too.
 
 The scores between the two calls are a tensor of their own, ``kernel_height * kernel_width`` numbers a query and head:
 that is what the unfused interface is. ``natten_ext.neighborhood_attention`` never stores them; move to it where memory
@@ -130,6 +131,24 @@ def na2d_av(
             f" {(*value.shape[:4], kernel[0] * kernel[1])}, got {_shape(attn)}"
         )
     return _Gather.apply(attn, value, kernel, step)
+
+
+def natten2dqkrpb(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rpb: torch.Tensor | None,
+    kernel_size: SizePerAxis,
+    dilation: SizePerAxis,
+) -> torch.Tensor:
+    """``na2d_qk`` under its name before 0.17, which StyleNAT, NAT and DiNAT (also in transformers) use."""
+    return na2d_qk(query, key, kernel_size, dilation, rpb=rpb)
+
+
+def natten2dav(
+    attn: torch.Tensor, value: torch.Tensor, kernel_size: SizePerAxis, dilation: SizePerAxis
+) -> torch.Tensor:
+    """``na2d_av`` under its name before 0.17."""
+    return na2d_av(attn, value, kernel_size, dilation)
 
 
 # ---------------------------------------------------------------------------------------------- checks

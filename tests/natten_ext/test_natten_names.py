@@ -220,6 +220,15 @@ def test_a_list_of_two_is_a_pair_as_in_natten():
     assert torch.equal(compat.na2d(q, k, v, [3, 5], [2, 1]), expected)
 
 
+def test_names_before_0_17():
+    query, key = torch.randn(2, 1, 2, 7, 9, 4).unbind(0)
+    rpb = torch.randn(2, 5, 5)
+    scores = compat.natten2dqkrpb(query, key, rpb, 3, 2)
+    assert torch.equal(scores, compat.na2d_qk(query, key, 3, 2, rpb=rpb))
+    assert torch.equal(compat.natten2dav(scores, key, 3, 2), compat.na2d_av(scores, key, 3, 2))
+    assert torch.equal(compat.natten2dqkrpb(query, key, None, 3, 2), compat.na2d_qk(query, key, 3, 2))
+
+
 def test_unfused_memory_is_that_of_its_arguments():
     """Gathering the keys of all queries at once would take 49 maps."""
     maps = torch.randn(1, 2, 32, 32, 16)
