@@ -123,7 +123,9 @@ class Launch:
         full = full_precision(self.dtype)
         config = configs.lookup(self.device, step, problem.shape_class, self.dtype, full, problem.head_dim)
         tiles = tiling(problem, config.own, config.block, owner)
-        chunks = (64,) * -(-problem.head_dim // 64) if config.streamed else chunks_of(problem.head_dim)
+        # What is loaded at a time has to fit the registers.
+        width = 64 if self.dtype.itemsize == 2 else 32
+        chunks = (width,) * -(-problem.head_dim // width) if config.streamed else chunks_of(problem.head_dim)
         static = Static(
             kind=problem.kind,
             packed=tiles.packed,

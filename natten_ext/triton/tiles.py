@@ -14,7 +14,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-STREAM_WIDTH = tl.constexpr(64)
 
 
 class Static(NamedTuple):
@@ -158,9 +157,10 @@ def chunk_of(operand, INDEX: tl.constexpr, S: tl.constexpr):
 def add_product(total, a, b, S: tl.constexpr):
     """total + a @ b^T, summed over the channels."""
     if S.streamed:
-        for first in range(0, len(S.chunks) * STREAM_WIDTH, STREAM_WIDTH):
-            left = _load(a.pointers, a.valid, first, STREAM_WIDTH, False, S)
-            right = _load(b.pointers, b.valid, first, STREAM_WIDTH, False, S)
+        WIDTH: tl.constexpr = _width(S.chunks, 0)  # of every chunk
+        for first in range(0, len(S.chunks) * WIDTH, WIDTH):
+            left = _load(a.pointers, a.valid, first, WIDTH, False, S)
+            right = _load(b.pointers, b.valid, first, WIDTH, False, S)
             total = dot(left, tl.trans(right), total, S)
     else:
         for index in tl.static_range(len(S.chunks)):
