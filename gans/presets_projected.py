@@ -69,8 +69,6 @@ TRANSGAN32_SMALL = replace(
     steps=400,
     batch_d=16,
     batch_g=16,
-    lr_d=2e-4,
-    lr_g=1e-3,
 )
 """The generator of `cifar10-small`, features of 128 px: for a CPU."""
 
