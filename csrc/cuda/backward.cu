@@ -11,7 +11,7 @@ struct BackwardQuery {
   using Real = typename M::Real;
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 3, kStaged = 2, kScalars = 1, kTables = 1;  // query, grad_output, output; key, value
-  static constexpr int kChannels = kResultChannels<M, D, 256>;
+  static constexpr int kChannels = kResultChannels<M, D, 128>;
   static constexpr int kBlocks = D <= 32 ? 3 : 2;  // on a multiprocessor, as far as registers go
 
   static void choose_tensors(Params& p) {
@@ -90,7 +90,7 @@ struct BackwardKey {
   static constexpr bool kByKey = true, kTableGradient = false;
   static constexpr int kOwn = 2, kStaged = 2, kScalars = 2, kTables = 1;  // key, value; query, grad_output; L, D
   static constexpr int kChannels = kResultChannels<M, D, 96>;
-  static constexpr int kBlocks = D <= 32 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBlocks = D <= 16 ? 3 : 2;  // on a multiprocessor, as far as registers go
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.key;

@@ -11,7 +11,7 @@ struct Forward {
   static constexpr bool kByKey = false;
   static constexpr int kOwn = 1, kStaged = 2, kScalars = 1, kTables = 1;  // query; key, value; key bias; bias
   static constexpr bool kTableGradient = false;
-  static constexpr int kChannels = kResultChannels<M, D, 256>;
+  static constexpr int kChannels = kResultChannels<M, D, 128>;
   static constexpr int kBlocks = D <= 16 ? 4 : D <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
   static constexpr bool kHeld = M::kTensor && D * sizeof(typename M::Element) <= 256;
 
