@@ -21,7 +21,7 @@ from .geometry import (
     own_place,
     queries_of,
 )
-from .launch import Launch, rows_of
+from .launch import Launch, asked, rows_of
 from .problem import KEY, QUERY
 from .scores import key_bias_of, logits, table_centre
 from .table_gradient import table_gradient
@@ -135,10 +135,9 @@ def backward_key_kernel(
 def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
     """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
     launch = Launch(query, key, bias, neighborhood, score, scale)
-    nothing = query.new_empty((0,))
-    grad_query, grad_key, grad_value, grad_bias = nothing, nothing, nothing, nothing
+    grad_query, grad_key, grad_value, grad_bias = None, None, None, None
     if not any(needs):
-        return grad_query, grad_key, grad_value, grad_bias
+        return asked(query, (None,) * 4, needs)
     do, q, k, v, out = (rows_of(tensor) for tensor in (grad_output, query, key, value, output))
     row_means = lse.new_empty(lse.shape)
     dq = None
@@ -152,5 +151,4 @@ def backward(grad_output, query, key, value, bias, output, lse, neighborhood, sc
         launch.run(backward_key_kernel, "backward_key", KEY, do, q, k, v, lse, row_means, dk, dv, launch.table)
     if needs[3]:
         grad_bias = table_gradient(launch, "table", bias, (None, None, None, None), do, q, k, v, lse, row_means)
-    results = grad_query, grad_key, grad_value, grad_bias
-    return tuple(result if need else nothing for result, need in zip(results, needs, strict=True))
+    return asked(query, (grad_query, grad_key, grad_value, grad_bias), needs)

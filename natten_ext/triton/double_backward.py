@@ -21,7 +21,7 @@ from .geometry import (
     own_place,
     queries_of,
 )
-from .launch import Launch, rows_of
+from .launch import Launch, asked, rows_of
 from .problem import KEY, QUERY
 from .scores import (
     cot_key_bias_of,
@@ -201,21 +201,20 @@ def double_backward(
     neighborhood, score, scale, needs,
 ):  # fmt: skip
     """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
-    nothing = query.new_empty((0,))
     if not any(needs):
-        return (nothing,) * 5
+        return asked(query, (None,) * 5, needs)
     launch = Launch(query, key, bias, neighborhood, score, scale)
     cot_bias = None if cot_bias is None else cot_bias.contiguous()
     cots = (*(rows_of(tensor) for tensor in (cot_query, cot_key, cot_value)), cot_bias)
     do, q, k, v, out = (rows_of(tensor) for tensor in (grad_output, query, key, value, output))
     means, x_means, offsets = (lse.new_empty(lse.shape) for _ in range(3))
     grad_grad_output = grad_output.new_empty(grad_output.shape)
-    grad_query = query.new_empty(query.shape) if needs[1] else nothing
+    grad_query = query.new_empty(query.shape) if needs[1] else None
     launch.run(
         double_query_kernel, "double_query", QUERY, *cots, do, q, k, v, out, lse, means, x_means, offsets,
         rows_of(grad_grad_output), rows_of(grad_query) if needs[1] else None, launch.table,
     )  # fmt: skip
-    grad_key, grad_value, grad_bias = nothing, nothing, nothing
+    grad_key, grad_value, grad_bias = None, None, None
     if needs[2] or needs[3]:
         grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
         launch.run(
@@ -224,5 +223,4 @@ def double_backward(
         )  # fmt: skip
     if needs[4]:
         grad_bias = table_gradient(launch, "double_table", bias, cots, do, q, k, v, lse, means, x_means, offsets)
-    results = grad_grad_output, grad_query, grad_key, grad_value, grad_bias
-    return tuple(result if need else nothing for result, need in zip(results, needs, strict=True))
+    return asked(query, (grad_grad_output, grad_query, grad_key, grad_value, grad_bias), needs)

@@ -57,6 +57,13 @@ def rows_of(tensor: torch.Tensor | None) -> Rows | None:
     return Rows(tensor, *tensor.stride()[:4])
 
 
+def asked(
+    like: torch.Tensor, results: Sequence[torch.Tensor | None], needs: Sequence[bool]
+) -> tuple[torch.Tensor, ...]:
+    """The results that are needed; for each other an empty tensor of its own, for results may not alias."""
+    return tuple(result if need else like.new_empty((0,)) for result, need in zip(results, needs, strict=True))
+
+
 def _aligned(arguments: Sequence[Any]) -> tuple[int, list[Any]]:
     """The power of two up to 16 that all strides are multiples of, and the arguments with strides in units of it."""
     align = math.gcd(16, *(stride for rows in arguments if isinstance(rows, Rows) for stride in rows[1:]))
