@@ -99,9 +99,14 @@ def _emulator() -> str | None:
     return os.environ.get(EMULATOR_VARIABLE) or None
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile looks through caches, and cannot load a library
 def _not_loaded() -> str:
     """Loads the kernels, once. Empty if they are there, else why not."""
+    return _load()
+
+
+@cache
+def _load() -> str:
     if _emulator() is not None:
         torch.ops.load_library(_emulator())
         return ""
