@@ -45,4 +45,4 @@ $(INSTALLED): $(BIN)/python $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info natten_ext/*.so
+	rm -rf $(VENV) build *.egg-info natten_ext/*.so natten_ext/cuda_resources.txt

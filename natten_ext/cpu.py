@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-MAX_HEAD_DIM = 256
+from .fused import bits_of, cannot_take
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 _library = Path(__file__).parent / "libnatten_ext_cpu.so"
@@ -22,11 +23,7 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """Why this backend can't run a problem; empty if it can."""
     if device_type not in ("cpu", "meta"):
         return f"device must be cpu, got {device_type}"
-    if dtype not in DTYPES:
-        return f"dtype must be one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}"
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {head_dim}"
-    return ""
+    return cannot_take(dtype, DTYPES, head_dim)
 
 
 def forward(query, key, value, bias, neighborhood, score, scale):
@@ -37,7 +34,7 @@ def forward(query, key, value, bias, neighborhood, score, scale):
 def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
     """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
     return torch.ops.natten_ext_cpu.backward(
-        grad_output, query, key, value, bias, output, lse, neighborhood, score == "l2", scale, _bits(needs)
+        grad_output, query, key, value, bias, output, lse, neighborhood, score == "l2", scale, bits_of(needs)
     )
 
 
@@ -61,7 +58,7 @@ def double_backward(
     """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
     return torch.ops.natten_ext_cpu.double_backward(
         cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
-        neighborhood, score == "l2", scale, _bits(needs),
+        neighborhood, score == "l2", scale, bits_of(needs),
     )  # fmt: skip
 
 
@@ -73,7 +70,3 @@ def instruction_set() -> str:
 def release_working_memory() -> None:
     """Give back the working memory that the kernels keep for their next calls (at most 16 MiB per thread)."""
     torch.ops.natten_ext_cpu.release_working_memory()
-
-
-def _bits(needs) -> int:
-    return sum(1 << position for position, need in enumerate(needs) if need)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-MAX_HEAD_DIM = 256
+from .fused import bits_of, cannot_take
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MINIMUM_CAPABILITY = (8, 0)
 
@@ -30,10 +31,8 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     emulated = _emulator() is not None
     if device_type not in (("cpu", "meta") if emulated else ("cuda", "meta")):
         return f"device must be {'cpu, where it is emulated' if emulated else 'cuda'}, got {device_type}"
-    if dtype not in DTYPES:
-        return f"dtype must be one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}"
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {head_dim}"
+    if reason := cannot_take(dtype, DTYPES, head_dim):
+        return reason
     if device_type == "cuda":
         return _unsupported_gpu(torch.cuda.current_device())
     return ""
@@ -57,7 +56,7 @@ def backward(grad_output, query, key, value, bias, output, lse, neighborhood, sc
         neighborhood,
         score == "l2",
         scale,
-        _bits(needs),
+        bits_of(needs),
         _tf32(query),
     )
 
@@ -82,12 +81,8 @@ def double_backward(
     """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
     return torch.ops.natten_ext_cuda.double_backward(
         cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
-        neighborhood, score == "l2", scale, _bits(needs), _tf32(query),
+        neighborhood, score == "l2", scale, bits_of(needs), _tf32(query),
     )  # fmt: skip
-
-
-def _bits(needs) -> int:
-    return sum(1 << position for position, need in enumerate(needs) if need)
 
 
 def _tf32(query: torch.Tensor) -> bool:

@@ -12,7 +12,8 @@ from types import ModuleType
 
 import torch
 
-MAX_HEAD_DIM = 256
+from ..fused import cannot_take
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
 
@@ -27,11 +28,7 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
         return missing
     if device_type == "cuda" and (reason := _cannot_use_gpu()):
         return reason
-    if dtype not in DTYPES:
-        return f"dtype must be one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}"
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {head_dim}"
-    return ""
+    return cannot_take(dtype, DTYPES, head_dim)
 
 
 def forward(*arguments):

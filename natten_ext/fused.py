@@ -1,0 +1,23 @@
+"""What the fused backends share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+MAX_HEAD_DIM = 256
+
+
+def cannot_take(dtype: torch.dtype, dtypes: Sequence[torch.dtype], head_dim: int) -> str:
+    """Why a backend that has kernels for ``dtypes`` can't take these tensors; empty if it can."""
+    if dtype not in dtypes:
+        return f"dtype must be one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {dtype}"
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {head_dim}"
+    return ""
+
+
+def bits_of(needs: Sequence[bool]) -> int:
+    """One bit per gradient, as the compiled operators take ``needs`` (csrc/operators.h)."""
+    return sum(1 << position for position, need in enumerate(needs) if need)
