@@ -66,7 +66,9 @@ def plot_curves(lines: Sequence[dict[str, float]], path: Path, distance: str = "
             label = name.removeprefix(f"{network}/").replace("_", " ")
             axis.plot(*zip(*points, strict=True), label=label, linewidth=1, **faint)
         axis.set(title=network, xlabel="generator step")
-        axis.set_yscale("symlog", linthresh=1)  # the first penalties can be a hundred times the later ones
+        largest = max((abs(line[name]) for line in lines for name in names if name in line), default=0)
+        if largest > 10:  # the first penalties can be a hundred times the later ones
+            axis.set_yscale("symlog", linthresh=1)
     if distances:
         axis = axes[0, 2]
         points = [(line["step"], line["distance"]) for line in distances]

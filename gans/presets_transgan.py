@@ -109,7 +109,7 @@ DIGITS = TrainConfig(
     ),
     images=DataConfig(flip=False),
     ema=EMAConfig(half_life=2_000),
-    steps=256,
+    steps=224,
     n_critic=2,
     batch_d=32,
     batch_g=32,
