@@ -17,8 +17,8 @@ from .geometry import (
     block_place,
     empty,
     keys_of,
-    locate,
     own_place,
+    own_tile,
     queries_of,
 )
 from .launch import Launch, asked, rows_of
@@ -49,10 +49,7 @@ def backward_query_kernel(
     """D = rowsum(dO * O) for the other passes, and dQ unless ``grad_query`` is None: three products per block."""
     OWN: tl.constexpr = S.own_h * S.own_w
     BLOCK: tl.constexpr = S.block_h * S.block_w
-    program = tl.program_id(0)
-    head = program % heads
-    batch = program // heads // tiles
-    lattice, box = locate(program // heads % tiles, head, members, height, width, window_y, window_x, False, S)
+    batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
     if empty(box):
         return
     scale = number(scale, S)
@@ -94,10 +91,7 @@ def backward_key_kernel(
     """dK and dV, gathered from the queries that see a tile of keys: four products per block."""
     OWN: tl.constexpr = S.own_h * S.own_w
     BLOCK: tl.constexpr = S.block_h * S.block_w
-    program = tl.program_id(0)
-    head = program % heads
-    batch = program // heads // tiles
-    lattice, box = locate(program // heads % tiles, head, members, height, width, window_y, window_x, True, S)
+    batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, True, S)
     if empty(box):
         return
     scale = number(scale, S)

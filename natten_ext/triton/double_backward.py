@@ -17,8 +17,8 @@ from .geometry import (
     block_place,
     empty,
     keys_of,
-    locate,
     own_place,
+    own_tile,
     queries_of,
 )
 from .launch import Launch, asked, rows_of
@@ -59,10 +59,7 @@ def double_query_kernel(
     the gradient of Q, unless ``grad_query`` is None (up to seven)."""
     OWN: tl.constexpr = S.own_h * S.own_w
     BLOCK: tl.constexpr = S.block_h * S.block_w
-    program = tl.program_id(0)
-    head = program % heads
-    batch = program // heads // tiles
-    lattice, box = locate(program // heads % tiles, head, members, height, width, window_y, window_x, False, S)
+    batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
     if empty(box):
         return
     scale = number(scale, S)
@@ -137,10 +134,7 @@ def double_key_kernel(
     """Gradients of K and V, gathered from the queries that see a tile of keys: up to eight products per block."""
     OWN: tl.constexpr = S.own_h * S.own_w
     BLOCK: tl.constexpr = S.block_h * S.block_w
-    program = tl.program_id(0)
-    head = program % heads
-    batch = program // heads // tiles
-    lattice, box = locate(program // heads % tiles, head, members, height, width, window_y, window_x, True, S)
+    batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, True, S)
     if empty(box):
         return
     scale = number(scale, S)

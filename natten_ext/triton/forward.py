@@ -13,8 +13,8 @@ from .geometry import (
     block_place,
     empty,
     keys_of,
-    locate,
     own_place,
+    own_tile,
 )
 from .launch import Launch, rows_of
 from .problem import QUERY
@@ -41,10 +41,7 @@ def forward_kernel(
     """Online softmax over blocks of keys. Work per program: two products per block."""
     OWN: tl.constexpr = S.own_h * S.own_w
     BLOCK: tl.constexpr = S.block_h * S.block_w
-    program = tl.program_id(0)
-    head = program % heads
-    batch = program // heads // tiles
-    lattice, box = locate(program // heads % tiles, head, members, height, width, window_y, window_x, False, S)
+    batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
     if empty(box):
         return
     scale = number(scale, S)

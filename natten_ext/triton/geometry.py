@@ -107,6 +107,17 @@ def locate(tile, head, members, height, width, window_y, window_x, KEYS: tl.cons
 
 
 @triton.jit
+def own_tile(heads, tiles, members, height, width, window_y, window_x, KEYS: tl.constexpr, S: tl.constexpr):
+    """Image and head of this program, and the lattice and box of its tile (see ``locate``)."""
+    program = tl.program_id(0)
+    head = program % heads
+    batch = program // heads // tiles
+    tile = program // heads % tiles
+    lattice, box = locate(tile, head, members, height, width, window_y, window_x, KEYS, S)
+    return batch, head, lattice, box
+
+
+@triton.jit
 def empty(box):
     return (box.low_y >= box.high_y) | (box.low_x >= box.high_x)
 

@@ -168,15 +168,17 @@ class Launch:
         self.start(kernel, programs, (*arguments, *self.sizes(tiles.tiles)), config, S=static, **constants)
 
     def start(
-        self, kernel: Any, programs: int, arguments: Sequence[Any], config: configs.Config, S: Static, **constants: Any
+        self, kernel: Any, programs: int, arguments: Sequence[Any], config: configs.Config, **constants: Any
     ) -> None:
-        """Launch a kernel compiled for ``S``."""
+        """Launch a kernel compiled for ``constants``: ``S``, which is told the strides' alignment, and others."""
         if programs == 0:
             return
         if programs > MAX_PROGRAMS:
             raise RuntimeError(f"the problem needs {programs} programs, more than a launch can have ({MAX_PROGRAMS})")
         align, arguments = _aligned(arguments)
-        options = constants | {"S": S._replace(align=align), "num_warps": config.warps, "num_stages": config.stages}
+        if "S" in constants:
+            constants["S"] = constants["S"]._replace(align=align)
+        options = constants | {"num_warps": config.warps, "num_stages": config.stages}
         if _recorder is not None:
             _recorder(kernel, programs, arguments, options)
             return

@@ -206,9 +206,8 @@ def tiling(problem: Problem, own: int, block: int, owner: str) -> Tiling:
                     * x.blocks(own_extents[1], block_extents[1], owner)
                     for n, y, x in lattices
                 )
-                halo = abs(own_extents[0].bit_length() - own_extents[1].bit_length())
-                # Equal work: square tiles share more keys in the cache.
-                rank = count * own_extents[0] * own_extents[1], halo, block_extents
+                # Equal work: square tiles share more keys in the cache, and fewer shapes are compiled.
+                rank = count * own_extents[0] * own_extents[1], _length(own_extents), _length(block_extents)
                 if best is None or rank < best[0]:
                     tiles = max(
                         instances * -(-h // own_extents[0]) * -(-w // own_extents[1])
@@ -225,6 +224,11 @@ def _splits(size: int, height: int) -> Iterator[IntPair]:
     while rows <= size and rows <= _power(height):
         yield rows, size // rows
         rows *= 2
+
+
+def _length(extents: IntPair) -> tuple[int, int]:
+    """How far from square an area of given size is; of equal ones, the wide comes first."""
+    return abs(extents[0].bit_length() - extents[1].bit_length()), extents[0]
 
 
 def _power(number: int) -> int:

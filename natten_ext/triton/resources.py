@@ -122,8 +122,12 @@ def compile_variant(shape: str, dtype: str, arch: str, kernel: Any, arguments: t
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    static = options["S"]
-    tile = f"{static.own_h}x{static.own_w}|{static.block_h}x{static.block_w}{' streamed' if static.streamed else ''}"
+    static = options.get("S")
+    tile = (
+        f"{static.own_h}x{static.own_w}|{static.block_h}x{static.block_w}{' streamed' if static.streamed else ''}"
+        if static
+        else ""
+    )
     return Usage(
         kernel.fn.__name__.removesuffix("_kernel"), arch, shape, dtype, tile, options["num_warps"],
         options["num_stages"], usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .configs import Config
 from .geometry import SIZES, Box, Place, as_keys, as_queries, empty, keys_of, locate, own_place
 from .problem import QUERY, displacements, offset_extent
 from .scores import (
@@ -27,7 +28,10 @@ from .tiles import LOG2E, load_rows, number, product, row_numbers
 MAX_PROGRAMS = 1024
 
 RANGES = ("items", "shares", "first_y", "first_x", "count_y", "count_x", "shift_y", "shift_x")
+EXTENTS = ("own_h", "own_w", "block_h", "block_w", "offset_rows", "offset_columns")
 
+SUM_WIDTH = 32
+SUM_CONFIG = Config(own=1, block=SUM_WIDTH, warps=1, stages=1)
 
 _offsets = triton.constexpr_function(offset_extent)
 
@@ -127,28 +131,30 @@ def table_shares_kernel(
     tl.store(here + index, _sum_equal_offsets(pairs, S))
 
 
-@triton.jit(do_not_specialize=(*RANGES, "heads", "table_rows", "table_columns"))
+@triton.jit(do_not_specialize=(*RANGES, *EXTENTS, "heads", "table_rows", "table_columns"))
 def table_sum_kernel(
     sums, grad_table, items, shares, first_y, first_x, count_y, count_x, shift_y, shift_x,
-    heads, table_rows, table_columns, WIDTH: tl.constexpr, S: tl.constexpr,
+    own_h, own_w, block_h, block_w, offset_rows, offset_columns, heads, table_rows, table_columns,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One row of a head's table: the sums of all programs over shares and displacements, in order."""
-    ROWS: tl.constexpr = _offsets(S.own_h, S.block_h)
-    COLUMNS: tl.constexpr = _offsets(S.own_w, S.block_w)
+    """``WIDTH`` entries of a head's table in one row: the sums of all programs over shares and displacements, in order.
+
+    It takes little time, so it is compiled once for all tiles.
+    """
     program = tl.program_id(0)
     head = program % heads
-    row = program // heads
-    column = tl.arange(0, WIDTH)
-    total = tl.zeros((WIDTH,), S.accumulate)
+    row = program // heads % table_rows
+    column = program // heads // table_rows * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), sums.dtype.element_ty)
     for part in range(shares * count_y * count_x):
         displacement = part % (count_y * count_x)
-        down = shift_y + (first_y + displacement // count_x) * S.block_h
-        right = shift_x + (first_x + displacement % count_x) * S.block_w
-        y = row - table_rows // 2 - down + S.own_h - 1
-        x = column - table_columns // 2 - right + S.own_w - 1
-        there = (y >= 0) & (y < ROWS) & (x >= 0) & (x < COLUMNS) & (column < table_columns)
-        here = sums + (part * heads + head).to(tl.int64) * (COLUMNS * ROWS)
-        total += tl.load(here + x * ROWS + y, mask=there, other=0.0)
+        down = shift_y + (first_y + displacement // count_x) * block_h
+        right = shift_x + (first_x + displacement % count_x) * block_w
+        y = row - table_rows // 2 - down + own_h - 1
+        x = column - table_columns // 2 - right + own_w - 1
+        there = (y >= 0) & (y < offset_rows) & (x >= 0) & (x < offset_columns) & (column < table_columns)
+        here = sums + (part * heads + head).to(tl.int64) * (offset_columns * offset_rows)
+        total += tl.load(here + x * offset_rows + y, mask=there, other=0.0)
     tl.store(
         grad_table + (head * table_rows + row) * table_columns + column,
         total.to(grad_table.dtype.element_ty),
@@ -169,19 +175,14 @@ def table_gradient(launch, step, bias, cotangents, do, q, k, v, lse, means, x_me
         shares = min(shares, 2)
     ranges = items, shares, first_y, first_x, count_y, count_x, shift_y, shift_x
     programs = shares * count_y * count_x * problem.heads
-    area = offset_extent(static.own_h, static.block_h) * offset_extent(static.own_w, static.block_w)
-    sums = lse.new_empty((programs, area))
+    extents = *tiles.own, *tiles.block, *(offset_extent(*pair) for pair in zip(tiles.own, tiles.block, strict=True))
+    sums = lse.new_empty((programs, extents[-2] * extents[-1]))
     maps = *cotangents, do, q, k, v
     arguments = *maps, lse, means, x_means, offsets, sums, *ranges, launch.table, *launch.sizes(tiles.tiles)
     launch.start(table_shares_kernel, programs, arguments, config, S=static)
     grad = bias.new_empty(bias.shape)
     heads, rows, columns = bias.shape
-    launch.start(
-        table_sum_kernel,
-        heads * rows,
-        (sums, grad, *ranges, heads, rows, columns),
-        config._replace(warps=1),
-        WIDTH=1 << (columns - 1).bit_length(),
-        S=static,
-    )
+    parts = -(-columns // SUM_WIDTH)
+    arguments = sums, grad, *ranges, *extents, heads, rows, columns
+    launch.start(table_sum_kernel, heads * rows * parts, arguments, SUM_CONFIG, WIDTH=SUM_WIDTH)
     return grad

@@ -114,7 +114,7 @@ def test_more_programs_than_a_launch_can_have():
     query = torch.empty(2**20, 64, 2**6, 1, device="meta")
     problem = launch.Launch(query, query, None, [0], "dot", 1.0)
     with pytest.raises(RuntimeError, match="programs"):
-        problem.start(None, 2**31, (), launch.configs.Config(16, 16, 4, 1), None)
+        problem.start(None, 2**31, (), launch.configs.Config(16, 16, 4, 1))
 
 
 @pytest.mark.slow
