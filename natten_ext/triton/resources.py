@@ -4,20 +4,24 @@
 
 compiles every kernel variant that the shapes use (``benchmarks/shapes.py``, so run it in a checkout) ahead of time
 and prints one line for each. It ends with status 1 if a kernel spills registers or needs more shared memory than the
-architecture has.
+architecture has. With ``--update`` it compiles only what the table of all variants (``usage_table.py``) lacks or has
+from other code, and writes that to the table as it goes; it may be stopped and started again. With ``--status`` it
+compiles nothing, and ends with status 1 if the table lacks a variant or has one that fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,44 +29,22 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITCallable
 
-from . import configs
+from . import configs, usage_table
 from .launch import INTERPRETED, recorded_launches
 from .named import DTYPES, ORDERS, named_shapes, run_orders, torch_dtype
 from .tiles import Rows
+from .usage_table import SHARED_LIMIT, Table, Usage
 
-SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
-"""Bytes of shared memory that one block of threads can have."""
+ARCHS = ("sm_90", "sm_80", "sm_100")
+TABLE_DTYPES = ("bfloat16", "float32", "tf32", "float16")
+"""What the table of all variants holds."""
 
-
-@dataclass(frozen=True)
-class Usage:
-    """One compiled kernel variant."""
-
-    kernel: str
-    arch: str
-    shape: str
-    dtype: str
-    tile: str
-    warps: int
-    stages: int
-    registers: int
-    spilled: int
-    """Bytes of local memory per thread."""
-    shared: int
-    """Bytes of shared memory per block of threads."""
-    seconds: float
-    """Time to compile."""
-
-    @property
-    def problem(self) -> str:
-        """What is wrong; empty if nothing is."""
-        if self.spilled:
-            return f"spills {self.spilled} bytes per thread"
-        if self.shared > SHARED_LIMIT[self.arch]:
-            return f"needs {self.shared} bytes of shared memory of {SHARED_LIMIT[self.arch]}"
-        return ""
+UNSAVED = 8
+"""Compiled variants that a stopped ``--update`` may lose."""
 
 
 class _CompileOnly:
@@ -81,6 +63,38 @@ class _CompileOnly:
         return 0
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A kernel and what it is compiled for."""
+
+    arch: str
+    dtype: str
+    shape: str
+    kernel: Any
+    arguments: tuple
+    options: dict
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.removesuffix("_kernel")
+
+    @property
+    def digest(self) -> str:
+        return _digest(self.name, _signature(self.arguments), sorted(self.options.items()))
+
+    @property
+    def tile(self) -> str:
+        if "S" not in self.options:
+            return ""
+        static = self.options["S"]
+        streamed = " streamed" if static.streamed else ""
+        return f"{static.own_h}x{static.own_w}|{static.block_h}x{static.block_w}{streamed}"
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
+
+
 def _signature(arguments: Iterable[Any]) -> tuple:
     """What Triton compiles separately for: types, and strides that are 1 or multiples of 16."""
     parts: list[Any] = []
@@ -93,83 +107,134 @@ def _signature(arguments: Iterable[Any]) -> tuple:
     return tuple(parts)
 
 
-def variants(shapes: Iterable[Any], dtypes: Iterable[str], arch: str, orders: Iterable[str]) -> Iterator[tuple]:
-    """(shape, dtype, kernel, arguments, options) of every different kernel that the shapes launch."""
-    seen = set()
-    for name in dtypes:
-        dtype = torch_dtype(name)
-        for shape in shapes:
-            found: list[tuple] = []
-            with recorded_launches(lambda *launch: found.append(launch)), configs.assumed_architecture(arch):  # noqa: B023
-                run_orders(shape, dtype, "meta", orders)
-            for kernel, _, arguments, options in found:
-                key = kernel.fn.__name__, _signature(arguments), tuple(sorted(options.items(), key=str))
-                if key not in seen:
-                    seen.add(key)
-                    yield shape.name, name, kernel, arguments, options
+def source_digest(kernel: Any) -> str:
+    """Of the code of a kernel and all that it calls, without comments and documentation."""
+    code: dict[str, str] = {}
+    todo = [kernel]
+    while todo:
+        function = todo.pop()
+        name = f"{function.fn.__module__}.{function.fn.__qualname__}"
+        if name in code:
+            continue
+        tree = ast.parse(function.src).body[0]
+        if ast.get_docstring(tree) is not None:
+            del tree.body[0]
+        used = {node.id: function.fn.__globals__.get(node.id) for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        constants = {key: value.value for key, value in sorted(used.items()) if isinstance(value, tl.constexpr)}
+        code[name] = ast.dump(tree) + repr(constants)
+        todo += [value for value in used.values() if isinstance(value, JITCallable)]
+    return _digest(sorted(code.items()))
 
 
-def compile_variant(shape: str, dtype: str, arch: str, kernel: Any, arguments: tuple, options: dict) -> Usage:
+def variants(shapes: Iterable[Any], dtype_name: str, arch: str, orders: Iterable[str] = ORDERS) -> list[Variant]:
+    """Every different kernel that the shapes launch."""
+    dtype = torch_dtype(dtype_name)
+    found: dict[str, Variant] = {}
+    for shape in shapes:
+
+        def record(kernel, programs, arguments, options, shape=shape):
+            variant = Variant(arch, dtype_name, shape.name, kernel, tuple(arguments), options)
+            found.setdefault(variant.digest, variant)
+
+        with recorded_launches(record), configs.assumed_architecture(arch):
+            run_orders(shape, dtype, "meta", orders)
+    return list(found.values())
+
+
+def compile_variant(variant: Variant) -> Usage:
     """Compile one variant for an architecture and read its resources from the result."""
-    triton.runtime.driver.set_active(_CompileOnly(arch))
+    triton.runtime.driver.set_active(_CompileOnly(variant.arch))
     triton.knobs.compilation.always_compile = True  # a cached result has no compile time
-    start = time.perf_counter()
-    compiled = kernel.warmup(*arguments, grid=(1,), **options)
-    seconds = time.perf_counter() - start
+    start = sum(os.times()[:4])
+    compiled = variant.kernel.warmup(*variant.arguments, grid=(1,), **variant.options)
+    seconds = sum(os.times()[:4]) - start
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    static = options.get("S")
-    tile = (
-        f"{static.own_h}x{static.own_w}|{static.block_h}x{static.block_w}{' streamed' if static.streamed else ''}"
-        if static
-        else ""
-    )
     return Usage(
-        kernel.fn.__name__.removesuffix("_kernel"), arch, shape, dtype, tile, options["num_warps"],
-        options["num_stages"], usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared,
-        round(seconds, 2),
+        variant.name, variant.arch, variant.dtype, variant.shape, variant.tile, variant.options["num_warps"],
+        variant.options["num_stages"], usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared,
+        round(seconds, 1), variant.digest, source_digest(variant.kernel), triton.__version__,
     )  # fmt: skip
 
 
-def _compile_share(job: tuple) -> list[Usage]:
-    shapes, dtypes, arch, orders, kernels, share, shares, verbose = job
-    results = []
-    chosen = [v for v in variants(shapes, dtypes, arch, orders) if not kernels or v[2].fn.__name__[:-7] in kernels]
-    for shape, dtype, kernel, arguments, options in chosen[share::shares]:
-        results.append(compile_variant(shape, dtype, arch, kernel, arguments, options))
-        if verbose:
-            print(line_of(results[-1]), flush=True)
-    return results
+_shared: list[Variant] = []  # with the processes that a pool forks
 
 
-def usages(
-    shapes: Iterable[Any], dtypes: Iterable[str], archs: Iterable[str], orders: Iterable[str] = ORDERS,
-    kernels: Iterable[str] = (), processes: int = 1, verbose: bool = False,
-) -> list[Usage]:  # fmt: skip
-    """Compile all variants that ``shapes`` use, in several processes."""
+def _compile_shared(index: int) -> Usage:
+    return compile_variant(_shared[index])
+
+
+def usages(chosen: list[Variant], processes: int = 1) -> Iterator[Usage]:
+    """Compile variants in several processes; results come as they are ready."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: nothing can be compiled in this process")
-    jobs = [
-        (list(shapes), list(dtypes), arch, list(orders), list(kernels), share, processes, verbose)
-        for arch in archs
-        for share in range(processes)
-    ]
     if processes == 1:
-        return [usage for job in jobs for usage in _compile_share(job)]
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return [usage for part in pool.map(_compile_share, jobs) for usage in part]
+        yield from map(compile_variant, chosen)
+        return
+    _shared[:] = chosen
+    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
+        for done in as_completed([pool.submit(_compile_shared, index) for index in range(len(chosen))]):
+            yield done.result()
 
 
-HEADER = "kernel          arch    shape            dtype     tile|block        warps stages  regs spills  shared   s"
+def current(variant: Variant, table: Table) -> bool:
+    """Whether the table has a variant, from the code and the Triton of today."""
+    entry = table.get((variant.arch, variant.digest))
+    return entry is not None and (entry.source, entry.triton) == (source_digest(variant.kernel), triton.__version__)
+
+
+def update(groups: Iterable[list[Variant]], complete: bool, processes: int, path: Path = usage_table.PATH) -> None:
+    """Compile what the table lacks, group after group, and write it.
+
+    A group has one dtype and architecture. If it is ``complete``, its other lines are dropped: nothing uses them.
+    """
+    for group in groups:
+        table = usage_table.read(path)
+        if complete:
+            used = {variant.digest for variant in group}
+            kind = group[0].arch, group[0].dtype
+            table = {k: u for k, u in table.items() if (u.arch, u.dtype) != kind or u.variant in used}
+        missing = [variant for variant in group if not current(variant, table)]
+        for count, usage in enumerate(usages(missing, processes), 1):
+            table[usage.arch, usage.variant] = usage
+            print(line_of(usage), flush=True)
+            if count % UNSAVED == 0:
+                usage_table.write(table.values(), path)
+        usage_table.write(table.values(), path)
+
+
+def status(groups: Iterable[list[Variant]], path: Path = usage_table.PATH) -> int:
+    """Print what the table says of the variants; 1 if it lacks one or one fails."""
+    table = usage_table.read(path)
+    total = missing = failing = 0
+    for group in groups:
+        entries = [table.get((variant.arch, variant.digest)) for variant in group]
+        lacking = [variant for variant, entry in zip(group, entries, strict=True) if entry is None]
+        stale = sum(entry is not None and not current(v, table) for v, entry in zip(group, entries, strict=True))
+        bad = [entry for entry in entries if entry is not None and entry.problem]
+        print(
+            f"{group[0].arch:7} {group[0].dtype:9} {len(group):4} variants,"
+            f" {len(lacking):3} not compiled, {stale:3} compiled from other code, {len(bad):3} fail"
+        )
+        for variant in lacking:
+            print(f"        lacks {variant.name} of {variant.shape}")
+        for entry in bad:
+            print("       ", line_of(entry))
+        total, missing, failing = total + len(group), missing + len(lacking), failing + len(bad)
+    print(f"{total} variants, {missing} not compiled, {failing} fail")
+    return 1 if missing or failing else 0
+
+
+HEADER = "kernel          arch    dtype     shape            tile|block        warps stages  regs spills  shared   s"
 
 
 def line_of(usage: Usage) -> str:
     return (
-        f"{usage.kernel:15} {usage.arch:7} {usage.shape:16} {usage.dtype:9} {usage.tile:18} {usage.warps:4}"
+        f"{usage.kernel:15} {usage.arch:7} {usage.dtype:9} {usage.shape:16} {usage.tile:18} {usage.warps:4}"
         f" {usage.stages:6} {usage.registers:5} {usage.spilled:6} {usage.shared:7} {usage.seconds:5.1f}"
         f" {usage.problem and 'FAILS: ' + usage.problem}"
     )
@@ -178,25 +243,41 @@ def line_of(usage: Usage) -> str:
 def main(arguments: list[str] | None = None) -> int:
     named = named_shapes()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], choices=SHARED_LIMIT)
+    parser.add_argument("--arch", nargs="+", default=ARCHS, choices=SHARED_LIMIT)
     parser.add_argument("--shapes", nargs="+", default=list(named), choices=named, metavar="NAME")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "tf32", "float32"], choices=DTYPES)
+    parser.add_argument("--dtypes", nargs="+", default=TABLE_DTYPES, choices=DTYPES)
     parser.add_argument("--orders", nargs="+", default=ORDERS, choices=ORDERS)
     parser.add_argument("--kernels", nargs="+", default=(), metavar="NAME", help="only these, as in the first column")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the table to this file as well")
+    parser.add_argument("--json", type=Path, help="write what was compiled to this file as well")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--update", action="store_true", help="compile what the table lacks, and write it")
+    mode.add_argument("--status", action="store_true", help="compile nothing; say what the table lacks and what fails")
     options = parser.parse_args(arguments)
+    groups = (
+        [v for v in variants([named[name] for name in options.shapes], dtype, arch, options.orders)
+         if not options.kernels or v.name in options.kernels]
+        for dtype in options.dtypes
+        for arch in options.arch
+    )  # fmt: skip
+    if options.status:
+        return status(groups)
     print(HEADER, flush=True)
-    shapes = [named[name] for name in options.shapes]
-    table = usages(
-        shapes, options.dtypes, options.arch, options.orders, options.kernels, options.processes, verbose=True
-    )
-    failing = [usage for usage in table if usage.problem]
-    seconds = sorted(usage.seconds for usage in table)
+    if options.update:
+        complete = set(options.shapes) == set(named) and set(options.orders) == set(ORDERS) and not options.kernels
+        update(groups, complete, options.processes)
+        return 0
+    results = []
+    for group in groups:
+        for usage in usages(group, options.processes):
+            print(line_of(usage), flush=True)
+            results.append(usage)
+    failing = [usage for usage in results if usage.problem]
+    seconds = sorted(usage.seconds for usage in results)
     if seconds:
-        print(f"{len(table)} variants, {len(failing)} fail; compiling took {seconds[len(seconds) // 2]} s (median)")
+        print(f"{len(results)} variants, {len(failing)} fail; compiling took {seconds[len(seconds) // 2]} s (median)")
     if options.json:
-        options.json.write_text(json.dumps([asdict(usage) for usage in table], indent=1) + "\n")
+        options.json.write_text(json.dumps([asdict(usage) for usage in results], indent=1) + "\n")
     return 1 if failing else 0
 
 
