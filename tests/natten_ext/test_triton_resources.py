@@ -1,7 +1,7 @@
 """Kernels of the triton backend compiled ahead of time: no spilled registers, no more shared memory than there is.
 
 To compile every variant of every named shape takes more than an hour, so a table keeps what came of it
-(``benchmarks/results/triton_resources.csv``, made by ``python -m natten_ext.triton.resources --update``). Here the table
+(``benchmarks/results/triton_resources.csv``, made by ``python -m natten_ext.triton.resources --update``). Here it
 is held against what the named shapes launch today, and a sample that has every kernel is compiled again. So a change
 of the kernels that costs registers fails here even where the table is from the code before it.
 """
