@@ -14,6 +14,7 @@ FILE is a path or a pattern relative to the repository. Kinds:
 
 - ``cpu-speed``: ours over the fastest naive form and memory, by shape (of an attn_bench result);
 - ``cpu-figures``: the figures to reach of an attn_bench result;
+- ``cpu-peers``: which library gives which derivatives of which shape, and why not the others (of an attn_bench result);
 - ``gpu-ran``: for each GPU backend, where it last ran and what passed (of all gpu_check results of a pattern);
 - ``gpu-figures``: the figures to reach of a gpu_check result;
 - ``gpu-speed``: operators alone, with percent of the floor; ARGUMENT: a precision;
@@ -54,8 +55,7 @@ def cpu_speed(data: Data) -> str:
     ours = list(dict.fromkeys(row["candidate"] for row in data["rows"] if row["group"] == "ours"))
     lines = []
     for name in dict.fromkeys(row["shape"] for row in data["rows"]):
-        problem = Shape.from_dict(next(row["problem"] for row in data["rows"] if row["shape"] == name))
-        label = f"{name} ({problem.describe().replace(',', ', ')})"
+        label = _label(data, name)
         for backend in ours:
             mine = [rows.get((name, order, backend)) for order in ORDERS]
             naive = [rows.get((name, order, "naive")) for order in ORDERS]
@@ -67,6 +67,26 @@ def cpu_speed(data: Data) -> str:
             ))  # fmt: skip
     header = ("shape", "times the speed of naive: forward / backward / double", "memory beyond results: ours", "naive")
     return table(header, lines)
+
+
+def cpu_peers(data: Data) -> str:
+    """The orders in which each library gave the right result, by shape; then the reasons of those that did not."""
+    found = {(row["shape"], row["candidate"], row["order"]): row for row in data["rows"] if row["group"] != "naive"}
+    candidates = list(dict.fromkeys(candidate for _, candidate, _ in found))
+    reasons: dict[str, dict[str, None]] = {}  # the orders that each stands for
+    lines = []
+    for name in dict.fromkeys(shape for shape, _, _ in found):
+        cells = []
+        for candidate in candidates:
+            rows = {order: found[name, candidate, order] for order in ORDERS}
+            right = [order for order, row in rows.items() if row["status"] == "ok"]
+            cells.append("all" if len(right) == len(ORDERS) else ", ".join(right) or "no")
+            for order, row in rows.items():
+                if row["status"] != "ok":
+                    reasons.setdefault(f"{candidate}: {row['reason']}", {})[order] = None
+        lines.append((_label(data, name), *cells))
+    why = "\n".join(f"- {reason.rstrip('.')} ({', '.join(orders)})" for reason, orders in reasons.items())
+    return f"{table(('shape', *candidates), lines)}\n\n{why}\n"
 
 
 def gpu_ran(documents: list[Data]) -> str:
@@ -111,6 +131,11 @@ def _results_of(data: Data, name: str, backend: str) -> str:
     return f"{sum(r[4] == 'ok' for r in results)} ok" + (f", **{failed} failed**" if failed else "")
 
 
+def _label(data: Data, name: str) -> str:
+    problem = Shape.from_dict(next(row["problem"] for row in data["rows"] if row["shape"] == name))
+    return f"{name} ({problem.describe().replace(',', ', ')})"
+
+
 def _ratio(row: Data | None) -> str:
     return f"{row['ratio']:.1f}" if row and row["ratio"] else "-"
 
@@ -122,6 +147,7 @@ def _memory(row: Data | None, form: str) -> str:
 ONE_FILE: dict[str, Callable[..., str]] = {
     "cpu-speed": cpu_speed,
     "cpu-figures": figures_table,
+    "cpu-peers": cpu_peers,
     "gpu-figures": figures_table,
     "gpu-speed": speed_table,
     "gpu-peers": peers_table,

@@ -7,6 +7,7 @@ from made_up import document
 
 from benchmarks import tables
 from benchmarks.gpu.figures import figures_to_reach
+from benchmarks.shapes import SHAPES
 
 CPU_RESULT = "benchmarks/results/cpu_epyc_2threads.json"
 
@@ -72,6 +73,22 @@ def test_peers(root):
         x for x in tables.make("gpu-peers gpu_h100.json bfloat16", root).splitlines() if "| nat-64 | double" in x
     )
     assert line == "| nat-64 | double | cuda 1000 | 0.20 | 6.0 | - | 20.0 | - | - |"
+
+
+def test_what_each_library_can_do():
+    def row(candidate, order, status, reason=""):
+        made = {"shape": "nat-16", "candidate": candidate, "order": order, "status": status, "reason": reason}
+        return {**made, "group": "ours" if candidate == "cpu" else "peer", "problem": SHAPES["nat-16"].to_dict()}
+
+    rows = [row("cpu", order, "ok") for order in tables.ORDERS]
+    rows += [row("sdpa", "forward", "ok"), row("sdpa", "backward", "wrong", "off by 2"), row("sdpa", "double", "ok")]
+    rows += [row("flex", order, "cannot", "no CPU.") for order in tables.ORDERS]
+    assert tables.cpu_peers({"rows": rows}).splitlines()[2:] == [
+        "| nat-16 (8, 16x16, 16, 32) | all | forward, double | no |",
+        "",
+        "- sdpa: off by 2 (backward)",
+        "- flex: no CPU (forward, backward, double)",
+    ]
 
 
 @pytest.mark.parametrize(
