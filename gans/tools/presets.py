@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> None:
     if parsed.name:
         print(json.dumps(to_dict(preset(parsed.name)), indent=2))
         return
-    row = "{:<20}{:<11}{:>9}{:>13}{:>13}{:>10}{:>11}{:>9}  {}"
+    row = f"{{:<{max(map(len, PRESETS)) + 2}}}" + "{:<11}{:>9}{:>13}{:>13}{:>10}{:>11}{:>9}  {}"
     print(row.format("preset", "origin", "image", "G params", "D params", "n_critic", "batch D/G", "steps", "note"))
     for name, entry in PRESETS.items():
         recipe = entry.recipe
