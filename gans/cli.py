@@ -15,6 +15,7 @@ COMMANDS = {
     "figures": "draw a run's samples and curves:  figures --run DIR --out DIR",
     "sample": "images from a checkpoint:  sample --checkpoint DIR --seeds 0-63 --out FILE.png",
     "interpolate": "an animation from seed to seed:  interpolate --checkpoint DIR --seeds 0-5 --out FILE.gif",
+    "style-mixing": "styles of two seeds in one image:  style-mixing --checkpoint DIR --rows 0-3 --columns 4-9 --out F",
     "attention-map": "where attention looks:  attention-map --checkpoint DIR --seed 0 --out FILE.png",
     "convert": "a published checkpoint to ours:  convert --checkpoint FILE.pth --preset cifar10 --out DIR",
     "evaluate": "distances to real images:  evaluate --reference FOLDER|ZIP --checkpoint DIR --networks lite1",

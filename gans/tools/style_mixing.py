@@ -1,0 +1,90 @@
+"""`python -m gans style-mixing`: a table of images that have some styles of one seed and the rest of another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from gans.distributed import choose_device
+from gans.images import grid, save_png
+from gans.tools.generators import Weights, attention_backend, latents, load_generator, parse_seeds, render, to_codes
+
+
+@dataclass(frozen=True)
+class StyleMixingArguments:
+    """Draws a table: each image has the styles of its row's seed, but in some blocks those of its column's seed.
+
+    The first column and the first row show the seeds themselves. Source: style mixing, StyleGAN, arXiv 1812.04948,
+    figure 3.
+    """
+
+    checkpoint: Path
+    """A run's folder (its newest checkpoint), a checkpoint, or a folder that convert has written."""
+    out: Path
+    """A PNG file."""
+    rows: str = "0-3"
+    """Seeds of the rows, such as 0-3,100; a range includes both ends."""
+    columns: str = "4-9"
+    """Seeds of the columns."""
+    blocks: str = "0-3"
+    """The generator's blocks that follow the column's seed; 0 is the first one, on the smallest map."""
+    truncation: float = 1.0
+    """How far w may lie from its mean, from 0 to 1; 1 changes nothing."""
+    scale: int = 1
+    """Whole factor by which pixels are enlarged."""
+    weights: Weights = "generator_ema"
+    """The averaged generator, or the one under training."""
+    batch: int = 16
+    """Images made at a time."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), or a torch device."""
+    backend: str | None = None
+    """Attention backend of natten_ext; None leaves its choice."""
+
+    def __post_init__(self) -> None:
+        if self.scale < 1:
+            raise ValueError(f"scale is {self.scale}; it must be at least 1")
+
+
+def mixed_styles(rows: Tensor, columns: Tensor, blocks: Sequence[int], count: int) -> Tensor:
+    """w of every image of the table for each of `count` blocks, `(1 + R, 1 + C, count, D)`.
+
+    `rows` is `(R, D)` and `columns` `(C, D)`; `blocks` follow the columns. Row 0 has the columns' own styles, column 0
+    the rows'; their corner is zeros.
+    """
+    table = rows.new_zeros(1 + len(rows), 1 + len(columns), count, rows.shape[1])
+    table[1:] = rows[:, None, None]
+    table[0, 1:] = columns[:, None]
+    table[1:, 1:, list(blocks)] = columns[:, None]
+    return table
+
+
+def run(arguments: list[str]) -> None:
+    options = tyro.cli(StyleMixingArguments, args=arguments, prog="python -m gans style-mixing")
+    if options.out.suffix.lower() != ".png":
+        raise ValueError(f"out is {str(options.out)!r}; its name must end in .png")
+    rows, columns, blocks = (parse_seeds(text) for text in (options.rows, options.columns, options.blocks))
+    generator = load_generator(options.checkpoint, choose_device(options.device), options.weights)
+    device = next(generator.parameters()).device
+    dim = generator.config.latent_dim
+    w_rows, w_columns = (
+        to_codes(generator, latents(seeds, dim).to(device), space="w", truncation=options.truncation)
+        for seeds in (rows, columns)
+    )
+    count = generator.config.blocks
+    if max(blocks) >= count:
+        raise ValueError(f"blocks is {options.blocks!r}; this generator has blocks 0 to {count - 1}")
+    codes = mixed_styles(w_rows, w_columns, blocks, count).flatten(0, 1)
+    noise = [seed for row in (rows[0], *rows) for seed in [row] * (1 + len(columns))]
+    with attention_backend(options.backend):
+        batches = render(generator, noise, batch=options.batch, codes=codes, space="w")
+        images = torch.cat(list(tqdm(batches, desc="images", unit="batch", dynamic_ncols=True)))
+    images[0] = 1  # the corner, which belongs to no seed, is white
+    save_png(grid(images, 1 + len(columns)), options.out, scale=options.scale)
+    print(f"wrote {options.out} ({len(rows)} x {len(columns)} images)")
