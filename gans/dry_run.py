@@ -26,7 +26,8 @@ from gans.config import RunConfig, TrainConfig, to_dict
 from gans.distributed import World, choose_device
 from gans.recompute import recompute_blocks
 from gans.registry import build
-from gans.steps import begin_step, discriminator_gradients, generator_gradients, make_networks, precision
+from gans.spectral_layers import begin_step
+from gans.steps import discriminator_gradients, generator_gradients, make_networks, precision
 from natten_ext import dispatch, functional
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gans.spectral_layers import begin_step
+
 
 @dataclass(frozen=True)
 class EMAConfig:
@@ -42,14 +44,20 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, images: int, batch: int) -> None:
-        """Moves the average towards `model`; integer buffers are copied."""
+        """Moves the average towards `model`; integer buffers are copied, and spectral norms follow the average."""
         weight = 1 - self.decay(images, batch)
         for average, current in zip(_tensors(self.model), _tensors(model), strict=True):
             if average.is_floating_point():
                 average.lerp_(current, weight)
             else:
                 average.copy_(current)
+        begin_step(self.model)
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    """Parameters and buffers, but for those that `begin_step` moves: an average of unit vectors is shorter than 1, and
+    a weight over a norm that was estimated with it too large.
+    """
+    moving = (module for module in model.modules() if hasattr(module, "begin_step"))
+    left_out = {id(buffer) for module in moving for buffer in module.buffers(recurse=False)}
+    return [*model.parameters(), *(buffer for buffer in model.buffers() if id(buffer) not in left_out)]

@@ -21,8 +21,11 @@ from gans.spectral_layers import SpectralConv2d
 MIXED = (64, 128, 256, 512)
 """Channels of the four maps after cross-channel mixing, from fine to coarse."""
 
-WIDTHS = (64, 128, 256, 512)
-"""Channels of a discriminator after its last four halvings; a coarser map has fewer of them (published)."""
+HALVINGS = 4
+"""Halvings of the finest map; each coarser one has one less."""
+
+WIDEST_PIXELS = 512
+"""Channels beyond which the discriminator on pixels does not double them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class ProjectedDiscriminatorConfig:
     """Feature network: "lite1" (EfficientNet-Lite1, ImageNet), "random", "timm:NAME", or one that was registered."""
     feature_size: int = 224
     """Smaller images are enlarged to this side for the feature network (published: 224); a multiple of 32."""
+    width: int = 64
+    """Channels of a discriminator after the first of its four halvings; they double with each (published: 64)."""
     augment: tuple[str, ...] = ("color", "translation_0.125", "cutout_ratio_0.2")
     """DiffAug policy, before the features."""
     pixel_width: int = 0
@@ -57,6 +62,8 @@ class ProjectedDiscriminatorConfig:
                 f"discriminator.image_size is {self.image_size}; images beyond feature_size ({self.feature_size}) are "
                 "not resized and must be a multiple of 32"
             )
+        if self.width < 1:
+            raise ValueError(f"discriminator.width is {self.width}; it must be at least 1")
         if self.pixel_width < 0:
             raise ValueError(f"discriminator.pixel_width is {self.pixel_width}; it cannot be negative")
         check_features(self.features)
@@ -87,7 +94,8 @@ class Projection(nn.Module):
             x = mix(x)
             if results:
                 x = x + results[-1]
-            results.append(fuse(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)))
+            # A 1x1 convolution and the enlargement commute; in this order it works on a quarter of the positions.
+            results.append(F.interpolate(fuse(x), scale_factor=2, mode="bilinear", align_corners=True))
         return results[::-1]
 
 
@@ -115,7 +123,8 @@ class Discriminator(nn.Module):
         self.features = make_features(config.features)
         self.projection = Projection(self.features.channels)
         self.discriminators = nn.ModuleList(
-            _scores([dim, *WIDTHS[scale:]]) for scale, dim in enumerate(self.projection.channels)
+            _scores([dim, *(config.width * 2**i for i in range(scale, HALVINGS))])
+            for scale, dim in enumerate(self.projection.channels)
         )
         self.pixels = _pixel_discriminator(config) if config.pixel_width else None
 
@@ -127,8 +136,11 @@ class Discriminator(nn.Module):
         if x.shape[-1] < config.feature_size:
             size = (config.feature_size, config.feature_size)
             x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)  # depthwise and 1x1 convolutions are faster so
         maps = self.projection(self.features(x))
-        logits = [scores(x).flatten(1) for scores, x in zip(self.discriminators, maps, strict=True)]
+        # The discriminators' 4x4 convolutions of stride 2 are not.
+        logits = [scores(x.contiguous()).flatten(1) for scores, x in zip(self.discriminators, maps, strict=True)]
         if self.pixels is not None:
             logits.append(self.pixels(images).flatten(1))
         return torch.cat(logits, dim=1)
@@ -138,7 +150,7 @@ def _pixel_discriminator(config: ProjectedDiscriminatorConfig) -> nn.Sequential:
     """3x3 convolution and leaky ReLU, then halvings to 8 px or just below, doubling the channels up to a limit."""
     dims, size = [config.pixel_width], config.image_size
     while size > 8:
-        dims.append(min(2 * dims[-1], max(WIDTHS[-1], config.pixel_width)))
+        dims.append(min(2 * dims[-1], max(WIDEST_PIXELS, config.pixel_width)))
         size //= 2
     first = SpectralConv2d(config.channels, dims[0], 3, 1, 1, bias=False)
     return nn.Sequential(first, nn.LeakyReLU(0.2), _scores(dims))

@@ -17,6 +17,14 @@ INITIAL_STEPS = 15
 """Steps of power iteration at initialisation, as in `torch.nn.utils.parametrizations.spectral_norm`."""
 
 
+def begin_step(model: nn.Module) -> None:
+    """Moves what a network changes once per update of it, such as the power iteration of a spectral norm."""
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "begin_step"):
+                module.begin_step()
+
+
 class _Spectral(nn.Module):
     """The weight of a layer over its spectral norm; the vectors are constants to derivatives."""
 

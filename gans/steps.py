@@ -15,6 +15,7 @@ from gans.config import TrainConfig
 from gans.distributed import World
 from gans.losses import Loss, Terms
 from gans.registry import build
+from gans.spectral_layers import begin_step
 
 
 class NonFiniteError(RuntimeError):
@@ -81,14 +82,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def begin_step(model: nn.Module) -> None:
-    """Moves what a network changes once per update of it, such as the power iteration of a spectral norm."""
-    with torch.no_grad():
-        for module in model.modules():
-            if hasattr(module, "begin_step"):
-                module.begin_step()
 
 
 def local_parts(config: TrainConfig, world: World, batch: int) -> list[tuple[int, int]]:

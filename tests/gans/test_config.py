@@ -10,6 +10,7 @@ from gans.config import RunConfig, TrainConfig, differences, from_dict, to_dict
 from gans.ema import EMA, EMAConfig
 from gans.presets import PRESETS, preset
 from gans.registry import build
+from gans.spectral_layers import SpectralConv2d
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -83,3 +84,18 @@ def test_ema_half_life_rampup_and_buffers():
     torch.testing.assert_close(average.model.weight, torch.full((2,), 2.0))
     assert average.model.num_batches_tracked == 7
     assert not any(p.requires_grad for p in average.model.parameters())
+
+
+def test_ema_keeps_spectral_norms_of_its_own():
+    """The vectors of the trained network turn; their averages would be too short, and the averaged weight too large."""
+    torch.manual_seed(0)
+    model = SpectralConv2d(6, 8, 3)
+    average = EMA(model, EMAConfig(decay=0.9))
+    for step in range(60):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn_like(model.weight))
+        model.begin_step()
+        average.update(model, images=step + 1, batch=1)
+    assert average.model.left_vector.norm() == pytest.approx(1, abs=1e-5)
+    norm = torch.linalg.matrix_norm(average.model.normalized_weight().flatten(1), 2)
+    assert 0.999 < norm < 1.5  # one step of power iteration per update, on a weight that moves; 8.3 if averaged

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from gans.losses import GANLoss
 from gans.presets import preset
-from gans.spectral_layers import SpectralConv2d, SpectralConvTranspose2d, SpectralDense
-from gans.steps import begin_step
+from gans.spectral_layers import SpectralConv2d, SpectralConvTranspose2d, SpectralDense, begin_step
 from gans.stylenat_discriminator import (
     Discriminator,
     StyleNATDiscriminatorConfig,
