@@ -86,6 +86,8 @@ def chunks_of(head_dim: int) -> tuple[int, ...]:
             break
         widths.append(min(power // 2, 128))
         left -= widths[-1]
+    while len(widths) > 1 and widths[-2] == widths[-1] < 128:
+        widths[-2:] = [2 * widths[-1]]
     return tuple(widths)
 
 
