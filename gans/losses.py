@@ -38,6 +38,9 @@ class LossConfig:
     """gamma of R2: the same at generated images."""
     penalty_every: int = 1
     """Lazy regularisation: gradient penalties only every this many D steps, weighted by as much."""
+    out_of_range: float = 0.0
+    """Weight of the generator's mean squared excess over [-1, 1], for generators with a linear output against a
+    discriminator that does not see it (ours)."""
     bcr_real: float = 0.0
     """Weight of balanced consistency on real images (ViTGAN's paper 10, its authors' later code 1)."""
     bcr_fake: float = 0.0
@@ -50,7 +53,7 @@ class LossConfig:
             raise ValueError(f"loss.adversarial is {self.adversarial!r}; it must be one of {', '.join(ADVERSARIAL)}")
         if self.bcr_against not in ("clean", "augmented"):
             raise ValueError(f"loss.bcr_against is {self.bcr_against!r}; it must be 'clean' or 'augmented'")
-        for name in ("gp_weight", "drift", "r1", "r2", "bcr_real", "bcr_fake"):
+        for name in ("gp_weight", "drift", "r1", "r2", "out_of_range", "bcr_real", "bcr_fake"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}; it cannot be negative")
         if self.gp_target <= 0:
@@ -107,6 +110,11 @@ def relativistic_g(fake: Tensor, real: Tensor | None = None) -> Tensor:
 def hinge_d(real: Tensor, fake: Tensor) -> Tensor:
     """E max(0, 1 - D(real)) + E max(0, 1 + D(fake)). Source: "Geometric GAN", Lim & Ye 2017, arXiv 1705.02894."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def out_of_range(images: Tensor) -> Tensor:
+    """E max(0, |x| - 1)^2 over all values of images, which should be in [-1, 1]."""
+    return F.relu(images.abs() - 1).square().mean()
 
 
 ADVERSARIAL: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor | None], Tensor]]] = {
@@ -185,13 +193,18 @@ class GANLoss(Loss):
         return terms
 
     def generator(self, discriminator: Network, real: Tensor | None, fake: Tensor) -> Terms:
-        """Term `adversarial`; `real` is used where `uses_real` says so."""
+        """Term `adversarial`, for which `real` is used where `uses_real` says so, and where its weight is not 0
+        `out_of_range`.
+        """
+        terms: Terms = {}
+        if self.config.out_of_range:
+            terms["out_of_range"] = self.config.out_of_range * out_of_range(fake)
         if not self.uses_real:
-            return {"adversarial": self._adversarial_g(discriminator(fake), None)}
+            return {"adversarial": self._adversarial_g(discriminator(fake), None)} | terms
         if real is None:
             raise ValueError("the relativistic generator loss needs real images, got real=None")
         check_pairs(real, fake)
-        return {"adversarial": self._adversarial_g(discriminator(fake), discriminator(real))}
+        return {"adversarial": self._adversarial_g(discriminator(fake), discriminator(real))} | terms
 
 
 @dataclass(frozen=True)

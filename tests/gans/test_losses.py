@@ -145,6 +145,11 @@ def test_terms_have_their_weights(images):
     torch.testing.assert_close(penalties["r2"], 0.2 * zero_centered_penalty(model, fake))
     assert set(penalties) == {"penalty", "r1", "r2"}
 
+    ranged = GANLoss(LossConfig(out_of_range=5, **PENALTIES_OFF)).generator(model, None, 3 * fake)
+    excess = torch.where(fake.abs() > 1 / 3, (3 * fake.abs() - 1) ** 2, 0).mean()
+    torch.testing.assert_close(ranged["out_of_range"], 5 * excess)
+    torch.testing.assert_close(ranged["adversarial"], -model(3 * fake).mean())
+
     bare = GANLoss(LossConfig(**PENALTIES_OFF))
     assert set(bare.discriminator(model, real, fake)) == {"adversarial"}
     assert bare.discriminator_penalty(model, real, fake, step=0) == {}
