@@ -84,7 +84,7 @@ partitions, not their dilations: these are ours; the rest is StyleSwin's recipe.
 STYLENAT64 = TrainConfig(
     generator=StyleNATGeneratorConfig(
         latent_dim=128,
-        dims=(128, 128, 128, 96, 64),
+        dims=(128, 128, 128, 64, 32),
         dilations=("1", "1,2", "1,4", "1,8"),
         min_heads=2,
         depth=1,
@@ -92,15 +92,15 @@ STYLENAT64 = TrainConfig(
         normalization="none",
     ),
     discriminator=StyleNATDiscriminatorConfig(image_size=64, width=2048, max_dim=128, normalization="none"),
-    loss=LossConfig(adversarial="nonsaturating", gp_weight=0, drift=0, r1=1.0, penalty_every=16),
+    loss=LossConfig(adversarial="nonsaturating", gp_weight=0, drift=0, r1=0.5, penalty_every=16),
     images=DataConfig(flip=False),
-    ema=EMAConfig(half_life=2_000),
-    steps=1_000,
+    ema=EMAConfig(half_life=1_000),
+    steps=1_200,
     n_critic=1,
-    batch_d=8,
-    batch_g=8,
-    lr_d=2e-3 * LAZY,
-    lr_g=5e-4,
+    batch_d=16,
+    batch_g=16,
+    lr_d=4e-4 * LAZY,
+    lr_g=3e-4,
     betas_d=(0.0, 0.99**LAZY),
 )
 """StyleNAT at 64 px with a quarter of the channels and half of the blocks, for a CPU."""
