@@ -300,7 +300,7 @@ def test_initialisation():
     assert abs(float(block.attn.rel_pos_bias.std()) - 0.02) < 3e-3
     assert not block.attn.qkv.bias.any() and not block.mlp.fc1.bias.any()
     conv = generator.levels[2].to_rgb.conv  # Xavier normal at gain 0.02
-    assert abs(float(conv.weight.std()) / (0.02 * (2 / (96 + 3)) ** 0.5) - 1) < 0.2
+    assert abs(float(conv.weight.std()) / (0.02 * (2 / (conv.in_channels + 3)) ** 0.5) - 1) < 0.2
     assert abs(float(generator.input.std()) - 1) < 0.1
     assert abs(float(block.norm1.style.weight.std()) - 1) < 0.03
     assert abs(float(generator.mapping.layers[0].weight.std()) / 100 - 1) < 0.03
