@@ -33,5 +33,6 @@ def run(arguments: list[str]) -> None:
     parsed.out.mkdir(parents=True, exist_ok=True)
     size = config.generator.image_size
     plot_samples(parsed.run, parsed.steps or sample_steps(parsed.run), size, parsed.out / "samples.png")
-    plot_curves(logs.read(parsed.run), parsed.out / "curves.png", f"distance ({run_config.metric})")
+    network = run_config.metric.partition(":")[0]
+    plot_curves(logs.read(parsed.run), parsed.out / "curves.png", f"distance ({network})")
     print(f"wrote {parsed.out / 'samples.png'} and {parsed.out / 'curves.png'}")
