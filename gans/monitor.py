@@ -137,7 +137,7 @@ class Monitor:
 
     def _measure(self) -> None:
         if self.metric:
-            images = generate(self.state.average.model, self.run.metric_images)
+            images = generate(self.state.average.model, self.run.metric_images).clamp(-1, 1)  # as they would be saved
             distance = self.metric(images.to(self.device))
             self.log.write(self.state.step, {"distance": distance, "floor": self.metric.floor})
 
