@@ -38,12 +38,20 @@ constexpr int kWarp = 32;
 #define NATTEN_EXT_PARAMETER(T) const __grid_constant__ T
 #define NATTEN_EXT_UNROLL _Pragma("unroll")
 #define NATTEN_EXT_NO_UNROLL _Pragma("unroll 1")
+#define NATTEN_EXT_PRAGMA(text) _Pragma(#text)
+#define NATTEN_EXT_UNROLL_BY(count) NATTEN_EXT_PRAGMA(unroll count)
 
 namespace natten_ext::cuda {
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 // ------------------------------------------------------------------------------------------ places
+
+// The same number, of which the compiler knows nothing: what is computed from it is computed when it is needed.
+NATTEN_EXT_DEVICE int forget(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
 
 NATTEN_EXT_DEVICE int thread_index() { return threadIdx.x; }
 NATTEN_EXT_DEVICE int block_threads() { return blockDim.x; }
@@ -111,16 +119,30 @@ NATTEN_EXT_DEVICE bool any_in_warp(bool condition) { return __any_sync(0xfffffff
 // Fragments are those of PTX: with g = lane / 4 and t = lane % 4, c[0], c[1] are row g, columns 2t and 2t + 1, and
 // c[2], c[3] row g + 8, of a 16 x 8 result.
 
-// Four 8 x 8 matrices of 16-bit elements (8 x 4 of 32-bit ones); lane l gives the address of row l % 8 of matrix l / 8.
+// Four or two 8 x 8 matrices of 16-bit elements (8 x 4 of 32-bit ones); lane l gives the address of row l % 8 of matrix
+// l / 8. Of two matrices, lanes 16 to 31 give none.
 NATTEN_EXT_DEVICE void load_matrices(uint32_t (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_window(row))
                : "memory");
 }
+NATTEN_EXT_DEVICE void load_matrices(uint32_t (&r)[2], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_window(row))
+               : "memory");
+}
 NATTEN_EXT_DEVICE void load_matrices_transposed(uint32_t (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_window(row))
+               : "memory");
+}
+
+NATTEN_EXT_DEVICE void load_matrices_transposed(uint32_t (&r)[2], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
                : "r"(shared_window(row))
                : "memory");
 }
@@ -145,6 +167,22 @@ NATTEN_EXT_DEVICE void multiply<float>(float (&c)[4], const uint32_t (&a)[4], ui
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same for 16 x 8 times 8 x 8 in half precision.
+template <class Element>
+NATTEN_EXT_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[2], uint32_t b);
+template <>
+NATTEN_EXT_DEVICE void multiply<Half>(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+template <>
+NATTEN_EXT_DEVICE void multiply<Bfloat>(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
 // ------------------------------------------------------------------------------------------ numbers

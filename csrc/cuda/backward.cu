@@ -12,7 +12,7 @@ struct BackwardQuery {
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 3, kStaged = 2, kScalars = 1, kTables = 1;  // query, grad_output, output; key, value
   static constexpr int kChannels = kResultChannels<M, D, 128>;
-  static constexpr int kBlocks = D <= 32 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBlocks = D * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.query;
@@ -29,7 +29,7 @@ struct BackwardQuery {
     TableGradient<Real> table(p, head, block_x() / p.launch_heads, shared.gradient(warp), shared.diagonal(warp));
     const Real factor = static_cast<Real>(p.scale) * kLog2E<Real>;
 
-    for_each_tile<false>(p, [&](const Tile<false>& tile) {
+    for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
       const OwnRows<false> own(p, tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
@@ -39,7 +39,7 @@ struct BackwardQuery {
       Real acc[kChannels / 8][4] = {};
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 0>(shared, stage, p, tile, pieces.piece(i));
+        stage_piece<M, D, kStaged, 0>(shared, stage, p, again(), pieces.piece(i));
       };
       const bool pairs_needed = p.grad_query.data != nullptr || table;
       for_each_piece(pairs_needed ? pieces.count : 1, p.plan.stages, issue, [&](int i, int stage) {
@@ -58,29 +58,31 @@ struct BackwardQuery {
           clear(dp);
           scores<M, D>(s, query, shared.rows(stage, 0), unit);
           scores<M, D>(dp, grad_output, shared.rows(stage, 1), unit);
-          NATTEN_EXT_UNROLL
-          for (int b = 0; b < 2; ++b) {
-            const BlockPairs pairs = pairs_of(p, tile, own, unit, b);
-            finish_scores(s[b], pairs, factor, bias,
-                          [&](int, int c) { return p.l2 ? staged_scalar<Real>(key_bias, unit, b, c) : Real(0); });
+          const UnitPairs<false> pairs(p, tile, own, unit);
+          pairs.fold(s);
+          pairs.fold(dp);
+          pairs.for_each_block([&](int b, const BlockPairs& block) {
+            finish_scores(s[b], block, factor, bias,
+                          [&](int, int c) { return p.l2 ? staged_scalar<Real>(key_bias, block, c) : Real(0); });
             NATTEN_EXT_UNROLL
             for (int e = 0; e < 4; ++e) {
               const Real weight = power_of_two(s[b][e] - lse[e / 2]);
-              s[b][e] = pairs.valid(e / 2, e % 2) ? weight * (dp[b][e] - delta[e / 2]) : Real(0);
+              s[b][e] = block.valid(e / 2, e % 2) ? weight * (dp[b][e] - delta[e / 2]) : Real(0);
             }
-            if (table && first == 0) table.add(s[b], pairs);
-          }
+          });
+          pairs.unfold(s);
+          if (table) table.add(s, own, unit, tile.x.kernel);
           accumulate<M, D, kChannels>(acc, s, shared.rows(stage, 0) + first * sizeof(typename M::Element), unit);
         }
       });
 
       if (p.grad_query.data != nullptr) {
         const Real scale = static_cast<Real>(p.scale);
-        write_rows<M, D, kChannels>(acc, {scale, scale}, p.grad_query, shared.own(2), p, tile, own, first);
+        write_rows<M, D, kChannels>(acc, {scale, scale}, p.grad_query, shared.own(2), p, again(), own, first);
       }
       if (first == 0) write_row_numbers(p, p.delta, tile, own, delta);
     });
-    if (first == 0) table.write_partial(p, shared.gradient(0), shared.table_bytes);
+    table.write_partial(p, shared.gradient(0), shared.table_bytes);
   }
 };
 
@@ -90,7 +92,7 @@ struct BackwardKey {
   static constexpr bool kByKey = true, kTableGradient = false;
   static constexpr int kOwn = 2, kStaged = 2, kScalars = 2, kTables = 1;  // key, value; query, grad_output; L, D
   static constexpr int kChannels = kResultChannels<M, D, 96>;
-  static constexpr int kBlocks = D <= 16 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBlocks = D * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.key;
@@ -106,7 +108,7 @@ struct BackwardKey {
     const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
 
-    for_each_tile<true>(p, [&](const Tile<true>& tile) {
+    for_each_tile<true>(p, [&](const Tile<true>& tile, auto again) {
       const OwnRows<true> own(p, tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
@@ -115,7 +117,7 @@ struct BackwardKey {
       Real grad_key[kChannels / 8][4] = {}, grad_value[kChannels / 8][4] = {};
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 2>(shared, stage, p, tile, pieces.piece(i));
+        stage_piece<M, D, kStaged, 2>(shared, stage, p, again(), pieces.piece(i));
       };
       for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
         if (i == 0 && p.l2) {
@@ -129,20 +131,23 @@ struct BackwardKey {
           clear(dp);
           scores<M, D>(s, key, shared.rows(stage, 0), unit);
           scores<M, D>(dp, value, shared.rows(stage, 1), unit);
-          NATTEN_EXT_UNROLL
-          for (int b = 0; b < 2; ++b) {
-            const BlockPairs pairs = pairs_of(p, tile, own, unit, b);
-            finish_scores(s[b], pairs, factor, bias, [&](int h, int) { return key_bias[h]; });
+          const UnitPairs<true> pairs(p, tile, own, unit);
+          pairs.fold(s);
+          pairs.fold(dp);
+          pairs.for_each_block([&](int b, const BlockPairs& block) {
+            finish_scores(s[b], block, factor, bias, [&](int h, int) { return key_bias[h]; });
             NATTEN_EXT_UNROLL
             for (int e = 0; e < 4; ++e) {
-              const bool valid = pairs.valid(e / 2, e % 2);
-              const Real lse = staged_scalar<Real>(shared.scalars(stage, 0), unit, b, e % 2) * kLog2E<Real>;
-              const Real delta = staged_scalar<Real>(shared.scalars(stage, 1), unit, b, e % 2);
+              const bool valid = block.valid(e / 2, e % 2);
+              const Real lse = staged_scalar<Real>(shared.scalars(stage, 0), block, e % 2) * kLog2E<Real>;
+              const Real delta = staged_scalar<Real>(shared.scalars(stage, 1), block, e % 2);
               s[b][e] = valid ? power_of_two(s[b][e] - lse) : Real(0);
               dp[b][e] = valid ? s[b][e] * (dp[b][e] - delta) : Real(0);
               sum[e / 2] += dp[b][e];
             }
-          }
+          });
+          pairs.unfold(s);
+          pairs.unfold(dp);
           const uint32_t channel = first * sizeof(typename M::Element);
           accumulate<M, D, kChannels>(grad_value, s, shared.rows(stage, 1) + channel, unit);
           accumulate<M, D, kChannels>(grad_key, dp, shared.rows(stage, 0) + channel, unit);
@@ -154,10 +159,10 @@ struct BackwardKey {
         subtract_rows<M, D, kChannels>(grad_key, sum, shared.own(0), own, first);
       }
       if (p.grad_key.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_key, {scale, scale}, p.grad_key, shared.own(1), p, tile, own, first);
+        write_rows<M, D, kChannels>(grad_key, {scale, scale}, p.grad_key, shared.own(1), p, again(), own, first);
       }
       if (p.grad_value.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_value, {1, 1}, p.grad_value, shared.own(1), p, tile, own, first);
+        write_rows<M, D, kChannels>(grad_value, {1, 1}, p.grad_value, shared.own(1), p, again(), own, first);
       }
     });
   }

@@ -12,6 +12,26 @@ template <class Real>
 struct PairTerms {
   Scores<Real> p, dp, x, g;  // P, dP, X, G; all zero where there is no pair
 
+  NATTEN_EXT_DEVICE PairTerms() {
+    clear(p);
+    clear(dp);
+    clear(x);
+    clear(g);
+  }
+  template <bool ByKey>
+  NATTEN_EXT_DEVICE void fold(const UnitPairs<ByKey>& pairs) {
+    pairs.fold(p);
+    pairs.fold(dp);
+    pairs.fold(x);
+    pairs.fold(g);
+  }
+  template <bool ByKey>
+  NATTEN_EXT_DEVICE void unfold(const UnitPairs<ByKey>& pairs) {
+    pairs.unfold(p);
+    pairs.unfold(dp);
+    pairs.unfold(x);
+    pairs.unfold(g);
+  }
   NATTEN_EXT_DEVICE void mask(int b, const BlockPairs& pairs) {
     NATTEN_EXT_UNROLL
     for (int e = 0; e < 4; ++e) {
@@ -33,7 +53,7 @@ struct DoubleBackwardQuery {
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 4, kStaged = 4, kScalars = 2, kTables = 2;
   static constexpr int kChannels = kResultChannels<M, D, 64>;
-  static constexpr int kBlocks = 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBlocks = D <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kQuery, kGradOutput, kCotQuery, kOutput };
   enum StagedTensor { kKey, kValue, kCotKey, kCotValue };
 
@@ -59,7 +79,7 @@ struct DoubleBackwardQuery {
     const bool has_cot_query = p.cot_query.data != nullptr, has_cot_key = p.cot_key.data != nullptr;
     const bool has_cot_value = p.cot_value.data != nullptr;
 
-    for_each_tile<false>(p, [&](const Tile<false>& tile) {
+    for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
       const OwnRows<false> own(p, tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
@@ -68,7 +88,7 @@ struct DoubleBackwardQuery {
       const RowNumbers<Real> lse(p, p.lse, tile, own, kLog2E<Real>);
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 0>(shared, stage, p, tile, pieces.piece(i));
+        stage_piece<M, D, kStaged, 0>(shared, stage, p, again(), pieces.piece(i));
       };
       const auto write_key_terms = [&](int i, int stage) {
         if (!p.l2) return;
@@ -80,37 +100,33 @@ struct DoubleBackwardQuery {
         }
         sync_block();
       };
-      // Calls `use(unit, terms)` for every unit of a staged piece.
+      // Calls `use(unit, pairs, terms)` for every unit of a staged piece; the terms are folded.
       const auto for_each_unit = [&](int i, int stage, auto use) {
         for (Walk walk(own.partners, pieces.piece(i), p.keys); walk.more();) {
           const Unit unit = walk.next();
           PairTerms<Real> terms;
-          clear(terms.p);
-          clear(terms.dp);
-          clear(terms.x);
-          clear(terms.g);
           scores<M, D>(terms.p, query, shared.rows(stage, kKey), unit);
           scores<M, D>(terms.dp, grad_output, shared.rows(stage, kValue), unit);
           if (has_cot_query) scores<M, D>(terms.x, cot_query, shared.rows(stage, kKey), unit);
           if (has_cot_key) scores<M, D>(terms.x, query, shared.rows(stage, kCotKey), unit);
           if (has_cot_value) scores<M, D>(terms.g, grad_output, shared.rows(stage, kCotValue), unit);
-          NATTEN_EXT_UNROLL
-          for (int b = 0; b < 2; ++b) {
-            const BlockPairs pairs = pairs_of(p, tile, own, unit, b);
-            finish_scores(terms.p[b], pairs, factor, bias, [&](int, int c) {
-              return p.l2 ? staged_scalar<Real>(shared.scalars(stage, 0), unit, b, c) : Real(0);
+          const UnitPairs<false> pairs(p, tile, own, unit);
+          terms.fold(pairs);
+          pairs.for_each_block([&](int b, const BlockPairs& block) {
+            finish_scores(terms.p[b], block, factor, bias, [&](int, int c) {
+              return p.l2 ? staged_scalar<Real>(shared.scalars(stage, 0), block, c) : Real(0);
             });
             NATTEN_EXT_UNROLL
             for (int e = 0; e < 4; ++e) {
               terms.p[b][e] = power_of_two(terms.p[b][e] - lse[e / 2]);
               Real add = 0;
-              if (p.l2 && has_cot_key) add = staged_scalar<Real>(shared.scalars(stage, 1), unit, b, e % 2);
-              if (cot_bias && pairs.valid(e / 2, e % 2)) add += cot_bias.at(pairs.table_y[e / 2], pairs.table_x[e % 2]);
+              if (p.l2 && has_cot_key) add = staged_scalar<Real>(shared.scalars(stage, 1), block, e % 2);
+              if (cot_bias && block.valid(e / 2, e % 2)) add += cot_bias.at(block.table_y[e / 2], block.table_x[e % 2]);
               terms.x[b][e] = fused_multiply_add(terms.x[b][e], scale, add);
             }
-            terms.mask(b, pairs);
-            use(b, pairs, unit, terms);
-          }
+            terms.mask(b, block);
+          });
+          use(unit, pairs, terms);
         }
       };
 
@@ -118,14 +134,16 @@ struct DoubleBackwardQuery {
       for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
         write_key_terms(i, stage);
         if (i == 0) own_row_products<M, D>(delta, shared.own(kGradOutput), shared.own(kOutput), own);
-        for_each_unit(i, stage, [&](int b, const BlockPairs&, const Unit&, PairTerms<Real>& terms) {
-          NATTEN_EXT_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            const Real weighted = terms.p[b][e] * terms.x[b][e];
-            mean[e / 2] += weighted;
-            product[e / 2] += weighted * terms.dp[b][e];
-            rest[e / 2] += terms.p[b][e] * terms.g[b][e];
-          }
+        for_each_unit(i, stage, [&](const Unit&, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
+          pairs.for_each_block([&](int b, const BlockPairs&) {
+            NATTEN_EXT_UNROLL
+            for (int e = 0; e < 4; ++e) {
+              const Real weighted = terms.p[b][e] * terms.x[b][e];
+              mean[e / 2] += weighted;
+              product[e / 2] += weighted * terms.dp[b][e];
+              rest[e / 2] += terms.p[b][e] * terms.g[b][e];
+            }
+          });
         });
       });
       add_over_columns(mean);
@@ -140,35 +158,35 @@ struct DoubleBackwardQuery {
       if (p.grad_query.data == nullptr && p.grad_grad_output.data == nullptr && !table) return;
 
       Real grad_query[kChannels / 8][4] = {}, grad_grad_output[kChannels / 8][4] = {};
-      const auto second = [&](int i, int stage) {
-        for_each_unit(i, stage, [&](int b, const BlockPairs& pairs, const Unit& unit, PairTerms<Real>& terms) {
-          NATTEN_EXT_UNROLL
-          for (int e = 0; e < 4; ++e) terms.to_gradients(b, e, delta[e / 2], mean[e / 2], rest[e / 2]);
-          if (table && first == 0) table.add(terms.x[b], pairs);
-          if (b == 0) return;
+      // A halo of one piece is there still, and so are its terms.
+      const bool staged_again = pieces.count > 1;
+      const auto issue_again = [&](int i, int stage) {
+        if (staged_again) issue(i, stage);
+      };
+      for_each_piece(pieces.count, p.plan.stages, issue_again, [&](int i, int stage) {
+        if (staged_again) write_key_terms(i, stage);
+        for_each_unit(i, stage, [&](const Unit& unit, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
+          pairs.for_each_block([&](int b, const BlockPairs&) {
+            NATTEN_EXT_UNROLL
+            for (int e = 0; e < 4; ++e) terms.to_gradients(b, e, delta[e / 2], mean[e / 2], rest[e / 2]);
+          });
+          terms.unfold(pairs);
+          if (table) table.add(terms.x, own, unit, tile.x.kernel);
           const auto rows = [&](StagedTensor tensor) { return shared.rows(stage, tensor) + first * sizeof(Element); };
           accumulate<M, D, kChannels>(grad_query, terms.x, rows(kKey), unit);
           if (has_cot_key) accumulate<M, D, kChannels>(grad_query, terms.dp, rows(kCotKey), unit);
           accumulate<M, D, kChannels>(grad_grad_output, terms.g, rows(kValue), unit);
           if (has_cot_value) accumulate<M, D, kChannels>(grad_grad_output, terms.p, rows(kCotValue), unit);
         });
-      };
-      if (pieces.count == 1) {
-        second(0, 0);
-      } else {
-        for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
-          write_key_terms(i, stage);
-          second(i, stage);
-        });
-      }
+      });
       if (p.grad_query.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_query, {scale, scale}, p.grad_query, shared.own(kOutput), p, tile, own, first);
+        write_rows<M, D, kChannels>(grad_query, {scale, scale}, p.grad_query, shared.own(kOutput), p, again(), own, first);
       }
       if (p.grad_grad_output.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_grad_output, {1, 1}, p.grad_grad_output, shared.own(kOutput), p, tile, own, first);
+        write_rows<M, D, kChannels>(grad_grad_output, {1, 1}, p.grad_grad_output, shared.own(kOutput), p, again(), own, first);
       }
     });
-    if (first == 0) table.write_partial(p, shared.gradient(0), shared.table_bytes);
+    table.write_partial(p, shared.gradient(0), shared.table_bytes);
   }
 };
 
@@ -178,7 +196,7 @@ struct DoubleBackwardKey {
   static constexpr bool kByKey = true, kTableGradient = false;
   static constexpr int kOwn = 4, kStaged = 3, kScalars = 4, kTables = 2;
   static constexpr int kChannels = kResultChannels<M, D, 96>;
-  static constexpr int kBlocks = 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBlocks = D <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kKey, kValue, kCotKey, kCotValue };
   enum StagedTensor { kQuery, kGradOutput, kCotQuery };
   enum Scalar { kLse, kDelta, kMean, kRest };
@@ -206,7 +224,7 @@ struct DoubleBackwardKey {
     const bool has_cot_query = p.cot_query.data != nullptr, has_cot_key = p.cot_key.data != nullptr;
     const bool has_cot_value = p.cot_value.data != nullptr;
 
-    for_each_tile<true>(p, [&](const Tile<true>& tile) {
+    for_each_tile<true>(p, [&](const Tile<true>& tile, auto again) {
       const OwnRows<true> own(p, tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
@@ -217,7 +235,7 @@ struct DoubleBackwardKey {
       Real grad_key[kChannels / 8][4] = {}, grad_value[kChannels / 8][4] = {};
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 4>(shared, stage, p, tile, pieces.piece(i));
+        stage_piece<M, D, kStaged, 4>(shared, stage, p, again(), pieces.piece(i));
       };
       for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
         if (i == 0 && p.l2) {
@@ -228,40 +246,34 @@ struct DoubleBackwardKey {
         for (Walk walk(own.partners, pieces.piece(i), p.queries); walk.more();) {
           const Unit unit = walk.next();
           PairTerms<Real> terms;
-          clear(terms.p);
-          clear(terms.dp);
-          clear(terms.x);
-          clear(terms.g);
           scores<M, D>(terms.p, key, shared.rows(stage, kQuery), unit);
           scores<M, D>(terms.dp, value, shared.rows(stage, kGradOutput), unit);
           if (has_cot_query) scores<M, D>(terms.x, key, shared.rows(stage, kCotQuery), unit);
           if (has_cot_key) scores<M, D>(terms.x, cot_key, shared.rows(stage, kQuery), unit);
           if (has_cot_value) scores<M, D>(terms.g, cot_value, shared.rows(stage, kGradOutput), unit);
-          NATTEN_EXT_UNROLL
-          for (int b = 0; b < 2; ++b) {
-            const BlockPairs pairs = pairs_of(p, tile, own, unit, b);
-            finish_scores(terms.p[b], pairs, factor, bias, [&](int h, int) { return key_bias[h]; });
+          const UnitPairs<true> pairs(p, tile, own, unit);
+          terms.fold(pairs);
+          pairs.for_each_block([&](int b, const BlockPairs& block) {
+            finish_scores(terms.p[b], block, factor, bias, [&](int h, int) { return key_bias[h]; });
+            const auto number = [&](Scalar which, int e) {
+              return staged_scalar<Real>(shared.scalars(stage, which), block, e % 2);
+            };
             NATTEN_EXT_UNROLL
             for (int e = 0; e < 4; ++e) {
-              const auto number = [&](Scalar which) {
-                return staged_scalar<Real>(shared.scalars(stage, which), unit, b, e % 2);
-              };
-              terms.p[b][e] = power_of_two(terms.p[b][e] - number(kLse) * kLog2E<Real>);
+              terms.p[b][e] = power_of_two(terms.p[b][e] - number(kLse, e) * kLog2E<Real>);
               Real add = key_term[e / 2];
-              if (cot_bias && pairs.valid(e / 2, e % 2)) add += cot_bias.at(pairs.table_y[e / 2], pairs.table_x[e % 2]);
+              if (cot_bias && block.valid(e / 2, e % 2)) add += cot_bias.at(block.table_y[e / 2], block.table_x[e % 2]);
               terms.x[b][e] = fused_multiply_add(terms.x[b][e], scale, add);
             }
-            terms.mask(b, pairs);
+            terms.mask(b, block);
             NATTEN_EXT_UNROLL
             for (int e = 0; e < 4; ++e) {
-              const auto number = [&](Scalar which) {
-                return staged_scalar<Real>(shared.scalars(stage, which), unit, b, e % 2);
-              };
-              terms.to_gradients(b, e, number(kDelta), number(kMean), number(kRest));
+              terms.to_gradients(b, e, number(kDelta, e), number(kMean, e), number(kRest, e));
               sum[e / 2] += terms.x[b][e];
               first_sum[e / 2] += terms.dp[b][e];
             }
-          }
+          });
+          terms.unfold(pairs);
           const uint32_t channel = first * sizeof(Element);
           accumulate<M, D, kChannels>(grad_value, terms.g, shared.rows(stage, kGradOutput) + channel, unit);
           accumulate<M, D, kChannels>(grad_key, terms.x, shared.rows(stage, kQuery) + channel, unit);
@@ -276,10 +288,10 @@ struct DoubleBackwardKey {
         if (has_cot_key) subtract_rows<M, D, kChannels>(grad_key, first_sum, shared.own(kCotKey), own, first);
       }
       if (p.grad_key.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_key, {scale, scale}, p.grad_key, shared.own(kValue), p, tile, own, first);
+        write_rows<M, D, kChannels>(grad_key, {scale, scale}, p.grad_key, shared.own(kValue), p, again(), own, first);
       }
       if (p.grad_value.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_value, {1, 1}, p.grad_value, shared.own(kValue), p, tile, own, first);
+        write_rows<M, D, kChannels>(grad_value, {1, 1}, p.grad_value, shared.own(kValue), p, again(), own, first);
       }
     });
   }

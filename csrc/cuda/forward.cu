@@ -12,7 +12,8 @@ struct Forward {
   static constexpr int kOwn = 1, kStaged = 2, kScalars = 1, kTables = 1;  // query; key, value; key bias; bias
   static constexpr bool kTableGradient = false;
   static constexpr int kChannels = kResultChannels<M, D, 128>;
-  static constexpr int kBlocks = D <= 16 ? 4 : D <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBytes = D * sizeof(typename M::Element);
+  static constexpr int kBlocks = kBytes <= 32 ? 4 : kBytes <= 128 ? 3 : 2;  // on a multiprocessor, as far as registers go
   static constexpr bool kHeld = M::kTensor && D * sizeof(typename M::Element) <= 256;
 
   static void choose_tensors(Params& p) {
@@ -26,7 +27,7 @@ struct Forward {
     const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
     const Real factor = static_cast<Real>(p.scale) * kLog2E<Real>;
 
-    for_each_tile<false>(p, [&](const Tile<false>& tile) {
+    for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
       const OwnRows<false> own(p, tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
@@ -35,7 +36,7 @@ struct Forward {
       Real acc[kChannels / 8][4] = {};
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 0>(shared, stage, p, tile, pieces.piece(i));
+        stage_piece<M, D, kStaged, 0>(shared, stage, p, again(), pieces.piece(i));
       };
       for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
         const Rectangle piece = pieces.piece(i);
@@ -50,19 +51,21 @@ struct Forward {
           Scores<Real> s;
           clear(s);
           scores<M, D>(s, query, shared.rows(stage, 0), unit);
-          NATTEN_EXT_UNROLL
-          for (int b = 0; b < 2; ++b) {
-            finish_scores(s[b], pairs_of(p, tile, own, unit, b), factor, bias,
-                          [&](int, int c) { return p.l2 ? staged_scalar<Real>(key_bias, unit, b, c) : Real(0); });
-          }
-          softmax.update(s, acc);
+          const UnitPairs<false> pairs(p, tile, own, unit);
+          pairs.fold(s);
+          pairs.for_each_block([&](int b, const BlockPairs& block) {
+            finish_scores(s[b], block, factor, bias,
+                          [&](int, int c) { return p.l2 ? staged_scalar<Real>(key_bias, block, c) : Real(0); });
+          });
+          softmax.update(pairs, s, acc);
+          pairs.unfold(s);
           accumulate<M, D, kChannels>(acc, s, shared.rows(stage, 1) + first * sizeof(typename M::Element), unit);
         }
       });
 
       softmax.finish();
       const Real inverse[2] = {1 / softmax.sum[0], 1 / softmax.sum[1]};
-      write_rows<M, D, kChannels>(acc, inverse, p.output, shared.own(0), p, tile, own, first);
+      write_rows<M, D, kChannels>(acc, inverse, p.output, shared.own(0), p, again(), own, first);
       for (int h = 0; h < 2; ++h) {
         if (first == 0 && thread_index() % 4 == 0 && own.exists[h]) {
           store_global(static_cast<Real*>(p.lse) + tile.row_index(p, own.y[h], own.x), softmax.logarithm(h));

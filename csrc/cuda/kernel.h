@@ -1,7 +1,7 @@
 // What all kernels share: the loop over a block's tiles, and the scores of a unit.
 #pragma once
 
-#include "products.h"
+#include "pairs.h"
 #include "staging.h"
 #include "tables.h"
 
@@ -25,24 +25,24 @@ constexpr int kResultChannels = [] {
   return channels;
 }();
 
-// Runs `body(tile)` on the tiles of this block. Blocks next to each other have different heads of the same tile, whose
-// rows share cache lines.
+// Runs `body(tile, again)` on the tiles of this block. `again()` is the tile too, but computed when it is called: where
+// what it gives is not needed in between, that saves registers. Blocks next to each other have different heads of the
+// same tile, whose rows share cache lines.
 template <bool ByKey, class Body>
 NATTEN_EXT_DEVICE void for_each_tile(const Params& p, Body body) {
   const int head = block_x() % p.launch_heads, count = Tile<ByKey>::count(p, head);
   for (int i = block_x() / p.launch_heads; i < count; i += p.plan.blocks_per_head) {
     const Tile<ByKey> tile(p, head, i);
     if (tile.empty()) continue;
-    body(tile);
+    body(tile, [&] { return Tile<ByKey>(p, head, forget(i)); });
     if (i + p.plan.blocks_per_head < count) sync_block();  // shared memory is free again
   }
 }
 
 // The number that belongs to the staged row of a lane's column c of a block.
 template <class Real>
-NATTEN_EXT_DEVICE Real staged_scalar(Shared scalars, const Unit& unit, int block, int c) {
-  const int slot = unit.slot_of(block, thread_index() % 4 * 2 + c);
-  return load_shared<Real>(scalars + slot * static_cast<uint32_t>(sizeof(Real)));
+NATTEN_EXT_DEVICE Real staged_scalar(Shared scalars, const BlockPairs& pairs, int c) {
+  return load_shared<Real>(scalars + pairs.slot[c] * static_cast<uint32_t>(sizeof(Real)));
 }
 
 // From products to scores in base-2 logarithms, -infinity where there is no pair: a times log2(e) is `factor`,

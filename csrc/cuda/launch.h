@@ -37,9 +37,9 @@ void launch(void (*kernel)(Arguments), int grid_x, int grid_y, int threads, uint
 
 // Kernels are templates over the head_dim they pad to.
 template <class M>
-struct HeadDims : std::integer_sequence<int, 16, 32, 64, 96, 128, 256> {};
+struct HeadDims : std::integer_sequence<int, 8, 16, 32, 64, 96, 128, 256> {};
 template <>
-struct HeadDims<FloatMode> : std::integer_sequence<int, 16, 32, 64, 128, 256> {};
+struct HeadDims<FloatMode> : std::integer_sequence<int, 8, 16, 32, 64, 128, 256> {};
 template <>
 struct HeadDims<DoubleMode> : std::integer_sequence<int, 32, 128, 256> {};
 

@@ -85,16 +85,17 @@ using Tf32Mode = Mode<float, float, true>;
 using FloatMode = Mode<float, float, false>;
 using DoubleMode = Mode<double, double, false>;
 
-// Bytes from one staged row to the next: sixteen more than the row, so that eight rows lie in different banks.
+// Bytes from one staged row to the next: an odd number of sixteens, so that eight rows lie in different banks.
 template <class M, int D>
-constexpr uint32_t kPitch = D * sizeof(typename M::Element) + 16;
+constexpr uint32_t kPitch = D * sizeof(typename M::Element) / 16 % 2 == 1 ? D * sizeof(typename M::Element)
+                                                                         : D * sizeof(typename M::Element) + 16;
 
 // Where things lie in a block's shared memory. `own`: tensors of the tile; `staged`: tensors of a piece; `scalars`:
 // numbers per staged row; `tables`: tables read; `gradient`: whether a table gradient is summed.
 template <class M, int D>
 struct SharedLayout {
   using Real = typename M::Real;
-  static constexpr uint32_t kDiagonal = 2 * 64 + 16;  // numbers of a warp's scratch, see table.h
+  static constexpr uint32_t kDiagonal = 2 * 160;  // numbers of a warp's scratch, see tables.h
 
   NATTEN_EXT_HOST_DEVICE SharedLayout(const Plan& plan, int own, int staged, int scalars, int tables, bool gradient,
                                       int table_size) {

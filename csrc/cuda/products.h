@@ -18,9 +18,12 @@ using Scores = Real[2][4];
 // Own rows as the left operand. Held: in registers, otherwise read again from the tile for every unit.
 template <class M, int D, bool Held = false>
 struct LeftRows {
-  static constexpr int kSteps = D * static_cast<int>(sizeof(typename M::Element)) / 32;
+  // A product's depth is 32 bytes of a row; rows of eight 16-bit channels are half of that.
+  static constexpr int kBytes = D * static_cast<int>(sizeof(typename M::Element));
+  static constexpr int kSteps = kBytes < 32 ? 1 : kBytes / 32, kRegisters = kBytes < 32 ? 2 : 4;
+  using Fragment = uint32_t[kRegisters];
   Shared address[2];  // on the matrix units the lane's row of ldmatrix, otherwise rows g and g + 8
-  uint32_t fragments[Held ? kSteps : 1][4];
+  Fragment fragments[Held ? kSteps : 1];
 
   template <class Own>
   NATTEN_EXT_DEVICE LeftRows(Shared tile, const Own& own) {
@@ -39,7 +42,15 @@ struct LeftRows {
       for (int k = 0; k < kSteps; ++k) read(fragments[k], k);
     }
   }
-  NATTEN_EXT_DEVICE void read(uint32_t (&a)[4], int k) const {
+  // The fragment of a step; `room` is where it is read to.
+  NATTEN_EXT_DEVICE const Fragment& step(int k, Fragment& room) const {
+    if constexpr (Held) return fragments[k];
+    read(room, k);
+    return room;
+  }
+
+ private:
+  NATTEN_EXT_DEVICE void read(Fragment& a, int k) const {
     load_matrices(a, address[0] + 32 * k);
     if constexpr (sizeof(typename M::Element) == 4) {
       NATTEN_EXT_UNROLL
@@ -53,25 +64,34 @@ NATTEN_EXT_DEVICE void scores(Scores<typename M::Real>& c, const LeftRows<M, D, 
   using Element = typename M::Element;
   using Real = typename M::Real;
   const int lane = thread_index() % kWarp;
-  if constexpr (M::kTensor) {
+  if constexpr (M::kTensor && LeftRows<M, D>::kRegisters == 2) {
+    uint32_t room[2], b[2];
+    load_matrices(b, staged + unit.slot_of(lane / 8 % 2, lane % 8) * kPitch<M, D>);
+    const auto& a = left.step(0, room);
+    multiply<Element>(c[0], a, b[0]);
+    multiply<Element>(c[1], a, b[1]);
+  } else if constexpr (M::kTensor) {
     // Lanes 0 to 7 give rows of the first block at the step's first half, 8 to 15 at its second, 16 to 31 the second block's.
     const Shared row = staged + unit.slot_of(lane / 16, lane % 8) * kPitch<M, D> + lane / 8 % 2 * 16;
-    NATTEN_EXT_UNROLL
-    for (int k = 0; k < LeftRows<M, D>::kSteps; ++k) {
-      uint32_t a[4], b[4];
+    const auto step = [&](int k) {
+      uint32_t room[4], b[4];
       load_matrices(b, row + 32 * k);
       if constexpr (sizeof(Element) == 4) {
         NATTEN_EXT_UNROLL
         for (int i = 0; i < 4; ++i) b[i] = round_to_tf32(b[i]);
       }
-      if constexpr (Held) {
-        multiply<Element>(c[0], left.fragments[k], b[0], b[1]);
-        multiply<Element>(c[1], left.fragments[k], b[2], b[3]);
-      } else {
-        left.read(a, k);
-        multiply<Element>(c[0], a, b[0], b[1]);
-        multiply<Element>(c[1], a, b[2], b[3]);
-      }
+      const auto& a = left.step(k, room);
+      multiply<Element>(c[0], a, b[0], b[1]);
+      multiply<Element>(c[1], a, b[2], b[3]);
+    };
+    // Registers need the number of the step. What is read again does not: fewer steps at a time compile sooner, and need
+    // fewer registers.
+    if constexpr (Held) {
+      NATTEN_EXT_UNROLL
+      for (int k = 0; k < LeftRows<M, D>::kSteps; ++k) step(k);
+    } else {
+      NATTEN_EXT_UNROLL_BY(8 / sizeof(Element))
+      for (int k = 0; k < LeftRows<M, D>::kSteps; ++k) step(k);
     }
   } else {
     constexpr int kChunk = 16 / sizeof(Element);
@@ -81,6 +101,7 @@ NATTEN_EXT_DEVICE void scores(Scores<typename M::Real>& c, const LeftRows<M, D, 
     Shared row[2][2];
     NATTEN_EXT_UNROLL
     for (int j = 0; j < 4; ++j) row[j / 2][j % 2] = staged + unit.slot_of(j / 2, lane % 4 * 2 + j % 2) * kPitch<M, D>;
+    NATTEN_EXT_NO_UNROLL
     for (int channel = 0; channel < D; channel += kChunk) {
       const uint32_t at = channel * static_cast<uint32_t>(sizeof(Element));
       const Chunk own[2] = {load_shared<Chunk>(left.address[0] + at), load_shared<Chunk>(left.address[1] + at)};
@@ -119,13 +140,21 @@ NATTEN_EXT_DEVICE void accumulate(typename M::Real (&acc)[DC / 8][4], const Scor
       multiply<Element>(acc[2 * n], a, b[0], b[1]);
       multiply<Element>(acc[2 * n + 1], a, b[2], b[3]);
     }
+    if constexpr (DC == 8) {
+      uint32_t b[2];
+      load_matrices_transposed(b, row);
+      multiply<Element>(acc[0], a, b[0], b[1]);
+    }
   } else if constexpr (M::kTensor) {
     // The depth of a product may be in any order: t stands for column 2t, and t + 4 for 2t + 1.
-    NATTEN_EXT_UNROLL
+    NATTEN_EXT_NO_UNROLL
     for (int b = 0; b < 2; ++b) {
       uint32_t a[4];
       NATTEN_EXT_UNROLL
-      for (int i = 0; i < 4; ++i) a[i] = round_to_tf32(bits_of(weights[b][i % 2 * 2 + i / 2]));
+      for (int i = 0; i < 4; ++i) {
+        const int e = i % 2 * 2 + i / 2;
+        a[i] = round_to_tf32(bits_of(b ? weights[1][e] : weights[0][e]));
+      }
       const uint32_t channel = lane / 4 * 4;
       const Shared even = staged + unit.slot_of(b, lane % 4 * 2) * kPitch<M, D> + channel;
       const Shared odd = staged + unit.slot_of(b, lane % 4 * 2 + 1) * kPitch<M, D> + channel;
@@ -139,20 +168,23 @@ NATTEN_EXT_DEVICE void accumulate(typename M::Real (&acc)[DC / 8][4], const Scor
     struct alignas(2 * sizeof(Real)) Pair {
       Real e[2];
     };
-    NATTEN_EXT_UNROLL
-    for (int j = 0; j < 2 * kBlock; ++j) {
-      const int b = j / kBlock, column = j % kBlock, source = lane / 4 * 4 + column / 2;
-      Real weight[2];
+    NATTEN_EXT_NO_UNROLL
+    for (int t = 0; t < 4; ++t) {  // the lane of the four that has columns 2t and 2t + 1
       NATTEN_EXT_UNROLL
-      for (int h = 0; h < 2; ++h) weight[h] = shuffle(weights[b][2 * h + column % 2], source);
-      const Shared row = staged + unit.slot_of(b, column) * kPitch<M, D> + lane % 4 * static_cast<uint32_t>(sizeof(Pair));
-      NATTEN_EXT_UNROLL
-      for (int n = 0; n < DC / 8; ++n) {
-        const Pair other = load_shared<Pair>(row + 8 * n * static_cast<uint32_t>(sizeof(Real)));
+      for (int j = 0; j < 4; ++j) {
+        const int b = j / 2, column = 2 * t + j % 2;
+        Real weight[2];
         NATTEN_EXT_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          // What is masked has weight zero exactly, also beside a NaN.
-          if (weight[i / 2] != 0) acc[n][i] = fused_multiply_add(weight[i / 2], other.e[i % 2], acc[n][i]);
+        for (int h = 0; h < 2; ++h) weight[h] = shuffle(weights[b][2 * h + j % 2], lane / 4 * 4 + t);
+        const Shared row = staged + unit.slot_of(b, column) * kPitch<M, D> + lane % 4 * static_cast<uint32_t>(sizeof(Pair));
+        NATTEN_EXT_UNROLL
+        for (int n = 0; n < DC / 8; ++n) {
+          const Pair other = load_shared<Pair>(row + 8 * n * static_cast<uint32_t>(sizeof(Real)));
+          NATTEN_EXT_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            // What is masked has weight zero exactly, also beside a NaN.
+            if (weight[i / 2] != 0) acc[n][i] = fused_multiply_add(weight[i / 2], other.e[i % 2], acc[n][i]);
+          }
         }
       }
     }

@@ -15,23 +15,22 @@ struct RunningSoftmax {
 
   // Turns scores into weights.
   template <int N>
-  NATTEN_EXT_DEVICE void update(Scores<Real>& s, Real (&acc)[N][4]) {
-    Real largest[2];
-    NATTEN_EXT_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      largest[h] = larger(larger(s[0][2 * h], s[0][2 * h + 1]), larger(s[1][2 * h], s[1][2 * h + 1]));
-    }
-    if (any_in_warp(largest[0] > base[0] + kSlack || largest[1] > base[1] + kSlack)) raise(largest, acc);
-    NATTEN_EXT_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const Real from = base[h] == -kInfinity<Real> ? Real(0) : base[h];  // a row that has met no key yet
+  NATTEN_EXT_DEVICE void update(const UnitPairs<false>& pairs, Scores<Real>& s, Real (&acc)[N][4]) {
+    Real largest[2] = {-kInfinity<Real>, -kInfinity<Real>};
+    pairs.for_each_block([&](int b, const BlockPairs&) {
       NATTEN_EXT_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        Real& weight = s[i / 2][2 * h + i % 2];
-        weight = power_of_two(weight - from);
-        sum[h] += weight;
+      for (int h = 0; h < 2; ++h) largest[h] = larger(largest[h], larger(s[b][2 * h], s[b][2 * h + 1]));
+    });
+    if (any_in_warp(largest[0] > base[0] + kSlack || largest[1] > base[1] + kSlack)) raise(largest, acc);
+    Real from[2];
+    for (int h = 0; h < 2; ++h) from[h] = base[h] == -kInfinity<Real> ? Real(0) : base[h];  // no key met yet
+    pairs.for_each_block([&](int b, const BlockPairs&) {
+      NATTEN_EXT_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        s[b][e] = power_of_two(s[b][e] - from[e / 2]);
+        sum[e / 2] += s[b][e];
       }
-    }
+    });
   }
 
   // The rows' whole sums.

@@ -102,13 +102,11 @@ NATTEN_EXT_DEVICE void copy_async_wait_for(int pending) {
 template <class Issue, class Consume>
 NATTEN_EXT_DEVICE void for_each_piece(int count, int stages, Issue issue, Consume consume) {
   const int ahead = stages - 1;
-  for (int i = 0; i < ahead; ++i) {
-    if (i < count) issue(i, i);
-    copy_async_commit();
-  }
-  for (int i = 0; i < count; ++i) {
+  NATTEN_EXT_NO_UNROLL
+  for (int i = -ahead; i < count; ++i) {
     if (i + ahead < count) issue(i + ahead, (i + ahead) % stages);
     copy_async_commit();
+    if (i < 0) continue;
     copy_async_wait_for(ahead);
     sync_block();
     consume(i, i % stages);
@@ -125,6 +123,7 @@ NATTEN_EXT_DEVICE typename M::Real row_product(Shared a, Shared b) {
     Element e[kChunk];
   };
   typename M::Real sum = 0;
+  NATTEN_EXT_NO_UNROLL
   for (int channel = 0; channel < D; channel += kChunk) {
     const uint32_t at = channel * static_cast<uint32_t>(sizeof(Element));
     const Chunk left = load_shared<Chunk>(a + at), right = load_shared<Chunk>(b + at);
@@ -159,6 +158,7 @@ NATTEN_EXT_DEVICE void own_row_products(typename M::Real (&sums)[2], Shared a, S
   for (int h = 0; h < 2; ++h) {
     const uint32_t row = own.slot_of(lane / 4 + 8 * h) * kPitch<M, D>;
     sums[h] = 0;
+    NATTEN_EXT_NO_UNROLL
     for (int channel = lane % 4; channel < D; channel += 4) {
       const uint32_t at = row + channel * static_cast<uint32_t>(sizeof(Element));
       sums[h] = fused_multiply_add(widen(load_shared<Element>(a + at)), widen(load_shared<Element>(b + at)), sums[h]);

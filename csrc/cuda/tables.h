@@ -5,7 +5,7 @@
 // a scratch and letting each lane sum one diagonal: on a map row, equal offsets lie on diagonals.
 #pragma once
 
-#include "tiles.h"
+#include "products.h"
 
 namespace natten_ext::cuda {
 
@@ -42,7 +42,8 @@ struct TableReader {
   }
 };
 
-// Sums of one warp. `partial`: the launch's array of partial sums, (partials, heads, table).
+// Sums of one warp, where the launch wants them; of the blocks that share a tile's channels, the first has them.
+// `partial`: the launch's array of partial sums, (partials, heads, table).
 template <class Real>
 struct TableGradient {
   Shared sums, scratch;
@@ -55,30 +56,47 @@ struct TableGradient {
       : sums(sums), scratch(scratch), shared(p.plan.tables_shared), rows(p.table_rows), columns(p.table_columns) {
     const int index = shared ? block_of_head : block_of_head * p.plan.warps + thread_index() / kWarp;
     partial = nullptr;
-    if (!p.table_gradient) return;
+    if (!p.table_gradient || block_y() != 0) return;
     partial = static_cast<Real*>(p.table_partials);
     partial += (int64_t{index} * p.launch_heads + launch_head) * rows * columns;
     for (int i = thread_index() % kWarp; i < rows * columns; i += kWarp) write(i, Real(0));
   }
   NATTEN_EXT_DEVICE explicit operator bool() const { return partial != nullptr; }
 
-  // Adds a block whose row h and column c have offset (table_y[h], table_x[c]); values of pairs that do not exist are 0.
-  NATTEN_EXT_DEVICE void add(const Real (&values)[4], const BlockPairs& pairs) {
-    const int lane = thread_index() % kWarp, g = lane / 4, t = lane % 4;
-    const uint32_t size = sizeof(Real);
-    for (int e = 0; e < 4; ++e) store_shared(scratch + (80 * (e / 2) + 8 * g + 2 * t + e % 2) * size, values[e]);
-    sync_warp();
-    // Lanes 0 to 14 sum the diagonals column - g = -7 to 7 of row h = 0, lanes 16 to 30 those of row 1.
-    const int h = lane / 16, diagonal = lane % 16 - 7;
-    Real sum = 0;
-    for (int i = 0; i < 8; ++i) {
-      const int column = i + diagonal;
-      if (column >= 0 && column < 8 && diagonal < 8) sum += load_shared<Real>(scratch + (80 * h + 8 * i + column) * size);
+  // Adds the gradients of a unit's pairs, 0 where there is none. `kernel`: width of the windows.
+  NATTEN_EXT_DEVICE void add(const Scores<Real>& values, const OwnRows<false>& own, const Unit& unit, int kernel) {
+    const int lane = thread_index() % kWarp, h = lane / 16;
+    // Table column of column 0 and own row 0 of block 0, and table row of the lane's h.
+    const int x = columns / 2 + unit.x[0] - (own.x - lane / 4), y = rows / 2 + unit.y[0] - own.y[0] - h;
+    if (own.narrow && unit.y[0] == unit.y[1]) {
+      // Both blocks at once: modulo eight, offsets are those of eight diagonals of eight. Two lanes have half of one each.
+      put(0, values[0][0] + values[1][0], values[0][1] + values[1][1], values[0][2] + values[1][2], values[0][3] + values[1][3]);
+      sync_warp();
+      const int half = lane / 8 % 2, first = columns / 2 - kernel / 2;
+      Real sum = 0;
+      for (int i = 4 * half; i < 4 * half + 4; ++i) sum += load_shared<Real>(at(0, h, i, (i + lane) % 8));
+      sum += shuffle_xor(sum, 8);
+      const int offset = (x + lane % 8 - first) & 7;
+      if (half == 0 && offset < kernel) add_entry(y, first + offset, sum);
+      sync_warp();
+      return;
     }
-    const int y = h ? pairs.table_y[1] : pairs.table_y[0];
-    const int x = pairs.table_x[0] + g - 2 * t + diagonal;
-    if (diagonal < 8 && y >= 0 && y < rows && x >= 0 && x < columns) write(y * columns + x, read(y * columns + x) + sum);
+    put(0, values[0][0], values[0][1], values[0][2], values[0][3]);
+    put(1, values[1][0], values[1][1], values[1][2], values[1][3]);
     sync_warp();
+    // Lanes 0 to 14 sum the diagonals column - row = -7 to 7 of h = 0, lanes 16 to 30 those of h = 1.
+    const int diagonal = lane % 16 - 7;
+    NATTEN_EXT_NO_UNROLL
+    for (int b = 0; b < 2; ++b) {
+      Real sum = 0;
+      for (int i = 0; i < 8; ++i) {
+        const int column = i + diagonal;
+        if (column >= 0 && column < 8 && diagonal < 8) sum += load_shared<Real>(at(b, h, i, column));
+      }
+      const int to_x = x + diagonal + (b ? unit.x[1] - unit.x[0] : 0), to_y = y + (b ? unit.y[1] - unit.y[0] : 0);
+      if (diagonal < 8) add_entry(to_y, to_x, sum);
+      sync_warp();
+    }
   }
 
   // At the end of the block.
@@ -95,6 +113,22 @@ struct TableGradient {
   }
 
  private:
+  // In the scratch, rows 4 to 7 of a block lie eight numbers further, so that halves of diagonals are in different banks.
+  NATTEN_EXT_DEVICE Shared at(int block, int h, int row, int column) const {
+    return scratch + (160 * block + 80 * h + 8 * row + row / 4 * 8 + column) * static_cast<uint32_t>(sizeof(Real));
+  }
+  // The lane's fragment of a block.
+  NATTEN_EXT_DEVICE void put(int block, Real a, Real b, Real c, Real d) const {
+    const int g = thread_index() % kWarp / 4, t = thread_index() % 4;
+    struct alignas(2 * sizeof(Real)) Pair {
+      Real e[2];
+    };
+    store_shared(at(block, 0, g, 2 * t), Pair{{a, b}});
+    store_shared(at(block, 1, g, 2 * t), Pair{{c, d}});
+  }
+  NATTEN_EXT_DEVICE void add_entry(int y, int x, Real sum) {
+    if (y >= 0 && y < rows && x >= 0 && x < columns) write(y * columns + x, read(y * columns + x) + sum);
+  }
   NATTEN_EXT_DEVICE Real read(int i) const {
     return shared ? load_shared<Real>(sums + i * static_cast<uint32_t>(sizeof(Real))) : load_global(partial + i);
   }

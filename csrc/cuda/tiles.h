@@ -212,6 +212,7 @@ struct OwnRows {
   bool any;           // whether the warp has any
   Rectangle partners;  // of all rows of the warp
   int start_y[2], start_x;  // windows of the lane's queries; not used by keys
+  bool narrow;  // all windows of the warp are at most eight wide, and at no border: key - query + kernel / 2 is 0 to 7
   int first_slot, tile_width;  // of the warp in the tile, which is stored row by row
 
   NATTEN_EXT_DEVICE OwnRows(const Params& p, const Tile<ByKey>& tile) {
@@ -228,6 +229,7 @@ struct OwnRows {
       start_y[h] = ByKey ? 0 : tile.y.start(lesser(y[h], tile.own_height() - 1));
     }
     start_x = ByKey ? 0 : tile.x.start(lesser(x, tile.own_width() - 1));
+    narrow = !ByKey && !any_in_warp(tile.x.kernel > kBlock || (exists[0] && start_x != x - tile.x.kernel / 2));
     partners = {0, 0, 0, 0};
     if (any) {
       partners = tile.partners(y0, lesser(y0 + 1, tile.own_height() - 1), x0,
@@ -238,34 +240,5 @@ struct OwnRows {
   // Slot of row 0 to 15 of the warp in the tile.
   NATTEN_EXT_DEVICE int slot_of(int row) const { return first_slot + row / kBlock * tile_width + row % kBlock; }
 };
-
-// Which of a lane's pairs of own row h and column c of a block exist, and their place in the table.
-struct BlockPairs {
-  bool valid_y[2], valid_x[2];
-  int table_y[2], table_x[2];
-
-  NATTEN_EXT_DEVICE bool valid(int h, int c) const { return valid_y[h] && valid_x[c]; }
-};
-
-template <bool ByKey>
-NATTEN_EXT_DEVICE BlockPairs pairs_of(const Params& p, const Tile<ByKey>& tile, const OwnRows<ByKey>& own, const Unit& unit,
-                                      int block) {
-  BlockPairs pairs;
-  const int zero_y = p.table_rows / 2, zero_x = p.table_columns / 2;
-  const int y = unit.y[block], first = thread_index() % 4 * 2;
-  const int start_y = ByKey ? tile.y.start(y) : 0;
-  for (int h = 0; h < 2; ++h) {
-    const int key = ByKey ? own.y[h] : y, start = ByKey ? start_y : own.start_y[h];
-    pairs.valid_y[h] = own.exists[h] && static_cast<uint32_t>(key - start) < static_cast<uint32_t>(tile.y.kernel);
-    pairs.table_y[h] = zero_y + (ByKey ? own.y[h] - y : y - own.y[h]);
-  }
-  for (int c = 0; c < 2; ++c) {
-    const int x = unit.x[block] + first + c;
-    const int key = ByKey ? own.x : x, start = ByKey ? tile.x.start(x) : own.start_x;
-    pairs.valid_x[c] = first + c < unit.columns[block] && static_cast<uint32_t>(key - start) < static_cast<uint32_t>(tile.x.kernel);
-    pairs.table_x[c] = zero_x + (ByKey ? own.x - x : x - own.x);
-  }
-  return pairs;
-}
 
 }  // namespace natten_ext::cuda

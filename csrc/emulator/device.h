@@ -12,12 +12,15 @@
 #define NATTEN_EXT_PARAMETER(T) const T
 #define NATTEN_EXT_UNROLL
 #define NATTEN_EXT_NO_UNROLL
+#define NATTEN_EXT_UNROLL_BY(count)
 
 namespace natten_ext::cuda {
 
 using emulator::Site;
 
 // ------------------------------------------------------------------------------------------ places
+
+inline int forget(int number) { return number; }
 
 inline int thread_index() { return emulator::place().thread; }
 inline int block_threads() { return emulator::place().threads; }
@@ -162,18 +165,18 @@ inline double fused_multiply_add(double a, double b, double c) { return std::fma
 
 // ------------------------------------------------------------------------------------------ matrices
 
-template <bool Transposed>
-void load_matrices_of(uint32_t (&r)[4], Shared row, Site site) {
+template <bool Transposed, int Count>
+void load_matrices_of(uint32_t (&r)[Count], Shared row, Site site) {
   struct Operands {
-    uint32_t r[4];
+    uint32_t r[Count];
     uint16_t elements[8];  // the lane's row
   } o;
-  emulator::read_shared(row, o.elements, 16, site);
+  if (thread_index() % kWarp < 8 * Count) emulator::read_shared(row, o.elements, 16, site);
   emulator::collective(
       [](void* const* lanes) {
         const auto of = [&](int i) { return static_cast<Operands*>(lanes[i]); };
         for (int i = 0; i < kWarp; ++i) {
-          for (int matrix = 0; matrix < 4; ++matrix) {
+          for (int matrix = 0; matrix < Count; ++matrix) {
             uint32_t pair = 0;
             for (int e = 0; e < 2; ++e) {
               const int y = Transposed ? 2 * (i % 4) + e : i / 4, x = Transposed ? i / 4 : 2 * (i % 4) + e;
@@ -186,10 +189,12 @@ void load_matrices_of(uint32_t (&r)[4], Shared row, Site site) {
       &o, site);
   std::memcpy(r, o.r, sizeof(r));
 }
-inline void load_matrices(uint32_t (&r)[4], Shared row, Site site = Site::current()) {
+template <int Count>
+void load_matrices(uint32_t (&r)[Count], Shared row, Site site = Site::current()) {
   load_matrices_of<false>(r, row, site);
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], Shared row, Site site = Site::current()) {
+template <int Count>
+void load_matrices_transposed(uint32_t (&r)[Count], Shared row, Site site = Site::current()) {
   load_matrices_of<true>(r, row, site);
 }
 
@@ -199,24 +204,25 @@ float element_of(uint32_t word, int k) {
   return widen(Element{static_cast<uint16_t>(word >> (16 * k))});
 }
 
-template <class Element>
-void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::current()) {
+// c += a b, whose depth is that of `Registers` registers of the right operand.
+template <class Element, int Registers>
+void multiply_of(float (&c)[4], const uint32_t (&a)[2 * Registers], const uint32_t (&b)[Registers], Site site) {
   struct Operands {
     float c[4];
-    uint32_t a[4], b[2];
+    uint32_t a[2 * Registers], b[Registers];
   } o;
   std::memcpy(o.c, c, sizeof(c));
   std::memcpy(o.a, a, sizeof(a));
-  o.b[0] = b0, o.b[1] = b1;
+  std::memcpy(o.b, b, sizeof(b));
   emulator::collective(
       [](void* const* lanes) {
         const auto of = [&](int i) { return static_cast<Operands*>(lanes[i]); };
         constexpr bool kHalves = sizeof(Element) == 2;
-        constexpr int kDepth = kHalves ? 16 : 8;
+        constexpr int kDepth = (kHalves ? 8 : 4) * Registers;
         float left[16][kDepth], right[kDepth][8];
         for (int i = 0; i < kWarp; ++i) {
           const int g = i / 4, t = i % 4;
-          for (int r = 0; r < 4; ++r) {  // registers: rows g and g + 8 of the first half of the depth, then the second
+          for (int r = 0; r < 2 * Registers; ++r) {  // rows g and g + 8 of the first part of the depth, then the second
             const int row = g + 8 * (r % 2);
             if constexpr (kHalves) {
               for (int e = 0; e < 2; ++e) left[row][8 * (r / 2) + 2 * t + e] = element_of<Element>(of(i)->a[r], e);
@@ -224,7 +230,7 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, S
               left[row][4 * (r / 2) + t] = from_bits(of(i)->a[r] & ~0x1fffu);
             }
           }
-          for (int r = 0; r < 2; ++r) {
+          for (int r = 0; r < Registers; ++r) {
             if constexpr (kHalves) {
               for (int e = 0; e < 2; ++e) right[8 * r + 2 * t + e][g] = element_of<Element>(of(i)->b[r], e);
             } else {
@@ -243,6 +249,15 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, S
       },
       &o, site);
   std::memcpy(c, o.c, sizeof(c));
+}
+template <class Element>
+void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::current()) {
+  multiply_of<Element, 2>(c, a, {b0, b1}, site);
+}
+template <class Element>
+void multiply(float (&c)[4], const uint32_t (&a)[2], uint32_t b, Site site = Site::current()) {
+  static_assert(sizeof(Element) == 2);
+  multiply_of<Element, 1>(c, a, {b}, site);
 }
 
 }  // namespace natten_ext::cuda

@@ -30,6 +30,8 @@ LARGER = [
     Case("grid-small-windows", "grid", (1, 12, 12, 2, 8), window=(4, 2), score="l2", bias=True),
     Case("na", "neighborhood", (1, 13, 21, 2, 8), kernel=(5, 3), dilation=(1, 2), groups=("dilation",), bias=True),
 ]
+# A window wider than a block of eight keys: nothing is folded, and diagonals of a table's gradient stay apart.
+WIDE_WINDOW = Case("na-wide-window", "neighborhood", (1, 5, 20, 1, 4), kernel=(2, 9), bias=True)
 
 
 def truth(case: Case, dtype: torch.dtype):
@@ -37,7 +39,7 @@ def truth(case: Case, dtype: torch.dtype):
     return oracle_derivatives(case, inputs, grad_output_of(case, inputs["query"]), cotangents_of(case, inputs))
 
 
-@pytest.mark.parametrize("case", LARGER, ids=str)
+@pytest.mark.parametrize("case", [*LARGER, WIDE_WINDOW], ids=str)
 def test_several_tiles(case):
     assert_equal_to_rounding(emulated.solve(case, torch.float64), truth(case, torch.float64))
 
@@ -74,10 +76,20 @@ def test_bits_do_not_depend_on_the_order_of_warps(case):
         assert_same_bits(emulated.solve(case, torch.bfloat16), ascending)
 
 
+@pytest.mark.parametrize("head_dim", [4, 8, 16, 33, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_padded_widths(head_dim, dtype):
+    """One product of half the depth for heads of up to 8 channels, several whole ones for wider."""
+    case = Case("width", "neighborhood", (1, 3, 11, 1, head_dim), kernel=3, bias=True)
+    results = emulated.solve(case, dtype)
+    for name, true in truth(case, dtype).items():
+        assert magnitude([results[name].double() - true]) <= 3e-2 * max(1.0, magnitude([true])), name
+
+
 @pytest.mark.parametrize("head_dim", [200, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_wide_heads(head_dim, dtype):
-    """Results in several blocks of channels."""
+    """Results in several blocks of channels. In float32 the table is summed in global memory, by one of them."""
     case = Case("wide", "neighborhood", (1, 5, 6, 1, head_dim), kernel=3, bias=True, score="l2", scale=1 / head_dim)
     results = emulated.solve(case, dtype)
     allowed = 2e-2 if dtype == torch.bfloat16 else 1e-5
@@ -113,6 +125,8 @@ PASSING_ALL = [
         Case("na", "neighborhood", (1, 8, 16, 1, 8), kernel=5, bias=True, score="l2"),
         torch.bfloat16,
     ),
+    # The second tile of the second residue class is empty, and a block has no other.
+    ({}, Case("na", "neighborhood", (1, 2, 17, 1, 8), kernel=(1, 3), dilation=(1, 2), bias=True), torch.bfloat16),
 ]
 
 
