@@ -79,6 +79,8 @@ def test_four_discriminators_of_published_widths():
     model = Discriminator(replace(TINY, image_size=224, feature_size=224)).eval()
     convs = [[m for m in scores.modules() if isinstance(m, SpectralConv2d)] for scores in model.discriminators]
     widths = [[conv.in_channels for conv in scale] for scale in convs]
+    narrow = Discriminator(replace(TINY, width=16)).discriminators[2]
+    assert [m.in_channels for m in narrow.modules() if isinstance(m, SpectralConv2d)] == [128, 64, 128]
     assert widths == [[64, 64, 128, 256, 512], [64, 128, 256, 512], [128, 256, 512], [256, 512]]
     assert all(conv.kernel_size == (4, 4) for scale in convs for conv in scale)
     seen = []
