@@ -8,6 +8,7 @@ at the occupancy that the registers allow.
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -85,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m natten_ext.cuda_resources", description=__doc__.split("\n")[0])
     parser.add_argument("report", nargs="?", type=Path, default=REPORT, help="output of nvcc -Xptxas=-v")
     parser.add_argument("--capability", help='only this compute capability, as "9.0"')
+    parser.add_argument("--csv", action="store_true", help="separated by commas, as in benchmarks/results")
     options = parser.parse_args(arguments)
     if not options.report.exists():
         print(f"{options.report} is missing: natten_ext was built without CUDA kernels", file=sys.stderr)
@@ -96,6 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
          f"{k.shared / 1024:.0f}")
         for k in sorted(kernels, key=lambda k: (k.capability, k.name, k.dtype, k.head_dim))
     ]  # fmt: skip
+    if options.csv:
+        csv.writer(sys.stdout, lineterminator="\n").writerows([heading, *rows])
+        return 0
     widths = [max(len(str(row[i])) for row in [heading, *rows]) for i in range(len(heading))]
     for row in [heading, *rows]:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
