@@ -37,7 +37,7 @@ class Config(NamedTuple):
 
 
 # Every operation costs the same there, however large.
-INTERPRETER = Config(64, 32, 1, 1)
+INTERPRETER = Config(128, 64, 1, 1)
 
 
 _assumed = "default"

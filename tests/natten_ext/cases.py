@@ -297,7 +297,7 @@ TINY = [
         _full("tiny-cross", (1, 4, 1, 2), keys=6, small=True),
         _grid("tiny", (1, 4, 3, 2, 2), (2, 3), small=True),
         _na("tiny", (1, 4, 5, 2, 2), (3, 2), (1, 2), small=True),
-        _na("tiny-per-head", (1, 4, 4, 2, 2), [3, 2], [1, 2], small=True),
+        _na("tiny-per-head", (1, 4, 3, 2, 2), [3, 2], [1, (2, 1)], small=True),
     )
     for score in ("dot", "l2")
     for bias in (False, True)

@@ -14,7 +14,7 @@ OPCHECK_CASES = [
     (find("full-self-9"), Full()),
     (find("full-cross-13x29", score="l2"), Full()),
     (find("grid-6x10-w3x5", bias=True), Grid((3, 5))),
-    (find("na-7x9-k3", score="l2", bias=True), Neighborhood(((3, 3),) * 2, ((1, 1),) * 2)),
+    (find("na-7x9-k3", score="l2", bias=True, shape=(1, 4, 5, 1, 5)), Neighborhood(((3, 3),), ((1, 1),))),
 ]
 
 COMPILED = [
