@@ -3,8 +3,9 @@
     python -m natten_ext.triton.resources --arch sm_90 --shapes nat-256 cifar-d1 --dtypes bfloat16
 
 compiles every kernel variant that the shapes use (``benchmarks/shapes.py``, so run it in a checkout) ahead of time
-and prints one line for each. It ends with status 1 if a kernel spills registers or needs more shared memory than the
-architecture has. With ``--update`` it compiles only what the table of all variants (``usage_table.py``) lacks or has
+and prints one line for each. It ends with status 1 if a kernel spills registers for want of them or needs more shared
+memory than the architecture has. With ``--update`` it compiles only what the table of all variants
+(``usage_table.py``) lacks or has
 from other code, and writes that to the table as it goes; it may be stopped and started again. With ``--status`` it
 compiles nothing, and ends with status 1 if the table lacks a variant or has one that fails.
 """
@@ -216,9 +217,11 @@ def status(groups: Iterable[list[Variant]], path: Path = usage_table.PATH) -> in
         lacking = [variant for variant, entry in zip(group, entries, strict=True) if entry is None]
         stale = sum(entry is not None and not current(v, table) for v, entry in zip(group, entries, strict=True))
         bad = [entry for entry in entries if entry is not None and entry.problem]
+        chosen = sum(entry is not None and entry.by_choice for entry in entries)
         print(
             f"{group[0].arch:7} {group[0].dtype:9} {len(group):4} variants,"
-            f" {len(lacking):3} not compiled, {stale:3} compiled from other code, {len(bad):3} fail"
+            f" {len(lacking):3} not compiled, {stale:3} compiled from other code,"
+            f" {chosen:3} spill by choice, {len(bad):3} fail"
         )
         for variant in lacking:
             print(f"        lacks {variant.name} of {variant.shape}")
