@@ -53,7 +53,7 @@ struct DoubleBackwardQuery {
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 4, kStaged = 4, kScalars = 2, kTables = 2;
   static constexpr int kChannels = kResultChannels<M, D, 64>;
-  static constexpr int kBlocks = M::kTensor && D * sizeof(typename M::Element) <= 32 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBlocks = M::kTensor && D <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kQuery, kGradOutput, kCotQuery, kOutput };
   enum StagedTensor { kKey, kValue, kCotKey, kCotValue };
 
@@ -196,7 +196,7 @@ struct DoubleBackwardKey {
   static constexpr bool kByKey = true, kTableGradient = false;
   static constexpr int kOwn = 4, kStaged = 3, kScalars = 4, kTables = 2;
   static constexpr int kChannels = kResultChannels<M, D, 96>;
-  static constexpr int kBlocks = M::kTensor && D * sizeof(typename M::Element) <= 32 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBlocks = M::kTensor && D <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kKey, kValue, kCotKey, kCotValue };
   enum StagedTensor { kQuery, kGradOutput, kCotQuery };
   enum Scalar { kLse, kDelta, kMean, kRest };
