@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from natten_ext.geometry import FULL, GRID, NEIGHBORHOOD, Full, Grid, Neighborhood
-from natten_ext.triton import work
+from natten_ext.triton import configs, work
 from natten_ext.triton.launch import chunks_of
 from natten_ext.triton.problem import KEY, QUERY, Axis, _problem_of, displaced_pairs, displacements, tiling
 
@@ -106,8 +106,10 @@ def test_chunks_hold_the_channels(head_dim):
 @pytest.mark.parametrize(
     ("name", "least"), [("church-g4", 0.85), ("cifar-d1", 0.8), ("nat-256", 0.25), ("celeba-d1", 0.15), ("l2-1k", 1.0)]
 )
-def test_share_of_useful_work(name, least):
+def test_share_of_useful_work(name, least, monkeypatch):
+    """With the configurations of a GPU: an interpreter's tiles are larger."""
     shapes = pytest.importorskip("benchmarks.shapes").SHAPES
+    monkeypatch.setattr(configs, "architecture", lambda device: "default")
     launch = work.launch_of(shapes[name], work.torch_dtype("bfloat16"))
     for order in work.ORDERS:
         assert least <= work.useful_share(launch, order) <= 1
