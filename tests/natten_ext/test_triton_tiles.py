@@ -104,7 +104,7 @@ def test_chunks_hold_the_channels(head_dim):
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("church-g4", 0.85), ("cifar-d1", 0.8), ("nat-256", 0.25), ("celeba-d1", 0.15), ("l2-1k", 1.0)]
+    ("name", "least"), [("church-g4", 0.85), ("cifar-d1", 0.75), ("nat-256", 0.25), ("celeba-d1", 0.15), ("l2-1k", 1.0)]
 )
 def test_share_of_useful_work(name, least, monkeypatch):
     """With the configurations of a GPU: an interpreter's tiles are larger."""
