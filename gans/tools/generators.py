@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,26 @@ from gans.registry import build, config_class
 
 Weights = Literal["generator_ema", "generator"]
 Space = Literal["z", "w"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderArguments:
+    """What every command that makes images of a checkpoint asks for."""
+
+    checkpoint: Path
+    """A run's folder (its newest checkpoint), a checkpoint, or a folder that convert has written."""
+    truncation: float = 1.0
+    """How far w may lie from its mean, from 0 to 1, for generators with a mapping network; 1 changes nothing."""
+    scale: int = 1
+    """Whole factor by which pixels are enlarged."""
+    weights: Weights = "generator_ema"
+    """The averaged generator, or the one under training."""
+    batch: int = 16
+    """Images made at a time."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), or a torch device."""
+    backend: str | None = None
+    """Attention backend of natten_ext; None leaves its choice."""
 
 
 def attention_backend(name: str | None) -> AbstractContextManager[Any]:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from gans.distributed import choose_device
 from gans.images import enlarge, grid, save_png, to_pil
 from gans.tools.generators import (
+    RenderArguments,
     Space,
-    Weights,
     attention_backend,
     latents,
     load_generator,
@@ -27,15 +27,13 @@ from gans.tools.generators import (
 VIDEO = (".mp4", ".webm", ".mkv")
 
 
-@dataclass(frozen=True)
-class InterpolateArguments:
+@dataclass(frozen=True, kw_only=True)
+class InterpolateArguments(RenderArguments):
     """Writes an animation from seed to seed and, beside it, a contact sheet with one row for each pair of seeds.
 
     z is interpolated on the great circle (slerp), since z ~ N(0, I) lies close to a sphere; w linearly.
     """
 
-    checkpoint: Path
-    """A run's folder (its newest checkpoint), a checkpoint, or a folder that convert has written."""
     out: Path
     """A .gif file, or with `pip install 'imageio[ffmpeg]'` a video (.mp4, .webm, .mkv). The contact sheet gets
     the same name, ending in -sheet.png."""
@@ -51,18 +49,6 @@ class InterpolateArguments:
     """Images in a row of the contact sheet, both seeds included."""
     space: Space = "z"
     """Where to interpolate: z, or w for a generator with a mapping network."""
-    truncation: float = 1.0
-    """How far w may lie from its mean, from 0 to 1, for generators with a mapping network; 1 changes nothing."""
-    scale: int = 1
-    """Whole factor by which pixels are enlarged."""
-    weights: Weights = "generator_ema"
-    """The averaged generator, or the one under training."""
-    batch: int = 16
-    """Images made at a time."""
-    device: str = "auto"
-    """"auto" (a GPU if there is one), or a torch device."""
-    backend: str | None = None
-    """Attention backend of natten_ext; None leaves its choice."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.scale < 1 or self.fps <= 0 or self.sheet_columns < 2:

@@ -18,7 +18,7 @@ from gans.distributed import choose_device
 from gans.images import enlarge, grid, save_png, to_pil
 from gans.tools.files import new_file
 from gans.tools.generators import (
-    Weights,
+    RenderArguments,
     attention_backend,
     load_generator,
     parse_seeds,
@@ -26,34 +26,20 @@ from gans.tools.generators import (
 )
 
 
-@dataclass(frozen=True)
-class SampleArguments:
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments(RenderArguments):
     """Writes the images of some seeds, as one grid or as one file each.
 
     A seed always gives the same image (up to rounding, between devices and backends), whichever other seeds are
     asked for and however large the batches are.
     """
 
-    checkpoint: Path
-    """A run's folder (its newest checkpoint), a checkpoint, or a folder that convert has written."""
     out: Path
     """A PNG file for a grid of all images; a ZIP file or a folder for one PNG per seed (seed00000007.png)."""
     seeds: str = "0-63"
     """Seeds, such as 0-63,100; a range includes both ends."""
     columns: int = 0
     """Images in a row of the grid; 0 for a square."""
-    scale: int = 1
-    """Whole factor by which pixels are enlarged."""
-    truncation: float = 1.0
-    """How far w may lie from its mean, from 0 to 1, for generators with a mapping network; 1 changes nothing."""
-    weights: Weights = "generator_ema"
-    """The averaged generator, or the one under training."""
-    batch: int = 16
-    """Images made at a time."""
-    device: str = "auto"
-    """"auto" (a GPU if there is one), or a torch device."""
-    backend: str | None = None
-    """Attention backend of natten_ext; None leaves its choice."""
 
     def __post_init__(self) -> None:
         if self.scale < 1 or self.columns < 0:

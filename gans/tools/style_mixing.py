@@ -13,19 +13,25 @@ from tqdm import tqdm
 
 from gans.distributed import choose_device
 from gans.images import grid, save_png
-from gans.tools.generators import Weights, attention_backend, latents, load_generator, parse_seeds, render, to_codes
+from gans.tools.generators import (
+    RenderArguments,
+    attention_backend,
+    latents,
+    load_generator,
+    parse_seeds,
+    render,
+    to_codes,
+)
 
 
-@dataclass(frozen=True)
-class StyleMixingArguments:
+@dataclass(frozen=True, kw_only=True)
+class StyleMixingArguments(RenderArguments):
     """Draws a table: each image has the styles of its row's seed, but in some blocks those of its column's seed.
 
     The first column and the first row show the seeds themselves. Source: style mixing, StyleGAN, arXiv 1812.04948,
     figure 3.
     """
 
-    checkpoint: Path
-    """A run's folder (its newest checkpoint), a checkpoint, or a folder that convert has written."""
     out: Path
     """A PNG file."""
     rows: str = "0-3"
@@ -34,18 +40,6 @@ class StyleMixingArguments:
     """Seeds of the columns."""
     blocks: str = "0-3"
     """The generator's blocks that follow the column's seed; 0 is the first one, on the smallest map."""
-    truncation: float = 1.0
-    """How far w may lie from its mean, from 0 to 1; 1 changes nothing."""
-    scale: int = 1
-    """Whole factor by which pixels are enlarged."""
-    weights: Weights = "generator_ema"
-    """The averaged generator, or the one under training."""
-    batch: int = 16
-    """Images made at a time."""
-    device: str = "auto"
-    """"auto" (a GPU if there is one), or a torch device."""
-    backend: str | None = None
-    """Attention backend of natten_ext; None leaves its choice."""
 
     def __post_init__(self) -> None:
         if self.scale < 1:
