@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -108,6 +109,7 @@ def _signature(arguments: Iterable[Any]) -> tuple:
     return tuple(parts)
 
 
+@functools.cache  # hundreds of variants share a few kernels
 def source_digest(kernel: Any) -> str:
     """Of the code of a kernel and all that it calls, without comments and documentation."""
     code: dict[str, str] = {}
