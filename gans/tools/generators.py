@@ -54,23 +54,23 @@ def attention_backend(name: str | None) -> AbstractContextManager[Any]:
     return natten_ext.use_backend(name) if name else nullcontext()
 
 
-def parse_seeds(text: str) -> list[int]:
-    """The seeds that "0-63,100" names: ranges include both ends, the order is kept.
+def parse_numbers(name: str, text: str) -> list[int]:
+    """The seeds, or blocks, that "0-63,100" names: ranges include both ends, the order is kept.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else; `name` is the option that the text came from.
     """
-    seeds: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match:
-            raise ValueError(f"seeds has {part!r}; write numbers and ranges, such as 0-63,100")
+            raise ValueError(f"{name} has {part!r}; write numbers and ranges, such as 0-63,100")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"seeds has {part!r}; a range goes upwards")
+            raise ValueError(f"{name} has {part!r}; a range goes upwards")
         if last >= 2**63:
-            raise ValueError(f"seeds has {part!r}; a seed must be less than 2^63")
-        seeds.extend(range(first, last + 1))
-    return seeds
+            raise ValueError(f"{name} has {part!r}; a number must be less than 2^63")
+        numbers.extend(range(first, last + 1))
+    return numbers
 
 
 def latents(seeds: Sequence[int], dim: int) -> Tensor:

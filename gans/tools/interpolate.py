@@ -19,7 +19,7 @@ from gans.tools.generators import (
     attention_backend,
     latents,
     load_generator,
-    parse_seeds,
+    parse_numbers,
     render,
     to_codes,
 )
@@ -79,7 +79,7 @@ def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 def run(arguments: list[str]) -> None:
     options = tyro.cli(InterpolateArguments, args=arguments, prog="python -m gans interpolate")
-    seeds = parse_seeds(options.seeds)
+    seeds = parse_numbers("seeds", options.seeds)
     if len(seeds) < 2:
         raise ValueError(f"seeds is {options.seeds!r}; an interpolation needs at least two")
     suffix = options.out.suffix.lower()

@@ -21,7 +21,7 @@ from gans.tools.generators import (
     RenderArguments,
     attention_backend,
     load_generator,
-    parse_seeds,
+    parse_numbers,
     render,
 )
 
@@ -50,7 +50,7 @@ class SampleArguments(RenderArguments):
 
 def run(arguments: list[str]) -> None:
     options = tyro.cli(SampleArguments, args=arguments, prog="python -m gans sample")
-    seeds = parse_seeds(options.seeds)
+    seeds = parse_numbers("seeds", options.seeds)
     suffix = options.out.suffix.lower()
     if suffix not in ("", ".png", ".zip") or (suffix != "" and options.out.is_dir()):
         raise ValueError(f"out is {str(options.out)!r}; give a .png file, a .zip file or a folder")

@@ -18,7 +18,7 @@ from gans.tools.generators import (
     attention_backend,
     latents,
     load_generator,
-    parse_seeds,
+    parse_numbers,
     render,
     to_codes,
 )
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> None:
     options = tyro.cli(StyleMixingArguments, args=arguments, prog="python -m gans style-mixing")
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"out is {str(options.out)!r}; its name must end in .png")
-    rows, columns, blocks = (parse_seeds(text) for text in (options.rows, options.columns, options.blocks))
+    rows, columns, blocks = (parse_numbers(name, getattr(options, name)) for name in ("rows", "columns", "blocks"))
     generator = load_generator(options.checkpoint, choose_device(options.device), options.weights)
     device = next(generator.parameters()).device
     dim = generator.config.latent_dim

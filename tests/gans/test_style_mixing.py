@@ -66,7 +66,7 @@ def test_the_table(tmp_path):
     ("more", "message"),
     [
         (("--blocks", "2-4"), "blocks is '2-4'; this generator has blocks 0 to 3"),
-        (("--rows", "a"), "seeds has 'a'"),
+        (("--rows", "a"), "rows has 'a'"),
         (("--truncation", "2"), "truncation is 2"),
     ],
 )

@@ -57,11 +57,11 @@ def pixels(path):
     return np.asarray(Image.open(path))
 
 
-def test_seeds():
-    assert generators.parse_seeds("0-3,100, 7 - 7") == [0, 1, 2, 3, 100, 7]
+def test_numbers():
+    assert generators.parse_numbers("seeds", "0-3,100, 7 - 7") == [0, 1, 2, 3, 100, 7]
     for text in ("", "a", "3-1", "-1", "1,,2", "1.5", f"{2**63}"):
-        with pytest.raises(ValueError, match="seeds"):
-            generators.parse_seeds(text)
+        with pytest.raises(ValueError, match="rows has"):
+            generators.parse_numbers("rows", text)
 
 
 def test_an_image_depends_on_its_seed_only(checkpoint):

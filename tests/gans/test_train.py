@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gans import checkpoint, logs, registry
+from gans import checkpoint, logs, monitor, registry
 from gans.data import Stream, batches, to_unit_range
 from gans.distributed import World
 from gans.losses import GANLoss
@@ -93,6 +93,23 @@ def test_run_folder(tiny, tiny_run):
     assert lines[-2]["real_images"] == 48
     assert (out / "config.json").exists() and (out / "curves.png").exists()
     assert list(out.glob("events.out.tfevents.*"))
+
+
+def test_the_metric_sees_images_as_they_are_saved(tiny, tiny_run, monkeypatch):
+    """Values outside [-1, 1], which a file cannot hold, do not count."""
+    seen = []
+
+    class Extremes:
+        name, count, floor = "extremes", 4, 1.0
+
+        def __call__(self, images):
+            seen.append((images.min().item(), images.max().item()))
+            return 2.0
+
+    monkeypatch.setattr(monitor, "make_metric", lambda choice, real: Extremes())
+    monkeypatch.setattr(monitor, "generate", lambda model, count: torch.linspace(-3, 3, 48).view(1, 3, 4, 4))
+    train(replace(tiny, steps=1), replace(tiny_run, metric_every=1, metric_images=4), progress=False)
+    assert seen == [(-1.0, 1.0)] * 2
 
 
 def test_resume_rewrites_later_log_lines(tiny, tiny_run):
