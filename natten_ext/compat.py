@@ -23,7 +23,7 @@ import torch
 
 from . import functional
 from .drop_in import pair_of, refuse, refuse_causal
-from .functional import SizePerAxis, _pair, _shape
+from .functional import SizePerAxis, _autocast, _pair, _shape
 from .geometry import IntPair, neighbor_indices, neighbor_offsets
 
 Causal = bool | tuple[bool, bool] | None
@@ -169,11 +169,7 @@ def _checked_maps(**tensors: Any) -> list[torch.Tensor]:
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on the device {first.device}, got {tensor.device}")
-    kind = first.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        tensors = {n: x if x.dtype == torch.float64 else x.to(dtype) for n, x in tensors.items()}
-    (first_name, first), (name, second) = tensors.items()
+    (first_name, first), (name, second) = _autocast(tensors).items()
     if first.dtype != second.dtype:
         raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {second.dtype}")
     return [first, second]

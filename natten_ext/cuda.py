@@ -8,12 +8,11 @@ same kernels compiled for the host instead, under the emulator of csrc/emulator;
 from __future__ import annotations
 
 import os
-from functools import cache
 from pathlib import Path
 
 import torch
 
-from .fused import bits_of, cannot_take
+from .fused import asked_once, bits_of, cannot_take
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MINIMUM_CAPABILITY = (8, 0)
@@ -94,14 +93,9 @@ def _emulator() -> str | None:
     return os.environ.get(EMULATOR_VARIABLE) or None
 
 
-@torch.compiler.assume_constant_result  # torch.compile looks through caches, and cannot load a library
+@asked_once
 def _not_loaded() -> str:
-    """Loads the kernels, once. Empty if they are there, else why not."""
-    return _load()
-
-
-@cache
-def _load() -> str:
+    """Loads the kernels. Empty if they are there, else why not."""
     if _emulator() is not None:
         torch.ops.load_library(_emulator())
         return ""
@@ -116,7 +110,7 @@ def _load() -> str:
     return ""
 
 
-@cache
+@asked_once
 def _unsupported_gpu(device: int) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < MINIMUM_CAPABILITY:

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 
 from . import cpu, cuda, preferences
+from .fused import asked_once
 from .triton import backend as triton
 
 FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
@@ -28,10 +29,10 @@ NAMES = (*FUSED, "reference")
 
 ENVIRONMENT_VARIABLE = "NATTEN_EXT_BACKEND"
 
+_warned: set[str] = set()
+
 # Read at import and changed by use_backend. A plain module attribute, because torch.compile guards on it.
 _override: str | None = None
-
-_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,14 @@ def _candidates(device_type: str, dtype: torch.dtype, head_dim: int, neighborhoo
     """Fused backends in the order in which ``auto`` tries them."""
     if device_type != "cuda":
         return tuple(FUSED)
-    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    capability = _capability(torch.cuda.current_device())
     fastest = preferences.order(capability, neighborhood, str(dtype).removeprefix("torch."), head_dim)
     return (*fastest, *(name for name in FUSED if name not in fastest))
+
+
+@asked_once
+def _capability(device: int) -> str:
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> BackendStatus:
@@ -118,11 +124,11 @@ def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> B
     return BackendStatus(name, not reason, reason)
 
 
-@torch.compiler.disable
+@torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def _read_environment() -> str | None:

@@ -194,15 +194,21 @@ def _checked(query: Any, key: Any, value: Any, dims: int) -> tuple[torch.Tensor,
     for position, name in ((dims - 2, "heads"), (dims - 1, "head_dim")):
         if query.shape[position] == 0:
             raise ValueError(f"query must have {name} of at least 1, got shape {_shape(query)}")
-    device_type = query.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        # The table stays as it is: it may be float32 beside half-precision maps, and is small.
-        dtype = torch.get_autocast_dtype(device_type)
-        tensors = {n: x if x.dtype == torch.float64 else x.to(dtype) for n, x in tensors.items()}
+    tensors = _autocast(tensors)  # the table stays as it is: it may be float32 beside half-precision maps, and is small
     for name, tensor in tensors.items():
         if tensor.dtype != tensors["query"].dtype:
             raise TypeError(f"{name} must have the query's dtype {tensors['query'].dtype}, got {tensor.dtype}")
     return tensors["query"], tensors["key"], tensors["value"]
+
+
+def _autocast(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of one device, in autocast's dtype where that is on; float64 stays, as in torch."""
+    device_type = next(iter(tensors.values())).device.type
+    # Not torch.amp.is_autocast_available: torch 2.11 can't compile it.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return {name: x if x.dtype == torch.float64 else x.to(dtype) for name, x in tensors.items()}
 
 
 def _checked_maps(query: Any, key: Any, value: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
+
+Answer = TypeVar("Answer")
 
 MAX_HEAD_DIM = 256
 
@@ -16,6 +20,21 @@ def cannot_take(dtype: torch.dtype, dtypes: Sequence[torch.dtype], head_dim: int
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {head_dim}"
     return ""
+
+
+def asked_once(question: Callable[..., Answer]) -> Callable[..., Answer]:
+    """A function with a cache, whose results torch.compile takes for constant.
+
+    It looks through caches, but can trace neither questions to the driver nor the loading of files.
+    """
+    cached = functools.cache(question)
+
+    @torch.compiler.assume_constant_result
+    @functools.wraps(question)
+    def answer(*arguments: object) -> Answer:
+        return cached(*arguments)
+
+    return answer
 
 
 def bits_of(needs: Sequence[bool]) -> int:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+
+from .fused import asked_once
 
 DEFAULT_ORDER = ("cuda", "triton")
 """Of what is not measured."""
 
-PATH = Path(__file__).parent / "preferences.json"
+PATH = str(Path(__file__).parent / "preferences.json")
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,29 @@ class Preference:
     results: str
 
 
-@cache
-def table(path: Path = PATH) -> tuple[Preference, ...]:
+def read(path: str = PATH) -> tuple[Preference, ...]:
     """The entries of a table, narrow classes first. Raises ValueError for one that makes no sense."""
     entries = []
-    for entry in json.loads(path.read_text())["measured"]:
+    for entry in json.loads(Path(path).read_text())["measured"]:
         preference = Preference(**entry | {"fastest": tuple(entry["fastest"])})
         if sorted(preference.fastest) != sorted(DEFAULT_ORDER):
-            raise ValueError(f"{path.name}: fastest must order {DEFAULT_ORDER}, got {preference.fastest}")
+            raise ValueError(f"{Path(path).name}: fastest must order {DEFAULT_ORDER}, got {preference.fastest}")
         entries.append(preference)
     return tuple(sorted(entries, key=lambda preference: preference.head_dim))
 
 
-def order(capability: str, neighborhood: str, dtype: str, head_dim: int, path: Path = PATH) -> tuple[str, ...]:
+@asked_once
+def classes(
+    capability: str, neighborhood: str, dtype: str, path: str = PATH
+) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """``(largest head_dim, backends)`` of the measured classes, narrow ones first."""
+    wanted = capability, neighborhood, dtype
+    return tuple((p.head_dim, p.fastest) for p in read(path) if (p.capability, p.neighborhood, p.dtype) == wanted)
+
+
+def order(capability: str, neighborhood: str, dtype: str, head_dim: int, path: str = PATH) -> tuple[str, ...]:
     """GPU backends for a problem, the fastest first."""
-    for entry in table(path):
-        same = (entry.capability, entry.neighborhood, entry.dtype) == (capability, neighborhood, dtype)
-        if same and head_dim <= entry.head_dim:
-            return entry.fastest
+    for largest, fastest in classes(capability, neighborhood, dtype, path):
+        if head_dim <= largest:
+            return fastest
     return DEFAULT_ORDER

@@ -5,14 +5,13 @@ Importing this module does not import Triton; the kernels are imported when the 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from types import ModuleType
 
 import torch
 
-from ..fused import cannot_take
+from ..fused import asked_once, cannot_take
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
@@ -54,7 +53,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
+@asked_once
 def _missing() -> str:
     try:
         import triton  # noqa: F401
@@ -63,7 +62,7 @@ def _missing() -> str:
     return ""
 
 
-@functools.cache
+@asked_once
 def _cannot_use_gpu() -> str:
     if torch.version.hip is not None:
         return "device must be an NVIDIA GPU, got an AMD build of torch"

@@ -26,14 +26,14 @@ FLOAT32_PRECISION = "bf16x6"
 
 
 class Config(NamedTuple):
-    """Positions of a program's own tile and of the blocks it walks over, warps, pipeline stages, and whether rows
-    are loaded chunk by chunk (see ``tiles``)."""
+    """Positions of a program's own tile and of the blocks it walks over, warps, pipeline stages, and the channels that
+    are loaded at a time where whole rows do not fit the registers (see ``tiles``); 0 for whole rows."""
 
     own: int
     block: int
     warps: int
     stages: int
-    streamed: bool = False
+    chunk: int = 0
 
 
 # Every operation costs the same there, however large.
@@ -104,7 +104,7 @@ def lookup(device: torch.device, step: str, shape_class: str, dtype: torch.dtype
 @functools.lru_cache(maxsize=4096)
 def _lookup(section: str, step: str, shape_class: str, dtype: str, channels: int) -> Config:
     if section == "interpreter":
-        return INTERPRETER._replace(streamed=channels == 256)
+        return INTERPRETER._replace(chunk=64 if channels == 256 else 0)
     table = read()
     for entries in (table.get(section, {}), table["default"]):
         for key in (f"{step}/{shape_class}/{dtype}/{channels}", f"{step}/{dtype}/{channels}"):

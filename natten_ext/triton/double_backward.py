@@ -77,7 +77,8 @@ def double_query_kernel(
 
     x_mean = tl.zeros((OWN,), S.accumulate)
     rows = zero_rows(OWN, S)
-    for block in range(block_count(reach, S)):
+    # Streamed rows leave no registers to hold what is invariant over the walks.
+    for block in tl.range(block_count(reach, S), disable_licm=S.streamed):
         there = block_place(reach, block, S)
         keys = as_keys(there, table_columns, 0)
         k = load_rows(key, batch, head, lattice, there, S)
@@ -103,7 +104,7 @@ def double_query_kernel(
 
     if grad_query is not None:
         dq = zero_rows(OWN, S)
-        for block in range(block_count(reach, S)):
+        for block in tl.range(block_count(reach, S), disable_licm=S.streamed):
             there = block_place(reach, block, S)
             keys = as_keys(there, table_columns, 0)
             k = load_rows(key, batch, head, lattice, there, S)
@@ -155,7 +156,7 @@ def double_key_kernel(
     d_key_bias = tl.zeros((OWN,), S.accumulate)
     first_d_key_bias = tl.zeros((OWN,), S.accumulate)
     reach = queries_of(box, lattice, S)
-    for block in range(block_count(reach, S)):
+    for block in tl.range(block_count(reach, S), disable_licm=S.streamed):
         there = block_place(reach, block, S)
         queries = as_queries(there, lattice, table_columns, 0, S)
         numbers = row_numbers(batch, head, heads, height, width, lattice, there)

@@ -74,8 +74,10 @@ def _aligned(arguments: Sequence[Any]) -> tuple[int, list[Any]]:
     return align, units
 
 
-def chunks_of(head_dim: int) -> tuple[int, ...]:
-    """Widths, powers of two from 16 to 128, that hold ``head_dim`` channels with little padding."""
+def chunks_of(head_dim: int, chunk: int = 0) -> tuple[int, ...]:
+    """Widths that hold ``head_dim`` channels: all ``chunk``, or powers of two from 16 to 128 with little padding."""
+    if chunk:
+        return (chunk,) * -(-head_dim // chunk)
     widths: list[int] = []
     left = head_dim
     while left > 0:
@@ -132,9 +134,6 @@ class Launch:
         full = full_precision(self.dtype)
         config = configs.lookup(self.device, step, problem.shape_class, self.dtype, full, problem.head_dim)
         tiles = tiling(problem, config.own, config.block, owner)
-        # What is loaded at a time has to fit the registers.
-        width = 64 if self.dtype.itemsize == 2 else 32
-        chunks = (width,) * -(-problem.head_dim // width) if config.streamed else chunks_of(problem.head_dim)
         static = Static(
             kind=problem.kind,
             packed=tiles.packed,
@@ -142,8 +141,8 @@ class Launch:
             l2=self.l2,
             head_dim=problem.head_dim,
             align=1,
-            chunks=chunks,
-            streamed=config.streamed,
+            chunks=chunks_of(problem.head_dim, config.chunk),
+            streamed=config.chunk > 0,
             own_h=tiles.own[0],
             own_w=tiles.own[1],
             block_h=tiles.block[0],

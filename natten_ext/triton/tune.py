@@ -37,7 +37,8 @@ def candidates(channels: int, half: bool) -> Iterator[Config]:
         # Rows do not fit the registers: warps share the channels of few rows, where blocks are wider than tiles.
         for own, block in ((16, 32), (16, 64), (32, 64), (64, 16)):
             for warps in (4, 8):
-                yield Config(own, block, warps, 1, streamed=True)
+                for chunk in (32, 64):
+                    yield Config(own, block, warps, 1, chunk)
         return
     # Each warp takes 16 positions of a tile.
     for own, warps in ((32, 2), (64, 4), (128, 8)):

@@ -8,6 +8,8 @@ from cases import Inputs, find, forward, grad_output_of, inputs_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import natten_ext
+from natten_ext import dispatch
+from natten_ext.fused import asked_once
 from natten_ext.geometry import Full, Grid, Neighborhood
 
 OPCHECK_CASES = [
@@ -216,3 +218,40 @@ def test_compiled_double_backward_raises_and_is_not_wrong(target, case):
     first = torch.autograd.grad(function(leaves).square().sum(), list(leaves.values()), create_graph=True)
     with pytest.raises(RuntimeError, match=r"double backward|does not require grad"):
         torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values()))
+
+
+def test_answers_are_constant_to_the_compiler():
+    """What is asked of drivers and files, which torch.compile cannot trace, is asked once."""
+    asked = []
+
+    @asked_once
+    @torch.compiler.disable  # as for a driver: to trace this is an error
+    def answer(number):
+        asked.append(number)
+        return number + 1
+
+    torch._dynamo.reset()
+    x = torch.ones(1)
+    for _ in range(2):
+        assert torch.compile(lambda x: x * answer(3) * answer(4), fullgraph=True, backend="eager")(x) == 20
+        torch._dynamo.reset()
+    assert asked == [3, 4]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled tests above choose on a GPU")
+def test_the_choice_on_a_gpu_compiles(monkeypatch):
+    """Without a GPU the answer is the reference, and the warning that says so does not break the graph either."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(dispatch, "_capability", asked_once(torch.compiler.disable(lambda device: "9.0")))
+    monkeypatch.setattr(dispatch, "_warned", set())
+    torch._dynamo.reset()
+    chosen = []
+
+    def attend(x):
+        name = dispatch.choose(None, "cuda", x.dtype, x.shape[-1])
+        chosen.append(name)
+        return x + 1
+
+    with pytest.warns(RuntimeWarning, match="unfused on cuda"):
+        torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))
+    assert chosen == ["reference"]

@@ -91,7 +91,7 @@ def test_several_tiles_and_blocks(case):
 def test_streamed_channels():
     """Rows loaded chunk by chunk, as for head_dim 256."""
     configs = pytest.importorskip("natten_ext.triton.configs")
-    with configs.forced(configs.Config(32, 16, 4, 1, streamed=True)):
+    with configs.forced(configs.Config(32, 16, 4, 1, chunk=32)):
         check(find("grid-4x4-dim-256", bias=True, score="l2", shape=(1, 4, 4, 1, 72)))
 
 
