@@ -1,6 +1,6 @@
 """Kernels of the triton backend compiled ahead of time: registers suffice, no more shared memory than there is.
 
-To compile every variant of every named shape takes more than an hour, so a table keeps what came of it
+To compile every variant of every named shape takes half an hour on two cores, so a table keeps what came of it
 (``benchmarks/results/triton_resources.csv``, made by ``python -m natten_ext.triton.resources --update``). Here it
 is held against what the named shapes launch today, and a sample that has every kernel is compiled again. So a change
 of the kernels that costs registers fails here even where the table is from the code before it.
@@ -35,14 +35,16 @@ SAMPLE = [
     ("sm_100", ["l2-1k"], "bfloat16", ["forward", "backward_key"]),
 ]
 
-# What the table has for sm_80, sm_90 and sm_100. The others are compiled in part.
-COMPLETE = ["bfloat16"]
-
-# Spills for want of registers that are left: 32, 8 and 8 bytes per thread.
+# Spills for want of registers that are left, 8 to 32 bytes per thread (docs/triton.md).
 KNOWN = {
-    ("double_query", "sm_90", "float32", "cifar-g1"),
-    ("double_key", "sm_90", "float32", "cifar-g1"),
-    ("table_shares", "sm_90", "float32", "nat-256"),
+    ("backward_key", "sm_100", "float32", "cross-256"),
+    ("double_key", "sm_80", "float32", "cross-256"),
+    ("double_key", "sm_90", "float32", "cross-256"),
+    ("double_key", "sm_100", "float32", "cross-256"),
+    ("double_query", "sm_90", "float32", "cross-256"),
+    ("double_query", "sm_100", "float32", "cross-256"),
+    ("double_key", "sm_90", "float32", "l2-gat"),
+    ("double_key", "sm_100", "float32", "l2-gat"),
 }
 
 
@@ -53,19 +55,18 @@ def resources(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *run], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_every_variant_is_in_the_table_and_none_fails():
-    """What the named shapes launch with the configurations of today; for the dtypes that are compiled in full."""
-    done = resources("--status", "--dtypes", *COMPLETE)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_every_variant_is_in_the_table():
+    """What the named shapes launch with the configurations of today, for three architectures and four dtypes."""
+    done = resources("--status")
     groups = [line for line in done.stdout.splitlines() if "compiled from other code" in line]
-    assert len(groups) == len(COMPLETE) * 3
+    assert len(groups) == 12, done.stdout + done.stderr
+    assert f" 0 not compiled, {len(KNOWN)} fail" in done.stdout.splitlines()[-1], done.stdout
 
 
 def test_what_fails_is_known():
-    """In the whole table, the dtypes included that are not compiled in full."""
     table = usage_table.read()
     failing = {(usage.kernel, usage.arch, usage.dtype, usage.shape) for usage in table.values() if usage.problem}
-    assert table and failing <= KNOWN
+    assert failing == KNOWN
 
 
 @pytest.mark.slow
