@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from .fused import asked_once, bits_of, cannot_take
+from .fused import asked_once, bits_of, cannot_take, cannot_use_gpu
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MINIMUM_CAPABILITY = (8, 0)
 
 EMULATOR_VARIABLE = "NATTEN_EXT_CUDA_EMULATOR"
 
@@ -33,7 +32,7 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     if reason := cannot_take(dtype, DTYPES, head_dim):
         return reason
     if device_type == "cuda":
-        return _unsupported_gpu(torch.cuda.current_device())
+        return cannot_use_gpu()
     return ""
 
 
@@ -107,12 +106,4 @@ def _not_loaded() -> str:
         torch.ops.load_library(_library)
     except OSError as error:
         return f"{_library.name} does not load: {error}"
-    return ""
-
-
-@asked_once
-def _unsupported_gpu(device: int) -> str:
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MINIMUM_CAPABILITY:
-        return "the GPU must have compute capability {}.{} or later, got {}.{}".format(*MINIMUM_CAPABILITY, *capability)
     return ""

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from . import cpu, cuda, preferences
-from .fused import asked_once
+from .fused import cannot_use_gpu, capability_of
 from .triton import backend as triton
 
 FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
@@ -107,16 +107,11 @@ def choose(
 
 def _candidates(device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, ...]:
     """Fused backends in the order in which ``auto`` tries them."""
-    if device_type != "cuda":
+    if device_type != "cuda" or cannot_use_gpu():
         return tuple(FUSED)
-    capability = _capability(torch.cuda.current_device())
+    capability = "{}.{}".format(*capability_of(torch.cuda.current_device()))
     fastest = preferences.order(capability, neighborhood, str(dtype).removeprefix("torch."), head_dim)
     return (*fastest, *(name for name in FUSED if name not in fastest))
-
-
-@asked_once
-def _capability(device: int) -> str:
-    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> BackendStatus:

@@ -11,6 +11,8 @@ import torch
 Answer = TypeVar("Answer")
 
 MAX_HEAD_DIM = 256
+MINIMUM_CAPABILITY = (8, 0)
+"""Compute capability that the kernels for GPUs need."""
 
 
 def cannot_take(dtype: torch.dtype, dtypes: Sequence[torch.dtype], head_dim: int) -> str:
@@ -35,6 +37,23 @@ def asked_once(question: Callable[..., Answer]) -> Callable[..., Answer]:
         return cached(*arguments)
 
     return answer
+
+
+def cannot_use_gpu() -> str:
+    """Why the kernels for GPUs can't run on the current CUDA device; empty if they can."""
+    if torch.version.hip is not None:
+        return "device must be an NVIDIA GPU, got an AMD build of torch"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    capability = capability_of(torch.cuda.current_device())
+    if capability < MINIMUM_CAPABILITY:
+        return "the GPU must have compute capability {}.{} or later, got {}.{}".format(*MINIMUM_CAPABILITY, *capability)
+    return ""
+
+
+@asked_once
+def capability_of(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def bits_of(needs: Sequence[bool]) -> int:

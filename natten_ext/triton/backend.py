@@ -11,10 +11,9 @@ from types import ModuleType
 
 import torch
 
-from ..fused import asked_once, cannot_take
+from ..fused import asked_once, cannot_take, cannot_use_gpu
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MINIMUM_CAPABILITY = (8, 0)
 
 
 def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
@@ -25,7 +24,7 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
         return "device must be cuda, got cpu (Triton runs there only in its interpreter, with TRITON_INTERPRET=1)"
     if missing := _missing():
         return missing
-    if device_type == "cuda" and (reason := _cannot_use_gpu()):
+    if device_type == "cuda" and (reason := cannot_use_gpu()):
         return reason
     return cannot_take(dtype, DTYPES, head_dim)
 
@@ -59,17 +58,4 @@ def _missing() -> str:
         import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported ({error}); install natten_ext[triton]"
-    return ""
-
-
-@asked_once
-def _cannot_use_gpu() -> str:
-    if torch.version.hip is not None:
-        return "device must be an NVIDIA GPU, got an AMD build of torch"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    devices = range(torch.cuda.device_count())
-    lowest = min(torch.cuda.get_device_capability(device) for device in devices)
-    if lowest < MINIMUM_CAPABILITY:
-        return f"compute capability must be at least 8.0, got {lowest[0]}.{lowest[1]}"
     return ""

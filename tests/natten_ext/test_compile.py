@@ -238,20 +238,31 @@ def test_answers_are_constant_to_the_compiler():
     assert asked == [3, 4]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled tests above choose on a GPU")
 def test_the_choice_on_a_gpu_compiles(monkeypatch):
-    """Without a GPU the answer is the reference, and the warning that says so does not break the graph either."""
+    """With a driver's answers instead of a driver."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(dispatch, "_capability", asked_once(torch.compiler.disable(lambda device: "9.0")))
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "capability_of", asked_once(torch.compiler.disable(lambda device: (9, 0))))
+    for module in (dispatch, *dispatch.FUSED.values()):
+        if hasattr(module, "cannot_use_gpu"):
+            monkeypatch.setattr(module, "cannot_use_gpu", lambda: "")
     torch._dynamo.reset()
     chosen = []
 
     def attend(x):
-        name = dispatch.choose(None, "cuda", x.dtype, x.shape[-1])
-        chosen.append(name)
+        chosen.append(dispatch.choose(None, "cuda", x.dtype, x.shape[-1]))
         return x + 1
 
-    with pytest.warns(RuntimeWarning, match="unfused on cuda"):
-        torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))
-    assert chosen == ["reference"]
+    torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))
+    assert chosen == [next(status.name for status in natten_ext.backends("cuda") if status.available)]
+
+
+def test_the_warning_of_an_unfused_run_compiles(monkeypatch):
+    monkeypatch.setattr(dispatch, "_warned", set())
+    torch._dynamo.reset()
+
+    def attend(x):
+        return x + len(dispatch.choose(None, "xpu", x.dtype, x.shape[-1]))
+
+    with pytest.warns(RuntimeWarning, match="unfused on xpu"):
+        result = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))
+    assert result[0, 0] == 1 + len("reference")

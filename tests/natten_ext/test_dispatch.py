@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import natten_ext
-from natten_ext import dispatch
+from natten_ext import dispatch, fused
 
 
 def a_case(**options) -> torch.Tensor:
@@ -124,6 +124,20 @@ def test_environment_variable():
 def test_environment_variable_that_chooses_nothing(monkeypatch, value, expected):
     monkeypatch.setenv("NATTEN_EXT_BACKEND", value)
     assert dispatch._read_environment() == expected
+
+
+def test_gpus_that_cannot_be_used(monkeypatch):
+    """A torch with CUDA on a machine without a GPU (where asking for the device raises), and an old GPU."""
+    if not torch.cuda.is_available():
+        assert fused.cannot_use_gpu() == "torch finds no CUDA device"
+        assert all(not status.available for status in natten_ext.backends("cuda") if status.name != "reference")
+        with pytest.warns(RuntimeWarning, match="unfused on cuda"):
+            monkeypatch.setattr(dispatch, "_warned", set())
+            assert dispatch.choose(None, "cuda", torch.float32, 8) == "reference"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(fused, "capability_of", lambda device: (7, 5))
+    assert fused.cannot_use_gpu() == "the GPU must have compute capability 8.0 or later, got 7.5"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
