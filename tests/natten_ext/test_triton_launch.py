@@ -1,0 +1,27 @@
+"""The launch of Triton's kernels, as far as it goes without a GPU: see pretend_driver.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = (
+    "backward_key_kernel", "backward_query_kernel", "double_key_kernel", "double_query_kernel", "forward_kernel",
+    "table_shares_kernel", "table_sum_kernel",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_kernel_gets_the_parameters_it_was_compiled_for(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("pretend_driver.py")
+    done = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, *kernels = done.stdout.split()
+    assert tuple(kernels) == KERNELS and int(count) >= 3 * (1 + 2 + 2 + 2)
