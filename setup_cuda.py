@@ -48,8 +48,10 @@ def capabilities(torch) -> str:
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     if torch.cuda.is_available():
-        found = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
-        return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+        capabilities = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+        found = [f"{major}.{minor}" for major, minor in sorted(capabilities)]
+        if set(found) <= set(CAPABILITIES):  # an older GPU can't run the kernels, a newer one can from PTX
+            return ";".join(found)
     return DEFAULT_CAPABILITIES
 
 
@@ -107,7 +109,9 @@ def add_library(file, nvcc: str, build: Path, package: Path, torch, target_versi
         for kernel in KERNELS[::-1]  # the longest first
         for mode in MODES
     ]
-    libraries = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    # libtorch.so is what brings libtorch_cuda.so at load time, also where the torch at hand has none to link to. With
+    # --as-needed, the default of many compilers, a library is dropped in which the linker finds nothing.
+    libraries = [f"-L{folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-ltorch", "-lc10"]
     file.statement("link_cuda", package / LIBRARY, [library, *kernels], libraries)
     file.statement("resources", package / RESOURCES, kernels, [])
     file.lines.append(f"  logs = {' '.join(f'{kernel}.log' for kernel in kernels)}")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import subprocess
 from dataclasses import asdict, dataclass
 
@@ -150,8 +151,18 @@ def _clock_hertz(properties: object) -> float:
     """The GPU's highest clock; 1.7 GHz (between an A100 and an H100) where neither torch nor nvidia-smi tells."""
     if hasattr(properties, "clock_rate"):  # in kHz; not in every torch
         return 1e3 * properties.clock_rate
-    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
-    with contextlib.suppress(OSError, ValueError, IndexError, subprocess.TimeoutExpired):
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-        return 1e6 * float(answer.stdout.split()[0])
+    with contextlib.suppress(ValueError, IndexError):
+        return 1e6 * float(nvidia_smi("clocks.max.sm")[0].split()[0])
     return 1.7e9
+
+
+def nvidia_smi(*fields: str) -> list[str]:
+    """What nvidia-smi says of the first GPU that this process may use; empty if there is no nvidia-smi."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    which = [f"--id={visible}"] if visible else []
+    query = ["nvidia-smi", *which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [value.strip() for value in answer.split("\n")[0].split(",")] if answer else []

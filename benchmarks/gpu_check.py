@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="made if need be; earlier results there are replaced")
     add("--minutes", type=float, default=8.0, help="time for everything (default 8)")
     add("--parts", default=",".join(names), metavar="LIST", help=f"of {','.join(names)} (default: all)")
-    add("--device", default="cuda", help="cuda (default), cuda:1, ..., or cpu: everything in small")
+    add("--device", default="cuda", help="cuda (default; CUDA_VISIBLE_DEVICES chooses), or cpu: everything in small")
     add("--backend", action="append", metavar="NAME", help="only this backend (repeatable); default: all that can run")
     add("--precision", action="append", choices=PRECISIONS, help="repeatable; default: all that the device has")
     add("--shape", action="append", choices=SHAPES, metavar="NAME", help="benchmark only this shape (repeatable)")
@@ -67,8 +67,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--parts must be among {', '.join(names)}; got {name!r}")
     if options.minutes <= 0:
         parser.error(f"--minutes must be more than 0, got {options.minutes:g}")
-    if not options.device.startswith(("cuda", "cpu")):
-        parser.error(f"--device must be cuda, cuda:N or cpu, got {options.device!r}")
+    if options.device not in ("cuda", "cpu"):
+        parser.error(f"--device must be cuda or cpu, got {options.device!r} (CUDA_VISIBLE_DEVICES chooses among GPUs)")
     options.small = options.device == "cpu"
     if options.processes is None:
         options.processes = min(12, max(1, (os.cpu_count() or 1) - 2))

@@ -105,5 +105,5 @@ def _not_loaded() -> str:
     try:
         torch.ops.load_library(_library)
     except OSError as error:
-        return f"{_library.name} does not load: {error}"
+        return f"{_library.name} does not load: {error.__cause__ or error}"  # torch's own error names only the file
     return ""

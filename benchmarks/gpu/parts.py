@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..floors import nvidia_smi
 from .bench_plan import cells
 from .child import OUT_OF_TIME, ROOT, Ended, Event, EventReader, Supervised, run_limited, supervise
 from .document import Document
@@ -104,8 +105,7 @@ def describe_machine() -> dict[str, str]:
     """What the driver and the tools on the path say."""
     fields = {"gpu": "name", "driver": "driver_version", "memory": "memory.total", "max_clock": "clocks.max.sm",
               "power_limit": "power.limit", "temperature": "temperature.gpu", "clock": "clocks.sm"}  # fmt: skip
-    answer = _output("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader")
-    facts = dict(zip(fields, (value.strip() for value in answer.split("\n")[0].split(",")), strict=False))
+    facts = dict(zip(fields, nvidia_smi(*fields.values()), strict=False))
     facts = {name: value for name, value in facts.items() if value}
     for tool in ("nvcc", "compute-sanitizer", "ncu"):
         versions = re.findall(r"(?:release|[Vv]ersion) ?([\d.]+)", _output(tool, "--version"))
@@ -120,7 +120,10 @@ def build(run: Run) -> str:
     log = _log(run.stem("build"))
     loads = run_limited(probe, min(run.left, 120), log)
     has_nvcc = shutil.which("nvcc") is not None and run.device.startswith("cuda")
-    wants_cuda = has_nvcc and (ROOT / "csrc" / "cuda").is_dir() and not any((ROOT / "natten_ext").glob("*cuda*.so"))
+    wants_cuda = loads.status == 0 and has_nvcc and (ROOT / "csrc" / "cuda").is_dir()
+    if wants_cuda:  # importing the package does not load the kernels for GPUs
+        code = "import sys, natten_ext.cuda as cuda; sys.exit(cuda._not_loaded() or 0)"
+        wants_cuda = run_limited(run.python("-c", code), min(run.left, 120), log).status != 0
     if loads.status == 0 and not wants_cuda:
         run.found["summary"] = "loaded what was built before"
         return OK
@@ -139,7 +142,7 @@ def _architecture(run: Run) -> dict[str, str]:
     """Build CUDA kernels for the GPU at hand alone, unless the user says for which."""
     if "TORCH_CUDA_ARCH_LIST" in os.environ or not run.device.startswith("cuda"):
         return {}
-    answer = _output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
+    answer = nvidia_smi("compute_cap")
     return {"TORCH_CUDA_ARCH_LIST": answer[0]} if answer else {}
 
 

@@ -25,9 +25,10 @@ void launch(void (*kernel)(Arguments), int grid_x, int grid_y, int threads, uint
 template <class Arguments>
 void launch(void (*kernel)(Arguments), int grid_x, int grid_y, int threads, uint32_t shared_bytes, const Arguments& arguments,
             Context& context) {
+  // Always the most that a block may have: another thread may set it between this thread's setting and its launch.
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)), "shared memory of a kernel");
+                               context.shared_limit), "shared memory of a kernel");
   }
   kernel<<<dim3(grid_x, grid_y), threads, shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(arguments);
   check(cudaGetLastError(), "launch of a kernel");

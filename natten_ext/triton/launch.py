@@ -7,6 +7,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -95,7 +96,13 @@ def chunks_of(head_dim: int, chunk: int = 0) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _members_on(device: torch.device, members: tuple[tuple[int, int, int, int], ...]) -> torch.Tensor:
-    return torch.tensor(members, dtype=torch.int32, device=device)
+    """Kernels and dilations of the heads on a device.
+
+    Made in a thread of its own. torch.compile(mode="reduce-overhead") has what the calling thread allocates while it
+    warms up in the memory of a CUDA graph, where nothing may be kept: it raises an error if something is.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(torch.tensor, members, dtype=torch.int32, device=device).result()
 
 
 def full_precision(dtype: torch.dtype) -> bool:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check
-from benchmarks.gpu.child import OUT_OF_TIME, ROOT, run_limited
-from benchmarks.gpu.parts import FAILED, NOT_RUN, OK, PARTS, Part
+from benchmarks import floors, gpu_check
+from benchmarks.gpu import parts
+from benchmarks.gpu.child import OUT_OF_TIME, ROOT, Ended, run_limited
+from benchmarks.gpu.parts import FAILED, NOT_RUN, OK, PARTS, Part, Run
 
 
 def result(folder: Path) -> dict:
@@ -105,7 +106,7 @@ def test_without_a_backend_there_is_nothing_to_check(tmp_path):
     [
         (["--parts", "tests,dance"], "got 'dance'"),
         (["--minutes", "0"], "--minutes must be more than 0, got 0"),
-        (["--device", "tpu"], "--device must be cuda, cuda:N or cpu, got 'tpu'"),
+        (["--device", "cuda:1"], "--device must be cuda or cpu, got 'cuda:1' (CUDA_VISIBLE_DEVICES"),
         (["--processes", "0"], "--processes must be at least 1, got 0"),
         (["--shape", "nat-7"], "invalid choice: 'nat-7'"),
         (["--precision", "float64"], "invalid choice: 'float64'"),
@@ -120,7 +121,7 @@ def test_bad_arguments_are_named(arguments, message, tmp_path, capsys):
 
 KILLED = """
 import sys, time
-from benchmarks import gpu_check
+from benchmarks import floors, gpu_check
 from benchmarks.gpu.child import run_limited
 from benchmarks.gpu.parts import OK, Part
 
@@ -246,3 +247,35 @@ def test_everything_in_small_on_a_cpu(tmp_path, monkeypatch):
     assert data["cells_not_run"] == []
     page = (tmp_path / "out" / "gpu_check.md").read_text()
     assert "| cifar-d2 | forward | cpu " in page
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_kernels_that_do_not_load_are_built_again(monkeypatch, tmp_path, loads):
+    """A library that is there but does not load is no reason not to build: importing the package does not load it."""
+    commands = []
+
+    def run_limited(command, limit, log, environment=None):
+        commands.append(" ".join(command))
+        return Ended(1 if "_not_loaded" in commands[-1] and not loads else 0, 0.0, "")
+
+    monkeypatch.setattr(parts, "run_limited", run_limited)
+    monkeypatch.setattr(parts.shutil, "which", lambda name: name)
+    run = Run("cuda", [], [], None, tmp_path, time.monotonic() + 60, False, "gpu", None, 1, [])
+    assert parts.build(run) == OK
+    assert any("build_ext" in command for command in commands) == (not loads)
+
+
+def test_nvidia_smi_is_asked_about_the_visible_gpu(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        '#!/bin/sh\ncase "$1" in --id=3) echo "700 MHz, 9.0";; *) echo "500 MHz, 8.0"; echo "1 MHz, 7.0";; esac\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert floors.nvidia_smi("clocks.max.sm", "compute_cap") == ["500 MHz", "8.0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert floors.nvidia_smi("clocks.max.sm", "compute_cap") == ["700 MHz", "9.0"]
+    tool.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert floors.nvidia_smi("compute_cap") == []

@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from natten_ext import cuda_resources
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import setup  # noqa: E402
 import setup_cuda  # noqa: E402
 
 CAPABILITIES = ("8.0", "9.0", "10.0")
@@ -99,6 +101,28 @@ def test_architecture_lists():
         setup_cuda.architecture_flags("7.5 8.0")
     with pytest.raises(SystemExit, match="no compute capability"):
         setup_cuda.architecture_flags(" ")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"), [([(9, 0), (8, 0), (9, 0)], "8.0;9.0"), ([(7, 5)], "8.0+PTX"), ([(99, 0), (8, 0)], "8.0+PTX")]
+)
+def test_capabilities_are_those_of_the_gpus(monkeypatch, gpus, expected):
+    """An old GPU beside or instead of others is no error, and a GPU of the future gets PTX."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
+    assert setup_cuda.capabilities(torch) == expected
+    assert setup_cuda.architecture_flags(expected)
+
+
+def test_the_library_asks_for_all_of_torch(tmp_path):
+    """Linked by a torch without CUDA too: libtorch.so is what finds CUDA's symbols where the library is loaded."""
+    file = setup.NinjaFile("c++")
+    setup_cuda.add_library(file, "nvcc", tmp_path, tmp_path, torch, setup.TORCH_TARGET_VERSION)
+    link = next(i for i, line in enumerate(file.lines) if ": link_cuda " in line)
+    flags = file.lines[link + 1].split()
+    assert flags.index("-Xlinker=--no-as-needed") < flags.index("-ltorch")
 
 
 def test_leaving_the_kernels_out_and_asking_for_them(monkeypatch, capsys, tmp_path):

@@ -143,7 +143,10 @@ def test_options_are_by_keyword_only(name):
 
 def test_a_backend_that_cannot_says_why(target):
     """Whatever the limits of a backend are, asking for it beyond them raises its reason."""
-    beyond = [torch.zeros(1, 4, 1, 1000, device=target.device), torch.zeros(1, 4, 1, 8, dtype=torch.float8_e4m3fn)]
+    beyond = [
+        torch.zeros(1, 4, 1, 1000, device=target.device),
+        torch.zeros(1, 4, 1, 8, device=target.device, dtype=torch.float8_e4m3fn),
+    ]
     for tensor in beyond:
         statuses = natten_ext.backends(target.device, tensor.dtype, tensor.shape[-1])
         status = next(s for s in statuses if s.name == target.backend)

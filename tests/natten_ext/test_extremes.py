@@ -124,8 +124,8 @@ def test_values_of_one_sign_stay_within_their_range(any_target, case):
 
 def test_no_queries(any_target):
     """Attention of no query: an empty output, and gradients of zero for what it would have attended."""
-    query = torch.zeros(2, 0, 3, 8, requires_grad=True)
-    key, value = (torch.randn(2, 5, 3, 8, requires_grad=True) for _ in range(2))
+    query = torch.zeros(2, 0, 3, 8, device=any_target.device, requires_grad=True)
+    key, value = (torch.randn(2, 5, 3, 8, device=any_target.device, requires_grad=True) for _ in range(2))
     output = natten_ext.attention(query, key, value, backend=any_target.backend)
     assert output.shape == query.shape
     first = torch.autograd.grad(output.sum(), (key, value), create_graph=True)
@@ -135,7 +135,7 @@ def test_no_queries(any_target):
 @pytest.mark.parametrize("size", [8, 12])
 def test_values_outside_the_window_have_no_weight(any_target, size):
     """However large: also where a backend masks a dense product."""
-    query = torch.randn(1, size, size, 1, 4)
+    query = torch.randn(1, size, size, 1, 4, device=any_target.device)
     value = query.clone()
     value[0, -1, -1] = 3e38
     expected = natten_ext.neighborhood_attention(query, query, query, 7, backend=any_target.backend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -140,3 +141,21 @@ def test_tuning_writes_the_fastest(tmp_path):
     assert table["default"] == {"forward/half/32": [64, 32, 4, 2]}
     assert table["sm_90"] == {f"{step}/neighborhood/half/32": list(wanted) for step in steps}
     assert len(lines) == 3 and {"forward_kernel", "backward_key_kernel", "table_shares_kernel"} <= seen
+
+
+def test_what_is_kept_is_not_allocated_by_the_calling_thread(monkeypatch):
+    """That may be warming up a CUDA graph (torch.compile with "reduce-overhead"), whose memory nothing may keep."""
+    launch = pytest.importorskip("natten_ext.triton.launch")
+    threads = []
+    original = torch.tensor
+
+    def spy(*arguments, **options):
+        threads.append(threading.get_ident())
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(torch, "tensor", spy)
+    members = ((3, 5, 1, 2), (3, 5, 1, 97))
+    kept = launch._members_on(torch.device("cpu"), members)
+    assert kept.tolist() == [list(member) for member in members] and kept.dtype == torch.int32
+    assert launch._members_on(torch.device("cpu"), members) is kept
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
