@@ -6,8 +6,8 @@ Redraw from a result: ``python -m benchmarks.plot result.json figure.png``; of g
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,13 +137,16 @@ def _finish(axis: Axes, result: Result, title: str, handles: list[Any]) -> None:
 
 
 def main() -> None:
-    source, figure, *precision = sys.argv[1:]
-    result = json.loads(Path(source).read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("figure", type=Path)
+    parser.add_argument("precision", nargs="?", default="bfloat16", help="of gpu_check's result")
+    options = parser.parse_args()
+    result = json.loads(options.result.read_text())
     rows = result["rows"]
     if rows and "precision" in rows[0]:  # of gpu_check
-        wanted = precision[0] if precision else "bfloat16"
-        rows = [row for row in rows if (row["precision"], row["pass"]) == (wanted, "quick")]
-    draw(rows, result["environment"], Path(figure))
+        rows = [row for row in rows if (row["precision"], row["pass"]) == (options.precision, "quick")]
+    draw(rows, result["environment"], options.figure)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,8 @@ def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[st
             begin_step(model)
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        if isinstance(networks.loss, nn.Module):  # some losses have state
+            networks.loss.to_empty(device=device)
         dtype = next(networks.discriminator.parameters()).dtype
 
         def images(count: int) -> Tensor:

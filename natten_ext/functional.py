@@ -65,7 +65,8 @@ def l2_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """``attention`` with the score -|q-k|^2, Lipschitz where query and key are the same tensor (tied).
+    """``attention`` with the score -|q-k|^2. A layer is Lipschitz with it if query and key are one projection (tied),
+    which its values pass through as well.
 
     Kim et al., "The Lipschitz Constant of Self-Attention", arXiv 2006.04710, section 3.2; ViTGAN's discriminator
     (Lee et al., arXiv 2107.04589). Arguments and errors as ``attention``.

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from gans import checkpoint
 from gans.config import RunConfig, TrainConfig
+from gans.dry_run import describe
 from gans.fastgan import FastGANGeneratorConfig
 from gans.path_length import PathLengthLossConfig
 from gans.presets import preset
@@ -74,3 +75,10 @@ def test_resume_is_exact(recipe: TrainConfig, tmp_path: Path):
         if name != "generator_ema":
             assert all(not torch.equal(one[key], early[key]) for key in moving)
     assert checkpoint.load_state(at_once)["step"] == 2
+
+
+@pytest.mark.parametrize("recipe", [STYLENAT, PROJECTED], ids=["stylenat", "projected"])
+def test_dry_run(recipe: TrainConfig, tmp_path: Path):
+    """Losses with state of their own included."""
+    told = describe(recipe, run_of(tmp_path))
+    assert told["memory_mib"]["activations, generator update"] > 0
