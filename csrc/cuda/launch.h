@@ -86,7 +86,9 @@ Plan plan_of(const Params& p, const Context& context) {
     return SharedLayout<M, D>(plan, K::kOwn, K::kStaged, K::kScalars, K::kTables, gradient, p.table_rows * p.table_columns).total;
   };
   for (const bool tables_shared : {true, false}) {
-    for (const int64_t limit : {int64_t{shared_limit} / 2, int64_t{shared_limit}}) {
+    // A multiprocessor has the limit of one block and kReserved, and keeps kReserved for each block.
+    constexpr int64_t kReserved = 1024;
+    for (const int64_t limit : {(int64_t{shared_limit} - kReserved) / 2, int64_t{shared_limit}}) {
       for (const int warps : {4, 2, 1}) {
         Plan plan{warps, 1, kBlock, 1, 1, tables_shared, 0};
         int64_t halo = 1;
