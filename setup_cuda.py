@@ -48,8 +48,8 @@ def capabilities(torch) -> str:
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     if torch.cuda.is_available():
-        capabilities = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
-        found = [f"{major}.{minor}" for major, minor in sorted(capabilities)]
+        pairs = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+        found = [f"{major}.{minor}" for major, minor in sorted(pairs)]
         if set(found) <= set(CAPABILITIES):  # an older GPU can't run the kernels, a newer one can from PTX
             return ";".join(found)
     return DEFAULT_CAPABILITIES

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import resource
-import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 
 import natten_ext
+
+from .tools import output_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("natten", "triton", "flash-attn", "numpy")
@@ -66,11 +67,7 @@ def limit_memory(share: float = 0.8) -> None:
 
 
 def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
+    return output_of("git", *arguments, folder=ROOT).strip()
 
 
 def _version(package: str) -> str:

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import subprocess
 from dataclasses import asdict, dataclass
 
 import torch
 
 from .shapes import Shape
 from .timing import make_clock
+from .tools import nvidia_smi
 
 STAGES = {
     "forward": ("forward",),
@@ -154,15 +153,3 @@ def _clock_hertz(properties: object) -> float:
     with contextlib.suppress(ValueError, IndexError):
         return 1e6 * float(nvidia_smi("clocks.max.sm")[0].split()[0])
     return 1.7e9
-
-
-def nvidia_smi(*fields: str) -> list[str]:
-    """What nvidia-smi says of the first GPU that this process may use; empty if there is no nvidia-smi."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    which = [f"--id={visible}"] if visible else []
-    query = ["nvidia-smi", *which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [value.strip() for value in answer.split("\n")[0].split(",")] if answer else []

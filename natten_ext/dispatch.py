@@ -29,10 +29,10 @@ NAMES = (*FUSED, "reference")
 
 ENVIRONMENT_VARIABLE = "NATTEN_EXT_BACKEND"
 
-_warned: set[str] = set()
-
 # Read at import and changed by use_backend. A plain module attribute, because torch.compile guards on it.
 _override: str | None = None
+
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)

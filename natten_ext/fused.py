@@ -41,14 +41,19 @@ def asked_once(question: Callable[..., Answer]) -> Callable[..., Answer]:
 
 def cannot_use_gpu() -> str:
     """Why the kernels for GPUs can't run on the current CUDA device; empty if they can."""
-    if torch.version.hip is not None:
-        return "device must be an NVIDIA GPU, got an AMD build of torch"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+    if reason := _no_gpu():
+        return reason
     capability = capability_of(torch.cuda.current_device())
     if capability < MINIMUM_CAPABILITY:
         return "the GPU must have compute capability {}.{} or later, got {}.{}".format(*MINIMUM_CAPABILITY, *capability)
     return ""
+
+
+@asked_once
+def _no_gpu() -> str:
+    if torch.version.hip is not None:
+        return "device must be an NVIDIA GPU, got an AMD build of torch"
+    return "" if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
 @asked_once

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..floors import nvidia_smi
+from ..tools import nvidia_smi, output_of
 from .bench_plan import cells
 from .child import OUT_OF_TIME, ROOT, Ended, Event, EventReader, Supervised, run_limited, supervise
 from .document import Document
@@ -108,7 +107,7 @@ def describe_machine() -> dict[str, str]:
     facts = dict(zip(fields, nvidia_smi(*fields.values()), strict=False))
     facts = {name: value for name, value in facts.items() if value}
     for tool in ("nvcc", "compute-sanitizer", "ncu"):
-        versions = re.findall(r"(?:release|[Vv]ersion) ?([\d.]+)", _output(tool, "--version"))
+        versions = re.findall(r"(?:release|[Vv]ersion) ?([\d.]+)", output_of(tool, "--version"))
         if versions:
             facts[tool] = versions[-1]
     return facts
@@ -118,13 +117,11 @@ def build(run: Run) -> str:
     """Load the compiled libraries; build them in the tree where they are missing or don't load here."""
     probe = run.python("-c", "import natten_ext; print(natten_ext.__version__)")
     log = _log(run.stem("build"))
-    loads = run_limited(probe, min(run.left, 120), log)
-    has_nvcc = shutil.which("nvcc") is not None and run.device.startswith("cuda")
-    wants_cuda = loads.status == 0 and has_nvcc and (ROOT / "csrc" / "cuda").is_dir()
-    if wants_cuda:  # importing the package does not load the kernels for GPUs
-        code = "import sys, natten_ext.cuda as cuda; sys.exit(cuda._not_loaded() or 0)"
-        wants_cuda = run_limited(run.python("-c", code), min(run.left, 120), log).status != 0
-    if loads.status == 0 and not wants_cuda:
+    before = probe
+    if run.device == "cuda" and shutil.which("nvcc") is not None and (ROOT / "csrc" / "cuda").is_dir():
+        # Importing the package does not load the kernels for GPUs.
+        before = run.python("-c", "import sys, natten_ext.cuda as cuda; sys.exit(cuda._not_loaded() or 0)")
+    if run_limited(before, min(run.left, 120), log).status == 0:
         run.found["summary"] = "loaded what was built before"
         return OK
     begin = time.monotonic()
@@ -393,13 +390,6 @@ def _status_of(*ended: Ended) -> str:
 
 def _log(stem: Path) -> Path:
     return stem.with_suffix(".log")
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
 
 
 @dataclass(frozen=True)

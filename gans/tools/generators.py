@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import natten_ext
 from gans import checkpoint, rng
 from gans.config import from_dict
+from gans.distributed import choose_device
 from gans.registry import build, config_class
 
 Weights = Literal["generator_ema", "generator"]
@@ -47,6 +48,9 @@ class RenderArguments:
     """"auto" (a GPU if there is one), or a torch device."""
     backend: str | None = None
     """Attention backend of natten_ext; None leaves its choice."""
+
+    def load_generator(self) -> nn.Module:
+        return load_generator(self.checkpoint, choose_device(self.device), self.weights)
 
 
 def attention_backend(name: str | None) -> AbstractContextManager[Any]:

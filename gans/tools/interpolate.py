@@ -11,14 +11,12 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from gans.distributed import choose_device
 from gans.images import enlarge, grid, save_png, to_pil
 from gans.tools.generators import (
     RenderArguments,
     Space,
     attention_backend,
     latents,
-    load_generator,
     parse_numbers,
     render,
     to_codes,
@@ -87,7 +85,7 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"out is {str(options.out)!r}; its name must end in .gif or {', '.join(VIDEO)}")
     if suffix in VIDEO:
         _imageio()  # a missing library is found before the work, not after it
-    generator = load_generator(options.checkpoint, choose_device(options.device), options.weights)
+    generator = options.load_generator()
     device = next(generator.parameters()).device
     codes = latents(seeds, generator.config.latent_dim)
     if options.space == "w":

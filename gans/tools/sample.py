@@ -14,13 +14,11 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from gans.distributed import choose_device
 from gans.images import enlarge, grid, save_png, to_pil
 from gans.tools.files import new_file
 from gans.tools.generators import (
     RenderArguments,
     attention_backend,
-    load_generator,
     parse_numbers,
     render,
 )
@@ -54,7 +52,7 @@ def run(arguments: list[str]) -> None:
     suffix = options.out.suffix.lower()
     if suffix not in ("", ".png", ".zip") or (suffix != "" and options.out.is_dir()):
         raise ValueError(f"out is {str(options.out)!r}; give a .png file, a .zip file or a folder")
-    generator = load_generator(options.checkpoint, choose_device(options.device), options.weights)
+    generator = options.load_generator()
     with attention_backend(options.backend):
         batches = render(generator, seeds, batch=options.batch, truncation=options.truncation)
         bar = tqdm(total=len(seeds), unit="image", dynamic_ncols=True)

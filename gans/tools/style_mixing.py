@@ -11,13 +11,11 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from gans.distributed import choose_device
 from gans.images import grid, save_png
 from gans.tools.generators import (
     RenderArguments,
     attention_backend,
     latents,
-    load_generator,
     parse_numbers,
     render,
     to_codes,
@@ -64,7 +62,7 @@ def run(arguments: list[str]) -> None:
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"out is {str(options.out)!r}; its name must end in .png")
     rows, columns, blocks = (parse_numbers(name, getattr(options, name)) for name in ("rows", "columns", "blocks"))
-    generator = load_generator(options.checkpoint, choose_device(options.device), options.weights)
+    generator = options.load_generator()
     device = next(generator.parameters()).device
     dim = generator.config.latent_dim
     w_rows, w_columns = (

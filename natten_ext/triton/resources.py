@@ -5,9 +5,9 @@
 compiles every kernel variant that the shapes use (``benchmarks/shapes.py``, so run it in a checkout) ahead of time
 and prints one line for each. It ends with status 1 if a kernel spills registers for want of them or needs more shared
 memory than the architecture has. With ``--update`` it compiles only what the table of all variants
-(``usage_table.py``) lacks or has
-from other code, and writes that to the table as it goes; it may be stopped and started again. With ``--status`` it
-compiles nothing, and ends with status 1 if the table lacks a variant or has one that fails.
+(``usage_table.py``) lacks or has from other code, and writes that to the table as it goes; it may be stopped and
+started again. With ``--status`` it compiles nothing, and ends with status 1 if the table lacks a variant or has one
+that fails.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import floors, gpu_check
+from benchmarks import gpu_check, tools
 from benchmarks.gpu import parts
 from benchmarks.gpu.child import OUT_OF_TIME, ROOT, Ended, run_limited
 from benchmarks.gpu.parts import FAILED, NOT_RUN, OK, PARTS, Part, Run
@@ -121,7 +121,7 @@ def test_bad_arguments_are_named(arguments, message, tmp_path, capsys):
 
 KILLED = """
 import sys, time
-from benchmarks import floors, gpu_check
+from benchmarks import gpu_check
 from benchmarks.gpu.child import run_limited
 from benchmarks.gpu.parts import OK, Part
 
@@ -273,9 +273,9 @@ def test_nvidia_smi_is_asked_about_the_visible_gpu(monkeypatch, tmp_path):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert floors.nvidia_smi("clocks.max.sm", "compute_cap") == ["500 MHz", "8.0"]
+    assert tools.nvidia_smi("clocks.max.sm", "compute_cap") == ["500 MHz", "8.0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    assert floors.nvidia_smi("clocks.max.sm", "compute_cap") == ["700 MHz", "9.0"]
+    assert tools.nvidia_smi("clocks.max.sm", "compute_cap") == ["700 MHz", "9.0"]
     tool.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert floors.nvidia_smi("compute_cap") == []
+    assert tools.nvidia_smi("compute_cap") == []

@@ -24,6 +24,11 @@ def use() -> None:
     interpreter._patch_lang = _patch_once(interpreter._patch_lang)
 
 
+def environment_without_interpreter() -> dict[str, str]:
+    """For a process that does not interpret Triton's kernels."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 class _Patched:
     """Nothing to restore: a caller further out does."""
 

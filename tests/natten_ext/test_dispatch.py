@@ -134,7 +134,7 @@ def test_gpus_that_cannot_be_used(monkeypatch):
         with pytest.warns(RuntimeWarning, match="unfused on cuda"):
             monkeypatch.setattr(dispatch, "_warned", set())
             assert dispatch.choose(None, "cuda", torch.float32, 8) == "reference"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fused, "_no_gpu", lambda: "")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(fused, "capability_of", lambda device: (7, 5))
     assert fused.cannot_use_gpu() == "the GPU must have compute capability 8.0 or later, got 7.5"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ import pytest
 import torch
 from budget import assert_equal_to_rounding
 from cases import cotangents_of, derivatives, find, forward, grad_output_of, inputs_of, oracle_derivatives
+from interpreter import environment_without_interpreter
 
 import natten_ext
 from natten_ext.triton import backend
@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(code: str, **environment: str) -> str:
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    inherited = environment_without_interpreter()
     done = subprocess.run([sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

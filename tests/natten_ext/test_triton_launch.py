@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpreter import environment_without_interpreter
 
 pytest.importorskip("triton")
 
@@ -19,9 +19,10 @@ KERNELS = (
 
 @pytest.mark.slow
 def test_every_kernel_gets_the_parameters_it_was_compiled_for(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("pretend_driver.py")
-    done = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], env=environment_without_interpreter(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     count, *kernels = done.stdout.split()
     assert tuple(kernels) == KERNELS and int(count) >= 3 * (1 + 2 + 2 + 2)

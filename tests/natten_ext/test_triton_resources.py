@@ -9,12 +9,12 @@ of the kernels that costs registers fails here even where the table is from the 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpreter import environment_without_interpreter
 
 pytest.importorskip("triton")
 
@@ -50,9 +50,10 @@ KNOWN = {
 
 def resources(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
     """The command (or other code), in a process that does not interpret kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = ["-c", code] if code else ["-m", "natten_ext.triton.resources", *arguments]
-    return subprocess.run([sys.executable, *run], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *run], cwd=ROOT, env=environment_without_interpreter(), capture_output=True, text=True
+    )
 
 
 def test_every_variant_is_in_the_table():
