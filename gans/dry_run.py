@@ -94,7 +94,7 @@ def _attention_rows(network: str, model: nn.Module, inputs: Tensor, run: RunConf
         model(inputs)
     rows = []
     for (kind, shape, keys, score, dtype), count in calls.items():
-        backend = dispatch.choose(run.backend, inputs.device.type, getattr(torch, dtype), shape[-1])
+        backend = dispatch.choose(run.backend, inputs.device.type, getattr(torch, dtype), shape[-1], kind)
         row = {"network": network, "kind": kind, "score": score, "shape": list(shape), "keys": keys, "dtype": dtype}
         rows.append(row | {"calls": count, "backend": backend})
     return rows

@@ -5,11 +5,13 @@ from .dispatch import BackendStatus, backends, use_backend
 from .drop_in import na2d
 from .functional import attention, grid_attention, l2_attention, neighborhood_attention
 from .modules import Attention, GridAttention, L2Attention, NeighborhoodAttention
+from .recording import AttentionCall, record_calls
 from .version import __version__
 from .weights import attention_weights
 
 __all__ = [
     "Attention",
+    "AttentionCall",
     "BackendStatus",
     "GridAttention",
     "L2Attention",
@@ -22,5 +24,6 @@ __all__ = [
     "l2_attention",
     "na2d",
     "neighborhood_attention",
+    "record_calls",
     "use_backend",
 ]

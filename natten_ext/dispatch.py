@@ -17,6 +17,7 @@ import torch
 
 from . import cpu, cuda, preferences
 from .fused import cannot_use_gpu, capability_of
+from .geometry import KINDS
 from .triton import backend as triton
 
 FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
@@ -45,11 +46,30 @@ class BackendStatus:
 
 
 def backends(
-    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    neighborhood: str = "neighborhood",
 ) -> tuple[BackendStatus, ...]:
-    """Every backend, in the order in which ``"auto"`` tries them, and why those that can't run this problem can't."""
+    """Every backend, and why those that can't run this kind of problem can't.
+
+    Args:
+        device, dtype, head_dim: of query, key and value.
+        neighborhood: "full" (``attention``, ``l2_attention``), "grid" (``grid_attention``) or "neighborhood"
+            (``neighborhood_attention``, ``na2d``).
+
+    Returns:
+        In the order in which ``"auto"`` tries them: it takes the first that is available. After ``reference``, which
+        can run anything, come those that run only when they are asked for by name.
+
+    Raises:
+        ValueError: ``neighborhood`` is none of the three.
+    """
+    if neighborhood not in KINDS:
+        raise ValueError(f"neighborhood must be one of {KINDS}, got {neighborhood!r}")
     device_type = torch.device(device).type
-    return tuple(_status(name, device_type, dtype, head_dim) for name in NAMES)
+    order = _order(device_type, dtype, head_dim, neighborhood)
+    return tuple(_status(name, device_type, dtype, head_dim) for name in order)
 
 
 @contextmanager
@@ -73,12 +93,8 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {name!r}")
 
 
-def choose(
-    name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str = "neighborhood"
-) -> str:
-    """The backend that runs a problem: ``name``, or by ``use_backend``, the environment, or what can run it.
-
-    ``neighborhood`` is "full", "grid" or "neighborhood"; with dtype and head_dim it finds the fastest on a GPU.
+def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> str:
+    """The backend that runs a problem: ``name``, or by ``use_backend``, the environment, or the first of ``backends``.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run the problem.
     """
@@ -91,27 +107,27 @@ def choose(
             raise RuntimeError(f"backend {name!r} cannot run this: {status.reason}")
         return name
     reasons = []
-    for candidate in _candidates(device_type, dtype, head_dim, neighborhood):
-        if device_type == "cpu" and candidate in _MADE_FOR_GPUS:
-            continue
+    for candidate in _order(device_type, dtype, head_dim, neighborhood):
         status = _status(candidate, device_type, dtype, head_dim)
         if status.available:
-            return candidate
+            break
         reasons.append(f"{candidate}: {status.reason}")
-    if device_type != "cpu":
+    if candidate == "reference" and device_type != "cpu":
         _warn_once(
             f"natten_ext runs unfused on {device_type} (slow, memory grows with tokens x keys): {'; '.join(reasons)}"
         )
-    return "reference"
+    return candidate
 
 
-def _candidates(device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, ...]:
-    """Fused backends in the order in which ``auto`` tries them."""
+def _order(device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, ...]:
+    """All backends in the order in which ``auto`` tries them; it never gets past ``reference``."""
+    if device_type == "cpu":
+        return (*(name for name in NAMES if name not in _MADE_FOR_GPUS), *_MADE_FOR_GPUS)
     if device_type != "cuda" or cannot_use_gpu():
-        return tuple(FUSED)
+        return NAMES
     capability = "{}.{}".format(*capability_of(torch.cuda.current_device()))
     fastest = preferences.order(capability, neighborhood, str(dtype).removeprefix("torch."), head_dim)
-    return (*fastest, *(name for name in FUSED if name not in fastest))
+    return (*fastest, *(name for name in NAMES if name not in fastest))
 
 
 def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> BackendStatus:

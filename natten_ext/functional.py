@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from . import dispatch, reference
 from .geometry import AnyNeighborhood, Full, Grid, IntPair, Neighborhood
+from .recording import record
 
 SCORES = ("dot", "l2")
 SizePerAxis = int | IntPair
@@ -156,8 +157,8 @@ def _run(
     device_type = query.device.type
     if bias is not None:
         _check_bias(bias, query, neighborhood)
-    kind = type(neighborhood).__name__.lower()
-    name = dispatch.choose(backend, device_type, query.dtype, query.shape[-1], kind)
+    name = dispatch.choose(backend, device_type, query.dtype, query.shape[-1], neighborhood.kind)
+    record(name, query, key, bias, neighborhood, score, scale)
     if name == "reference":
         return reference.attention(query, key, value, bias, neighborhood, score, scale)
     if forward_ad._current_level >= 0 and any(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,12 @@ FULL, GRID, NEIGHBORHOOD = 0, 1, 2
 class Full:
     """Every query attends every key."""
 
+    kind: ClassVar[str] = "full"
+
+    def keys(self, tokens: int) -> int:
+        """The most keys that a query attends, of ``tokens``."""
+        return tokens
+
     def encode(self) -> list[int]:
         return [FULL]
 
@@ -29,11 +36,16 @@ class Grid:
     """Every query attends the keys of the non-overlapping ``window`` (height, width) that holds it."""
 
     window: IntPair
+    kind: ClassVar[str] = "grid"
 
     @property
     def kernel(self) -> IntPair:
         """Extent that sizes the relative position table."""
         return self.window
+
+    def keys(self, tokens: int) -> int:
+        """The most keys that a query attends, of ``tokens``."""
+        return self.window[0] * self.window[1]
 
     def encode(self) -> list[int]:
         return [GRID, *self.window]
@@ -50,6 +62,7 @@ class Neighborhood:
 
     kernels: tuple[IntPair, ...]
     dilations: tuple[IntPair, ...]
+    kind: ClassVar[str] = "neighborhood"
 
     @property
     def kernel(self) -> IntPair:
@@ -61,6 +74,10 @@ class Neighborhood:
         for kernel, dilation in zip(self.kernels, self.dilations, strict=True):
             code += [*kernel, *dilation]
         return code
+
+    def keys(self, tokens: int) -> int:
+        """The most keys that a query attends, of ``tokens``."""
+        return max(rows * columns for rows, columns in self.kernels)
 
     def head_groups(self) -> list[tuple[int, int]]:
         """Ranges ``(first, last + 1)`` of consecutive heads that share kernel and dilation."""
@@ -75,6 +92,8 @@ class Neighborhood:
 
 
 AnyNeighborhood = Full | Grid | Neighborhood
+
+KINDS = (Full.kind, Grid.kind, Neighborhood.kind)
 
 
 def decode(code: Sequence[int]) -> AnyNeighborhood:

@@ -55,29 +55,22 @@ def test_recomputing_needs_less_memory(tiny):
         assert recomputed[f"activations, {network} update"] < 0.9 * kept[f"activations, {network} update"]
 
 
-def test_bf16_is_close_and_penalties_are_in_full_precision(tiny, monkeypatch):
+def test_bf16_is_close_and_penalties_are_in_full_precision(tiny):
     plain = replace(tiny, loss=replace(tiny.loss, drift=0.0))
     mixed = replace(plain, precision="bf16")
-    seen = []
-    run = natten_ext.functional._run
-
-    def noted(query, *rest):
-        seen.append(query.dtype)
-        return run(query, *rest)
-
-    monkeypatch.setattr(natten_ext.functional, "_run", noted)
-    exact, expected = gradients(plain)
-    assert set(seen) == {torch.float32}
-    seen.clear()
-    rough, found = gradients(mixed)
-    assert set(seen) == {torch.bfloat16, torch.float32}
+    with natten_ext.record_calls() as calls:
+        exact, expected = gradients(plain)
+    assert {call.dtype for call in calls} == {torch.float32}
+    with natten_ext.record_calls() as calls:
+        rough, found = gradients(mixed)
+    assert {call.dtype for call in calls} == {torch.bfloat16, torch.float32}
     assert rough["penalty"] == pytest.approx(exact["penalty"], rel=0.02)
     for name, gradient in expected.items():
         assert found[name].dtype == torch.float32
         assert (found[name] - gradient).norm() < 0.1 * gradient.norm() + 1e-3, name
-    seen.clear()
-    gradients(replace(mixed, penalty_precision="same"))
-    assert set(seen) == {torch.bfloat16}
+    with natten_ext.record_calls() as calls:
+        gradients(replace(mixed, penalty_precision="same"))
+    assert {call.dtype for call in calls} == {torch.bfloat16}
 
 
 def test_autocast_of_a_penalty(tiny):

@@ -249,7 +249,7 @@ def test_the_choice_on_a_gpu_compiles(monkeypatch):
     chosen = []
 
     def attend(x):
-        chosen.append(dispatch.choose(None, "cuda", x.dtype, x.shape[-1]))
+        chosen.append(dispatch.choose(None, "cuda", x.dtype, x.shape[-1], "full"))
         return x + 1
 
     torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))
@@ -261,7 +261,7 @@ def test_the_warning_of_an_unfused_run_compiles(monkeypatch):
     torch._dynamo.reset()
 
     def attend(x):
-        return x + len(dispatch.choose(None, "xpu", x.dtype, x.shape[-1]))
+        return x + len(dispatch.choose(None, "xpu", x.dtype, x.shape[-1], "full"))
 
     with pytest.warns(RuntimeWarning, match="unfused on xpu"):
         result = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import natten_ext
-from natten_ext import dispatch, fused
+from natten_ext import dispatch, fused, geometry
 
 
 def a_case(**options) -> torch.Tensor:
@@ -19,19 +20,9 @@ def a_case(**options) -> torch.Tensor:
     return natten_ext.attention(query, key, value, **options)
 
 
-@pytest.fixture
-def chosen(monkeypatch) -> list[str]:
-    """Names of the backends that `choose` answered with during the test."""
-    names: list[str] = []
-    original = dispatch.choose
-
-    def spy(*arguments):
-        names.append(original(*arguments))
-        return names[-1]
-
-    monkeypatch.setattr(dispatch, "choose", spy)
+@pytest.fixture(autouse=True)
+def _nothing_chosen(monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "_override", None)
-    return names
 
 
 def test_every_backend_has_a_status():
@@ -46,21 +37,60 @@ def test_every_backend_has_a_status():
 def test_reference_is_always_available():
     for device in ("cpu", "cuda", "meta"):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            assert natten_ext.backends(device, dtype, 1000)[-1] == natten_ext.BackendStatus("reference", True, "")
+            assert natten_ext.BackendStatus("reference", True, "") in natten_ext.backends(device, dtype, 1000)
 
 
-def test_auto_on_the_cpu(chosen):
-    a_case()
-    a_case(backend="auto")
-    expected = "cpu" if any(s.name == "cpu" and s.available for s in natten_ext.backends()) else "reference"
-    assert chosen == [expected, expected]
+def chosen(calls: list[natten_ext.AttentionCall]) -> list[str]:
+    return [call.backend for call in calls]
 
 
-def test_asking_by_name(chosen):
+def test_auto_on_the_cpu():
+    with natten_ext.record_calls() as calls:
+        a_case()
+        a_case(backend="auto")
+    assert chosen(calls) == ["cpu", "cpu"]
+
+
+def test_asking_by_name():
     available = [status.name for status in natten_ext.backends(head_dim=8) if status.available]
-    for name in available:
-        a_case(backend=name)
-    assert chosen == available
+    with natten_ext.record_calls() as calls:
+        for name in available:
+            a_case(backend=name)
+    assert chosen(calls) == available
+
+
+def test_auto_takes_the_first_available_backend():
+    """Also where kernels made for GPUs run on the CPU, which `auto` does not take, and beyond all fused kernels."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        for head_dim in (8, 300):
+            for kind in geometry.KINDS:
+                first = next(s.name for s in natten_ext.backends("cpu", dtype, head_dim, kind) if s.available)
+                assert dispatch.choose("auto", "cpu", dtype, head_dim, kind) == first
+
+
+def test_the_order_on_a_gpu_is_that_of_the_kind_of_neighborhood(monkeypatch, tmp_path):
+    """A measured table in which the order differs between kinds: `backends` and `auto` agree on each."""
+    entry = {"capability": "9.0", "dtype": "float32", "head_dim": 64, "results": "made up"}
+    table = tmp_path / "preferences.json"
+    fastest = {"grid": ["triton", "cuda"], "full": ["cuda", "triton"]}
+    measured = [entry | {"neighborhood": kind, "fastest": names} for kind, names in fastest.items()]
+    table.write_text(json.dumps({"measured": measured}))
+    read = dispatch.preferences.order
+    monkeypatch.setattr(dispatch.preferences, "order", lambda *problem: read(*problem, str(table)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(dispatch, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "cannot_use_gpu", lambda: "")
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(dispatch.FUSED[name], "cannot_run", lambda *problem: "")
+    for kind, names in fastest.items():
+        statuses = natten_ext.backends("cuda", torch.float32, 64, kind)
+        assert [status.name for status in statuses] == [*names, "cpu", "reference"]
+        assert dispatch.choose(None, "cuda", torch.float32, 64, kind) == names[0]
+
+
+def test_an_unknown_kind_of_neighborhood():
+    with pytest.raises(ValueError, match="neighborhood must be one of"):
+        natten_ext.backends(neighborhood="window")
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
@@ -71,28 +101,29 @@ def test_gpu_backends_on_the_cpu_raise(name):
         a_case(backend=name)
 
 
-def test_use_backend_nests_and_ends(chosen):
-    with natten_ext.use_backend("reference"):
-        a_case()
-        with natten_ext.use_backend("auto"):
+def test_use_backend_nests_and_ends():
+    with natten_ext.record_calls() as calls:
+        with natten_ext.use_backend("reference"):
+            a_case()
+            with natten_ext.use_backend("auto"):
+                a_case()
             a_case()
         a_case()
-    a_case()
-    auto = chosen[1]
-    assert chosen == ["reference", auto, "reference", auto]
+    assert chosen(calls) == ["reference", "cpu", "reference", "cpu"]
 
 
-def test_use_backend_ends_after_an_error(chosen):
+def test_use_backend_ends_after_an_error():
     with pytest.raises(KeyError), natten_ext.use_backend("reference"):
         raise KeyError
-    a_case()
-    assert chosen == [dispatch.choose("auto", "cpu", torch.float32, 8)] * 2
+    with natten_ext.record_calls() as calls:
+        a_case()
+    assert chosen(calls) == ["cpu"]
 
 
-def test_an_argument_goes_before_use_backend(chosen):
-    with natten_ext.use_backend("auto"):
+def test_an_argument_goes_before_use_backend():
+    with natten_ext.record_calls() as calls, natten_ext.use_backend("auto"):
         a_case(backend="reference")
-    assert chosen == ["reference"]
+    assert chosen(calls) == ["reference"]
 
 
 def test_use_backend_with_an_unknown_name():
@@ -133,7 +164,7 @@ def test_gpus_that_cannot_be_used(monkeypatch):
         assert all(not status.available for status in natten_ext.backends("cuda") if status.name != "reference")
         with pytest.warns(RuntimeWarning, match="unfused on cuda"):
             monkeypatch.setattr(dispatch, "_warned", set())
-            assert dispatch.choose(None, "cuda", torch.float32, 8) == "reference"
+            assert dispatch.choose(None, "cuda", torch.float32, 8, "full") == "reference"
     monkeypatch.setattr(fused, "_no_gpu", lambda: "")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(fused, "capability_of", lambda device: (7, 5))
@@ -153,7 +184,7 @@ def test_falling_back_on_an_accelerator_warns_once(monkeypatch):
     if any(s.available for s in natten_ext.backends("xpu") if s.name != "reference"):
         pytest.skip("a fused backend runs on xpu")
     with pytest.warns(RuntimeWarning, match="xpu"):
-        assert dispatch.choose("auto", "xpu", torch.float32, 8) == "reference"
+        assert dispatch.choose("auto", "xpu", torch.float32, 8, "full") == "reference"
     assert len(dispatch._warned) == 1
-    dispatch.choose("auto", "xpu", torch.float32, 8)
+    dispatch.choose("auto", "xpu", torch.float32, 8, "full")
     assert len(dispatch._warned) == 1

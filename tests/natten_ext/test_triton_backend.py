@@ -39,7 +39,7 @@ def test_without_triton_it_says_so():
 def test_cpu_tensors_need_the_interpreter():
     code = (
         "import natten_ext, torch; q = torch.randn(1, 4, 1, 8)\n"
-        "print(natten_ext.dispatch.choose('auto', 'cpu', torch.float32, 8))\n"
+        "print(natten_ext.dispatch.choose('auto', 'cpu', torch.float32, 8, 'full'))\n"
         "try: natten_ext.attention(q, q, q, backend='triton')\n"
         "except RuntimeError as error: print(error)"
     )
@@ -60,8 +60,8 @@ def test_reasons(problem, reason, monkeypatch):
 def test_auto_never_interprets(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(natten_ext.dispatch, "_override", None)
-    assert natten_ext.dispatch.choose(None, "cpu", torch.float32, 8) == "cpu"
-    assert natten_ext.dispatch.choose(None, "cpu", torch.float16, 8) == "reference"
+    assert natten_ext.dispatch.choose(None, "cpu", torch.float32, 8, "full") == "cpu"
+    assert natten_ext.dispatch.choose(None, "cpu", torch.float16, 8, "full") == "reference"
 
 
 def check(case) -> None:
