@@ -187,17 +187,19 @@ def oracle_derivatives(
     cotangents: Mapping[str, Tensor] | None = None,
     order: int = DOUBLE,
     dtype: torch.dtype = torch.float64,
+    expanded: bool | None = None,
 ) -> Inputs:
     """`derivatives` of the oracle on the CPU, from inputs of any precision.
 
-    In float64 it is the truth; in a lower precision it is the same computation in plain PyTorch.
+    In float64 it is the truth; in a lower precision it is the same computation in plain PyTorch (with the score "l2"
+    expanded, unless `expanded` says otherwise).
     """
 
     def cast(tensors: Mapping[str, Tensor]) -> Inputs:
         return {name: tensor.detach().cpu().to(dtype) for name, tensor in tensors.items()}
 
     arguments = cast(inputs), grad_output.detach().cpu().to(dtype), cast(cotangents or {})
-    expanded = dtype != torch.float64
+    expanded = dtype != torch.float64 if expanded is None else expanded
     return derivatives(lambda leaves: oracle_forward(case, leaves, expanded), *arguments, order=order)
 
 
