@@ -23,7 +23,9 @@ struct Arguments {
   Problem problem;
   View query, key, value, bias;
   View output;  // written by forward, read by the others
-  void* lse;    // (batch, heads, queries), contiguous, in the compute type; likewise
+  // (2, batch, heads, queries), contiguous, in the compute type; likewise. In base 2, first the score from which a row's
+  // weights are counted (about its largest), then the logarithm of their sum.
+  void* lse;
   View grad_output;
   View cot_query, cot_key, cot_value, cot_bias;  // cotangents of the first gradients
   View grad_grad_output, grad_query, grad_key, grad_value, grad_bias;

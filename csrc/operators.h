@@ -119,6 +119,7 @@ inline std::vector<int64_t> lse_sizes(const Tensor& query) {
   const int64_t heads = s[s.size() - 2];
   s.resize(s.size() - 2);
   s.insert(s.begin() + 1, heads);
+  s.insert(s.begin(), 2);
   return s;
 }
 
@@ -145,7 +146,7 @@ void set_saved(const Backend& backend, Arguments& a, const Tensor& query, const 
   a.grad_output = like(backend, grad_output, query, "grad_output");
   a.output = like(backend, output, query, "output");
   require(lse.is_contiguous() && sizes(lse) == lse_sizes(query) && lse.scalar_type() == lse_dtype(query),
-          "lse must be contiguous (batch, heads, tokens) in the compute type");
+          "lse must be contiguous (2, batch, heads, tokens) in the compute type");
   a.lse = lse.mutable_data_ptr();
 }
 

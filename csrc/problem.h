@@ -32,6 +32,7 @@ struct Problem {
   double scale;
 
   int64_t queries() const { return height * width; }
+  int64_t rows() const { return batch * heads * queries(); }
 
   // Factor of q.k: -s|q-k|^2 is 2s q.k - s|k|^2 up to a constant of the row.
   double dot_scale() const { return l2 ? 2 * scale : scale; }

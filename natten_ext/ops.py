@@ -3,6 +3,10 @@
 Tensors are sequences ``(batch, tokens, heads, head_dim)`` or maps ``(batch, height, width, heads, head_dim)``.
 ``neighborhood`` is the integer code of ``natten_ext.geometry``; ``backend`` names a fused backend. The formulas are
 in docs/double_backward.md. What ``needs`` does not ask for comes back as an empty tensor.
+
+``lse`` is each row's log-sum-exp in two parts ``(2, batch, heads, *tokens)``, in the units of the kernels: the score,
+times log2(e), from which weights were counted (``base``, about the largest), and log2 of the sum of those weights
+(``log_sum``). Added up they would round: scores of 1e5 would leave float32 weights two digits.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ def _attention(query, key, value, bias, neighborhood, score, scale, backend):
 def _attention_fake(query, key, value, bias, neighborhood, score, scale, backend):
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, *tokens, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((batch, heads, *tokens), dtype=lse_dtype)
+    return query.new_empty(query.shape), query.new_empty((2, batch, heads, *tokens), dtype=lse_dtype)
 
 
 def _attention_setup(ctx, inputs, output):

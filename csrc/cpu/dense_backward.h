@@ -3,6 +3,8 @@
 // and the table's gradient is the sum of dS over equal offsets.
 #pragma once
 
+#include <limits>
+
 #include "dense.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
@@ -11,8 +13,8 @@ namespace natten_ext::NATTEN_EXT_ISA {
 template <class T>
 class BackwardQueries {
  public:
-  // Log-sum-exp of lanes without a query: makes their P vanish.
-  static constexpr T kNoQuery = T(1e30);
+  // Base of lanes without a query: makes their P vanish.
+  static constexpr T kNoQuery = std::numeric_limits<T>::infinity();
 
   BackwardQueries(const Arguments& a, const DensePlan<T>& plan)
       : a_(a),
@@ -22,7 +24,8 @@ class BackwardQueries {
         grad_output(plan.block_queries * plan.padded),
         grad_output_t(plan.padded * plan.block_queries),
         output(plan.block_queries * plan.padded),
-        lse2(plan.block_queries),
+        base(plan.block_queries),
+        log_sum(plan.block_queries),
         delta(plan.block_queries) {}
 
   void load(const DenseJob& job, int64_t first, int64_t count) {
@@ -32,10 +35,13 @@ class BackwardQueries {
     pack_rows<T>(output, a_.output, plan_, job, plan_.window_x, first, count, 1);
     RowCursor lse = lse_cursor(p, job, plan_.window_x, first);
     for (int64_t i = 0; i < count; ++i, ++lse) {
-      lse2[i] = static_cast<const T*>(a_.lse)[lse.offset] * kLog2E<T>;
+      const T* parts = static_cast<const T*>(a_.lse) + lse.offset;
+      base[i] = parts[0];
+      log_sum[i] = parts[p.rows()];
       delta[i] = dot_row(grad_output + i * plan_.padded, output + i * plan_.padded, plan_.padded);
     }
-    std::fill(lse2 + count, lse2 + plan_.block_queries, kNoQuery);
+    std::fill(base + count, base + plan_.block_queries, kNoQuery);
+    std::fill(log_sum + count, log_sum + plan_.block_queries, T(0));
     std::fill(delta + count, delta + plan_.block_queries, T(0));
   }
 
@@ -46,7 +52,7 @@ class BackwardQueries {
  public:
   Buffer<T> query, query_t;  // times a log2(e)
   Buffer<T> grad_output, grad_output_t, output;
-  Buffer<T> lse2, delta;  // log2 sum exp2; D
+  Buffer<T> base, log_sum, delta;  // the two parts of lse; D
 };
 
 // row[c] -= factor * other[c]
@@ -136,14 +142,15 @@ class DenseBackward {
   NATTEN_EXT_INLINE void scores(const T* table, int64_t first_key, int64_t keys, int64_t lane, T* grad_table) {
     const int64_t lanes = plan_.block_queries;
     const bool l2 = a_.problem.l2;
-    const Vector<T> lse = load(queries_.lse2 + lane), delta = load(queries_.delta + lane);
+    const Vector<T> base = load(queries_.base + lane), log_sum = load(queries_.log_sum + lane);
+    const Vector<T> delta = load(queries_.delta + lane);
     for (int64_t j = 0; j < keys; ++j) {
       T* s = probability_ + j * lanes + lane;
       T* dp = grad_score_ + j * lanes + lane;
-      Vector<T> score = load(s) - lse;
+      Vector<T> score = load(s);
       if (table != nullptr) score += index_.read(table, first_key + j, lane);
       if (l2) score += broadcast(key_bias_[j]);
-      const Vector<T> probability = exp2(score);
+      const Vector<T> probability = exp2(score - base - log_sum);
       const Vector<T> grad = probability * (load(dp) - delta);
       store(s, probability);
       store(dp, grad);

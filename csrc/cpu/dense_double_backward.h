@@ -115,14 +115,14 @@ class DenseDoubleBackward {
     const T* table = tables_.head(job.head);
     const T* cot_table = cot_tables_.head(job.head);
     for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
-      const Vector<T> lse = load(queries_.lse2 + lane);
+      const Vector<T> base = load(queries_.base + lane), log_sum = load(queries_.log_sum + lane);
       Vector<T> r = load(r_ + lane), e = load(e_ + lane);
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * lanes + lane;
-        Vector<T> score = load(probability + at) - lse;
+        Vector<T> score = load(probability + at);
         if (table != nullptr) score += index_.read(table, first_key + j, lane);
         if (p.l2) score += broadcast(key_bias_[j]);
-        const Vector<T> prob = exp2(score);
+        const Vector<T> prob = exp2(score - base - log_sum);
         Vector<T> value{};
         if (products) value = load(x + at) * kLn2<T>;  // the packed queries carry log2(e)
         if (cot_table != nullptr) value += index_.read(cot_table, first_key + j, lane);

@@ -59,7 +59,8 @@ class BackwardRows {
     grad_output.resize(kGroup, channels, g);
     output.resize(kGroup, channels, g);
     for (int r = 0; r < kGroup; ++r) {
-      lse2[r] = Buffer<T>(g.padded);
+      base[r] = Buffer<T>(g.padded);
+      log_sum[r] = Buffer<T>(g.padded);
       delta[r] = Buffer<T>(g.padded);
     }
   }
@@ -73,7 +74,9 @@ class BackwardRows {
       const T* lse = static_cast<const T*>(a_.lse) + job.lse_offset(a_.problem, y);
       for (int64_t x = 0; x < g.padded; ++x) {
         // Lanes without a query: their P vanishes.
-        lse2[r][x] = x < g.width ? lse[x * job.window.dilation_x] * kLog2E<T> : T(1e30);
+        const T* parts = lse + x * job.window.dilation_x;
+        base[r][x] = x < g.width ? parts[0] : std::numeric_limits<T>::infinity();
+        log_sum[r][x] = x < g.width ? parts[a_.problem.rows()] : T(0);
       }
       for (int64_t x = 0; x < g.padded; x += L) store(delta[r] + x, dot(grad_output.row(y) + x, output.row(y) + x));
     }
@@ -93,7 +96,7 @@ class BackwardRows {
 
  public:
   RowRing<T> grad_output, output;
-  Buffer<T> lse2[kGroup], delta[kGroup];  // log2 sum exp2; D
+  Buffer<T> base[kGroup], log_sum[kGroup], delta[kGroup];  // the two parts of lse; D
 };
 
 // The gradient of one head's table, over the jobs of a task.
@@ -199,12 +202,13 @@ class NeighborhoodBackward {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t y = group.y + r, x = b * L, distance = group.start[r] - y, which = g.query_blocks[b].table;
     T* grad_table = a_.grad_bias && rows_.job.owns(y) ? table_gradient.expanded.row(which, distance) : nullptr;
-    const Vector<T> lse = load(backward_.lse2[r] + x), delta = load(backward_.delta[r] + x);
+    const Vector<T> base = load(backward_.base[r] + x), log_sum = load(backward_.log_sum[r] + x);
+    const Vector<T> delta = load(backward_.delta[r] + x);
     T* weight_row = weight_rows_.rows[r] + x;
     T* score_row = score_rows_.rows[r] + x;
     for (int64_t i = 0, ky = 0; ky < g.ky; ++ky) {
       for (int64_t kx = 0; kx < g.kx; ++kx, ++i) {
-        const Vector<T> weight = exp2(load(weights + i * L) - lse);
+        const Vector<T> weight = exp2(load(weights + i * L) - base - log_sum);
         const Vector<T> gradient = weight * (load(scores + i * L) - delta);
         store(scores + i * L, gradient);
         const int64_t at = ky * g.weights_stride + kx * g.padded;

@@ -129,10 +129,11 @@ class NeighborhoodDoubleBackward {
     T* const values = weights_[kX].block(r, slot);
     T* const weighted_values = weights_[kValueWeight].block(r, slot);
     const T* const grad_scores = weights_[kGradScore].block(r, slot);
-    const Vector<T> lse = NATTEN_EXT_ISA::load(backward_.lse2[r] + b * L);
+    const Vector<T> base = NATTEN_EXT_ISA::load(backward_.base[r] + b * L);
+    const Vector<T> log_sum = NATTEN_EXT_ISA::load(backward_.log_sum[r] + b * L);
     Vector<T> r_sum{}, e_sum{};
     for (int64_t i = 0; i < n * L; i += L) {
-      const Vector<T> probability = exp2(NATTEN_EXT_ISA::load(probabilities + i) - lse);
+      const Vector<T> probability = exp2(NATTEN_EXT_ISA::load(probabilities + i) - base - log_sum);
       Vector<T> value{};
       if (products) value = NATTEN_EXT_ISA::load(values + i) * kLn2<T>;  // queries carry log2(e)
       if (cot_table != nullptr) value += NATTEN_EXT_ISA::load(cot_table + i);

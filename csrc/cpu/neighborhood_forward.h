@@ -67,9 +67,11 @@ class NeighborhoodForward {
     }
     const Vector<T> sum = sums[0] + sums[1];
     const NeighborhoodJob& job = rows_.job;
-    T* lse = static_cast<T*>(a_.lse) + job.lse_offset(a_.problem, y);
+    T* base = static_cast<T*>(a_.lse) + job.lse_offset(a_.problem, y);
     for (int lane = 0; lane < L && x + lane < g.width; ++lane) {
-      lse[(x + lane) * job.window.dilation_x] = (top[lane] + std::log2(sum[lane])) * kLn2<T>;
+      T* row = base + (x + lane) * job.window.dilation_x;
+      row[0] = top[lane];
+      row[a_.problem.rows()] = std::log2(sum[lane]);
     }
     return 1 / sum;
   }

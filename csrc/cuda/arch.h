@@ -223,8 +223,8 @@ NATTEN_EXT_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umul
 
 NATTEN_EXT_DEVICE float power_of_two(float x) { return exp2f(x); }
 NATTEN_EXT_DEVICE double power_of_two(double x) { return exp2(x); }
-NATTEN_EXT_DEVICE float natural_logarithm(float x) { return logf(x); }
-NATTEN_EXT_DEVICE double natural_logarithm(double x) { return log(x); }
+NATTEN_EXT_DEVICE float binary_logarithm(float x) { return log2f(x); }
+NATTEN_EXT_DEVICE double binary_logarithm(double x) { return log2(x); }
 NATTEN_EXT_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 NATTEN_EXT_DEVICE double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
 

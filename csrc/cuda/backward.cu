@@ -34,7 +34,7 @@ struct BackwardQuery {
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
       const LeftRows<M, D> query(shared.own(0), own), grad_output(shared.own(1), own);
-      const RowNumbers<Real> lse(p, p.lse, tile, own, kLog2E<Real>);
+      const RowNumbers<Real> base(p, p.base, tile, own), log_sum(p, p.log_sum, tile, own);
       Real delta[2];
       Real acc[kChannels / 8][4] = {};
 
@@ -66,7 +66,7 @@ struct BackwardQuery {
                           [&](int, int c) { return p.l2 ? staged_scalar<Real>(key_bias, block, c) : Real(0); });
             NATTEN_EXT_UNROLL
             for (int e = 0; e < 4; ++e) {
-              const Real weight = power_of_two(s[b][e] - lse[e / 2]);
+              const Real weight = power_of_two(s[b][e] - base[e / 2] - log_sum[e / 2]);
               s[b][e] = block.valid(e / 2, e % 2) ? weight * (dp[b][e] - delta[e / 2]) : Real(0);
             }
           });
@@ -90,7 +90,7 @@ template <class M, int D>
 struct BackwardKey {
   using Real = typename M::Real;
   static constexpr bool kByKey = true, kTableGradient = false;
-  static constexpr int kOwn = 2, kStaged = 2, kScalars = 2, kTables = 1;  // key, value; query, grad_output; L, D
+  static constexpr int kOwn = 2, kStaged = 2, kScalars = 3, kTables = 1;  // key, value; query, grad_output; L, D
   static constexpr int kChannels = kResultChannels<M, D, 96>;
   static constexpr int kBlocks = D * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
 
@@ -99,8 +99,9 @@ struct BackwardKey {
     p.own[1] = p.value;
     p.staged[0] = p.query;
     p.staged[1] = p.grad_output;
-    p.scalars[0] = p.lse;
-    p.scalars[1] = p.delta;
+    p.scalars[0] = p.base;
+    p.scalars[1] = p.log_sum;
+    p.scalars[2] = p.delta;
   }
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
@@ -117,7 +118,7 @@ struct BackwardKey {
       Real grad_key[kChannels / 8][4] = {}, grad_value[kChannels / 8][4] = {};
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 2>(shared, stage, p, again(), pieces.piece(i));
+        stage_piece<M, D, kStaged, kScalars>(shared, stage, p, again(), pieces.piece(i));
       };
       for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
         if (i == 0 && p.l2) {
@@ -139,9 +140,10 @@ struct BackwardKey {
             NATTEN_EXT_UNROLL
             for (int e = 0; e < 4; ++e) {
               const bool valid = block.valid(e / 2, e % 2);
-              const Real lse = staged_scalar<Real>(shared.scalars(stage, 0), block, e % 2) * kLog2E<Real>;
-              const Real delta = staged_scalar<Real>(shared.scalars(stage, 1), block, e % 2);
-              s[b][e] = valid ? power_of_two(s[b][e] - lse) : Real(0);
+              const Real base = staged_scalar<Real>(shared.scalars(stage, 0), block, e % 2);
+              const Real log_sum = staged_scalar<Real>(shared.scalars(stage, 1), block, e % 2);
+              const Real delta = staged_scalar<Real>(shared.scalars(stage, 2), block, e % 2);
+              s[b][e] = valid ? power_of_two(s[b][e] - base - log_sum) : Real(0);
               dp[b][e] = valid ? s[b][e] * (dp[b][e] - delta) : Real(0);
               sum[e / 2] += dp[b][e];
             }

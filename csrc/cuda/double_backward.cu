@@ -85,7 +85,7 @@ struct DoubleBackwardQuery {
       stage_own<M, D, kOwn>(shared, p, tile);
       const LeftRows<M, D> query(shared.own(kQuery), own), grad_output(shared.own(kGradOutput), own);
       const LeftRows<M, D> cot_query(shared.own(kCotQuery), own);
-      const RowNumbers<Real> lse(p, p.lse, tile, own, kLog2E<Real>);
+      const RowNumbers<Real> base(p, p.base, tile, own), log_sum(p, p.log_sum, tile, own);
 
       const auto issue = [&](int i, int stage) {
         stage_piece<M, D, kStaged, 0>(shared, stage, p, again(), pieces.piece(i));
@@ -118,7 +118,7 @@ struct DoubleBackwardQuery {
             });
             NATTEN_EXT_UNROLL
             for (int e = 0; e < 4; ++e) {
-              terms.p[b][e] = power_of_two(terms.p[b][e] - lse[e / 2]);
+              terms.p[b][e] = power_of_two(terms.p[b][e] - base[e / 2] - log_sum[e / 2]);
               Real add = 0;
               if (p.l2 && has_cot_key) add = staged_scalar<Real>(shared.scalars(stage, 1), block, e % 2);
               if (cot_bias && block.valid(e / 2, e % 2)) add += cot_bias.at(block.table_y[e / 2], block.table_x[e % 2]);
@@ -194,12 +194,12 @@ template <class M, int D>
 struct DoubleBackwardKey {
   using Real = typename M::Real;
   static constexpr bool kByKey = true, kTableGradient = false;
-  static constexpr int kOwn = 4, kStaged = 3, kScalars = 4, kTables = 2;
+  static constexpr int kOwn = 4, kStaged = 3, kScalars = 5, kTables = 2;
   static constexpr int kChannels = kResultChannels<M, D, 96>;
   static constexpr int kBlocks = M::kTensor && D <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kKey, kValue, kCotKey, kCotValue };
   enum StagedTensor { kQuery, kGradOutput, kCotQuery };
-  enum Scalar { kLse, kDelta, kMean, kRest };
+  enum Scalar { kBase, kLogSum, kDelta, kMean, kRest };
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.key;
@@ -209,10 +209,11 @@ struct DoubleBackwardKey {
     p.staged[0] = p.query;
     p.staged[1] = p.grad_output;
     p.staged[2] = p.cot_query;
-    p.scalars[0] = p.lse;
-    p.scalars[1] = p.delta;
-    p.scalars[2] = p.row_mean;
-    p.scalars[3] = p.row_rest;
+    p.scalars[kBase] = p.base;
+    p.scalars[kLogSum] = p.log_sum;
+    p.scalars[kDelta] = p.delta;
+    p.scalars[kMean] = p.row_mean;
+    p.scalars[kRest] = p.row_rest;
   }
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
@@ -235,7 +236,7 @@ struct DoubleBackwardKey {
       Real grad_key[kChannels / 8][4] = {}, grad_value[kChannels / 8][4] = {};
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 4>(shared, stage, p, again(), pieces.piece(i));
+        stage_piece<M, D, kStaged, kScalars>(shared, stage, p, again(), pieces.piece(i));
       };
       for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
         if (i == 0 && p.l2) {
@@ -260,7 +261,7 @@ struct DoubleBackwardKey {
             };
             NATTEN_EXT_UNROLL
             for (int e = 0; e < 4; ++e) {
-              terms.p[b][e] = power_of_two(terms.p[b][e] - number(kLse, e) * kLog2E<Real>);
+              terms.p[b][e] = power_of_two(terms.p[b][e] - number(kBase, e) - number(kLogSum, e));
               Real add = key_term[e / 2];
               if (cot_bias && block.valid(e / 2, e % 2)) add += cot_bias.at(block.table_y[e / 2], block.table_x[e % 2]);
               terms.x[b][e] = fused_multiply_add(terms.x[b][e], scale, add);

@@ -68,7 +68,9 @@ struct Forward {
       write_rows<M, D, kChannels>(acc, inverse, p.output, shared.own(0), p, again(), own, first);
       for (int h = 0; h < 2; ++h) {
         if (first == 0 && thread_index() % 4 == 0 && own.exists[h]) {
-          store_global(static_cast<Real*>(p.lse) + tile.row_index(p, own.y[h], own.x), softmax.logarithm(h));
+          const auto row = tile.row_index(p, own.y[h], own.x);
+          store_global(static_cast<Real*>(p.base) + row, softmax.base[h]);
+          store_global(static_cast<Real*>(p.log_sum) + row, softmax.log_sum(h));
         }
       }
     });

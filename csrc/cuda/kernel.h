@@ -12,8 +12,6 @@ constexpr int kThreads = 128;  // of a block, at most
 template <class Real>
 constexpr Real kLog2E = static_cast<Real>(1.4426950408889634074);
 template <class Real>
-constexpr Real kLn2 = static_cast<Real>(0.69314718055994530942);
-template <class Real>
 constexpr Real kInfinity = static_cast<Real>(__builtin_huge_val());
 
 // Channels of a result that one block keeps in registers, `Most` in single precision. Further blocks (block_y) do the

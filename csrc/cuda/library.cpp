@@ -88,7 +88,9 @@ struct Launcher {
     params.grad_grad_output = rows(a.grad_grad_output);
     params.bias = table_of(a.bias), params.cot_bias = table_of(a.cot_bias), params.grad_bias = table_of(a.grad_bias);
     params.table_gradient = static_cast<bool>(a.grad_bias);
-    params.lse = a.lse;
+    const size_t real = a.query.dtype == DType::float64 ? 8 : 4;
+    params.base = a.lse;
+    params.log_sum = static_cast<char*>(a.lse) + p.rows() * real;
     params.vector_bytes = vector_bytes(p, {&a.query, &a.key, &a.value, &a.output, &a.grad_output, &a.cot_query,
                                            &a.cot_key, &a.cot_value});
     params.output_vector_bytes =
@@ -145,7 +147,7 @@ void Launcher::note_memory(const Arguments& a) {
   for (const View* v : {&a.bias, &a.cot_bias}) note_table(*v, false);
   note_table(a.grad_bias, true);
   const size_t real = a.query.dtype == DType::float64 ? 8 : 4;
-  context.memory.push_back({a.lse, static_cast<size_t>(p.batch * p.heads * p.queries()) * real, true});
+  context.memory.push_back({a.lse, 2 * static_cast<size_t>(p.rows()) * real, true});
 }
 
 bool on_device(const Tensor& t) { return t.is_cpu(); }

@@ -66,7 +66,8 @@ struct Params {
   // Per kernel, from the tensors above: what is staged once per tile and once per piece, and numbers per staged row.
   Rows own[kMaxTensors], staged[kMaxTensors];
   const void* scalars[kMaxTensors];
-  void *lse, *delta, *row_mean, *row_rest;  // (batch, heads, queries) in Real: L, D, r, t of docs/double_backward.md
+  // (batch, heads, queries) in Real: the two parts of L, and D, r, t of docs/double_backward.md
+  void *base, *log_sum, *delta, *row_mean, *row_rest;
   void* table_partials;                     // (partials, launch_heads, table) in Real
   Plan plan;
   Window windows[kMaxHeads];

@@ -5,16 +5,15 @@
 
 namespace natten_ext::cuda {
 
-// What a (batch, heads, queries) array has for the lane's two rows, times `factor`; 0 for rows that do not exist.
+// What a (batch, heads, queries) array has for the lane's two rows; 0 for rows that do not exist.
 template <class Real>
 struct RowNumbers {
   Real value[2];
-  NATTEN_EXT_DEVICE RowNumbers(const Params& p, const void* source, const Tile<false>& tile, const OwnRows<false>& own,
-                               Real factor) {
+  NATTEN_EXT_DEVICE RowNumbers(const Params& p, const void* source, const Tile<false>& tile, const OwnRows<false>& own) {
     for (int h = 0; h < 2; ++h) {
       value[h] = 0;
       if (own.exists[h]) {
-        value[h] = factor * load_global(static_cast<const Real*>(source) + tile.row_index(p, own.y[h], own.x));
+        value[h] = load_global(static_cast<const Real*>(source) + tile.row_index(p, own.y[h], own.x));
       }
     }
   }

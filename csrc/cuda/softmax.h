@@ -41,9 +41,7 @@ struct RunningSoftmax {
       sum[h] += shuffle_xor(sum[h], 2);
     }
   }
-  NATTEN_EXT_DEVICE Real logarithm(int h) const {
-    return fused_multiply_add(base[h], kLn2<Real>, natural_logarithm(sum[h]));
-  }
+  NATTEN_EXT_DEVICE Real log_sum(int h) const { return binary_logarithm(sum[h]); }
 
  private:
   NATTEN_EXT_DEVICE static Real larger(Real a, Real b) { return a > b ? a : b; }

@@ -158,8 +158,8 @@ inline uint32_t multiply_high(uint32_t a, uint32_t b) {
 
 inline float power_of_two(float x) { return std::exp2(x); }
 inline double power_of_two(double x) { return std::exp2(x); }
-inline float natural_logarithm(float x) { return std::log(x); }
-inline double natural_logarithm(double x) { return std::log(x); }
+inline float binary_logarithm(float x) { return std::log2(x); }
+inline double binary_logarithm(double x) { return std::log2(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 

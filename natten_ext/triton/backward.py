@@ -26,7 +26,6 @@ from .problem import KEY, QUERY
 from .scores import key_bias_of, logits, table_centre
 from .table_gradient import table_gradient
 from .tiles import (
-    LOG2E,
     add_weighted,
     load_rows,
     number,
@@ -42,7 +41,7 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_query_kernel(
-    grad_output, query, key, value, output, lse, row_means, grad_query, table, members,
+    grad_output, query, key, value, output, base, log_sum, row_means, grad_query, table, members,
     scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +64,8 @@ def backward_query_kernel(
         table = table_centre(table, head, table_rows, table_columns)
     queries = as_queries(place, lattice, table_columns, 1, S)
     q = load_rows(query, batch, head, lattice, place, S)
-    logsum = (tl.load(lse + numbers, mask=place.valid, other=0.0) * LOG2E)[:, None]
+    origin = tl.load(base + numbers, mask=place.valid, other=0.0)[:, None]
+    spread = tl.load(log_sum + numbers, mask=place.valid, other=0.0)[:, None]
     dq = zero_rows(OWN, S)
     reach = keys_of(box, lattice, S)
     for block in range(block_count(reach, S)):
@@ -76,7 +76,7 @@ def backward_query_kernel(
         products = product(q, k, OWN, BLOCK, S)
         key_bias = key_bias_of(k, scale, 0, BLOCK, S) if S.l2 else None
         scores = logits(products, key_bias, queries, keys, table, scale, lattice, S)
-        weights = tl.exp2(scores - logsum)
+        weights = tl.exp2(scores - origin - spread)
         d_scores = weights * (product(do, v, OWN, BLOCK, S) - mean[:, None])
         dq = add_weighted(dq, d_scores, k, S)
     store_rows(grad_query, batch, head, lattice, place, scaled(dq, scale, S), S)
@@ -84,7 +84,7 @@ def backward_query_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_key_kernel(
-    grad_output, query, key, value, lse, row_means, grad_key, grad_value, table, members,
+    grad_output, query, key, value, base, log_sum, row_means, grad_key, grad_value, table, members,
     scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
@@ -112,10 +112,11 @@ def backward_key_kernel(
         q = load_rows(query, batch, head, lattice, there, S)
         do = load_rows(grad_output, batch, head, lattice, there, S)
         numbers = row_numbers(batch, head, heads, height, width, lattice, there)
-        logsum = (tl.load(lse + numbers, mask=there.valid, other=0.0) * LOG2E)[None, :]
+        origin = tl.load(base + numbers, mask=there.valid, other=0.0)[None, :]
+        spread = tl.load(log_sum + numbers, mask=there.valid, other=0.0)[None, :]
         mean = tl.load(row_means + numbers, mask=there.valid, other=0.0)[None, :]
         scores = logits(product(k, q, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
-        weights = tl.exp2(scores - logsum)
+        weights = tl.exp2(scores - origin - spread)
         dv = add_weighted(dv, weights, do, S)
         d_scores = weights * (product(v, do, OWN, BLOCK, S) - mean)
         dk = add_weighted(dk, d_scores, q, S)
@@ -133,16 +134,16 @@ def backward(grad_output, query, key, value, bias, output, lse, neighborhood, sc
     if not any(needs):
         return asked(query, (None,) * 4, needs)
     do, q, k, v, out = (rows_of(tensor) for tensor in (grad_output, query, key, value, output))
-    row_means = lse.new_empty(lse.shape)
+    row_means = lse.new_empty(launch.row_shape)
     dq = None
     if needs[0]:
         grad_query = query.new_empty(query.shape)
         dq = rows_of(grad_query)
-    launch.run(backward_query_kernel, "backward_query", QUERY, do, q, k, v, out, lse, row_means, dq, launch.table)
+    launch.run(backward_query_kernel, "backward_query", QUERY, do, q, k, v, out, *lse, row_means, dq, launch.table)
     if needs[1] or needs[2]:
         grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
         dk, dv = rows_of(grad_key), rows_of(grad_value)
-        launch.run(backward_key_kernel, "backward_key", KEY, do, q, k, v, lse, row_means, dk, dv, launch.table)
+        launch.run(backward_key_kernel, "backward_key", KEY, do, q, k, v, *lse, row_means, dk, dv, launch.table)
     if needs[3]:
         grad_bias = table_gradient(launch, "table", bias, (None, None, None, None), do, q, k, v, lse, row_means)
     return asked(query, (grad_query, grad_key, grad_value, grad_bias), needs)

@@ -33,7 +33,6 @@ from .scores import (
 )
 from .table_gradient import table_gradient
 from .tiles import (
-    LOG2E,
     add_weighted,
     load_rows,
     number,
@@ -50,7 +49,7 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def double_query_kernel(
-    cot_query, cot_key, cot_value, cot_table, grad_output, query, key, value, output, lse,
+    cot_query, cot_key, cot_value, cot_table, grad_output, query, key, value, output, base, log_sum,
     row_means, row_x_means, row_offsets, grad_grad_output, grad_query, table, members,
     scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
@@ -70,7 +69,8 @@ def double_query_kernel(
     place = own_place(box, S)
     queries = as_queries(place, lattice, table_columns, 1, S)
     numbers = row_numbers(batch, head, heads, height, width, lattice, place)
-    logsum = (tl.load(lse + numbers, mask=place.valid, other=0.0) * LOG2E)[:, None]
+    origin = tl.load(base + numbers, mask=place.valid, other=0.0)[:, None]
+    spread = tl.load(log_sum + numbers, mask=place.valid, other=0.0)[:, None]
     q = load_rows(query, batch, head, lattice, place, S)
     gq = load_rows(cot_query, batch, head, lattice, place, S) if cot_query is not None else None
     reach = keys_of(box, lattice, S)
@@ -85,7 +85,7 @@ def double_query_kernel(
         gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
         key_bias = key_bias_of(k, scale, 0, BLOCK, S) if S.l2 else None
         scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
-        weights = tl.exp2(scores - logsum)
+        weights = tl.exp2(scores - origin - spread)
         cot_key_bias = cot_key_bias_of(gk, k, scale, 0, BLOCK, S) if S.l2 and cot_key is not None else None
         x = weights * cot_scores(gq, q, k, gk, cot_key_bias, cot_table, queries, keys, scale, lattice, OWN, BLOCK, S)
         x_mean += tl.sum(x, 1)
@@ -111,7 +111,7 @@ def double_query_kernel(
             gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
             key_bias = key_bias_of(k, scale, 0, BLOCK, S) if S.l2 else None
             scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
-            weights = tl.exp2(scores - logsum)
+            weights = tl.exp2(scores - origin - spread)
             cot_key_bias = cot_key_bias_of(gk, k, scale, 0, BLOCK, S) if S.l2 and cot_key is not None else None
             x = cot_scores(gq, q, k, gk, cot_key_bias, cot_table, queries, keys, scale, lattice, OWN, BLOCK, S)
             d_weights = product(do, load_rows(value, batch, head, lattice, there, S), OWN, BLOCK, S)
@@ -127,7 +127,7 @@ def double_query_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def double_key_kernel(
-    cot_query, cot_key, cot_value, cot_table, grad_output, query, key, value, lse,
+    cot_query, cot_key, cot_value, cot_table, grad_output, query, key, value, base, log_sum,
     row_means, row_x_means, row_offsets, grad_key, grad_value, table, members,
     scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
@@ -160,7 +160,8 @@ def double_key_kernel(
         there = block_place(reach, block, S)
         queries = as_queries(there, lattice, table_columns, 0, S)
         numbers = row_numbers(batch, head, heads, height, width, lattice, there)
-        logsum = (tl.load(lse + numbers, mask=there.valid, other=0.0) * LOG2E)[None, :]
+        origin = tl.load(base + numbers, mask=there.valid, other=0.0)[None, :]
+        spread = tl.load(log_sum + numbers, mask=there.valid, other=0.0)[None, :]
         mean = tl.load(row_means + numbers, mask=there.valid, other=0.0)[None, :]
         x_mean = tl.load(row_x_means + numbers, mask=there.valid, other=0.0)[None, :]
         offset = tl.load(row_offsets + numbers, mask=there.valid, other=0.0)[None, :]
@@ -168,7 +169,7 @@ def double_key_kernel(
         gq = load_rows(cot_query, batch, head, lattice, there, S) if cot_query is not None else None
         do = load_rows(grad_output, batch, head, lattice, there, S)
         scores = logits(product(k, q, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
-        weights = tl.exp2(scores - logsum)
+        weights = tl.exp2(scores - origin - spread)
         x = cot_scores(gk, k, q, gq, cot_key_bias, cot_table, queries, keys, scale, lattice, OWN, BLOCK, S)
         dv = add_weighted(dv, weights * (x - x_mean), do, S)
         d_weights = product(v, do, OWN, BLOCK, S)
@@ -202,18 +203,18 @@ def double_backward(
     cot_bias = None if cot_bias is None else cot_bias.contiguous()
     cots = (*(rows_of(tensor) for tensor in (cot_query, cot_key, cot_value)), cot_bias)
     do, q, k, v, out = (rows_of(tensor) for tensor in (grad_output, query, key, value, output))
-    means, x_means, offsets = (lse.new_empty(lse.shape) for _ in range(3))
+    means, x_means, offsets = (lse.new_empty(launch.row_shape) for _ in range(3))
     grad_grad_output = grad_output.new_empty(grad_output.shape)
     grad_query = query.new_empty(query.shape) if needs[1] else None
     launch.run(
-        double_query_kernel, "double_query", QUERY, *cots, do, q, k, v, out, lse, means, x_means, offsets,
+        double_query_kernel, "double_query", QUERY, *cots, do, q, k, v, out, *lse, means, x_means, offsets,
         rows_of(grad_grad_output), rows_of(grad_query) if needs[1] else None, launch.table,
     )  # fmt: skip
     grad_key, grad_value, grad_bias = None, None, None
     if needs[2] or needs[3]:
         grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
         launch.run(
-            double_key_kernel, "double_key", KEY, *cots, do, q, k, v, lse, means, x_means, offsets,
+            double_key_kernel, "double_key", KEY, *cots, do, q, k, v, *lse, means, x_means, offsets,
             rows_of(grad_key), rows_of(grad_value), launch.table,
         )  # fmt: skip
     if needs[4]:

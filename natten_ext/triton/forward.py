@@ -20,7 +20,6 @@ from .launch import Launch, rows_of
 from .problem import QUERY
 from .scores import key_bias_of, logits, table_centre
 from .tiles import (
-    LN2,
     add_weighted,
     load_rows,
     number,
@@ -34,7 +33,7 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    query, key, value, output, lse, table, members,
+    query, key, value, output, base, log_sum, table, members,
     scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
@@ -74,14 +73,15 @@ def forward_kernel(
     total = tl.where(total == 0.0, 1.0, total)  # only where there is no query
     store_rows(output, batch, head, lattice, place, scaled(rows, 1 / total[:, None], S), S)
     numbers = row_numbers(batch, head, heads, height, width, lattice, place)
-    tl.store(lse + numbers, (highest + tl.log2(total)) * LN2, mask=place.valid)
+    tl.store(base + numbers, highest, mask=place.valid)
+    tl.store(log_sum + numbers, tl.log2(total), mask=place.valid)
 
 
 def forward(query, key, value, bias, neighborhood, score, scale):
     """``(output, lse)``; see ``natten_ext.ops``."""
     launch = Launch(query, key, bias, neighborhood, score, scale)
     output = query.new_empty(query.shape)
-    lse = query.new_empty(launch.row_shape, dtype=launch.row_dtype)
+    lse = query.new_empty((2, *launch.row_shape), dtype=launch.row_dtype)
     maps = (rows_of(tensor) for tensor in (query, key, value, output))
-    launch.run(forward_kernel, "forward", QUERY, *maps, lse, launch.table)
+    launch.run(forward_kernel, "forward", QUERY, *maps, *lse, launch.table)
     return output, lse

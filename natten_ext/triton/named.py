@@ -45,7 +45,7 @@ def run_orders(shape: Any, dtype: torch.dtype, device: str, orders: Iterable[str
     bias = torch.empty(shape.table_shape, dtype=dtype, device=device) if shape.table else None
     batch, *tokens, heads, head_dim = shape.query_shape
     row_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    lse = torch.empty((batch, heads, *tokens), dtype=row_dtype, device=device)
+    lse = torch.empty((2, batch, heads, *tokens), dtype=row_dtype, device=device)
     choices = neighborhood_of(shape).encode(), shape.score, head_dim**-0.5
     inputs = query, key, value, bias
     needs = [True, True, True, bias is not None]

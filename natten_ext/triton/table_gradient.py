@@ -22,7 +22,7 @@ from .scores import (
     second_score_gradient,
     table_centre,
 )
-from .tiles import LOG2E, load_rows, number, product, row_numbers
+from .tiles import load_rows, number, product, row_numbers
 
 # Programs at most, unless there are more displacements. Fixed, so that sums have one order on every GPU.
 MAX_PROGRAMS = 1024
@@ -59,7 +59,7 @@ def _sum_equal_offsets(pairs, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES + RANGES)
 def table_shares_kernel(
-    cot_query, cot_key, cot_value, cot_table, grad_output, query, key, value, lse,
+    cot_query, cot_key, cot_value, cot_table, grad_output, query, key, value, base, log_sum,
     row_means, row_x_means, row_offsets, sums, items, shares, first_y, first_x, count_y, count_x, shift_y, shift_x,
     table, members, scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
@@ -102,13 +102,14 @@ def table_shares_kernel(
             there = Place(y, x, inside)
             keys = as_keys(there, table_columns, 0)
             numbers = row_numbers(batch, head, heads, height, width, lattice, place)
-            logsum = (tl.load(lse + numbers, mask=place.valid, other=0.0) * LOG2E)[:, None]
+            origin = tl.load(base + numbers, mask=place.valid, other=0.0)[:, None]
+            spread = tl.load(log_sum + numbers, mask=place.valid, other=0.0)[:, None]
             mean = tl.load(row_means + numbers, mask=place.valid, other=0.0)[:, None]
             q = load_rows(query, batch, head, lattice, place, S)
             k = load_rows(key, batch, head, lattice, there, S)
             key_bias = key_bias_of(k, scale, 0, BLOCK, S) if S.l2 else None
             scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
-            weights = tl.exp2(scores - logsum)
+            weights = tl.exp2(scores - origin - spread)
             do = load_rows(grad_output, batch, head, lattice, place, S)
             v = load_rows(value, batch, head, lattice, there, S)
             d_weights = product(do, v, OWN, BLOCK, S)
@@ -178,7 +179,7 @@ def table_gradient(launch, step, bias, cotangents, do, q, k, v, lse, means, x_me
     extents = *tiles.own, *tiles.block, *(offset_extent(*pair) for pair in zip(tiles.own, tiles.block, strict=True))
     sums = lse.new_empty((programs, extents[-2] * extents[-1]))
     maps = *cotangents, do, q, k, v
-    arguments = *maps, lse, means, x_means, offsets, sums, *ranges, launch.table, *launch.sizes(tiles.tiles)
+    arguments = *maps, *lse, means, x_means, offsets, sums, *ranges, launch.table, *launch.sizes(tiles.tiles)
     launch.start(table_shares_kernel, programs, arguments, config, S=static)
     grad = bias.new_empty(bias.shape)
     heads, rows, columns = bias.shape
