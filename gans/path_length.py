@@ -51,6 +51,7 @@ def path_lengths(generator: Any, z: Tensor) -> Tensor:
     Source: "Analyzing and Improving the Image Quality of StyleGAN", Karras et al. 2020, arXiv 1912.04958, section 3.2
     and its published code: squares are summed over w and averaged over the blocks, each of which has a w of its own.
     The result has a graph to the generator's parameters: the double backward of everything in it, attention included.
+    An image that w does not change has length 0 and no gradient.
     """
     w = generator.map_latents(z)
     # One w per block, so that each block's own derivative is there.
@@ -58,7 +59,8 @@ def path_lengths(generator: Any, z: Tensor) -> Tensor:
     images = generator.synthesize(w)
     noise = rng.randn(*images.shape, device=images.device, dtype=images.dtype) * prod(images.shape[2:]) ** -0.5
     (gradient,) = torch.autograd.grad((images * noise).sum(), w, create_graph=True)
-    return gradient.square().sum(2).mean(1).sqrt()
+    # Not the root of a mean, whose derivative at 0 is infinite: one image without a slope would make all gradients NaN.
+    return torch.linalg.vector_norm(gradient, dim=(1, 2)) * gradient.shape[1] ** -0.5
 
 
 class PathLengthLoss(GANLoss, nn.Module):

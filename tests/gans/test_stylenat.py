@@ -1,4 +1,4 @@
-"""StyleNAT's generator: counts, layers by their definitions, truncation, style mixing, path length."""
+"""StyleNAT's generator: counts, layers by their definitions, truncation, style mixing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import natten_ext
-from gans.path_length import PathLengthLoss, PathLengthLossConfig, path_lengths
+from gans.path_length import PathLengthLossConfig
 from gans.presets import preset
 from gans.stylenat import Generator, StyleNATGeneratorConfig, dilation_of_heads
 from gans.stylenat_layers import AdaptiveInstanceNorm, ImageNetNormalization, LevelUp, fir_blur, fir_upsample
@@ -224,63 +223,6 @@ def test_style_mixing_in_training_only():
     never = tiny(style_mixing=1e-9).train()
     torch.testing.assert_close(never(z), plain(z))
     assert synthesize(own[:, 0]).shape == (4, 3, 16, 16)
-
-
-def test_path_lengths_from_the_jacobian():
-    generator = tiny(dims=(8, 12), dilations=("1,2",), depth=1)
-    z = torch.randn(2, 6).double()
-    torch.manual_seed(3)
-    lengths = path_lengths(generator, z)
-    torch.manual_seed(3)
-    noise = torch.randn(2, 3, 8, 8, dtype=torch.float64) / 8
-    w = generator.map_latents(z)[:, None].expand(-1, 2, -1).contiguous()
-    jacobian = torch.autograd.functional.jacobian(generator.synthesize, w)  # (2, 3, 8, 8, 2, 2, 6)
-    for image in range(2):
-        pulled = torch.einsum("chw,chwnd->nd", noise[image], jacobian[image, :, :, :, image])
-        torch.testing.assert_close(lengths[image], pulled.square().sum(1).mean().sqrt())
-
-
-def test_path_length_differentiates_the_fused_attention_twice():
-    generator = tiny()
-    loss = PathLengthLoss(PathLengthLossConfig(path_length_decay=0.5)).double()
-    z = torch.randn(2, 6).double()
-
-    def gradients(backend: str) -> dict[str, torch.Tensor]:
-        generator.zero_grad(set_to_none=True)
-        loss.mean_length.zero_()
-        torch.manual_seed(5)
-        with natten_ext.use_backend(backend):
-            (term,) = loss.generator_penalty(generator, z, step=4).values()
-            term.backward()
-        return {name: p.grad for name, p in generator.named_parameters() if p.grad is not None}
-
-    fused, expected = gradients("cpu"), gradients("reference")
-    assert fused.keys() == expected.keys()
-    # What has no part in the derivative by w: what adds to the image without passing a modulated norm.
-    assert {n for n, _ in generator.named_parameters()} - fused.keys() <= {
-        n for n, _ in generator.named_parameters() if n.endswith("bias")
-    } | {"input"}
-    tables = [name for name in fused if name.endswith("rel_pos_bias")]
-    assert len(tables) == 6
-    for name, gradient in expected.items():
-        scale = gradient.abs().max().item()
-        assert name not in tables or scale > 0
-        torch.testing.assert_close(fused[name], gradient, rtol=1e-8, atol=1e-9 * max(scale, 1e-3))
-
-
-def test_path_length_is_lazy_and_remembers_its_mean():
-    generator, z = tiny(), torch.randn(2, 6).double()
-    loss = PathLengthLoss(PathLengthLossConfig(path_length=3.0, path_length_every=4, path_length_decay=0.25)).double()
-    assert loss.generator_penalty(generator, z, step=1) == {}
-    torch.manual_seed(9)
-    lengths = path_lengths(generator, z)
-    torch.manual_seed(9)
-    term = loss.generator_penalty(generator, z, step=8)["path_length"]
-    mean = 0.25 * lengths.mean()
-    torch.testing.assert_close(term, 4 * 3 * (lengths - mean).square().mean())
-    torch.testing.assert_close(loss.state_dict()["mean_length"], mean.detach())
-    off = PathLengthLoss(PathLengthLossConfig(path_length=0.0))
-    assert off.generator_penalty(generator, z, step=0) == {}
 
 
 def test_losses_that_do_not_fit_are_refused():
