@@ -1,5 +1,8 @@
 """Penalties on a discriminator, each a function of the discriminator and images `(B, C, H, W)`.
 
+A discriminator gives an image one logit, `(B,)`, or several, `(B, logits)`; D(x) is then their mean, as in the
+adversarial losses.
+
 Every result is a scalar that can be differentiated with respect to the discriminator's parameters. The gradient
 penalties are themselves made of a gradient, so that derivative is of second order; attention in the
 discriminator must have a double backward (`natten_ext` does).
@@ -21,7 +24,8 @@ Network = Callable[..., Tensor]
 def _input_gradient(discriminator: Network, images: Tensor) -> Tensor:
     """d D(x) / d x at each image, flattened to `(B, C * H * W)`; it carries a graph to the parameters."""
     images = images.detach().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
+    scores = discriminator(images).reshape(len(images), -1).mean(1)
+    (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
     return gradient.flatten(1)
 
 
@@ -66,7 +70,9 @@ def consistency(discriminator: Network, images: Tensor, logits: Tensor, *, clean
 def drift(real_logits: Tensor) -> Tensor:
     """(E D(real))^2, which keeps the scores near 0; the mean is over all processes' images.
 
+    Of several logits `(B, logits)` each is kept near 0: the result is the mean of their squares.
+
     Source: TransGAN's published loss (`wgangp-eps`), which squares the mean; ProGAN (arXiv 1710.10196, appendix
     A.1) takes the mean of squares.
     """
-    return batch_mean(real_logits).square()
+    return batch_mean(real_logits).square().mean()

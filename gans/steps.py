@@ -112,7 +112,13 @@ def latents(generator: nn.Module, count: int) -> Tensor:
 
 
 def backward(terms: Terms, parts: int, totals: Terms) -> None:
-    """Adds the gradients of the terms' sum over `parts`, and the terms to `totals`."""
+    """Adds the gradients of the terms' sum over `parts`, and the terms to `totals`.
+
+    ValueError for a term that is not a scalar.
+    """
+    for name, term in terms.items():
+        if term.dim():
+            raise ValueError(f"the loss term {name!r} has shape {tuple(term.shape)}; a term is a scalar")
     if terms:
         (torch.stack(list(terms.values())).sum() / parts).backward()
     for name, term in terms.items():
