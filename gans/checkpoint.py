@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
+
+from gans.tools.files import save_tensors
 
 PREFIX = "step-"
 PARTIAL = ".partial-"
@@ -74,7 +76,7 @@ def save(
         partial.mkdir()
         for name, model in models.items():
             tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-            save_file(tensors, partial / f"{name}.safetensors")
+            save_tensors(tensors, partial / f"{name}.safetensors")
         torch.save(dict(state), partial / STATE)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for path in (*partial.iterdir(), partial):

@@ -51,17 +51,17 @@ class DataConfig:
 def flatten_onto_white(image: Image.Image) -> Image.Image:
     """The image in mode L or RGB; transparent parts show white, 16-bit grey is brought to 8 bits."""
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")  # convert copies
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
 def to_array(image: Image.Image, size: int, channels: int) -> np.ndarray:
     """The image as uint8 `(channels, size, size)`, by the module's resizing rule."""
-    image = flatten_onto_white(image).convert("L" if channels == 1 else "RGB")
+    image, mode = flatten_onto_white(image), "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)

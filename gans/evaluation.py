@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -26,7 +26,7 @@ from gans import measures
 from gans.data import to_array, to_unit_range
 from gans.networks import FeatureNetwork
 from gans.sources import ArrayImages, FileImages, ImageSource
-from gans.tools.files import new_file
+from gans.tools.files import new_file, save_tensors
 
 RULE = 1
 """Number of the way in which images are read and resized; a change makes old caches unusable."""
@@ -162,7 +162,7 @@ class Reference:
         if path:
             with new_file(path) as partial:
                 about = {"settings": json.dumps(settings | {"reference": self.name})}
-                save_file({"features": found}, partial, metadata=about)
+                save_tensors({"features": found}, partial, metadata=about)
         return found
 
 

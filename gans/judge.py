@@ -17,11 +17,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gans.tools.files import new_file
+from gans.tools.files import new_file, save_tensors
 
 Task = Literal["classes", "rotation"]
 SMALLEST_MAP = 4
@@ -204,7 +203,7 @@ def save_judge(judge: Judge, path: Path, about: dict[str, Any]) -> None:
     content = {"config": dataclasses.asdict(judge.config), "about": about}
     state = {name: value.cpu().contiguous() for name, value in judge.state_dict().items()}
     with new_file(path) as partial:
-        save_file(state, partial, metadata={"judge": json.dumps(content)})
+        save_tensors(state, partial, metadata={"judge": json.dumps(content)})
 
 
 def load_judge(path: Path) -> tuple[Judge, dict[str, Any]]:

@@ -4,6 +4,9 @@ Labels of a folder or a ZIP file are, in this order, what `metadata.csv` or `met
 `label`, the convention of Hugging Face `datasets`) or `dataset.json` (`{"labels": [[file, label], ...]}`, the
 convention of StyleGAN) say, or else the names of the folders that the images are in. Top folders named `train`,
 `test`, `validation` or `val` are splits.
+
+Left out is what operating systems and programs put beside images: whatever lies under a name that begins with a dot
+(`._x.png`, `.ipynb_checkpoints`) or is in `LITTER`. Links to files and folders are followed.
 """
 
 from __future__ import annotations
@@ -13,9 +16,13 @@ import io
 import json
 import os
 import pickle
+import re
+import stat
 import tarfile
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -27,6 +34,12 @@ EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif"
 DIGITS = "digits"
 SPLITS = ("train", "test", "validation", "val")
 METADATA = ("metadata.csv", "metadata.jsonl", "dataset.json")
+LITTER = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
+
+MAX_PIXELS = 2**26
+"""The largest image that is decoded, 8192x8192; what follows takes up to 16 bytes a pixel, 1 GiB."""
+MAX_BYTES = 8 * MAX_PIXELS
+"""The largest file that is read: as large as that image can be without compression, at 16 bits a channel."""
 
 
 class BrokenImageError(ValueError):
@@ -51,45 +64,74 @@ class ImageSource(Protocol):
 
 
 class FileImages:
-    """Image files of a folder or an archive, however deep, in the order of their names."""
+    """Image files of a folder or an archive, however deep, in the order of their names.
+
+    Labels are read when they are asked for: training does without, so it needs no complete ones.
+    """
 
     def __init__(self, origin: Path, names: Sequence[str], split: str) -> None:
         self.origin = origin
-        every = set(names)
-        images = sorted(name for name in every if PurePosixPath(name).suffix.lower() in EXTENSIONS)
+        files = sorted({name for name in names if not any(map(_is_litter, PurePosixPath(name).parts))})
+        images = [name for name in files if _is_image(name)]
+        tables = [name for name in files if PurePosixPath(name).name in METADATA]
         splits = sorted({_top(name) for name in images} & set(SPLITS))
         if split in splits:
             images = [name for name in images if _top(name) == split]
+            tables = [name for name in tables if _top(name) == split or _top(name) not in splits]
         elif split != "train":
             raise ValueError(f"split {split!r} is not in {str(origin)!r}, which has {', '.join(splits) or 'no splits'}")
         self.names = images
-        self.labels, self.classes = self._read_labels(every)
+        self._tables = tables
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, name: str) -> bytes:
-        """The contents of a file."""
+    @property
+    def labels(self) -> list[int] | None:
+        return self._labelled[0]
+
+    @property
+    def classes(self) -> list[str]:
+        return self._labelled[1]
+
+    def size_of(self, name: str) -> int:
+        """The size of a file in bytes, without compression."""
+        raise NotImplementedError
+
+    def read(self, name: str, size: int) -> bytes:
+        """At most `size` bytes of a file."""
         raise NotImplementedError
 
     def open(self, index: int) -> Image.Image:
         name = self.names[index]
         try:
-            image = Image.open(io.BytesIO(self.read(name)))
+            image = Image.open(io.BytesIO(self._contents(name)))
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it has {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are decoded")
             image.load()
-            return ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
         except Exception as error:  # Pillow's decoders raise all sorts
             what = "Pillow knows no such format" if isinstance(error, UnidentifiedImageError) else error
             raise BrokenImageError(f"cannot read image {name!r} in {str(self.origin)!r}: {what}") from error
 
-    def _read_labels(self, every: set[str]) -> tuple[list[int] | None, list[str]]:
+    def _contents(self, name: str) -> bytes:
+        size = self.size_of(name)
+        if size > MAX_BYTES:
+            raise ValueError(f"it has {size:,} bytes without compression; at most {MAX_BYTES:,} are read")
+        return self.read(name, size)
+
+    @cached_property
+    def _labelled(self) -> tuple[list[int] | None, list[str]]:
         found: dict[str, Any] = {}
-        for name in sorted(every):
-            if PurePosixPath(name).name in METADATA:
-                found |= self._metadata(name)
+        for name in self._tables:
+            found |= self._metadata(name)
         if found:
             if missing := [name for name in self.names if name not in found]:
-                raise ValueError(f"{len(missing)} images of {str(self.origin)!r} have no label, such as {missing[0]!r}")
+                tables = ", ".join(self._tables)
+                raise ValueError(
+                    f"{len(missing)} images of {str(self.origin)!r} have no label in {tables}, such as {missing[0]!r}"
+                )
         else:
             found = {name: PurePosixPath(name).parent.name for name in self.names}
         values = {found[name] for name in self.names}
@@ -103,7 +145,7 @@ class FileImages:
         """File names, relative to the source, and labels in one metadata file."""
         path, folder = PurePosixPath(name), PurePosixPath(name).parent
         try:
-            text = self.read(name).decode()
+            text = self._contents(name).decode()
             if path.name == "dataset.json":
                 rows = json.loads(text).get("labels") or []
                 pairs = [(file, label) for file, label in rows]
@@ -114,12 +156,16 @@ class FileImages:
             else:
                 lines = [json.loads(line) for line in text.splitlines() if line.strip()]
                 pairs = [(row["file_name"], row["label"]) for row in lines if "label" in row]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found = {(folder / file).as_posix(): label for file, label in pairs}
+        except (
+            *(ValueError, KeyError, TypeError, AttributeError, csv.Error, RecursionError),  # of the contents
+            *(OSError, RuntimeError, zipfile.BadZipFile, zlib.error),  # of reading it
+        ) as error:
             raise ValueError(f"cannot read labels in {name!r} of {str(self.origin)!r}: {error!r}") from error
-        for file, label in pairs:
+        for file, label in found.items():
             if not isinstance(label, (int, str)):
                 raise ValueError(f"label of {file!r} in {name!r} is {label!r}; it must be a number or a name")
-        return {(folder / file).as_posix(): label for file, label in pairs}
+        return found
 
 
 def _top(name: str) -> str:
@@ -127,14 +173,56 @@ def _top(name: str) -> str:
     return parts[0] if len(parts) > 1 else ""
 
 
+def _is_litter(part: str) -> bool:
+    return part.startswith(".") or part in LITTER
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in EXTENSIONS
+
+
 class FolderImages(FileImages):
-    """Every image file under a folder."""
+    """Every image file under a folder, and under the folders that it has links to."""
 
     def __init__(self, root: Path, split: str = "train") -> None:
-        super().__init__(root, [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()], split)
+        super().__init__(root, list(_files(root)), split)
 
-    def read(self, name: str) -> bytes:
-        return (self.origin / name).read_bytes()
+    def size_of(self, name: str) -> int:
+        return (self.origin / name).stat().st_size
+
+    def read(self, name: str, size: int) -> bytes:
+        with (self.origin / name).open("rb") as file:
+            return file.read(size)
+
+
+def _files(root: Path) -> Iterator[str]:
+    """The names of all files under a folder, litter left out.
+
+    Raises ValueError that names a link to nowhere, unless it is called as an image (a broken one), and a folder that
+    is reached by two ways, whose images would count twice or without end.
+    """
+    names: dict[str, str] = {}
+
+    def walk(folder: str) -> Iterator[str]:
+        real = os.path.realpath(root / folder)
+        if real in names:
+            raise ValueError(
+                f"data {str(root)!r} has the folder {real!r} twice, as {names[real] or '.'!r} and {folder!r}; "
+                "remove the link that one of them is or lies under"
+            )
+        names[real] = folder
+        with os.scandir(root / folder) as entries:
+            found = sorted((entry for entry in entries if not _is_litter(entry.name)), key=lambda entry: entry.name)
+        for entry in found:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir():
+                yield from walk(name)
+            elif entry.is_file() or (entry.is_symlink() and _is_image(name)):
+                yield name
+            elif entry.is_symlink():
+                raise ValueError(f"data {str(root)!r} has a link {name!r} that leads nowhere ({os.readlink(entry)!r})")
+
+    yield from walk("")
 
 
 class ZipImages(FileImages):
@@ -148,16 +236,28 @@ class ZipImages(FileImages):
         except (zipfile.BadZipFile, OSError) as error:
             raise ValueError(f"data {str(path)!r} is not a readable ZIP file: {error}") from error
         with archive:
-            names = [info.filename for info in archive.infolist() if not info.is_dir()]
-        self.origin = path
-        super().__init__(path, names, split)
+            entries = [info for info in archive.infolist() if not info.is_dir()]
+        if links := [info.filename for info in entries if stat.S_ISLNK(info.external_attr >> 16)]:
+            raise ValueError(
+                f"data {str(path)!r} has {len(links)} links, such as {links[0]!r}, in the place of what they lead to; "
+                "pack it without links (zip without --symlinks)"
+            )
+        super().__init__(path, [info.filename for info in entries], split)
 
-    def read(self, name: str) -> bytes:
+    def size_of(self, name: str) -> int:
+        return self._opened().getinfo(name).file_size
+
+    def read(self, name: str, size: int) -> bytes:
+        # Asked for a number of bytes, zipfile unpacks no more, whatever the archive says of its size.
+        with self._opened().open(name) as file:
+            return file.read(size)
+
+    def _opened(self) -> zipfile.ZipFile:
         # One handle a process: forked workers would otherwise share a file offset.
         if self._archive is None or self._owner != os.getpid():
             self._archive = zipfile.ZipFile(self.origin)
             self._owner = os.getpid()
-        return self._archive.read(name)
+        return self._archive
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_archive": None}
@@ -210,17 +310,12 @@ def cifar10(path: Path, split: str = "train") -> ArrayImages:
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; CIFAR-10 has 'train' and 'test'")
-    wanted = "data_batch_" if split == "train" else "test_batch"
     try:
-        if path.is_dir():
-            files = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
-        else:
-            with tarfile.open(path, "r:*") as archive:
-                members = [member for member in archive if member.isfile()]
-                files = {PurePosixPath(m.name).name: archive.extractfile(m).read() for m in members}  # type: ignore[union-attr]
-        batches = [_unpickle(files[name]) for name in sorted(files) if name.startswith(wanted)]
+        files = _cifar10_files(path)
+        wanted = r"data_batch_\d+" if split == "train" else "test_batch"
+        batches = [_unpickle(files[name]) for name in sorted(files) if re.fullmatch(wanted, name)]
         if not batches:
-            raise ValueError(f"it has no {wanted}*")
+            raise ValueError(f"it has no {'data_batch_1' if split == 'train' else 'test_batch'}")
         pixels = np.concatenate([batch[b"data"] for batch in batches])
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = [label for batch in batches for label in batch[b"labels"]]
@@ -229,6 +324,23 @@ def cifar10(path: Path, split: str = "train") -> ArrayImages:
         return ArrayImages(images, labels, classes)
     except (tarfile.TarError, pickle.UnpicklingError, KeyError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"data {str(path)!r} is not CIFAR-10's archive (python version): {error}") from error
+
+
+def _cifar10_files(path: Path) -> dict[str, bytes]:
+    """CIFAR-10's files in its archive, or in a folder, by name."""
+    ours = re.compile(r"data_batch_\d+|test_batch|batches\.meta")
+    if path.is_dir():
+        return {file.name: file.read_bytes() for file in path.iterdir() if ours.fullmatch(file.name)}
+    files = {}
+    with tarfile.open(path, "r:*") as archive:
+        for member in archive:
+            name = PurePosixPath(member.name).name
+            if not member.isfile() or not ours.fullmatch(name):
+                continue
+            if member.size > MAX_BYTES:
+                raise ValueError(f"{name} has {member.size:,} bytes without compression")
+            files[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    return files
 
 
 def _unpickle(content: bytes) -> Any:

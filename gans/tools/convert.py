@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gans import checkpoint
 from gans.config import TrainConfig, to_dict
 from gans.presets import preset
 from gans.registry import build
-from gans.tools.files import new_folder, sha256
+from gans.tools.files import new_folder, save_tensors, sha256
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def run(arguments: list[str]) -> None:
     content = read_published(options.checkpoint)
     with new_folder(options.out) as folder:
         for name, state in convert(content, recipe, known[options.preset]):
-            save_file(state, folder / f"{name}.safetensors")
+            save_tensors(state, folder / f"{name}.safetensors")
             print(f"{name}: {sum(value.numel() for value in state.values()):,} values")
         origin = {"file": options.checkpoint.name, "sha256": sha256(options.checkpoint), "preset": options.preset}
         config = {"recipe": to_dict(recipe), "converted_from": origin}

@@ -22,7 +22,7 @@ class DataArguments:
 
 
 def run(arguments: list[str]) -> None:
-    """Prints a summary; ValueError, naming the files, if some are broken."""
+    """Prints a summary; ValueError, naming the files, if some are broken or lack their labels."""
     parsed = tyro.cli(DataArguments, args=arguments, prog="python -m gans data")
     source = open_source(parsed.data, parsed.split)
     kinds: Counter[str] = Counter()
@@ -39,7 +39,13 @@ def run(arguments: list[str]) -> None:
         print(f"  {count} of {kind}")
     if len(kinds) > 10:
         print(f"  and {len(kinds) - 10} more sizes")
-    if source.labels is not None:
-        print(f"{len(source.classes)} classes: {', '.join(source.classes[:20])}{' ...' * (len(source.classes) > 20)}")
-    if broken:
-        raise ValueError("\n".join([f"{len(broken)} files cannot be read:", *broken]))
+    problems = [f"{len(broken)} files cannot be read:", *broken] if broken else []
+    try:
+        classes = source.classes
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        if classes:
+            print(f"{len(classes)} classes: {', '.join(classes[:20])}{' ...' * (len(classes) > 20)}")
+    if problems:
+        raise ValueError("\n".join(problems))

@@ -1,12 +1,15 @@
-"""Files: digests, and outputs that appear when they are complete."""
+"""Files: digests, tensors, and outputs that appear when they are complete."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 PARTIAL = ".partial-"
 
@@ -18,6 +21,18 @@ def sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file that others may read as far as they may read other new files; replaces an older one.
+
+    Safetensors itself gives its files to their owner alone, whatever the umask says.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 @contextmanager

@@ -50,11 +50,11 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert (model.weight == 2).all()
 
 
-@pytest.mark.parametrize("moment", ["save_file", "torch.save", "write_text", "_flush", "os.replace"])
+@pytest.mark.parametrize("moment", ["save_tensors", "torch.save", "write_text", "_flush", "os.replace"])
 def test_killed_while_writing(tmp_path, monkeypatch, moment):
     save(tmp_path, 1)
     owner, name = {
-        "save_file": (checkpoint, "save_file"),
+        "save_tensors": (checkpoint, "save_tensors"),
         "torch.save": (checkpoint.torch, "save"),
         "write_text": (type(tmp_path), "write_text"),
         "_flush": (checkpoint, "_flush"),

@@ -270,6 +270,7 @@ def test_files(published, tmp_path, capsys):
     assert run(path, tmp_path / "ours") == 0
     names = {file.name for file in (tmp_path / "ours").iterdir()}
     assert names == {"config.json", *(f"{n}.safetensors" for n in ("generator", "generator_ema", "discriminator"))}
+    assert len({file.stat().st_mode for file in (tmp_path / "ours").iterdir()}) == 1  # the umask's
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["converted_from"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     generator = load_generator(tmp_path / "ours", torch.device("cpu")).double()

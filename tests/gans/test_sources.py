@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
+import os
 import pickle
 import shutil
+import stat
+import struct
 import tarfile
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gans import data
+from gans import data, sources
 from gans.cli import main
 from gans.sources import BrokenImageError, open_source
 
@@ -69,15 +75,136 @@ def test_metadata_files_are_labels(tmp_path, packed, style):
 def test_bad_metadata(tmp_path):
     root = write_images(tmp_path / "images", ["1.png", "2.png"])
     (root / "metadata.csv").write_text("file_name,label\n1.png,a\n")
-    with pytest.raises(ValueError, match=r"1 images of .* have no label, such as '2\.png'"):
-        open_source(root)
+    with pytest.raises(ValueError, match=r"1 images of .* have no label in metadata\.csv, such as '2\.png'"):
+        _ = open_source(root).labels
     (root / "metadata.csv").unlink()
     (root / "dataset.json").write_text('{"labels": [["1.png", [0.5, 1]]]}')
     with pytest.raises(ValueError, match=r"label of '1\.png' in 'dataset\.json' is \[0\.5, 1\]"):
+        _ = open_source(root).labels
+    for broken in ("{", "[" * 100_000, '{"labels": [[1, 2]]}', "\N{SNOWMAN}"):
+        (root / "dataset.json").write_text(broken, encoding="utf-16")
+        with pytest.raises(ValueError, match=r"cannot read labels in 'dataset\.json'"):
+            _ = open_source(root).labels
+
+
+def test_labels_are_read_only_where_they_are_used(tmp_path, capsys):
+    root = write_images(tmp_path / "images", ["train/a/1.png", "train/b/2.png", "test/a/3.png"])
+    (root / "dataset.json").write_text('{"labels": [["train/a/1.png", 0]]}')
+    source = open_source(root)
+    assert data.load_images(source, size=4, channels=3, limit=9).shape == (2, 3, 4, 4)
+    assert main(["data", "--data", str(root)]) == 1
+    shown = capsys.readouterr()
+    assert "2 images\n  2 of 4x4 RGB" in shown.out
+    assert "1 images of" in shown.err and "no label in dataset.json, such as 'train/b/2.png'" in shown.err
+    # What is said of other splits does not matter.
+    (root / "dataset.json").rename(root / "test" / "dataset.json")
+    assert open_source(root).classes == ["a", "b"]
+
+
+LITTER = ["._x.png", "a/._1.png", ".ipynb_checkpoints/z.png", "__MACOSX/a/1.png", "a/@eaDir/1.png/thumb.jpg", ".png"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_systems_leave_beside_images_is_left_out(tmp_path, packed):
+    root = write_images(tmp_path / ".cache" / "images", ["a/1.png", "a/2.png"])
+    for name in (*LITTER, "Thumbs.db", "a/.DS_Store", "__MACOSX/metadata.csv", ".train/1.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"no image")
+    source = open_source(zipped(root) if packed else root)
+    assert source.names == ["a/1.png", "a/2.png"]
+    assert source.labels is None and source.classes == []
+    assert data.load_images(source, size=4, channels=3, limit=9).shape == (2, 3, 4, 4)
+
+
+def test_litter_alone_is_no_data(tmp_path):
+    (tmp_path / "._x.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="has no images"):
+        open_source(tmp_path)
+
+
+def test_links_are_followed_once(tmp_path):
+    elsewhere = write_images(tmp_path / "elsewhere", ["x/1.png", "2.png"])
+    root = write_images(tmp_path / "images", ["a/3.png"])
+    (root / "b").symlink_to(elsewhere)
+    (root / "c.png").symlink_to(elsewhere / "2.png")
+    assert open_source(root).names == ["a/3.png", "b/2.png", "b/x/1.png", "c.png"]
+    assert open_source(root).classes == ["", "a", "b", "x"]
+    (root / "self").symlink_to(root)
+    with pytest.raises(ValueError, match=r"has the folder '.*images' twice, as '\.' and 'self'"):
         open_source(root)
-    (root / "dataset.json").write_text("{")
-    with pytest.raises(ValueError, match=r"cannot read labels in 'dataset\.json'"):
+    (root / "self").unlink()
+    (root / "d").symlink_to(elsewhere / "x")
+    with pytest.raises(ValueError, match=r"has the folder '.*elsewhere/x' twice, as 'b/x' and 'd'"):
         open_source(root)
+
+
+def test_links_to_nowhere_are_named(tmp_path):
+    root = write_images(tmp_path / "images", ["a/1.png"])
+    (root / "a" / "2.png").symlink_to(tmp_path / "gone.png")
+    source = open_source(root)  # an image that is not there is a broken one
+    with pytest.raises(BrokenImageError, match=r"a/2\.png"):
+        source.open(1)
+    (root / "b").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"has a link 'b' that leads nowhere \('.*gone'\)"):
+        open_source(root)
+    shutil.rmtree(root)
+    assert os.mkfifo(tmp_path / "pipe.png") is None and open_source(write_images(root, ["1.png"])).names == ["1.png"]
+
+
+def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
+    root, scandir = write_images(tmp_path / "images", ["a/1.png", "b/2.png"]), os.scandir
+
+    def denied(path):
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match=r"images/b"):
+        open_source(root)
+
+
+def test_links_in_archives_are_refused(tmp_path):
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        link = zipfile.ZipInfo("b")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "../elsewhere")
+        archive.writestr("1.png", b"")
+    with pytest.raises(ValueError, match=r"images\.zip' has 1 links, such as 'b'"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sizes_are_checked_before_decoding(tmp_path, monkeypatch, packed):
+    root = write_images(tmp_path / "images", ["3.png"])
+    (root / "1.ppm").write_bytes(b"P5 8192 8193 255\n")  # a head without pixels
+    (root / "2.png").write_bytes(bytes(1001))
+    monkeypatch.setattr(sources, "MAX_BYTES", 1000)
+    source = open_source(zipped(root) if packed else root)
+    with pytest.raises(BrokenImageError, match=r"'1\.ppm' .* it has 8192x8193 pixels; at most 67,108,864 are decoded"):
+        source.open(0)
+    monkeypatch.setattr(type(source), "read", None)  # what is too large is not even read
+    with pytest.raises(BrokenImageError, match=r"'2\.png' .* it has 1,001 bytes without compression; at most 1,000"):
+        source.open(1)
+
+
+def test_an_archive_that_lies_about_sizes(tmp_path):
+    """No more is unpacked than it says: 64 MiB of zeros that are given out as 100 bytes."""
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.png", bytes(2**26))
+        archive.writestr("2.png", b"")
+    content = path.read_bytes()
+    assert content.count(struct.pack("<I", 2**26)) == 2
+    path.write_bytes(content.replace(struct.pack("<I", 2**26), struct.pack("<I", 100)))
+    source = open_source(path)
+    tracemalloc.start()
+    with pytest.raises(BrokenImageError, match=r"'1\.png'"):
+        source.open(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**21
 
 
 class Evil:
