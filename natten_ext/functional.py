@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from . import dispatch, reference
 from .geometry import AnyNeighborhood, Full, Grid, IntPair, Neighborhood
@@ -161,14 +160,6 @@ def _run(
     record(name, query, key, bias, neighborhood, score, scale)
     if name == "reference":
         return reference.attention(query, key, value, bias, neighborhood, score, scale)
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in (query, key, value, bias) if x is not None
-    ):
-        # torch.library would run the operator and drop the tangents without a word.
-        raise RuntimeError(
-            "natten_ext: forward-mode derivatives of a fused attention are not implemented;"
-            ' use backend="reference", which has them'
-        )
     output, _ = torch.ops.natten_ext.attention(query, key, value, bias, neighborhood.encode(), score, scale, name)
     return output
 

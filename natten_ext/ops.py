@@ -12,6 +12,7 @@ times log2(e), from which weights were counted (``base``, about the largest), an
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from .dispatch import FUSED
 
@@ -44,6 +45,30 @@ def _dense_rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.contiguous()
 
 
+def _register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+    """Make ``function`` the derivative of an operator.
+
+    Not ``torch.library.register_autograd``, which drops tangents without a word wherever no gradient is recorded.
+    """
+
+    @torch.library.impl(f"natten_ext::{name}", "Autograd")
+    def differentiable(*arguments):
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise RuntimeError(
+                "natten_ext: forward-mode derivatives of a fused attention are not implemented;"
+                ' use backend="reference", which has them'
+            )
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return function.apply(*arguments)
+        return _below_autograd(name, arguments)
+
+
+def _below_autograd(name, arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.natten_ext, name).default(*arguments)
+
+
 # ---------------------------------------------------------------------------------------------- forward
 
 
@@ -60,27 +85,33 @@ def _attention_fake(query, key, value, bias, neighborhood, score, scale, backend
     return query.new_empty(query.shape), query.new_empty((2, batch, heads, *tokens), dtype=lse_dtype)
 
 
-def _attention_setup(ctx, inputs, output):
-    *tensors, neighborhood, score, scale, backend = inputs
-    out, lse = output
-    ctx.save_for_backward(*tensors, out, lse)
-    ctx.choices = neighborhood, score, scale, backend
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, neighborhood, score, scale, backend = arguments
+        output, lse = _below_autograd("attention", arguments)
+        ctx.save_for_backward(*tensors, output, lse)
+        ctx.choices = neighborhood, score, scale, backend
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return output, lse
+
+    @staticmethod
+    def backward(ctx, grad_output, _grad_lse):
+        if grad_output is None:
+            return (None,) * 8
+        *tensors, output, lse = ctx.saved_tensors
+        neighborhood, score, scale, backend = ctx.choices
+        needs = list(ctx.needs_input_grad[:4])
+        # `output` is a function of the other inputs, and its share in the second derivative in the formulas already.
+        # Without the detach autograd would run hooks on `output` with the gradient None.
+        grads = torch.ops.natten_ext.attention_backward(
+            grad_output, *tensors, output.detach(), lse, neighborhood, score, scale, needs, backend
+        )
+        return *_asked(grads, needs), None, None, None, None
 
 
-def _attention_backward_of_forward(ctx, grad_output, _grad_lse):
-    if grad_output is None:
-        return (None,) * 8
-    neighborhood, score, scale, backend = ctx.choices
-    needs = list(ctx.needs_input_grad[:4])
-    grads = torch.ops.natten_ext.attention_backward(
-        grad_output, *ctx.saved_tensors, neighborhood, score, scale, needs, backend
-    )
-    return *_asked(grads, needs), None, None, None, None
-
-
-torch.library.register_autograd("natten_ext::attention", _attention_backward_of_forward, setup_context=_attention_setup)
+_register_autograd("attention", _Attention)
 
 # ---------------------------------------------------------------------------------------------- backward
 
@@ -96,30 +127,30 @@ def _backward_fake(grad_output, query, key, value, bias, output, lse, neighborho
     return _fake_gradients((query, key, value, bias), needs)
 
 
-def _backward_setup(ctx, inputs, output):
-    *tensors, neighborhood, score, scale, needs, backend = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.choices = neighborhood, score, scale, needs, backend
-    ctx.set_materialize_grads(False)
+class _AttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, neighborhood, score, scale, needs, backend = arguments
+        ctx.save_for_backward(*tensors)
+        ctx.choices = neighborhood, score, scale, needs, backend
+        ctx.set_materialize_grads(False)
+        return _below_autograd("attention_backward", arguments)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        neighborhood, score, scale, given, backend = ctx.choices
+        # Gradients that were not asked for are empty; autograd may materialise cotangents for them.
+        cotangents = tuple(_asked(cotangents, given))
+        if all(c is None for c in cotangents):
+            return (None,) * 12
+        needs = list(ctx.needs_input_grad[:5])
+        grads = torch.ops.natten_ext.attention_double_backward(
+            *cotangents, *ctx.saved_tensors, neighborhood, score, scale, needs, backend
+        )
+        return *_asked(grads, needs), *(None,) * 7
 
 
-def _double_backward_of_backward(ctx, *cotangents):
-    neighborhood, score, scale, given, backend = ctx.choices
-    # Gradients that were not asked for are empty; autograd may materialise cotangents for them.
-    cotangents = tuple(_asked(cotangents, given))
-    if all(c is None for c in cotangents):
-        return (None,) * 12
-    needs = list(ctx.needs_input_grad[:5])
-    # `output` and `lse` are functions of the other inputs: their share is in the formulas already.
-    grads = torch.ops.natten_ext.attention_double_backward(
-        *cotangents, *ctx.saved_tensors, neighborhood, score, scale, needs, backend
-    )
-    return *_asked(grads, needs), *(None,) * 7
-
-
-torch.library.register_autograd(
-    "natten_ext::attention_backward", _double_backward_of_backward, setup_context=_backward_setup
-)
+_register_autograd("attention_backward", _AttentionBackward)
 
 # ---------------------------------------------------------------------------------------------- double backward
 
@@ -141,14 +172,20 @@ def _double_backward_fake(
     return _fake_gradients((grad_output, query, key, value, bias), needs)
 
 
-def _third_derivative(ctx, *cotangents):
-    raise RuntimeError(
-        "natten_ext: the third derivative of a fused attention is not implemented;"
-        ' use backend="reference", which has every order'
-    )
+class _AttentionDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        return _below_autograd("attention_double_backward", arguments)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise RuntimeError(
+            "natten_ext: the third derivative of a fused attention is not implemented;"
+            ' use backend="reference", which has every order'
+        )
 
 
-torch.library.register_autograd("natten_ext::attention_double_backward", _third_derivative)
+_register_autograd("attention_double_backward", _AttentionDoubleBackward)
 
 
 def _asked(grads, needs):

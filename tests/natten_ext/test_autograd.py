@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import natten_ext
+from natten_ext import geometry
 
 SOME = [
     find("full-self-9"),
@@ -379,6 +380,96 @@ def test_function_transforms_work_or_say_that_they_do_not(target, name):
         assert str(error)
     else:
         torch.testing.assert_close(result.detach(), expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+OPERANDS = ["query", "key", "value", "bias", "grad_output", "cot_query", "cot_key", "cot_value", "cot_bias"]
+
+
+@pytest.mark.cases(SOME[1:3])
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "not-recorded"])
+@pytest.mark.parametrize("name", OPERANDS)
+def test_a_tangent_anywhere_raises(target, case, name, recorded):
+    """In every operand of every order, whether or not a gradient of the result is recorded."""
+    inputs = inputs_of(case, torch.float32, target.device)
+    leaves = {n: t.requires_grad_(recorded or name.startswith(("grad", "cot"))) for n, t in inputs.items()}
+    given = {"grad_output": grad_output_of(case, inputs["query"].detach())}
+    given |= {f"cot_{n}": t for n, t in cotangents_of(case, inputs).items()}
+
+    def derivatives_with_a_tangent() -> None:
+        operands = leaves | given
+        operands[name] = forward_ad.make_dual(operands[name], torch.ones_like(operands[name]))
+        output = forward(case, {n: operands[n] for n in leaves}, target.backend)
+        more = recorded or name.startswith("cot")
+        first = torch.autograd.grad(output, list(leaves.values()), operands["grad_output"], create_graph=more)
+        cotangents = [operands[f"cot_{n}"] for n in leaves]
+        torch.autograd.grad(first, list(leaves.values()), cotangents, create_graph=recorded)
+
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode derivatives"):
+        derivatives_with_a_tangent()
+
+
+@pytest.mark.cases(SOME[1:2])
+def test_a_tangent_in_a_direct_call_of_an_operator_raises(target, case):
+    """Operators, not only the functions, refuse tangents: no gradient is recorded here."""
+    inputs = inputs_of(case, torch.float32, target.device)
+    choices = [geometry.Grid(case.window).encode(), case.score, 0.5]
+    needs, operators = [True] * 4, torch.ops.natten_ext
+    output, lse = operators.attention(*inputs.values(), *choices, target.backend)
+    arguments = {
+        "attention": [*inputs.values(), *choices],
+        "attention_backward": [output, *inputs.values(), output, lse, *choices, needs],
+        "attention_double_backward": [
+            *inputs.values(), output, *inputs.values(), output, lse, *choices, [True, *needs]
+        ],
+    }  # fmt: skip
+    for name, given in arguments.items():
+        for position, argument in enumerate(given):
+            if not isinstance(argument, Tensor):
+                continue
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(argument, torch.ones_like(argument))
+                with pytest.raises(RuntimeError, match="forward-mode derivatives"):
+                    getattr(operators, name)(*given[:position], dual, *given[position + 1 :], target.backend)
+
+
+@pytest.mark.cases(SOME)
+def test_hooks_get_gradients(any_target, case):
+    """On inputs, output and first gradients, under a penalty: no hook sees None, and the output's sees what it would
+    see in plain PyTorch."""
+    any_target.skip_unless_can(torch.float64, case.head_dim)
+
+    def seen_by_hooks(attend, device: str) -> Inputs:
+        leaves = {n: t.requires_grad_() for n, t in inputs_of(case, device=device).items()}
+        seen: dict[str, list[Tensor]] = {}
+
+        def hook(name: str, tensor: Tensor) -> Tensor:
+            tensor.register_hook(lambda grad: seen.setdefault(name, []).append(grad.detach().clone()))
+            return tensor
+
+        output = hook("output", attend({n: hook(n, t * 1) for n, t in leaves.items()}))
+        slopes = torch.autograd.grad(output.square().sum(), list(leaves.values()), create_graph=True)
+        penalty = sum(hook(f"d_{n}", slope).square().sum() for n, slope in zip(leaves, slopes, strict=True))
+        (penalty + output.sum()).backward()
+        return {f"{name} {i}": grad for name, grads in seen.items() for i, grad in enumerate(grads)}
+
+    true = seen_by_hooks(lambda leaves: oracle_forward(case, leaves), "cpu")
+    assert {"output 0", "output 1"} <= true.keys()
+    results = seen_by_hooks(lambda leaves: forward(case, leaves, any_target.backend), any_target.device)
+    assert_equal_to_rounding(results, true)
+
+
+@pytest.mark.cases(SOME[1:3])
+@pytest.mark.parametrize("names", [("query",), ("key", "bias")], ids="-".join)
+def test_a_hook_on_the_output_where_only_the_slope_is_penalised(any_target, case, names):
+    """A loss linear in the output: its second derivative does not pass through the output, as in plain PyTorch."""
+    leaves = {n: t.requires_grad_(n in names) for n, t in inputs_of(case, torch.float32, any_target.device).items()}
+    output = forward(case, leaves, any_target.backend)
+    seen = []
+    output.register_hook(lambda grad: seen.append(grad.square().sum()))
+    wanted = [leaves[name] for name in names]
+    slopes = torch.autograd.grad(output.sum(), wanted, create_graph=True)
+    sum(slope.square().sum() for slope in slopes).backward()
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
