@@ -98,7 +98,7 @@ def _record(
         height, width = x.shape[1:3]
     positions = tuple((row * height // image_size, column * width // image_size) for row, column in pixels)
     asked = positions if x.dim() == 4 else [row * width + column for row, column in positions]
-    weights = module.attention_weights(x, torch.tensor(asked))[0].float().cpu()  # type: ignore[operator]
+    weights = module.attention_weights(x, asked)[0].float().cpu()  # type: ignore[operator]
     weights = weights.reshape(*weights.shape[:2], height, width)
     maps.append(AttentionMaps(name, weights, positions, groups_of_heads(module, weights.shape[1])))
 

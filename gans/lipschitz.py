@@ -51,7 +51,7 @@ def ascend(f: Function, start: Tensor, scale: float, *, steps: int) -> Tensor:
     """
     x, d = of_size(start, scale).requires_grad_(True), torch.randn_like(start).requires_grad_(True)
     optimizer = torch.optim.Adam([{"params": [x], "lr": 0.05 * min(scale, 1)}, {"params": [d], "lr": 0.05}])
-    best, best_ratio = x.detach().clone(), torch.zeros(len(start), dtype=start.dtype)
+    best, best_ratio = x.detach().clone(), start.new_zeros(len(start))
     for _ in range(steps):
         centre, step = of_size(x, scale), of_size(d, 1e-3 * min(scale, 1))
         ratio = (f(centre + step / 2) - f(centre - step / 2)).flatten(1).norm(dim=1) / step.flatten(1).norm(dim=1)
@@ -72,7 +72,7 @@ def starts(module: ViTAttention, tokens: int, count: int, scale: float) -> Tenso
     first head's queries see of them.
     """
     query = module.query.effective_weight().detach()
-    random = of_size(torch.randn(count, tokens, query.shape[1], dtype=query.dtype), scale)
+    random = of_size(torch.randn(count, tokens, query.shape[1], dtype=query.dtype, device=query.device), scale)
     at_rest = random.clone()
     at_rest[:, 0] = 0
     seen = torch.linalg.svd(query[: len(query) // module.heads]).Vh

@@ -5,7 +5,7 @@ The C++ twin is ``csrc/geometry.h``; ``tests/natten_ext/test_geometry.py`` holds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -115,18 +115,27 @@ def window_start(index: int, length: int, kernel: int, dilation: int) -> int:
     return start * dilation + residue
 
 
+def indices(count: int) -> torch.Tensor:
+    """``0, 1, ..., count - 1``: int64 on the CPU, whatever the default device is."""
+    return torch.arange(count, dtype=torch.int64, device="cpu")
+
+
+def window_starts(queries: Iterable[int], length: int, kernel: int, dilation: int) -> torch.Tensor:
+    """``window_start`` of several queries: int64 on the CPU."""
+    starts = [window_start(i, length, kernel, dilation) for i in queries]
+    return torch.tensor(starts, dtype=torch.int64, device="cpu")
+
+
 def neighbor_indices(length: int, kernel: int, dilation: int) -> torch.Tensor:
-    """Keys of every query on one axis: int64 ``(length, kernel)``."""
-    starts = torch.tensor([window_start(i, length, kernel, dilation) for i in range(length)], dtype=torch.int64)
-    return starts[:, None] + dilation * torch.arange(kernel)
+    """Keys of every query on one axis: int64 ``(length, kernel)`` on the CPU."""
+    return window_starts(range(length), length, kernel, dilation)[:, None] + dilation * indices(kernel)
 
 
 def neighbor_offsets(length: int, kernel: int, dilation: int) -> torch.Tensor:
-    """Key minus query on one axis, in units of the dilation: int64 ``(length, kernel)``."""
-    return (neighbor_indices(length, kernel, dilation) - torch.arange(length)[:, None]) // dilation
+    """Key minus query on one axis, in units of the dilation: int64 ``(length, kernel)`` on the CPU."""
+    return (neighbor_indices(length, kernel, dilation) - indices(length)[:, None]) // dilation
 
 
 def window_offsets(window: int) -> torch.Tensor:
-    """Key minus query on one axis of a grid window: int64 ``(window, window)``, queries first."""
-    position = torch.arange(window)
-    return position[None, :] - position[:, None]
+    """Key minus query on one axis of a grid window: int64 ``(window, window)`` on the CPU, queries first."""
+    return indices(window)[None, :] - indices(window)[:, None]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .functional import SizePerAxis, _check_bias, _checked, _checked_score, _grid, _neighborhood, _shape
-from .geometry import Full, Grid, Neighborhood, window_start
+from .geometry import Full, Grid, Neighborhood, indices, window_starts
 
 
 def attention_weights(
@@ -125,7 +125,7 @@ def _weights(query, key, bias, index, neighborhood, score, scale):
 def _keys(index, extents, neighborhood, head):
     """Of every chosen query its keys in row-major order, ``(P, keys)``, and their offsets, one such tensor an axis."""
     if isinstance(neighborhood, Full):
-        return torch.arange(extents.numel()).expand(len(index), -1), ()
+        return indices(extents.numel()).expand(len(index), -1), ()
     keys_of_axis, offsets_of_axis = [], []
     for axis, length in enumerate(extents):
         queries = index[:, axis]
@@ -134,8 +134,8 @@ def _keys(index, extents, neighborhood, head):
             start = queries // count * count
         else:
             count, step = neighborhood.kernels[head][axis], neighborhood.dilations[head][axis]
-            start = torch.tensor([window_start(int(query), length, count, step) for query in queries])
-        keys_of_axis.append(start[:, None] + step * torch.arange(count))
+            start = window_starts(queries.tolist(), length, count, step)
+        keys_of_axis.append(start[:, None] + step * indices(count))
         offsets_of_axis.append((keys_of_axis[-1] - queries[:, None]) // step)
     keys = (keys_of_axis[0][:, :, None] * extents[1] + keys_of_axis[1][:, None, :]).flatten(1)
     rows, columns = torch.broadcast_tensors(offsets_of_axis[0][:, :, None], offsets_of_axis[1][:, None, :])
