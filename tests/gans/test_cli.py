@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import resource
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import natten_ext
 from gans import checkpoint
-from gans.cli import main
+from gans.cli import COMMANDS, main
 from gans.presets import preset
 from gans.profile import StepCost
 from gans.tools import cost
@@ -96,8 +102,6 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: data ")
     assert main(["train", "--preset", "nothing", "--data", "x", "--out", "y"]) == 1
     assert "preset must be one of" in capsys.readouterr().err
-    assert main([]) == 2
-    assert main(["--help"]) == 0
     with pytest.raises(SystemExit):
         main(["train", "--preset", "digits"])  # data and out are required
     with pytest.raises(SystemExit):
@@ -126,3 +130,94 @@ def test_interrupting_names_the_way_on(monkeypatch, capsys):
     monkeypatch.setattr(cost, "run", interrupted)
     assert main(["cost"]) == 130
     assert "--resume latest" in capsys.readouterr().err
+
+
+# Before a command runs
+
+
+def gans(*arguments: str, **streams) -> subprocess.CompletedProcess[str]:
+    """`python -m gans` as a process of its own."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.run([sys.executable, "-m", "gans", *arguments], text=True, **streams)
+
+
+@pytest.fixture
+def unread():
+    """The writing end of a pipe whose reader has ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+def test_help_and_version_do_without_torch():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = gans("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    assert shown.returncode == 0 and all(f"  {command} " in shown.stdout for command in COMMANDS)
+    assert gans("--version").stdout == f"natten_ext {natten_ext.__version__}\n"
+    code = "import sys, gans.cli; [gans.cli.main([a]) for a in ('--help', '--version', 'trian')]; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout.split()
+    assert "gans.cli" in modules and not {"torch", "numpy", "tyro"} & set(modules)
+
+
+def test_the_console_command_is_main():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, name = project["scripts"]["gans"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "out", "err"),
+    [
+        ([], 2, "usage: ", ""),
+        (["help"], 0, "usage: ", ""),
+        (["-V"], 0, "natten_ext ", ""),
+        (["trian", "--out", "x"], 2, "", "error: no command is called 'trian'; did you mean train?\n"),
+        (["Style_Mixing"], 2, "", "error: no command is called 'Style_Mixing'; did you mean style-mixing?\n"),
+        (["--out", "digits"], 2, "", "error: no command is called '--out'; there are train, presets, data, "),
+        (["zzz"], 2, "", "error: no command is called 'zzz'; there are train, presets, data, "),
+    ],
+)
+def test_without_a_command(arguments, status, out, err, capsys):
+    assert main(arguments) == status
+    shown = capsys.readouterr()
+    assert shown.out.startswith(out) and bool(out) == bool(shown.out)
+    assert shown.err.startswith(err) and bool(err) == bool(shown.err)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["presets"], ["cost", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads(arguments, unbuffered, unread, monkeypatch):
+    """Whether output fails when it is written or is still in a buffer at the end."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    shown = gans(*arguments, stdout=unread)
+    assert (shown.returncode, shown.stderr) == (141, "")
+
+
+def test_messages_that_nobody_reads(unread):
+    assert gans("trian", stderr=unread).returncode == 141
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capfd):
+    def broken(*arguments):
+        raise BrokenPipeError(32, "worker died")
+
+    monkeypatch.setattr(cost, "run", broken)
+    assert main(["cost"]) == 1
+    assert "worker died" in capfd.readouterr().err
+
+
+def test_a_full_disk_behind_the_output_is_an_error():
+    with open("/dev/full", "w") as full:
+        shown = gans("--help", stdout=full)
+    assert shown.returncode and shown.stderr.startswith("error: [Errno 28] No space left on device\n")
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "gans.tools.cost")
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["cost"]) == 1
+    assert capsys.readouterr().err.startswith("error: cost needs tyro, which is not installed; pip install '.[gans]'")
