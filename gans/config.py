@@ -121,7 +121,7 @@ class RunConfig:
     non_finite: Literal["stop", "skip"] = "stop"
     """What to do where a loss term or a gradient is not finite: stop, or skip the update and count it."""
     max_skips: int = 100
-    """Skipped updates in a row after which training stops all the same."""
+    """Skipped updates in a row, of one network with the same terms, after which training stops all the same."""
     log_every: int = 50
     """Steps between lines of the logs, which hold the means since the last."""
     sample_every: int = 1000

@@ -37,6 +37,14 @@ class TrainState:
         loss = self.networks.loss
         return found | {"loss": loss} if isinstance(loss, nn.Module) and loss.state_dict() else found
 
+    def not_finite(self) -> str | None:
+        """The name of a weight or buffer that is not finite, if there is one."""
+        for name, model in self.models().items():
+            for key, value in model.state_dict().items():
+                if not value.isfinite().all():
+                    return f"{name}.{key}"
+        return None
+
     def save(self, root: Path, *, images: int, config: Mapping[str, Any], keep: int) -> Path:
         """Writes a checkpoint into `root` and returns its path; see `gans.checkpoint.save`."""
         state = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,14 @@ from gans.spectral_layers import begin_step
 
 
 class NonFiniteError(RuntimeError):
-    """A loss term or a gradient was not finite; the update was not applied."""
+    """A loss term, a gradient or a buffer was not finite; the update was not applied.
+
+    `names` are those of the update's log, which tell updates with a lazy penalty from those without.
+    """
+
+    def __init__(self, message: str, names: Iterable[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 @dataclass
@@ -31,6 +38,33 @@ class Networks:
     loss: Loss
     optimizer_g: torch.optim.Optimizer
     optimizer_d: torch.optim.Optimizer
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What an update moves besides weights, by name: the buffers that checkpoints hold, of both networks and the
+        loss.
+        """
+        models = {"generator": self.generator, "discriminator": self.discriminator, "loss": self.loss}
+        return {
+            f"{name}.{key}": value
+            for name, model in models.items()
+            if isinstance(model, nn.Module)
+            for key, value in model.state_dict(keep_vars=True).items()
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+        }
+
+
+@contextmanager
+def undone_if_not_finite(networks: Networks) -> Iterator[None]:
+    """An update that raises NonFiniteError inside leaves no trace in the buffers: batch norms' statistics, power
+    iterations, the mean path length.
+    """
+    before = [(buffer, buffer.clone()) for buffer in networks.buffers().values()]
+    try:
+        yield
+    except NonFiniteError:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
 
 
 def make_networks(config: TrainConfig, device: torch.device) -> Networks:
@@ -125,32 +159,35 @@ def backward(terms: Terms, parts: int, totals: Terms) -> None:
         totals[name] = totals.get(name, torch.zeros_like(term)) + term.detach() / parts
 
 
-def apply(
-    name: str,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    terms: Terms,
-    clip: float,
-    world: World,
-) -> dict[str, float]:
-    """Averages the gradients over the processes, clips them and steps the optimiser.
+def apply(name: str, step: int, networks: Networks, terms: Terms, clip: float, world: World) -> dict[str, float]:
+    """Averages the gradients of the network called `name` over the processes, clips them and steps its optimiser.
 
     Returns the terms and the gradient norm before clipping as numbers. Raises NonFiniteError, without stepping,
-    where one of them is not finite.
+    where one of them or a buffer is not finite.
     """
+    model, optimizer = (
+        (networks.generator, networks.optimizer_g)
+        if name == "generator"
+        else (networks.discriminator, networks.optimizer_d)
+    )
     world.average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-    names = [f"{name}/{term}" for term in terms] + [f"{name}/gradient_norm"]
-    numbers = world.mean(torch.stack([*(term.to(norm.dtype) for term in terms.values()), norm]))
-    values = dict(zip(names, numbers.tolist(), strict=True))
-    broken = [key for key, value in values.items() if not math.isfinite(value)]
+    buffers = networks.buffers()
+    # A batch norm hides a variance that overflows: it divides by it.
+    extent = nn.utils.get_total_norm([b for b in buffers.values() if b.is_floating_point()], math.inf)
+    names = [*(f"{name}/{term}" for term in terms), f"{name}/gradient_norm"]
+    *numbers, largest = world.mean(torch.stack([value.to(norm) for value in (*terms.values(), norm, extent)])).tolist()
+    values = dict(zip(names, numbers, strict=True))
+    broken = [f"{key} is {value}" for key, value in values.items() if not math.isfinite(value)]
+    if not broken and not math.isfinite(largest):
+        broken = [f"buffer {key} is not finite" for key, value in buffers.items() if not value.isfinite().all()]
+        broken = broken or ["a buffer of another process is not finite"]
     if not broken:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if broken:
         shown = ", ".join(f"{key} = {value:.6g}" for key, value in values.items())
-        raise NonFiniteError(f"step {step}: {broken[0]} is {values[broken[0]]} ({shown}); the update was not applied")
+        raise NonFiniteError(f"step {step}: {broken[0]} ({shown}); the update was not applied", names)
     return values
 
 
@@ -201,9 +238,10 @@ def discriminator_step(
 
     `real` holds this process's images `(batch_d / processes, C, H, W)`; as many are generated.
     """
-    begin_step(networks.discriminator)
-    terms = discriminator_gradients(step, index, config, networks, real, world)
-    return apply("discriminator", step + 1, networks.discriminator, networks.optimizer_d, terms, config.clip, world)
+    with undone_if_not_finite(networks):
+        begin_step(networks.discriminator)
+        terms = discriminator_gradients(step, index, config, networks, real, world)
+        return apply("discriminator", step + 1, networks, terms, config.clip, world)
 
 
 def generator_step(
@@ -213,6 +251,7 @@ def generator_step(
 
     `real` holds this process's images `(batch_g / processes, C, H, W)` if the loss uses them.
     """
-    begin_step(networks.generator)
-    terms = generator_gradients(step, config, networks, real, world)
-    return apply("generator", step + 1, networks.generator, networks.optimizer_g, terms, config.clip, world)
+    with undone_if_not_finite(networks):
+        begin_step(networks.generator)
+        terms = generator_gradients(step, config, networks, real, world)
+        return apply("generator", step + 1, networks, terms, config.clip, world)

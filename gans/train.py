@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -138,26 +139,32 @@ def train(config: TrainConfig, run: RunConfig, *, world: World | None = None, pr
         images = next(batches).to(world.device, non_blocking=True)
         return data.to_unit_range(images).to(next(networks.discriminator.parameters()).dtype)
 
-    skips_in_a_row = 0
+    # Of each network by itself, with and without a lazy penalty: what goes well elsewhere must not hide them.
+    skips_in_a_row: Counter[tuple[str, ...]] = Counter()
+
+    def diverged(what: object, names: tuple[str, ...] = ()) -> NonFiniteError:
+        return NonFiniteError(
+            f"{what}. Last good checkpoint: {latest or 'none'}. Resume from it with a lower learning rate, with "
+            "--precision fp32, or with --backend reference to rule out a kernel",
+            names,
+        )
 
     def attempt(update: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
         """What `update` returns; nothing if it was not finite and the run skips such updates."""
-        nonlocal skips_in_a_row
         try:
             values = update(*arguments)
         except NonFiniteError as error:
             state.skipped += 1
-            skips_in_a_row += 1
-            if run.non_finite == "skip" and skips_in_a_row < run.max_skips:
+            skips_in_a_row[error.names] += 1
+            if run.non_finite == "skip" and skips_in_a_row[error.names] < run.max_skips:
                 return {}
-            raise NonFiniteError(
-                f"{error}. Last good checkpoint: {latest or 'none'}. Resume from it with a lower learning rate, with "
-                "--precision fp32, or with --backend reference to rule out a kernel"
-            ) from error
-        skips_in_a_row = 0
+            raise diverged(error, error.names) from error
+        skips_in_a_row[tuple(values)] = 0
         return values
 
     def save_checkpoint() -> Path:
+        if broken := state.not_finite():
+            raise diverged(f"step {state.step}: {broken} is not finite; no checkpoint was written")
         if world.is_main:
             state.save(checkpoints, images=len(source), config=resolved, keep=run.keep)
         world.barrier()
