@@ -96,8 +96,9 @@ def na2d_qk(
         neighbor_offsets(length, k, d).to(query.device) + k - 1
         for length, k, d in zip(query.shape[2:4], kernel, step, strict=True)
     )
-    table = rpb[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(-2)
-    return scores + table.to(scores.dtype)
+    # In float32, because the table's gradient is a sum over all queries that is rounded once.
+    table = _wide(rpb)[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(-2)
+    return (_wide(scores) + table).to(scores.dtype)
 
 
 def na2d_av(

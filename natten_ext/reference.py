@@ -6,9 +6,12 @@ tested against, what the benchmark calls naive, and the fallback for what no fus
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from .geometry import AnyNeighborhood, Full, Grid, neighbor_indices, neighbor_offsets, window_offsets
+from .origin import origin_of
 
 
 def attention(
@@ -20,44 +23,63 @@ def attention(
     score: str,
     scale: float,
 ) -> torch.Tensor:
-    """Attention over ``neighborhood``; shapes as in the public functions of ``natten_ext.functional``."""
-    if score == "l2":
-        # -s|q-k|^2 = 2s q.k - s|k|^2 - s|q|^2, and softmax removes what is constant along a row.
-        key_bias = -scale * key.square().sum(-1)
-        scale = 2 * scale
-    else:
-        key_bias = None
-    if bias is not None:
-        bias = bias.to(query.dtype)
+    """Attention over ``neighborhood``; shapes as in the public functions of ``natten_ext.functional``.
+
+    Half precision is computed, and its derivatives are added up, in float32.
+    """
+    dtype = query.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    with without_autocast(query.device.type):
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
+        bias = None if bias is None else bias.to(wide)
+        if score == "l2":
+            query, key = _distances_as_products(query, key)
+        return _attention(query * scale, key, value, bias, neighborhood).to(dtype)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context in which matrix products keep the precision of their arguments."""
+    # torch knows no autocast for meta tensors.
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
+def _distances_as_products(query, key):
+    """Vectors of two more channels whose products are -|q-k|^2 = 2 q.k - |q|^2 - |k|^2.
+
+    Softmax removes |q|^2, but its derivatives keep those of q exact where a key takes all of the weight.
+    """
+    origin = origin_of(key)
+    query, key = query - origin, key - origin
+    query_square, key_square = (x.square().sum(-1, keepdim=True) for x in (query, key))
+    query = torch.cat([2 * query, -query_square, torch.full_like(query_square, -1)], -1)
+    return query, torch.cat([key, torch.ones_like(key_square), key_square], -1)
+
+
+def _attention(query, key, value, bias, neighborhood):
     if isinstance(neighborhood, Full):
-        return _full(query, key, value, None, key_bias, scale)
+        return _full(query, key, value, None)
     if isinstance(neighborhood, Grid):
-        return _grid(query, key, value, bias, key_bias, scale, neighborhood)
-    if len(neighborhood.head_groups()) == 1:
-        return _neighborhood(query, key, value, bias, key_bias, scale, neighborhood, 0)
+        return _grid(query, key, value, bias, neighborhood)
     parts = []
     for first, last in neighborhood.head_groups():
         heads = slice(first, last)
         group_bias = None if bias is None else bias[heads]
-        group_key_bias = None if key_bias is None else key_bias[..., heads]
         group = query[..., heads, :], key[..., heads, :], value[..., heads, :]
-        parts.append(_neighborhood(*group, group_bias, group_key_bias, scale, neighborhood, first))
-    return torch.cat(parts, dim=-2)
+        parts.append(_neighborhood(*group, group_bias, neighborhood, first))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
-def _full(query, key, value, bias, key_bias, scale):
-    """Sequences ``(batch, tokens, heads, head_dim)``; bias ``(heads, queries, keys)``."""
+def _full(query, key, value, bias):
+    """Sequences ``(batch, tokens, heads, channels)``; bias ``(heads, queries, keys)``."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    scores = (query * scale) @ key.transpose(-2, -1)
-    if key_bias is not None:
-        scores = scores + key_bias.transpose(1, 2).unsqueeze(-2)
+    scores = query @ key.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-def _grid(query, key, value, bias, key_bias, scale, neighborhood):
-    batch, height, width, heads, head_dim = query.shape
+def _grid(query, key, value, bias, neighborhood):
+    batch, height, width, heads, head_dim = value.shape
     rows, columns = neighborhood.window
 
     def partition(x):
@@ -68,13 +90,12 @@ def _grid(query, key, value, bias, key_bias, scale, neighborhood):
         dy = (window_offsets(rows) + rows - 1).to(bias.device)
         dx = (window_offsets(columns) + columns - 1).to(bias.device)
         bias = bias[:, dy[:, None, :, None], dx[None, :, None, :]].reshape(heads, rows * columns, rows * columns)
-    key_bias = None if key_bias is None else partition(key_bias)
-    output = _full(partition(query), partition(key), partition(value), bias, key_bias, scale)
+    output = _full(partition(query), partition(key), partition(value), bias)
     output = output.reshape(batch, height // rows, width // columns, rows, columns, heads, head_dim)
-    return output.transpose(2, 3).reshape(query.shape)
+    return output.transpose(2, 3).reshape(value.shape)
 
 
-def _neighborhood(query, key, value, bias, key_bias, scale, neighborhood, head):
+def _neighborhood(query, key, value, bias, neighborhood, head):
     """Heads that share the kernel and the dilation of ``head``: keys are gathered per query."""
     height, width = query.shape[1:3]
     (rows, columns), (step_y, step_x) = neighborhood.kernels[head], neighborhood.dilations[head]
@@ -82,12 +103,10 @@ def _neighborhood(query, key, value, bias, key_bias, scale, neighborhood, head):
     x = neighbor_indices(width, columns, step_x).to(query.device)[None, :, None, :]
 
     def gather(tensor):
-        """``(batch, height, width, heads, ...)`` to ``(batch, height, width, heads, keys, ...)``."""
+        """``(batch, height, width, heads, channels)`` to ``(batch, height, width, heads, keys, channels)``."""
         return tensor[:, y, x].flatten(3, 4).transpose(3, 4)
 
-    scores = (gather(key) @ (query * scale).unsqueeze(-1)).squeeze(-1)
-    if key_bias is not None:
-        scores = scores + gather(key_bias)
+    scores = (gather(key) @ query.unsqueeze(-1)).squeeze(-1)
     if bias is not None:
         largest_rows, largest_columns = neighborhood.kernel
         dy = neighbor_offsets(height, rows, step_y).to(query.device)[:, None, :, None] + largest_rows - 1

@@ -9,6 +9,7 @@ import torch
 
 from .functional import SizePerAxis, _check_bias, _checked, _checked_score, _grid, _neighborhood, _shape
 from .geometry import Full, Grid, Neighborhood, indices, window_starts
+from .reference import without_autocast
 
 
 def attention_weights(
@@ -72,7 +73,7 @@ def attention_weights(
             raise ValueError("bias needs a window_size or a kernel_size: full attention has no table")
         _check_bias(bias, query, neighborhood)
 
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         return _weights(query, key, bias, index, neighborhood, score, scale)
 
 
@@ -101,6 +102,7 @@ def _checked_positions(positions: Any, query: torch.Tensor) -> torch.Tensor:
 def _weights(query, key, bias, index, neighborhood, score, scale):
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     device, heads, extents = query.device, query.shape[-2], key.shape[1:-2]
+    bias = None if bias is None else bias.to(dtype)  # before it is gathered: its gradient is a sum over many pairs
     chosen = query[(slice(None), *index.to(device).unbind(1))].to(dtype)  # (batch, P, heads, head_dim)
     tokens = key.flatten(1, -3)
     groups = neighborhood.head_groups() if isinstance(neighborhood, Neighborhood) else [(0, heads)]
@@ -116,7 +118,7 @@ def _weights(query, key, bias, index, neighborhood, score, scale):
             scores = (group_query.unsqueeze(2) - group_key).square().sum(-1).transpose(2, 3) * -scale
         if bias is not None:
             rows, columns = (o.to(device) + k - 1 for o, k in zip(offsets, neighborhood.kernel, strict=True))
-            scores = scores + bias[first:last, rows, columns].to(dtype).transpose(0, 1)
+            scores = scores + bias[first:last, rows, columns].transpose(0, 1)
         zeros = scores.new_zeros(*scores.shape[:-1], tokens.shape[1])
         parts.append(zeros.scatter(-1, keys[:, None].expand(scores.shape), scores.softmax(-1)))
     return torch.cat(parts, 2).unflatten(-1, extents)

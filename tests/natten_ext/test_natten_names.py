@@ -94,6 +94,18 @@ def test_half_precision_adds_in_float32(dtype):
     torch.testing.assert_close(values, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_a_table_is_added_in_float32(table_dtype):
+    """In bfloat16 a sum of ones ends at 256."""
+    z = torch.zeros(2, 1, 64, 64, 4, dtype=torch.bfloat16)
+    table = torch.zeros(1, 5, 5, dtype=table_dtype, requires_grad=True)
+    compat.na2d_qk(z, z, 3, rpb=table).sum().backward()
+    assert table.grad.dtype == table_dtype
+    # The neighbor right of the query is the last of its window, except for queries of the last column.
+    assert table.grad[0, 2, 2] == 2 * 64 * 64
+    assert table.grad[0, 2, 3] == 2 * 64 * 63
+
+
 def test_autocast_halves_the_maps():
     query = torch.randn(1, 2, 5, 5, 4)
     with torch.autocast("cpu", torch.bfloat16):

@@ -95,6 +95,24 @@ def test_half_precision_gives_float32_and_autocast_halves_the_inputs():
         assert torch.equal(natten_ext.attention_weights(query, key, [(1, 1)], kernel_size=3), half)
 
 
+def test_gradient_of_a_table_is_added_in_float32():
+    """1024 queries; in bfloat16 their shares of 1/9 each would end at 32."""
+    z = torch.zeros(1, 32, 32, 1, 4, dtype=torch.bfloat16)
+    table = torch.zeros(1, 5, 5, dtype=torch.bfloat16, requires_grad=True)
+    positions = [(y, x) for y in range(32) for x in range(32)]
+    weights = natten_ext.attention_weights(z, z, positions, kernel_size=3, bias=table)
+    own = weights.flatten(3)[0, :, 0].diagonal()
+    (gradient,) = torch.autograd.grad(own.sum(), table)
+    torch.testing.assert_close(gradient[0, 2, 2], torch.tensor(1024 * (1 / 9 - 1 / 81)).bfloat16())
+
+
+def test_l2_weights_far_from_the_origin():
+    query, key = torch.randn(2, 1, 5, 1, 16).unbind(0)
+    far = natten_ext.attention_weights(query + 1000, key + 1000, range(5), score="l2")
+    exact = natten_ext.attention_weights((query + 1000).double(), (key + 1000).double(), range(5), score="l2")
+    torch.testing.assert_close(far, exact.float(), rtol=1e-5, atol=1e-6)
+
+
 def test_weights_can_be_differentiated():
     case = find("na-tiny", score="l2", bias=True)
     query, key, _, table = (x.requires_grad_() for x in arguments_of(case, inputs_of(case)))
@@ -166,3 +184,8 @@ def test_memory_is_that_of_the_chosen_queries():
         natten_ext.attention_weights(query, query, [(0, 0), (100, 200)], kernel_size=7, dilation=[1, 32])
     taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
     assert taken < 16 * 2 * 2 * 256 * 256 * 4  # sixteen results
+
+
+def test_shapes_without_data():
+    query = torch.empty(2, 6, 6, 2, 8, device="meta")
+    assert natten_ext.attention_weights(query, query, [(1, 1)], kernel_size=3).shape == (2, 1, 2, 6, 6)
