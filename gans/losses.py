@@ -131,6 +131,11 @@ class Loss:
 
     uses_real: bool = False
     """Whether `generator` must be given real images."""
+    discriminator_penalty_every: int = 1
+    """Lazy regularisation: `discriminator_penalty` has terms only every this many updates, weighted by as much. Logs
+    have them without that factor: the mean over updates, as if they were in each."""
+    generator_penalty_every: int = 1
+    """The same of `generator_penalty`."""
 
     def discriminator(self, discriminator: Network, real: Tensor, fake: Tensor) -> Terms:
         """The discriminator's terms without a gradient in them; `fake` carries no graph."""
@@ -155,6 +160,7 @@ class GANLoss(Loss):
     def __init__(self, config: LossConfig) -> None:
         self.config = config
         self.uses_real = config.adversarial == "relativistic"
+        self.discriminator_penalty_every = config.penalty_every
         self._adversarial_d, self._adversarial_g = ADVERSARIAL[config.adversarial]
 
     def discriminator(self, discriminator: Network, real: Tensor, fake: Tensor) -> Terms:
@@ -179,7 +185,7 @@ class GANLoss(Loss):
         """Terms `penalty` (WGAN-GP), `r1` and `r2`, where their weight is not 0 and `penalty_every` has them due."""
         config = self.config
         # Lazy regularisation keeps the mean weight: StyleGAN2, arXiv 1912.04958, section 3.1.
-        every = config.penalty_every
+        every = self.discriminator_penalty_every
         terms: Terms = {}
         if step % every:
             return terms

@@ -66,6 +66,7 @@ class Monitor:
         self.log = RunLog(self.out, state.step)
         self.device = next(state.networks.generator.parameters()).device
         self._values: dict[str, list[float]] = defaultdict(list)
+        self._latest: dict[str, float] = {}  # the bar has lazy penalties in its sums between their updates as well
         self._images = state.position
         self._started = time.perf_counter()
         self._bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True)
@@ -123,9 +124,10 @@ class Monitor:
             "memory_mib": memory_mib(self.device),
         }
         self.log.write(self.state.step, line)
+        self._latest |= line
         losses = {
             letter: sum(
-                value for name, value in line.items() if name.startswith(network) and not name.endswith("_norm")
+                value for name, value in self._latest.items() if name.startswith(network) and not name.endswith("_norm")
             )
             for letter, network in (("D", "discriminator/"), ("G", "generator/"))
         }

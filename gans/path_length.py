@@ -75,16 +75,18 @@ class PathLengthLoss(GANLoss, nn.Module):
     def __init__(self, config: PathLengthLossConfig) -> None:
         nn.Module.__init__(self)
         GANLoss.__init__(self, config)
+        self.generator_penalty_every = config.path_length_every
         self.register_buffer("mean_length", torch.zeros(()))
 
     def generator_penalty(self, generator: Any, z: Tensor, *, step: int) -> Terms:
         """Term `path_length`, where its weight is not 0 and `path_length_every` has it due."""
         config = self.config
         assert isinstance(config, PathLengthLossConfig)
-        if not config.path_length or step % config.path_length_every:
+        every = self.generator_penalty_every
+        if not config.path_length or step % every:
             return {}
         lengths = path_lengths(generator, z)
         with torch.no_grad():
             self.mean_length.lerp_(batch_mean(lengths.detach()).to(self.mean_length), config.path_length_decay)
         penalty = (lengths - self.mean_length).square().mean()
-        return {"path_length": config.path_length_every * config.path_length * penalty}
+        return {"path_length": every * config.path_length * penalty}

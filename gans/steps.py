@@ -145,10 +145,11 @@ def latents(generator: nn.Module, count: int) -> Tensor:
     return rng.randn(count, generator.config.latent_dim, device=like.device, dtype=like.dtype)
 
 
-def backward(terms: Terms, parts: int, totals: Terms) -> None:
-    """Adds the gradients of the terms' sum over `parts`, and the terms to `totals`.
+def backward(terms: Terms, parts: int, totals: Terms, *, every: int = 1) -> None:
+    """Adds the gradients of the terms' sum over `parts`, and the terms, for the log, to `totals`.
 
-    ValueError for a term that is not a scalar.
+    Terms of every so many updates only weigh as much more; `totals` get what they are on average. ValueError for a term
+    that is not a scalar.
     """
     for name, term in terms.items():
         if term.dim():
@@ -156,7 +157,7 @@ def backward(terms: Terms, parts: int, totals: Terms) -> None:
     if terms:
         (torch.stack(list(terms.values())).sum() / parts).backward()
     for name, term in terms.items():
-        totals[name] = totals.get(name, torch.zeros_like(term)) + term.detach() / parts
+        totals[name] = totals.get(name, torch.zeros_like(term)) + term.detach() / (parts * every)
 
 
 def apply(name: str, step: int, networks: Networks, terms: Terms, clip: float, world: World) -> dict[str, float]:
@@ -208,7 +209,7 @@ def discriminator_gradients(
             with precision(config, real.device, penalty=True):
                 number = step * config.n_critic + index
                 terms = loss.discriminator_penalty(discriminator, real_part, fake, step=number)
-            backward(terms, len(parts), totals)
+            backward(terms, len(parts), totals, every=loss.discriminator_penalty_every)
     return totals
 
 
@@ -227,7 +228,7 @@ def generator_gradients(step: int, config: TrainConfig, networks: Networks, real
             backward(terms, len(parts), totals)
             with precision(config, z.device, penalty=True):
                 terms = loss.generator_penalty(generator, z, step=step)
-            backward(terms, len(parts), totals)
+            backward(terms, len(parts), totals, every=loss.generator_penalty_every)
     return totals
 
 
