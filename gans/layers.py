@@ -121,7 +121,7 @@ class Block(nn.Module):
         self.attn: nn.Module = (
             Attention(dim, heads, qkv_bias=qkv_bias)
             if window is None
-            else GridAttention(dim, heads, window, qkv_bias=qkv_bias, rel_pos_bias=rel_pos_bias)
+            else GridAttention(dim, heads, window, qkv_bias=qkv_bias, bias=rel_pos_bias)
         )
         self.norm2 = make_norm(norm, dim)
         self.mlp = MLP(dim, mlp_ratio)

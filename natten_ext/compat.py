@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from . import functional
-from .drop_in import pair_of, refuse, refuse_causal
-from .functional import SizePerAxis, _autocast, _pair, _shape
+from .checks import SizePerAxis, alike, check_reach, check_table, shape_of
+from .drop_in import fused, pair_of, refuse, refuse_causal
 from .geometry import IntPair, neighbor_indices, neighbor_offsets
 
 Causal = bool | tuple[bool, bool] | None
+
+MAPS = "(batch, heads, height, width, channels)"
 
 
 def na2d(
@@ -50,9 +51,7 @@ def na2d(
     refuse("additional_keys", additional_keys, "additional keys", allowed=additional_keys is None)
     refuse("additional_values", additional_values, "additional values", allowed=additional_values is None)
     refuse("xformers_kwargs", xformers_kwargs, "options of xFormers", allowed=xformers_kwargs is None)
-    return functional.neighborhood_attention(
-        query, key, value, pair_of(kernel_size), pair_of(dilation), bias=rpb, scale=scale
-    )
+    return fused(query, key, value, kernel_size, dilation, rpb, scale)
 
 
 def na2d_qk(
@@ -80,18 +79,15 @@ def na2d_qk(
     """
     refuse_causal(is_causal)
     refuse("additional_keys", additional_keys, "additional keys", allowed=additional_keys is None)
-    query, key = _checked_maps(query=query, key=key)
+    query, key = alike(MAPS, query=query, key=key)
     if key.shape != query.shape:
-        raise ValueError(f"key must have the query's shape {_shape(query)}, got {_shape(key)}")
+        raise ValueError(f"key must have the query's shape {shape_of(query)}, got {shape_of(key)}")
     kernel, step = _checked_sizes(query, kernel_size, dilation)
+    if rpb is not None:
+        check_table("rpb", rpb, query, query.shape[1], kernel)
     scores = _Scores.apply(query, key, kernel, step)
     if rpb is None:
         return scores
-    expected = (query.shape[1], 2 * kernel[0] - 1, 2 * kernel[1] - 1)
-    if not isinstance(rpb, torch.Tensor):
-        raise TypeError(f"rpb must be a tensor or None, got {type(rpb).__name__}")
-    if _shape(rpb) != expected:
-        raise ValueError(f"rpb must have shape (heads, 2 * rows - 1, 2 * columns - 1) = {expected}, got {_shape(rpb)}")
     rows, columns = (
         neighbor_offsets(length, k, d).to(query.device) + k - 1
         for length, k, d in zip(query.shape[2:4], kernel, step, strict=True)
@@ -124,12 +120,12 @@ def na2d_av(
     """
     refuse_causal(is_causal)
     refuse("additional_values", additional_values, "additional values", allowed=additional_values is None)
-    attn, value = _checked_maps(attn=attn, value=value)
+    attn, value = alike(MAPS, attn=attn, value=value)
     kernel, step = _checked_sizes(value, kernel_size, dilation)
-    if _shape(attn) != (*value.shape[:4], kernel[0] * kernel[1]):
+    if shape_of(attn) != (*value.shape[:4], kernel[0] * kernel[1]):
         raise ValueError(
             "attn must be (batch, heads, height, width, kernel_height * kernel_width) ="
-            f" {(*value.shape[:4], kernel[0] * kernel[1])}, got {_shape(attn)}"
+            f" {(*value.shape[:4], kernel[0] * kernel[1])}, got {shape_of(attn)}"
         )
     return _Gather.apply(attn, value, kernel, step)
 
@@ -152,35 +148,9 @@ def natten2dav(
     return na2d_av(attn, value, kernel_size, dilation)
 
 
-# ---------------------------------------------------------------------------------------------- checks
-
-
-def _checked_maps(**tensors: Any) -> list[torch.Tensor]:
-    """The tensors in autocast's dtype where that is on, found to be alike."""
-    (_, first), *_ = tensors.items()
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.is_nested:
-            raise TypeError(f"{name} must be a dense tensor, got a nested one")
-        if tensor.dim() != 5:
-            layout = "(batch, heads, height, width, channels)"
-            raise ValueError(f"{name} must have 5 dimensions {layout}, got shape {_shape(tensor)}")
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on the device {first.device}, got {tensor.device}")
-    (first_name, first), (name, second) = _autocast(tensors).items()
-    if first.dtype != second.dtype:
-        raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {second.dtype}")
-    return [first, second]
-
-
 def _checked_sizes(maps: torch.Tensor, kernel_size: Any, dilation: Any) -> tuple[IntPair, IntPair]:
-    kernel, step = _pair("kernel_size", pair_of(kernel_size)), _pair("dilation", pair_of(dilation))
-    for axis, size, k, d in zip(("height", "width"), maps.shape[2:4], kernel, step, strict=True):
-        if k * d > size:
-            raise ValueError(f"kernel_size * dilation must not exceed the map: {k} * {d} > {axis} {size}")
+    kernel, step = pair_of("kernel_size", kernel_size), pair_of("dilation", dilation)
+    check_reach(maps.shape[2:4], kernel, step)
     return kernel, step
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from . import functional
-from .functional import SizePerAxis
+from .checks import SizePerAxis, check_bias, check_dense, checked_maps, neighborhood_of, pair, shown
+from .geometry import IntPair
 
 
 def na2d(
@@ -45,7 +46,8 @@ def na2d(
 
     Args:
         query, key, value: ``(batch, height, width, heads, head_dim)``, one shape and dtype.
-        kernel_size, dilation: int or (height, width); ``kernel_size * dilation`` must not exceed the map.
+        kernel_size, dilation: int or (height, width), as a tuple or, unlike in ``neighborhood_attention``, a list;
+            ``kernel_size * dilation`` must not exceed the map.
         scale: positive factor of the score; ``head_dim ** -0.5`` if None.
         backend: a name from ``natten_ext.backends()``, not one of NATTEN's.
         rpb: ``(heads, 2 * kernel_height - 1, 2 * kernel_width - 1)``, added to the scaled scores.
@@ -56,7 +58,7 @@ def na2d(
     Raises:
         As ``neighborhood_attention``; NotImplementedError as above.
     """
-    refuse("stride", stride, "strides other than 1", allowed=pair_of(stride) == (1, 1))
+    refuse("stride", stride, "strides other than 1", allowed=pair_of("stride", stride) == (1, 1))
     refuse_causal(is_causal)
     refuse("additional_keys", additional_keys, "additional keys", allowed=additional_keys is None)
     refuse("additional_values", additional_values, "additional values", allowed=additional_values is None)
@@ -75,26 +77,42 @@ def na2d(
     }
     for name, (given, default) in tuning.items():
         refuse(name, given, "NATTEN's tuning of its kernels", allowed=given is default)
-    if isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and query.dim() == key.dim() == 5:
+    check_dense("query", query)
+    check_dense("key", key)
+    if query.dim() == key.dim() == 5:
         same = query.shape[3] == key.shape[3]
         refuse("key", tuple(key.shape), f"other heads than the query's {query.shape[3]}", allowed=same)
-    return functional.neighborhood_attention(
-        query, key, value, pair_of(kernel_size), pair_of(dilation), bias=rpb, scale=scale, backend=backend
-    )
+    return fused(query, key, value, kernel_size, dilation, rpb, scale, backend)
 
 
-def pair_of(size: Any) -> Any:
-    """A list of two as a tuple (a list means groups of heads to this package); all else as it is, to be checked."""
-    if isinstance(size, int) and not isinstance(size, bool):
-        return size, size
-    return tuple(size) if isinstance(size, list) and len(size) == 2 else size
+def fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kernel_size: Any,
+    dilation: Any,
+    rpb: torch.Tensor | None,
+    scale: float | None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``neighborhood_attention`` with NATTEN's names of arguments in its messages."""
+    query, key, value = checked_maps(query, key, value)
+    kernel, step = pair_of("kernel_size", kernel_size), pair_of("dilation", dilation)
+    neighborhood = neighborhood_of(query.shape[1:3], query.shape[3], kernel, step)
+    check_bias("rpb", rpb, query, neighborhood)
+    return functional._run(query, key, value, rpb, neighborhood, "dot", scale, backend)
+
+
+def pair_of(name: str, size: Any) -> IntPair:
+    """(height, width) from an int, a tuple or, as in NATTEN, a list of two; never one entry per group of heads."""
+    return pair(name, tuple(size) if isinstance(size, list) else size)
 
 
 def refuse(name: str, value: Any, what: str, *, allowed: bool) -> None:
     """NotImplementedError that names the argument, unless it is allowed."""
     if not allowed:
-        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-        raise NotImplementedError(f"{name}: natten_ext does not support {what}, got {shown}")
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else shown(value)
+        raise NotImplementedError(f"{name}: natten_ext does not support {what}, got {got}")
 
 
 def refuse_causal(is_causal: bool | tuple[bool, bool] | None) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import functional
-from .functional import SizePerAxis, _pair, _per_head
+from . import dispatch, functional
+from .checks import SizePerAxis, SizePerGroup, check_dense, check_scale, check_score, pair, per_head, shown
+from .geometry import IntPair, Neighborhood
 from .weights import attention_weights
 
 
@@ -21,25 +22,26 @@ class _AttentionModule(nn.Module):
         embed_dim: int,
         num_heads: int,
         *,
-        projections: int = 3,
-        table_kernel: tuple[int, int] | None = None,
-        qkv_bias: bool = True,
-        qk_scale: float | None = None,
-        score: str = "dot",
-        proj_bias: bool = True,
-        proj_drop: float = 0.0,
-        backend: str | None = None,
+        projections: int,
+        table_kernel: IntPair | None,
+        score: str,
+        scale: float | None,
+        qkv_bias: bool,
+        proj_bias: bool,
+        proj_drop: float,
+        backend: str | None,
     ):
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"num_heads must be positive and divide embed_dim {embed_dim}, got {num_heads}")
-        if score not in functional.SCORES:
-            raise ValueError(f"score must be one of {functional.SCORES}, got {score!r}")
+        check_score(score)
+        check_scale(scale, torch.float64)  # the tensors' own dtype is known at the call
+        if backend is not None:
+            dispatch.check_name(backend)
+        _check_heads(embed_dim, num_heads)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
-        self.qk_scale = qk_scale
         self.score = score
+        self.scale = scale
         self.backend = backend
         self.projections = projections
         self.qkv = nn.Linear(embed_dim, projections * embed_dim, bias=qkv_bias)
@@ -70,10 +72,11 @@ class _AttentionModule(nn.Module):
         """Where the queries at ``positions`` look when the module is given ``x``: ``natten_ext.attention_weights``."""
         query, *others = self._project(x)
         key = query if self.projections == 2 else others[0]
-        options = {"bias": self.rel_pos_bias, "score": self.score, "scale": self.qk_scale}
+        options = {"bias": self.rel_pos_bias, "score": self.score, "scale": self.scale}
         return attention_weights(query, key, positions, **self._neighborhood(), **options)
 
     def _check_input(self, x: torch.Tensor, dims: int, layout: str) -> None:
+        check_dense("input", x)
         if x.dim() != dims or x.shape[-1] != self.embed_dim:
             raise ValueError(f"input must be {layout} with {self.embed_dim} channels, got shape {tuple(x.shape)}")
 
@@ -81,41 +84,102 @@ class _AttentionModule(nn.Module):
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, score={self.score!r}, backend={self.backend!r}"
 
 
+def _check_heads(embed_dim: int, num_heads: int) -> None:
+    for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {shown(value)}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if embed_dim % num_heads:
+        raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
+
+
+def _table_kernel(bias: bool, kernel: IntPair) -> IntPair | None:
+    """The kernel that sizes the table, if there is to be one."""
+    if not isinstance(bias, bool):
+        raise TypeError(f"bias must be True or False (the module makes the table), got {shown(bias)}")
+    return kernel if bias else None
+
+
 class Attention(_AttentionModule):
     """Self-attention of ``(batch, tokens, embed_dim)``; see ``natten_ext.attention``.
 
     Args:
         embed_dim, num_heads: channels and heads; the heads divide the channels.
+        score, scale, backend: as ``natten_ext.attention``.
         qkv_bias, proj_bias: whether the two projections have a bias.
-        qk_scale: factor of the score; ``head_dim ** -0.5`` if None.
-        score: "dot" or "l2".
-        proj_drop: dropout after the output projection.
-        backend: as ``natten_ext.attention``.
+        proj_drop: probability of dropout after the output projection.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule; the message names it.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, **options):
-        super().__init__(embed_dim, num_heads, **options)
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        score: str = "dot",
+        scale: float | None = None,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        backend: str | None = None,
+    ):
+        super().__init__(
+            embed_dim,
+            num_heads,
+            projections=3,
+            table_kernel=None,
+            score=score,
+            scale=scale,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            proj_drop=proj_drop,
+            backend=backend,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input(x, 3, "(batch, tokens, channels)")
         query, key, value = self._project(x)
-        output = functional.attention(query, key, value, score=self.score, scale=self.qk_scale, backend=self.backend)
+        output = functional.attention(query, key, value, score=self.score, scale=self.scale, backend=self.backend)
         return self._merge(output)
 
 
 class L2Attention(_AttentionModule):
     """Self-attention with L2-distance scores and one projection for query and key (tied), as Kim et al. require.
 
-    Arguments as ``Attention`` but ``score``. ``qkv`` projects to (query = key, value).
+    Arguments as ``Attention``, without ``score``. ``qkv`` projects to (query = key, value).
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, **options):
-        super().__init__(embed_dim, num_heads, projections=2, score="l2", **options)
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        scale: float | None = None,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        backend: str | None = None,
+    ):
+        super().__init__(
+            embed_dim,
+            num_heads,
+            projections=2,
+            table_kernel=None,
+            score="l2",
+            scale=scale,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            proj_drop=proj_drop,
+            backend=backend,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input(x, 3, "(batch, tokens, channels)")
         query, value = self._project(x)
-        output = functional.l2_attention(query, query, value, scale=self.qk_scale, backend=self.backend)
+        output = functional.l2_attention(query, query, value, scale=self.scale, backend=self.backend)
         return self._merge(output)
 
 
@@ -124,7 +188,7 @@ class GridAttention(_AttentionModule):
 
     Args:
         window_size: int or (height, width).
-        rel_pos_bias: whether there is a relative position table.
+        bias: whether there is a relative position table, the parameter ``rel_pos_bias``.
         Others as ``Attention``.
     """
 
@@ -134,12 +198,28 @@ class GridAttention(_AttentionModule):
         num_heads: int,
         window_size: SizePerAxis,
         *,
-        rel_pos_bias: bool = True,
-        **options,
+        bias: bool = True,
+        score: str = "dot",
+        scale: float | None = None,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        backend: str | None = None,
     ):
-        self_window = _pair("window_size", window_size)
-        super().__init__(embed_dim, num_heads, table_kernel=self_window if rel_pos_bias else None, **options)
-        self.window_size = self_window
+        window = pair("window_size", window_size)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            projections=3,
+            table_kernel=_table_kernel(bias, window),
+            score=score,
+            scale=scale,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            proj_drop=proj_drop,
+            backend=backend,
+        )
+        self.window_size = window
 
     def _neighborhood(self) -> dict[str, Any]:
         return {"window_size": self.window_size}
@@ -154,7 +234,7 @@ class GridAttention(_AttentionModule):
             **self._neighborhood(),
             bias=self.rel_pos_bias,
             score=self.score,
-            scale=self.qk_scale,
+            scale=self.scale,
             backend=self.backend,
         )
         return self._merge(output)
@@ -167,8 +247,9 @@ class NeighborhoodAttention(_AttentionModule):
     """Dilated neighborhood self-attention of ``(batch, height, width, embed_dim)``.
 
     Args:
-        kernel_size, dilation: as ``natten_ext.neighborhood_attention``; lists give one entry per equal group of heads.
-        rel_pos_bias: whether there is a relative position table.
+        kernel_size, dilation: as ``natten_ext.neighborhood_attention``; lists give one entry per equal group of heads,
+            and only a tuple is a (height, width).
+        bias: whether there is a relative position table, the parameter ``rel_pos_bias``.
         Others as ``Attention``.
     """
 
@@ -176,16 +257,31 @@ class NeighborhoodAttention(_AttentionModule):
         self,
         embed_dim: int,
         num_heads: int,
-        kernel_size: SizePerAxis | list[SizePerAxis],
-        dilation: SizePerAxis | list[SizePerAxis] = 1,
+        kernel_size: SizePerGroup,
+        dilation: SizePerGroup = 1,
         *,
-        rel_pos_bias: bool = True,
-        **options,
+        bias: bool = True,
+        score: str = "dot",
+        scale: float | None = None,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        backend: str | None = None,
     ):
-        kernels = _per_head("kernel_size", kernel_size, num_heads)
-        _per_head("dilation", dilation, num_heads)
-        largest = max(k[0] for k in kernels), max(k[1] for k in kernels)
-        super().__init__(embed_dim, num_heads, table_kernel=largest if rel_pos_bias else None, **options)
+        _check_heads(embed_dim, num_heads)
+        kernels, dilations = per_head("kernel_size", kernel_size, num_heads), per_head("dilation", dilation, num_heads)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            projections=3,
+            table_kernel=_table_kernel(bias, Neighborhood(kernels, dilations).kernel),
+            score=score,
+            scale=scale,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            proj_drop=proj_drop,
+            backend=backend,
+        )
         self.kernel_size = kernel_size
         self.dilation = dilation
 
@@ -202,7 +298,7 @@ class NeighborhoodAttention(_AttentionModule):
             **self._neighborhood(),
             bias=self.rel_pos_bias,
             score=self.score,
-            scale=self.qk_scale,
+            scale=self.scale,
             backend=self.backend,
         )
         return self._merge(output)

@@ -7,8 +7,24 @@ from typing import Any
 
 import torch
 
-from .functional import SizePerAxis, _check_bias, _checked, _checked_score, _grid, _neighborhood, _shape
-from .geometry import Full, Grid, Neighborhood, indices, window_starts
+from .checks import (
+    MAP,
+    SEQUENCE,
+    SizePerAxis,
+    SizePerGroup,
+    alike,
+    check_bias,
+    check_cross,
+    check_dense,
+    check_heads,
+    check_score,
+    grid_of,
+    neighborhood_of,
+    scale_of,
+    shape_of,
+    shown,
+)
+from .geometry import AnyNeighborhood, Full, Grid, Neighborhood, indices, window_starts
 from .reference import without_autocast
 
 
@@ -18,8 +34,8 @@ def attention_weights(
     positions: torch.Tensor | Sequence[int] | Sequence[tuple[int, int]],
     *,
     window_size: SizePerAxis | None = None,
-    kernel_size: SizePerAxis | list[SizePerAxis] | None = None,
-    dilation: SizePerAxis | list[SizePerAxis] = 1,
+    kernel_size: SizePerGroup | None = None,
+    dilation: SizePerGroup = 1,
     bias: torch.Tensor | None = None,
     score: str = "dot",
     scale: float | None = None,
@@ -49,29 +65,25 @@ def attention_weights(
     dims = query.dim() if isinstance(query, torch.Tensor) and query.dim() in (4, 5) else 4
     if window_size is not None or kernel_size is not None:
         dims = 5
-    query, key, _ = _checked(query, key, key, dims)
-    if (query.shape[0], *query.shape[-2:]) != (key.shape[0], *key.shape[-2:]):
-        raise ValueError(
-            f"query and key must agree in batch, heads and head_dim, got {_shape(query)} and {_shape(key)}"
-        )
-    if 0 in key.shape[1:-2]:
-        raise ValueError(f"key must hold at least one token, got shape {_shape(key)}")
+    query, key = alike(SEQUENCE if dims == 4 else MAP, query=query, key=key)
+    check_heads(query)
+    check_cross(query, key)
     if dims == 5 and query.shape != key.shape:
-        raise ValueError(f"key must have the query's shape {_shape(query)}, got {_shape(key)}")
-    scale = _checked_score(query, score, scale)
+        raise ValueError(f"key must have the query's shape {shape_of(query)}, got {shape_of(key)}")
+    check_score(score)
+    scale = scale_of(query, scale)
     index = _checked_positions(positions, query)
 
-    neighborhood: Full | Grid | Neighborhood = Full()
+    neighborhood: AnyNeighborhood = Full()
     if window_size is not None and kernel_size is not None:
-        raise ValueError(f"window_size and kernel_size cannot both be given, got {window_size} and {kernel_size}")
+        raise ValueError(
+            f"window_size and kernel_size cannot both be given, got {shown(window_size)} and {shown(kernel_size)}"
+        )
     if window_size is not None:
-        neighborhood = _grid(query, window_size)
+        neighborhood = grid_of(query.shape[1:3], window_size)
     elif kernel_size is not None:
-        neighborhood = _neighborhood(query, kernel_size, dilation)
-    if bias is not None:
-        if isinstance(neighborhood, Full):
-            raise ValueError("bias needs a window_size or a kernel_size: full attention has no table")
-        _check_bias(bias, query, neighborhood)
+        neighborhood = neighborhood_of(query.shape[1:3], query.shape[3], kernel_size, dilation)
+    check_bias("bias", bias, query, neighborhood)
 
     with without_autocast(query.device.type):
         return _weights(query, key, bias, index, neighborhood, score, scale)
@@ -79,24 +91,33 @@ def attention_weights(
 
 def _checked_positions(positions: Any, query: torch.Tensor) -> torch.Tensor:
     """Int64 ``(P, axes)`` on the CPU, in range."""
-    index = torch.as_tensor(positions, device="cpu")
+    if isinstance(positions, torch.Tensor):
+        check_dense("positions", positions)
+        if positions.is_meta:
+            raise ValueError("positions must have contents, got a meta tensor")
     extents = query.shape[1:-2]
+    wanted = "(P,) for a sequence" if len(extents) == 1 else "(P, 2), rows and columns, for a map"
+    try:
+        index = torch.as_tensor(positions, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:  # no list or array; ragged; beyond int64
+        kind = ValueError if isinstance(positions, list | tuple) else TypeError
+        raise kind(f"positions must be 64-bit integers of shape {wanted}, got {shown(positions)}") from error
     if index.numel() == 0:
-        raise ValueError(f"positions must hold at least one position, got {positions!r}")
+        raise ValueError(f"positions must hold at least one position, got {shown(positions)}")
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         raise TypeError(f"positions must be integers, got {index.dtype}")
+    index = index.to(torch.int64)
     if len(extents) == 1 and index.dim() == 1:
         index = index[:, None]
     if index.dim() != 2 or index.shape[1] != len(extents):
-        wanted = "(P,) for a sequence" if len(extents) == 1 else "(P, 2), rows and columns, for a map"
-        raise ValueError(f"positions must have shape {wanted}, got {_shape(index)}")
+        raise ValueError(f"positions must have shape {wanted}, got {shape_of(index)}")
     for axis, extent in enumerate(extents):
         low, high = int(index[:, axis].min()), int(index[:, axis].max())
         if low < 0 or high >= extent:
             raise ValueError(
                 f"positions must lie inside {tuple(extents)}, got {low if low < 0 else high} on axis {axis}"
             )
-    return index.to(torch.int64)
+    return index
 
 
 def _weights(query, key, bias, index, neighborhood, score, scale):

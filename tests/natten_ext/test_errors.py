@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 
@@ -24,6 +25,10 @@ def sequence(*shape: int, **options) -> torch.Tensor:
 
 def image(*shape: int, **options) -> torch.Tensor:
     return torch.zeros(shape or (2, 6, 8, 4, 8), **options)
+
+
+def nested(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor(list(tensor), layout=torch.jagged)
 
 
 def three(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -64,6 +69,10 @@ BAD = [
     ("heads 0", NA, (*three(image(2, 6, 8, 0, 8)), 3), {}, ValueError, ["heads", "(2, 6, 8, 0, 8)"]),
     ("height 0", GRID, (*three(image(2, 0, 8, 4, 8)), 2), {}, ValueError, ["height", "(2, 0, 8, 4, 8)"]),
     ("width 0", NA, (*three(image(2, 6, 0, 4, 8)), 1), {}, ValueError, ["width", "(2, 6, 0, 4, 8)"]),
+    ("query sparse", ATTENTION, (S[0].to_sparse(), *S[1:]), {}, TypeError, ["query", "torch.sparse_coo"]),
+    ("value mkldnn", GRID, (*M[:2], M[2].to_mkldnn(), 2), {}, TypeError, ["value", "torch._mkldnn"]),
+    ("query nested", ATTENTION, three(nested(S[0])), {}, TypeError, ["query", "nested"]),
+    ("value nested", NA, (*M[:2], nested(M[2]), 3), {}, TypeError, ["value", "nested"]),
     # window
     ("window not dividing", GRID, (*M, 4), {}, ValueError, ["window_size", "height", "6", "4"]),
     ("window not dividing the width", GRID, (*M, (3, 5)), {}, ValueError, ["window_size", "width", "8", "5"]),
@@ -72,6 +81,7 @@ BAD = [
     ("window negative", GRID, (*M, (2, -2)), {}, ValueError, ["window_size", "-2"]),
     ("window float", GRID, (*M, 2.0), {}, TypeError, ["window_size", "2.0"]),
     ("window True", GRID, (*M, True), {}, TypeError, ["window_size", "True"]),
+    ("window huge", GRID, (*M, 10**5000), {}, ValueError, ["window_size", "huge int"]),
     ("window list", GRID, (*M, [2, 2]), {}, TypeError, ["window_size", "[2, 2]"]),
     ("window triple", GRID, (*M, (2, 2, 2)), {}, TypeError, ["window_size", "(2, 2, 2)"]),
     ("window None", GRID, (*M, None), {}, TypeError, ["window_size", "None"]),
@@ -82,6 +92,8 @@ BAD = [
     ("kernel * dilation of one group", NA, (*M, 3, [1, 3]), {}, ValueError, ["kernel_size", "3 * 3", "6"]),
     ("kernel 0", NA, (*M, 0), {}, ValueError, ["kernel_size", "0"]),
     ("kernel negative", NA, (*M, (3, -1)), {}, ValueError, ["kernel_size", "-1"]),
+    ("kernel huge", NA, (*M, 2**70), {}, ValueError, ["kernel_size", str(2**70), "height 6"]),
+    ("dilation huge", NA, (*M, 1, 10**5000), {}, ValueError, ["dilation", "huge int"]),
     ("kernel 0 in a list", NA, (*M, [3, 0]), {}, ValueError, ["kernel_size", "0"]),
     ("kernel float", NA, (*M, 3.0), {}, TypeError, ["kernel_size", "3.0"]),
     ("kernel string", NA, (*M, "3"), {}, TypeError, ["kernel_size", "'3'"]),
@@ -92,6 +104,7 @@ BAD = [
     ("3 groups of 4 heads", NA, (*M, [3, 3, 3]), {}, ValueError, ["kernel_size", "4 heads", "3"]),
     ("3 dilations for 4 heads", NA, (*M, 3, [1, 1, 2]), {}, ValueError, ["dilation", "4 heads", "3"]),
     ("8 groups of 4 heads", NA, (*M, [3] * 8), {}, ValueError, ["kernel_size", "4 heads", "8"]),
+    ("pair as a list", NA, (*M, [3, 5, 3]), {}, ValueError, ["kernel_size", "4 heads", "tuple"]),
     ("no groups", NA, (*M, []), {}, ValueError, ["kernel_size", "0"]),
     ("list in a list", NA, (*M, [[3, 3], [3, 3]]), {}, TypeError, ["kernel_size", "[3, 3]"]),
     # table
@@ -108,6 +121,8 @@ BAD = [
     ("table of integers", NA, (*M, 3), {"bias": torch.zeros(4, 5, 5, dtype=torch.int32)}, TypeError, ["bias", "int32"]),
     ("table device", GRID, (*M, 2), {"bias": torch.zeros(4, 3, 3, device="meta")}, ValueError, ["bias", "meta"]),
     ("table not a tensor", GRID, (*M, 2), {"bias": True}, TypeError, ["bias", "bool"]),
+    ("table sparse", NA, (*M, 3), {"bias": torch.zeros(4, 5, 5).to_sparse()}, TypeError, ["bias", "sparse"]),
+    ("table mkldnn", GRID, (*M, 2), {"bias": torch.zeros(4, 3, 3).to_mkldnn()}, TypeError, ["bias", "mkldnn"]),
     # score, scale, backend
     ("score unknown", ATTENTION, S, {"score": "cosine"}, ValueError, ["score", "cosine"]),
     ("score None", NA, (*M, 3), {"score": None}, ValueError, ["score", "None"]),
@@ -115,6 +130,12 @@ BAD = [
     ("scale negative", L2, S, {"scale": -0.5}, ValueError, ["scale", "-0.5"]),
     ("scale infinite", GRID, (*M, 2), {"scale": math.inf}, ValueError, ["scale", "inf"]),
     ("scale not a number", NA, (*M, 3), {"scale": math.nan}, ValueError, ["scale", "nan"]),
+    ("scale a huge int", ATTENTION, S, {"scale": 10**400}, ValueError, ["scale", "8.51e+37", "float32", "10000"]),
+    ("scale longer than Python prints", L2, S, {"scale": 10**5000}, ValueError, ["scale", "huge int"]),
+    ("scale that float32 scores overflow", NA, (*M, 3), {"scale": 1e39}, ValueError, ["scale", "8.51e+37", "1e+39"]),
+    ("scale beyond bfloat16's scores", L2, three(sequence(dtype=torch.bfloat16)), {"scale": 1e39}, ValueError,
+     ["scale", "8.51e+37", "bfloat16"]),
+    ("scale beyond float64", L2, three(sequence(**DOUBLE)), {"scale": 1e308}, ValueError, ["scale", "4.49e+307"]),
     ("scale string", ATTENTION, S, {"scale": "1"}, TypeError, ["scale", "'1'"]),
     ("scale bool", ATTENTION, S, {"scale": True}, TypeError, ["scale", "True"]),
     ("scale tensor", ATTENTION, S, {"scale": torch.tensor(0.5)}, TypeError, ["scale", "Tensor"]),
@@ -167,20 +188,55 @@ def test_head_dims_beyond_the_fused_limit_fall_back_on_the_cpu():
     [
         (lambda: natten_ext.Attention(10, 3), ["num_heads", "10", "3"]),
         (lambda: natten_ext.Attention(10, 0), ["num_heads", "0"]),
+        (lambda: natten_ext.Attention(0, 1), ["embed_dim", "0"]),
+        (lambda: natten_ext.Attention(8, "2"), ["num_heads", "'2'"]),
+        (lambda: natten_ext.NeighborhoodAttention(8, 2.0, 3), ["num_heads", "2.0"]),
+        (lambda: natten_ext.L2Attention(8.0, 2), ["embed_dim", "8.0"]),
         (lambda: natten_ext.Attention(8, 2, score="cos"), ["score", "cos"]),
+        (lambda: natten_ext.L2Attention(8, 2, scale=-1.0), ["scale", "-1.0"]),
+        (lambda: natten_ext.Attention(8, 2, scale="1"), ["scale", "'1'"]),
+        (lambda: natten_ext.GridAttention(8, 2, 2, backend="flash"), ["backend", "flash"]),
+        (lambda: natten_ext.GridAttention(8, 2, 2, bias=torch.zeros(2, 3, 3)), ["bias", "True or False"]),
         (lambda: natten_ext.GridAttention(8, 2, 0), ["window_size", "0"]),
         (lambda: natten_ext.NeighborhoodAttention(8, 2, 0), ["kernel_size", "0"]),
         (lambda: natten_ext.NeighborhoodAttention(8, 2, 3, 0), ["dilation", "0"]),
         (lambda: natten_ext.NeighborhoodAttention(8, 2, [3, 3, 3]), ["kernel_size", "2 heads", "3"]),
         (lambda: natten_ext.NeighborhoodAttention(8, 2, 3, [1, 1, 1]), ["dilation", "2 heads", "3"]),
         (lambda: natten_ext.Attention(8, 2)(torch.zeros(2, 5, 6)), ["8", "(2, 5, 6)"]),
+        (lambda: natten_ext.Attention(8, 2)([1.0]), ["input", "list"]),
+        (lambda: natten_ext.Attention(8, 2)(torch.zeros(2, 5, 8).to_sparse()), ["input", "sparse"]),
         (lambda: natten_ext.GridAttention(8, 2, 2)(torch.zeros(2, 16, 8)), ["(2, 16, 8)"]),
         (lambda: natten_ext.GridAttention(8, 2, 3)(torch.zeros(2, 4, 6, 8)), ["window_size", "4", "3"]),
         (lambda: natten_ext.NeighborhoodAttention(8, 2, 5)(torch.zeros(2, 4, 6, 8)), ["kernel_size", "5"]),
+        (lambda: natten_ext.L2Attention(8, 2, score="dot"), ["score"]),
+        (lambda: natten_ext.Attention(8, 2, bias=True), ["bias"]),
+        (lambda: natten_ext.Attention(8, 2, projections=2), ["projections"]),
     ],
 )
 def test_modules_name_what_is_wrong(make, pieces):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((TypeError, ValueError)) as caught:
         make()
     for piece in pieces:
         assert piece in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["Attention", "L2Attention", "GridAttention", "NeighborhoodAttention"])
+def test_signatures_of_modules_are_explicit(kind):
+    """And name things as the functions do."""
+    module = getattr(natten_ext, kind)
+    function = {"Attention": ATTENTION, "L2Attention": L2, "GridAttention": GRID, "NeighborhoodAttention": NA}[kind]
+    parameters = inspect.signature(module).parameters
+    assert all(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
+    shared = [name for name in inspect.signature(function).parameters if name not in ("query", "key", "value")]
+    own = ["embed_dim", "num_heads", "qkv_bias", "proj_bias", "proj_drop"]
+    assert sorted(parameters) == sorted(shared + own)
+
+
+def test_a_list_is_groups_of_heads_and_a_tuple_is_a_pair():
+    """Where 5 rows and 3 columns are meant, a list is something else."""
+    q, k, v = torch.randn(3, 1, 8, 9, 2, 4).unbind(0)
+    listed, paired = NA(q, k, v, [5, 3]), NA(q, k, v, (5, 3))
+    assert not torch.allclose(listed, paired)
+    assert torch.equal(listed[..., :1, :], NA(*(x[..., :1, :] for x in (q, k, v)), (5, 5)))
+    assert torch.equal(NA(q, k, v, [3, 3]), NA(q, k, v, (3, 3)))  # equal numbers: no difference
+    assert torch.equal(NA(q, k, v, 3, [(1, 2), (1, 2)]), NA(q, k, v, 3, (1, 2)))

@@ -20,14 +20,14 @@ MODULES = {
     "l2": (lambda **o: natten_ext.L2Attention(24, 3, **o), SEQUENCE, None),
     "grid": (lambda **o: natten_ext.GridAttention(24, 3, (3, 4), **o), MAP, (3, 5, 7)),
     "grid-l2": (lambda **o: natten_ext.GridAttention(24, 3, 2, score="l2", **o), MAP, (3, 3, 3)),
-    "grid-no-table": (lambda **o: natten_ext.GridAttention(24, 3, 2, rel_pos_bias=False, **o), MAP, None),
+    "grid-no-table": (lambda **o: natten_ext.GridAttention(24, 3, 2, bias=False, **o), MAP, None),
     "na": (lambda **o: natten_ext.NeighborhoodAttention(24, 4, 3, 2, **o), MAP, (4, 5, 5)),
     "na-hydra": (
         lambda **o: natten_ext.NeighborhoodAttention(24, 4, [(3, 5), 2], [1, (3, 4)], **o),
         MAP,
         (4, 5, 9),
     ),
-    "na-no-table": (lambda **o: natten_ext.NeighborhoodAttention(24, 4, 3, rel_pos_bias=False, **o), MAP, None),
+    "na-no-table": (lambda **o: natten_ext.NeighborhoodAttention(24, 4, 3, bias=False, **o), MAP, None),
 }
 
 
@@ -36,7 +36,7 @@ def by_hand(name: str, module: nn.Module, x: Tensor) -> Tensor:
     parts = 2 if name == "l2" else 3
     chunks = nn.functional.linear(x, module.qkv.weight, module.qkv.bias).chunk(parts, -1)
     q, k, v = (c.reshape(*x.shape[:-1], module.num_heads, -1) for c in (chunks if parts == 3 else (chunks[0], *chunks)))
-    options = {"scale": module.qk_scale, "backend": "reference"}
+    options = {"scale": module.scale, "backend": "reference"}
     score = "l2" if "l2" in name else "dot"
     table = module.rel_pos_bias
     if name.startswith("grid"):
@@ -51,9 +51,7 @@ def by_hand(name: str, module: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize(
-    "options", [{}, {"qkv_bias": False, "proj_bias": False, "qk_scale": 0.7}], ids=["default", "set"]
-)
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": False, "proj_bias": False, "scale": 0.7}], ids=["default", "set"])
 def test_module_is_its_composition(any_target, name, options):
     any_target.skip_unless_can(torch.float64)
     make, shape, _ = MODULES[name]

@@ -161,6 +161,10 @@ H = torch.zeros(2, 4, 6, 8, 8)
 A = torch.zeros(2, 4, 6, 8, 9)
 
 
+def nested(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor(list(tensor), layout=torch.jagged)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -194,7 +198,25 @@ def test_what_na2d_lacks_is_named(options):
     [
         (lambda: natten_ext.na2d(M, M[..., :2, :], M[..., :2, :], 3), NotImplementedError, ["key", "heads", "4"]),
         (lambda: natten_ext.na2d(M, M, M, 3, backend="hopper-fna"), ValueError, ["backend", "hopper-fna"]),
-        (lambda: natten_ext.na2d(M, M, M, [3, 3, 3]), ValueError, ["kernel_size", "3"]),
+        (lambda: natten_ext.na2d(M, M, M, [3, 3, 3]), TypeError, ["kernel_size", "3"]),
+        (lambda: natten_ext.na2d(M, M, M, [3, 3, 3, 3]), TypeError, ["kernel_size", "(3, 3, 3, 3)"]),
+        (lambda: compat.na2d(M, M, M, 3, [1]), TypeError, ["dilation", "1"]),
+        (lambda: natten_ext.na2d(M, M, M, 3, rpb=torch.zeros(4, 3, 3)), ValueError, ["rpb", "(4, 5, 5)", "(4, 3, 3)"]),
+        (lambda: compat.na2d(M, M, M, 3, rpb=torch.zeros(5, 5, 4)), ValueError, ["rpb", "(4, 5, 5)", "(5, 5, 4)"]),
+        (lambda: natten_ext.na2d(M, M, M, 3, rpb=True), TypeError, ["rpb", "bool"]),
+        (lambda: compat.na2d(M, M, M, 3, rpb=torch.zeros(4, 5, 5).int()), TypeError, ["rpb", "int32"]),
+        (lambda: natten_ext.na2d(M, M, M, 3, rpb=torch.zeros(4, 5, 5).to_sparse()), TypeError, ["rpb", "sparse"]),
+        (lambda: natten_ext.na2d(M.to_sparse(), M, M, 3), TypeError, ["query", "torch.sparse_coo"]),
+        (lambda: natten_ext.na2d(M, M, nested(M), 3), TypeError, ["value", "nested"]),
+        (lambda: natten_ext.na2d(nested(M), nested(M), M, 3), TypeError, ["query", "nested"]),
+        (lambda: natten_ext.na2d(M, [M], M, 3), TypeError, ["key", "list"]),
+        (lambda: compat.na2d_qk(H, H, 3, rpb=torch.zeros(4, 5, 5).to_mkldnn()), TypeError, ["rpb", "mkldnn"]),
+        (lambda: compat.na2d_qk(H, H, 3, rpb=torch.zeros(4, 5, 5, dtype=torch.int8)), TypeError, ["rpb", "int8"]),
+        (lambda: compat.na2d_qk(H, H, 3, rpb=torch.zeros(4, 5, 5, device="meta")), ValueError, ["rpb", "meta"]),
+        (lambda: compat.na2d_qk(H, H.to_sparse(), 3), TypeError, ["key", "torch.sparse_coo"]),
+        (lambda: compat.na2d_av(A.to_mkldnn(), H, 3), TypeError, ["attn", "mkldnn"]),
+        (lambda: compat.na2d_av(A, nested(H), 3), TypeError, ["value", "nested"]),
+        (lambda: natten_ext.na2d(M, M, M, 3, stride=None), TypeError, ["stride", "None"]),
         (lambda: natten_ext.na2d(M, M, M, 3, 1, 4), ValueError, ["kernel_size", "3 * 4", "6"]),
         (lambda: compat.na2d(M, M, M, 3, is_causal=True), NotImplementedError, ["is_causal"]),
         (lambda: compat.na2d(M, M, M, 3, xformers_kwargs={"a": 1}), NotImplementedError, ["xformers_kwargs"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, Case, arguments_of, find, inputs_of
@@ -149,6 +150,10 @@ M = torch.zeros(2, 6, 8, 4, 8)
 S = torch.zeros(2, 6, 2, 8)
 
 
+def nested(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor(list(tensor), layout=torch.jagged)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "exception", "pieces"),
     [
@@ -159,6 +164,22 @@ S = torch.zeros(2, 6, 2, 8)
         ((S, S, []), {}, ValueError, ["positions", "at least one"]),
         ((S, S, [0.5]), {}, TypeError, ["positions", "float32"]),
         ((S, S, [True]), {}, TypeError, ["positions", "bool"]),
+        ((S, S, None), {}, TypeError, ["positions", "(P,)", "None"]),
+        ((M, M, {}), {}, TypeError, ["positions", "(P, 2)", "{}"]),
+        ((M, M, {(0, 0): 1}), {}, TypeError, ["positions", "{(0, 0): 1}"]),
+        ((M, M, "00"), {}, TypeError, ["positions", "'00'"]),
+        ((M, M, [(0, 0), (1,)]), {}, ValueError, ["positions", "[(0, 0), (1,)]"]),
+        ((S, S, [0, None]), {}, ValueError, ["positions", "[0, None]"]),
+        ((S, S, [2**70]), {}, ValueError, ["positions", "64-bit", str(2**70)]),
+        ((S, S, torch.tensor([0], device="meta")), {}, ValueError, ["positions", "meta"]),
+        ((S, S, torch.tensor([1]).to_sparse()), {}, TypeError, ["positions", "sparse"]),
+        ((S, S, np.array([2**64 - 1], np.uint64)), {}, ValueError, ["positions", "-1"]),
+        ((S, S, [6] * 1000), {}, ValueError, ["positions", "(6,)", "got 6"]),
+        ((S, nested(S), [0]), {}, TypeError, ["key", "nested"]),
+        ((M.to_sparse(), M, [0]), {}, TypeError, ["query", "sparse"]),
+        ((M, M, [(0, 0)]), {"window_size": 2, "bias": torch.zeros(4, 3, 3).to_mkldnn()}, TypeError,
+         ["bias", "mkldnn"]),
+        ((S, S, [0]), {"scale": 10**400}, ValueError, ["scale", "100000"]),
         ((S, M, [0]), {}, ValueError, ["key", "(2, 6, 8, 4, 8)"]),
         ((S, torch.zeros(2, 6, 1, 8), [0]), {}, ValueError, ["key", "heads"]),
         ((S, S, [0]), {"kernel_size": 3}, ValueError, ["query", "(2, 6, 2, 8)"]),
@@ -169,7 +190,7 @@ S = torch.zeros(2, 6, 2, 8)
         ((M, M, [(0, 0)]), {"window_size": 4}, ValueError, ["window_size", "4"]),
         ((M, M, [(0, 0)]), {"kernel_size": 3, "bias": torch.zeros(4, 3, 3)}, ValueError, ["bias", "(4, 5, 5)"]),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_named(arguments, options, exception, pieces):
     with pytest.raises(exception) as caught:
         natten_ext.attention_weights(*arguments, **options)
