@@ -63,9 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error)
     except OSError as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        print("interrupted; train continues from the last checkpoint with --resume latest", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:  # of `train`, a gans.interrupt.Interrupted
+        print(str(interrupt) or "interrupted", file=sys.stderr)
+        return getattr(interrupt, "status", 130)
 
 
 def _run(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ changing it changes what is learned by rounding at most.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -124,8 +125,8 @@ class RunConfig:
     """Skipped updates in a row, of one network with the same terms, after which training stops all the same."""
     log_every: int = 50
     """Steps between lines of the logs, which hold the means since the last."""
-    sample_every: int = 1000
-    """Steps between sample grids of the averaged generator, always from the same z."""
+    sample_every: int | None = None
+    """Steps between sample grids of the averaged generator, always from the same z; None for a twentieth of the run."""
     sample_count: int = 64
     """Images of a grid."""
     metric: str = "random"
@@ -134,18 +135,27 @@ class RunConfig:
     """Steps between measurements of that distance; 0 for never."""
     metric_images: int = 2000
     """Generated images per measurement, and the most real ones that are used."""
-    checkpoint_every: int = 5000
-    """Steps between checkpoints; the last step always gets one."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints, None for a tenth of the run; the last step, or the one where it is stopped, always
+    gets one."""
     keep: int = 3
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "sample_every", "sample_count", "checkpoint_every", "keep", "max_skips"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         for name in ("threads", "metric_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
+
+    def with_intervals(self, steps: int) -> RunConfig:
+        """This, with the intervals that are None as numbers: 20 sample grids and 10 checkpoints in `steps` steps."""
+        return dataclasses.replace(
+            self,
+            sample_every=self.sample_every or max(1, math.ceil(steps / 20)),
+            checkpoint_every=self.checkpoint_every or max(1, math.ceil(steps / 10)),
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ white.
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,11 @@ class _Positions:
             position += size
 
 
+def _leave_group(worker: int) -> None:
+    # Ctrl-C and the like reach a whole group of processes. The main one then finishes its step, with this one's images.
+    os.setpgrp()
+
+
 def batches(
     stream: Stream,
     sizes: int | Sequence[int],
@@ -169,6 +175,7 @@ def batches(
         num_workers=workers,
         generator=torch.Generator(),
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_leave_group if workers else None,
         pin_memory=pin_memory,
     )
     yield from loader

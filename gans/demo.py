@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from gans import logs
+from gans import lock, logs
 from gans.config import RunConfig
 from gans.distributed import choose_device
 from gans.figures import plot_curves, plot_samples
@@ -56,13 +56,22 @@ class DemoArguments:
     """Batch size of the comparison of training steps."""
 
 
+def _clear(run: Path) -> None:
+    """Deletes the run of an earlier demo; FileExistsError for a folder that is something else, or in use."""
+    if not run.exists():
+        return
+    if not any((run / name).exists() for name in (lock.NAME, "config.json")):
+        raise FileExistsError(f"{run} is not a run of this demo; give another --out")
+    with lock.locked(run):
+        shutil.rmtree(run)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; exit status 1 if the distance did not fall enough."""
     options = tyro.cli(DemoArguments, args=arguments, prog="python -m gans.demo")
     started = time.perf_counter()
     out, run = options.out, options.out / "run"
-    if run.exists():
-        shutil.rmtree(run)
+    _clear(run)
     device = choose_device(options.device)
     recipe = replace(DIGITS, steps=options.steps)
     sample_every = max(1, options.steps // 16)
@@ -115,4 +124,9 @@ tokens in both, float32, batch {options.cost_batch}, {device}:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the next demo starts from the beginning")

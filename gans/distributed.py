@@ -47,6 +47,10 @@ class World:
         values = values.detach()
         return _Sum.apply(values) / self.size if self.size > 1 else values
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process; all have to ask."""
+        return flag if self.size == 1 else self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
+
     def average_gradients(self, model: nn.Module) -> None:
         """Replaces the gradients of `model` by their mean over all processes.
 

@@ -156,7 +156,7 @@ def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[st
     }
     return {
         "recipe": to_dict(recipe),
-        "run": to_dict(run),
+        "run": to_dict(run.with_intervals(recipe.steps)),
         "processes": processes,
         "parameters": parameter_counts(recipe),
         "memory_mib": {name: round(count / 2**20, 1) for name, count in sizes.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +22,9 @@ def read_tiles(path: Path, size: int) -> list[np.ndarray]:
 
 
 def sample_steps(run: Path) -> list[int]:
-    """The steps of which a run has sample grids."""
-    return sorted(int(path.stem.removeprefix("step-")) for path in (run / "samples").glob("step-*.png"))
+    """The steps of which a run has sample grids; files with other names are not its own."""
+    names = (re.fullmatch(r"step-([0-9]{8,})\.png", path.name) for path in (run / "samples").glob("*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def plot_samples(run: Path, steps: Sequence[int], size: int, path: Path, columns: int = 12) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch
@@ -15,12 +17,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gans import data
+from gans.checkpoint import writing
 from gans.config import RunConfig, TrainConfig
-from gans.images import grid, save_png
+from gans.images import grid
 from gans.logs import RunLog, read
 from gans.metrics import Metric, make_metric
+from gans.resume import Start
 from gans.sources import ImageSource
 from gans.state import TrainState
+from gans.tools.files import new_file
 
 EVALUATION_SEED = 20210214
 
@@ -57,13 +62,21 @@ class Monitor:
     """
 
     def __init__(
-        self, config: TrainConfig, run: RunConfig, state: TrainState, source: ImageSource, *, progress: bool
+        self,
+        config: TrainConfig,
+        run: RunConfig,
+        start: Start,
+        state: TrainState,
+        source: ImageSource,
+        *,
+        progress: bool,
     ) -> None:
+        assert run.sample_every
         self.config = config
         self.run = run
         self.state = state
         self.out = Path(run.out)
-        self.log = RunLog(self.out, state.step)
+        self.log = RunLog(self.out, state.step, start.describe())
         self.device = next(state.networks.generator.parameters()).device
         self._values: dict[str, list[float]] = defaultdict(list)
         self._latest: dict[str, float] = {}  # the bar has lazy penalties in its sums between their updates as well
@@ -75,13 +88,16 @@ class Monitor:
             size, channels, broken = config.generator.image_size, config.generator.channels, config.images.broken
             return data.load_images(source, size=size, channels=channels, limit=limit, broken=broken)
 
+        if start.relearned:
+            changed = ", ".join(f"{name} ({change})" for name, change in start.relearned.items())
+            self._bar.write(f"from step {state.step} on with another recipe: {changed}")
         self.metric: Metric | None = None
         if run.metric_every:
             self.metric = metric = make_metric(run.metric, real(run.metric_images).to(self.device))
             floor = f"real against real (two halves of {metric.count} images) {metric.floor:.4g}"
             self._bar.write(f"{metric.name}: {floor}")
-        if not (real_grid := self.out / "samples" / "real.png").exists():
-            save_png(grid(real(run.sample_count)), real_grid)
+        if not (self.out / "samples" / "real.png").exists():
+            self._save_grid(real(run.sample_count), "real")
         if state.step == 0:
             self._sample()
             self._measure()
@@ -93,21 +109,32 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self.log.close()
+        with nullcontext() if kind is None else suppress(OSError):  # what went wrong first is what is reported
+            self.log.close()
         if kind is None:
             from gans.figures import plot_curves  # matplotlib takes a second to load
 
-            plot_curves(read(self.out), self.out / "curves.png", self.metric.name if self.metric else "distance")
+            name = self.metric.name if self.metric else "distance"
+            with self._file(self.out / "curves.png") as path:
+                plot_curves(read(self.out), path, name)
 
-    def step_done(self, logs: Sequence[dict[str, float]]) -> None:
-        """Takes the logs of a step's updates, of which the files get the means, and writes what is due."""
+    def save_config(self, resolved: Mapping[str, Any]) -> None:
+        """Writes `config.json`."""
+        with self._file(self.out / "config.json") as path:
+            path.write_text(json.dumps(resolved, indent=2) + "\n")
+
+    def step_done(self, logs: Sequence[dict[str, float]], *, stopped: bool) -> None:
+        """Takes the logs of a step's updates, of which the files get the means, and writes what is due.
+
+        `stopped` says that the run ends here, before its last step.
+        """
         for values in logs:
             for name, value in values.items():
                 self._values[name].append(value)
         state, run = self.state, self.run
         self._bar.update()
         last = state.step == self.config.steps
-        if last or state.step % run.log_every == 0:
+        if last or stopped or state.step % run.log_every == 0:
             self._write_means()
         if self.metric and (last or state.step % run.metric_every == 0):
             self._measure()
@@ -144,5 +171,14 @@ class Monitor:
             self.log.write(self.state.step, {"distance": distance, "floor": self.metric.floor})
 
     def _sample(self) -> None:
-        images = generate(self.state.average.model, self.run.sample_count)
-        save_png(grid(images), self.out / "samples" / f"step-{self.state.step:08d}.png")
+        self._save_grid(generate(self.state.average.model, self.run.sample_count), f"step-{self.state.step:08d}")
+
+    def _save_grid(self, images: Tensor, name: str) -> None:
+        with self._file(self.out / "samples" / f"{name}.png") as path:
+            grid(images).save(path)
+
+    @contextmanager
+    def _file(self, path: Path) -> Iterator[Path]:
+        """A file of the run to write: complete, or with a message about what to do."""
+        with writing(path, self.out / "checkpoints"), new_file(path) as partial:
+            yield partial

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import signal
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 import natten_ext
 from gans import checkpoint, data
-from gans.config import RunConfig, TrainConfig, differences, from_dict, to_dict
+from gans.config import RunConfig, TrainConfig, to_dict
 from gans.distributed import World, choose_device
 from gans.ema import EMA
+from gans.interrupt import Interrupted, StopSignals
+from gans.lock import locked
 from gans.monitor import Monitor
 from gans.recompute import recompute_blocks
-from gans.sources import open_source
+from gans.resume import find_start, refuse_later
+from gans.sources import ImageSource, open_source
 from gans.state import TrainState
 from gans.steps import NonFiniteError, discriminator_step, generator_step, make_networks, set_learning_rates
-
-FREE_ON_RESUME = frozenset({"steps", "accumulate", "images.workers", "images.broken"})
-"""What may differ from the recipe of a checkpoint: it changes the weights to come by rounding, or not at all."""
 
 
 def configure_torch(run: RunConfig) -> None:
@@ -34,30 +34,6 @@ def configure_torch(run: RunConfig) -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = run.tf32
     torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
-
-
-def checkpoint_to_resume(config: TrainConfig, run: RunConfig, root: Path) -> Path | None:
-    """The checkpoint that the run starts from, if any.
-
-    Raises FileExistsError where `root` holds checkpoints that nobody asked to continue, and ValueError for a
-    checkpoint of another recipe or one that is older than others in `root`.
-    """
-    existing = checkpoint.list_checkpoints(root)
-    if not run.resume:
-        if existing:
-            raise FileExistsError(f"out {run.out!r} holds a run; continue it with resume 'latest' or give another out")
-        return None
-    path = checkpoint.find(run.resume, root)
-    if path is None:
-        return None
-    saved = from_dict(TrainConfig, checkpoint.load_config(path)["recipe"])
-    changed = differences(to_dict(saved), to_dict(config))
-    shown = [f"{name} ({change})" for name, change in changed.items() if name not in FREE_ON_RESUME]
-    if shown:
-        raise ValueError(f"cannot resume {path} with another recipe; it differs in {', '.join(shown)}")
-    if later := [other.name for other in existing if other.name > path.name]:
-        raise ValueError(f"cannot resume {path}: {root} has later checkpoints ({', '.join(later)}); move them away")
-    return path
 
 
 def synchronize_batch_norm(model: nn.Module, world: World) -> nn.Module:
@@ -92,16 +68,30 @@ def train(config: TrainConfig, run: RunConfig, *, world: World | None = None, pr
     and number of threads and processes the weights are bit for bit those of a run that was never interrupted. Logs,
     grids and measurements draw from a generator of their own, so how often they happen changes nothing.
 
+    SIGINT (Ctrl-C) and SIGTERM let a step end, and write a checkpoint, before Interrupted is raised.
+
     Raises NonFiniteError when training diverges, FileExistsError when `out` holds a run and `resume` is not
-    given, and OSError when a checkpoint cannot be written.
+    given, or while another process trains there, and OSError when a file cannot be written.
     """
-    out = Path(run.out)
-    checkpoints = out / "checkpoints"
     world = world or World(choose_device(run.device))
     config.check_processes(world.size)
     configure_torch(run)
-    latest = checkpoint_to_resume(config, run, checkpoints)
     source = open_source(run.data, config.images.split)
+    out = Path(run.out)
+    try:
+        with locked(out) if world.is_main else nullcontext():
+            return _train(config, run.with_intervals(config.steps), source, out, world, progress)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as error:
+        raise Interrupted(signal.SIGINT, f"stopped at once. {checkpoint.way_on(out / 'checkpoints')}") from error
+
+
+def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, world: World, progress: bool) -> Path:
+    assert run.checkpoint_every
+    checkpoints = out / "checkpoints"
+    start = find_start(config, run, checkpoints)
+    latest = start.checkpoint
 
     networks = make_networks(config, world.device)
     state = TrainState(networks, EMA(networks.generator, config.ema))
@@ -112,6 +102,7 @@ def train(config: TrainConfig, run: RunConfig, *, world: World | None = None, pr
         recompute_blocks(networks.discriminator)
     if latest:
         state.restore(latest, images=len(source))
+        refuse_later(checkpoints, latest, state.step)
     resolved = resolved_config(config, run, state, world)
 
     stream = data.Stream(
@@ -144,8 +135,8 @@ def train(config: TrainConfig, run: RunConfig, *, world: World | None = None, pr
 
     def diverged(what: object, names: tuple[str, ...] = ()) -> NonFiniteError:
         return NonFiniteError(
-            f"{what}. Last good checkpoint: {latest or 'none'}. Resume from it with a lower learning rate, with "
-            "--precision fp32, or with --backend reference to rule out a kernel",
+            f"{what}. {checkpoint.way_on(checkpoints)}. Try a lower learning rate (--lr-d, --lr-g), "
+            "--precision fp32, or --backend reference to rule out a kernel",
             names,
         )
 
@@ -171,10 +162,15 @@ def train(config: TrainConfig, run: RunConfig, *, world: World | None = None, pr
         return checkpoint.path_of(checkpoints, state.step)
 
     backend = natten_ext.use_backend(run.backend) if run.backend else nullcontext()
-    with backend, Monitor(config, run, state, source, progress=progress) if world.is_main else nullcontext() as monitor:
+    stopped = False
+    with (
+        backend,
+        Monitor(config, run, start, state, source, progress=progress) if world.is_main else nullcontext() as monitor,
+        StopSignals(announce=world.is_main) as signals,
+    ):
         if monitor:
-            (out / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
-        while state.step < config.steps:
+            monitor.save_config(resolved)
+        while state.step < config.steps and not stopped:
             logs = [{"lr_factor": set_learning_rates(config, networks, state.step)}]
             for index in range(config.n_critic):
                 real = next_real(config.batch_d)
@@ -184,8 +180,12 @@ def train(config: TrainConfig, run: RunConfig, *, world: World | None = None, pr
             state.step += 1
             state.average.update(networks.generator, images=state.step * config.batch_g, batch=config.batch_g)
 
+            stopped = world.any(signals.received is not None) and state.step < config.steps
             if monitor:
-                monitor.step_done(logs)
-            if state.step % run.checkpoint_every == 0 or state.step == config.steps:
+                monitor.step_done(logs, stopped=stopped)
+            if stopped or state.step % run.checkpoint_every == 0 or state.step == config.steps:
                 latest = save_checkpoint()
+    if stopped:
+        way_on = checkpoint.way_on(checkpoints)
+        raise Interrupted(signals.received or signal.SIGTERM, f"stopped after step {state.step}. {way_on}")
     return latest or save_checkpoint()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from gans import registry
 from gans.config import RunConfig, TrainConfig
 from gans.distributed import join
 from gans.dry_run import describe
+from gans.interrupt import Interrupted
 from gans.presets import PRESETS, preset
 from gans.train import train
 
@@ -92,10 +94,16 @@ def run(arguments: list[str]) -> None:
     """Trains, or prints what would be trained."""
     parsed = parse(arguments)
     world = join(parsed.run.device)
-    if parsed.dry_run:
-        shown = json.dumps(describe(parsed.recipe, parsed.run, world.size), indent=2)
-    else:
-        shown = f"last checkpoint: {train(parsed.recipe, parsed.run, world=world)}"
+    try:
+        if parsed.dry_run:
+            shown = json.dumps(describe(parsed.recipe, parsed.run, world.size), indent=2)
+        else:
+            shown = f"last checkpoint: {train(parsed.recipe, parsed.run, world=world)}"
+    except Interrupted as interrupt:
+        world.leave()
+        if world.is_main:
+            raise
+        sys.exit(interrupt.status)  # one process says it
     if world.is_main:
         print(shown)
     world.leave()

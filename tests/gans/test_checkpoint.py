@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,7 +131,7 @@ def test_disk_that_is_full(tmp_path, limit):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # Python ignores the signal, writes fail
     try:
-        with pytest.raises(OSError, match=r"cannot write checkpoint .*step-00000002.* Last good .*step-00000001"):
+        with pytest.raises(OSError, match=r"cannot write .*step-00000002.* Last good .*step-00000001"):
             checkpoint.save(tmp_path, 2, models={"model": model}, state=state, config={}, keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -144,7 +145,7 @@ def test_no_space_left(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(
-        OSError, match=r"No space left on device \(\d+ MiB free\). Last good checkpoint: none"
+        OSError, match=r"No space left on device \(\d+ MiB free\)\..*Last good checkpoint: none"
     ) as caught:
         save(tmp_path, 1)
     assert caught.value.errno == errno.ENOSPC
@@ -163,7 +164,7 @@ def test_unreadable_files_are_named(tmp_path, damage):
             file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"no checkpoint")
 
     break_file("model.safetensors")
-    with pytest.raises(ValueError, match=r"cannot load .*step-00000001/model\.safetensors"):
+    with pytest.raises(ValueError, match=r"cannot read .*step-00000001/model\.safetensors"):
         checkpoint.load_weights(path, "model", torch.nn.Linear(2, 2))
     break_file("state.pt")
     with pytest.raises(ValueError, match=r"cannot read .*step-00000001/state\.pt"):
@@ -177,3 +178,114 @@ def test_weights_of_another_model_are_refused(tmp_path):
     path = save(tmp_path, 1)
     with pytest.raises(ValueError, match="size mismatch for weight"):
         checkpoint.load_weights(path, "model", torch.nn.Linear(3, 2))
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
+def test_only_the_runs_own_names_are_touched(tmp_path):
+    """Copies, notes and folders that begin as checkpoints do are neither deleted nor resumed from."""
+    first = save(tmp_path, 1)
+    theirs = ["step-00000001-best", "step-old", "step-1", "step-000000002", ".partial-mine", ".partial-old-step-1", "z"]
+    for name in theirs:
+        shutil.copytree(first, tmp_path / name)
+    (tmp_path / "step-00000099").write_text("a file")
+    (tmp_path / ".partial-7").mkdir()  # what a killed run leaves
+    (tmp_path / ".partial-old-step-00000001").mkdir()
+    for step in (2, 3, 123_456_789):
+        save(tmp_path, step)
+    assert names(tmp_path) == {*theirs, "step-00000099", "step-00000003", "step-123456789"}
+    assert checkpoint.find("latest", tmp_path).name == "step-123456789"
+    assert checkpoint.load_state(tmp_path / "step-00000001-best")["step"] == 1
+
+
+def test_a_link_to_a_checkpoint_elsewhere_is_removed_and_not_followed(tmp_path):
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    save(root, 1).rename(elsewhere)
+    (root / "step-00000001").symlink_to(elsewhere)
+    save(root, 2)
+    save(root, 3)
+    assert names(root) == {"step-00000002", "step-00000003"}
+    assert checkpoint.load_state(elsewhere)["step"] == 1
+
+
+def flip_bit(file: Path, where: float, bit: int = 0) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(where * (len(content) - 1))] ^= 1 << bit
+    file.write_bytes(content)
+
+
+def load_all(path: Path) -> None:
+    checkpoint.load_config(path)
+    checkpoint.load_state(path)
+    checkpoint.load_weights(path, "model", torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "config.json", "SHA256SUMS"])
+def test_a_flipped_bit_is_found(tmp_path, name, where):
+    good = save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    load_all(path)
+    flip_bit(path / name, where)
+    found = r"\S+" if name == "SHA256SUMS" else name
+    with pytest.raises(checkpoint.DamagedError, match=rf"cannot read {path}/{found}: .*Last good checkpoint: {good}\."):
+        load_all(path)
+    load_all(good)
+
+
+def test_the_last_good_checkpoint_is_one_that_is_good(tmp_path):
+    good, flipped, torn, newest = (save(tmp_path, step, keep=4) for step in (1, 2, 3, 4))
+    flip_bit(flipped / "state.pt", 0.5)
+    (torn / "model.safetensors").unlink()
+    (newest / "state.pt").unlink()
+    with pytest.raises(checkpoint.DamagedError, match=rf"Last good checkpoint: {good}\. Move {newest} away"):
+        checkpoint.load_state(newest)
+    (good / "config.json").unlink()
+    with pytest.raises(checkpoint.DamagedError, match=r"No other checkpoint in .* is good"):
+        checkpoint.load_state(newest)
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path):
+    path = save(tmp_path, 1)
+    ran = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout.split() == [
+        "config.json:",
+        "OK",
+        "model.safetensors:",
+        "OK",
+        "state.pt:",
+        "OK",
+    ]
+    (path / "SHA256SUMS").unlink()  # as before there were any
+    load_all(path)
+
+
+def test_resuming_from_a_damaged_checkpoint(tiny, tiny_run):
+    """Refused with the way on, which works and gives the weights of the whole run."""
+    whole = train(tiny, replace(tiny_run, out=tiny_run.out + "-whole"), progress=False)
+    damaged = train(replace(tiny, steps=4), tiny_run, progress=False)
+    flip_bit(damaged / "discriminator.safetensors", 0.7)
+    resume = replace(tiny_run, resume="latest")
+    with pytest.raises(
+        ValueError, match=r"step-00000004/discriminator\.safetensors: .*Last good .*step-00000002\. Move"
+    ):
+        train(tiny, resume, progress=False)
+    damaged.rename(damaged.with_name("step-00000004-damaged"))
+    resumed = train(tiny, resume, progress=False)
+    for file in whole.glob("*.safetensors"):
+        a, b = load_file(file), load_file(resumed / file.name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_copy_beside_the_checkpoints_can_be_named_and_does_not_pass_for_the_newest(tiny, tiny_run):
+    newest = train(replace(tiny, steps=4), tiny_run, progress=False)
+    older = newest.with_name("step-00000002")
+    shutil.copytree(older, copy := newest.with_name("zz-best"))
+    with pytest.raises(ValueError, match=r"cannot resume .*zz-best: .* has later checkpoints \(step-00000004\)"):
+        train(tiny, replace(tiny_run, resume=str(copy)), progress=False)
+    shutil.rmtree(newest)
+    shutil.rmtree(older)
+    assert train(tiny, replace(tiny_run, resume=str(copy)), progress=False).name == "step-00000006"
+    assert copy.exists()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gans import checkpoint, logs, monitor, registry
+from gans.config import RunConfig
 from gans.data import Stream, batches, to_unit_range
 from gans.distributed import World
+from gans.figures import sample_steps
 from gans.losses import GANLoss
 from gans.monitor import generate
 from gans.sources import open_source
@@ -112,7 +115,7 @@ def test_the_metric_sees_images_as_they_are_saved(tiny, tiny_run, monkeypatch):
     assert seen == [(-1.0, 1.0)] * 2
 
 
-def test_resume_rewrites_later_log_lines(tiny, tiny_run):
+def test_what_a_resumed_run_logs_again_counts_once(tiny, tiny_run):
     train(replace(tiny, steps=4), replace(tiny_run, log_every=1, checkpoint_every=3), progress=False)
     out = Path(tiny_run.out)
     before = logs.read(out)
@@ -120,13 +123,33 @@ def test_resume_rewrites_later_log_lines(tiny, tiny_run):
     newest.rename(out / "elsewhere")
     with (out / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "cut sho')  # what a crash leaves
+    text = (out / "log.jsonl").read_bytes()
     train(replace(tiny, steps=4), replace(tiny_run, log_every=1, resume="latest"), progress=False)
+    assert (out / "log.jsonl").read_bytes().startswith(text)
     after = logs.read(out)
     assert [line["step"] for line in after] == [1, 2, 3, 4]
     drop = {"images_per_second", "memory_mib"}
     assert [{k: v for k, v in line.items() if k not in drop} for line in before] == [
         {k: v for k, v in line.items() if k not in drop} for line in after
     ]
+
+
+@pytest.mark.parametrize("steps, checkpoints, grids", [(500_000, 10, 20), (800, 10, 20), (224, 10, 19), (7, 7, 7)])
+def test_default_intervals(steps, checkpoints, grids):
+    """About 10 checkpoints and 20 grids a run; the last step has both, whether or not it is one of them."""
+    run = RunConfig(data="x", out="y").with_intervals(steps)
+    assert math.ceil(steps / run.checkpoint_every) == checkpoints
+    assert math.ceil(steps / run.sample_every) == grids
+    chosen = RunConfig(data="x", out="y", sample_every=3, checkpoint_every=4)
+    assert chosen.with_intervals(steps) == chosen
+
+
+def test_runs_with_default_intervals(tiny, tiny_run):
+    run = replace(tiny_run, checkpoint_every=None, sample_every=None, keep=100)
+    train(replace(tiny, steps=12), run, progress=False)
+    found = checkpoint.list_checkpoints(Path(run.out) / "checkpoints")
+    assert [checkpoint.step_of(path) for path in found] == [2, 4, 6, 8, 10, 12]
+    assert sample_steps(Path(run.out)) == list(range(13))
 
 
 def test_resume_latest_of_an_empty_folder_starts_afresh(tiny, tiny_run):
@@ -140,8 +163,8 @@ def test_refusals(tiny, tiny_run, folder):
     with pytest.raises(FileExistsError, match="holds a run"):
         train(tiny, tiny_run, progress=False)
     resume = replace(tiny_run, resume="latest")
-    with pytest.raises(ValueError, match=r"lr_d \(0.001 -> 0.5\)"):
-        train(replace(tiny, lr_d=0.5), resume, progress=False)
+    with pytest.raises(ValueError, match=r"another recipe; it differs in n_critic \(2 -> 3\)$"):
+        train(replace(tiny, n_critic=3, lr_d=0.5), resume, progress=False)
     with pytest.raises(ValueError, match="has 12 images"):
         train(tiny, replace(resume, data=str(folder)), progress=False)
     older = Path(tiny_run.out) / "checkpoints" / "step-00000002"
@@ -274,6 +297,7 @@ def test_divergence_stops_a_run_and_leaves_the_last_checkpoint(tiny, tiny_run):
     state = torch.load(path / checkpoint.STATE, weights_only=True)
     state["optimizer_d"]["state"][0]["exp_avg_sq"].fill_(float("nan"))  # the next D step breaks its weights
     torch.save(state, path / checkpoint.STATE)
+    checkpoint.write_checksums(path)
     with pytest.raises(NonFiniteError, match="step 3: discriminator/"):
         train(tiny, replace(tiny_run, resume="latest"), progress=False)
     assert [p.name for p in path.parent.iterdir()] == ["step-00000002"]

@@ -1,0 +1,41 @@
+"""One run at a time in a folder, by a lock that the kernel takes away when the process dies, however it dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+NAME = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process is inside with this folder, which is made. FileExistsError names the one that is.
+
+    The lock is on the file `.lock`, which says whose it is and stays behind, unlocked. Where the file system has no
+    locks, a line on stderr says so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Programs started inside do not inherit the file, so none of them can hold the lock longer than this process.
+    with (folder / NAME).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise FileExistsError(
+                f"out {str(folder)!r} is in use by {owner}; wait for its end, stop it, or give another out"
+            ) from error
+        except OSError as error:
+            print(f"{folder} cannot be locked ({error}): do not start a second run in it", file=sys.stderr)
+        owner = f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        with suppress(OSError):  # a full disk is reported where it matters
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), owner.encode())
+        yield
