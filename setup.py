@@ -75,9 +75,9 @@ def find_compiler() -> str:
 
 
 def import_build_requirements():
-    """torch, pybind11 and ninja, or a message that says how to get them."""
+    """torch and pybind11, or a message that says how to get them and ninja."""
     try:
-        import ninja
+        import ninja  # noqa: F401
         import pybind11
         import torch
     except ImportError as error:
@@ -87,7 +87,20 @@ def import_build_requirements():
         ) from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
         raise SystemExit(f"natten_ext needs torch >= {'.'.join(map(str, MINIMUM_TORCH))}, found {torch.__version__}")
-    return torch, pybind11, ninja
+    return torch, pybind11
+
+
+def ninja_command(folder: Path) -> list[str]:
+    """What runs the build.ninja of a folder, with MAX_JOBS jobs if that is set."""
+    import ninja
+
+    # Where this Python borrows the packages of another, ninja.BIN_DIR is empty: the program may be on the path.
+    path = os.pathsep.join(filter(None, (ninja.BIN_DIR, os.environ.get("PATH"))))
+    program = shutil.which("ninja", path=path)
+    if program is None:
+        raise SystemExit(f"natten_ext: {ninja.__file__} knows no program ninja, and there is none on PATH")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    return [program, "-C", str(folder), *jobs]
 
 
 class NinjaFile:
@@ -120,7 +133,7 @@ class BuildWithNinja(build_ext):
 
     def run(self):
         compiler = find_compiler()
-        torch, pybind11, ninja = import_build_requirements()
+        torch, pybind11 = import_build_requirements()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
@@ -133,10 +146,11 @@ class BuildWithNinja(build_ext):
         self._bindings(file, build, package / f"_C{suffix}", pybind11.get_include(), torch.__version__)
         if nvcc := setup_cuda.find_nvcc():
             setup_cuda.add_library(file, nvcc, build, package, torch, TORCH_TARGET_VERSION)
+        else:  # what an earlier build left here, of other sources, would be loaded
+            for left in (setup_cuda.LIBRARY, setup_cuda.RESOURCES):
+                (package / left).unlink(missing_ok=True)
         (build / "build.ninja").write_text("\n".join(file.lines) + "\n")
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)]
-        if os.environ.get("MAX_JOBS"):
-            command += ["-j", os.environ["MAX_JOBS"]]
+        command = ninja_command(build)
         if self.verbose:
             command.append("-v")
         if subprocess.run(command, check=False).returncode != 0:

@@ -122,10 +122,9 @@ def build_emulator(folder: Path) -> Path:
 
     Raises RuntimeError with the compiler's messages if it fails.
     """
-    import ninja
     import torch
 
-    from setup import TORCH_TARGET_VERSION, NinjaFile, find_compiler
+    from setup import TORCH_TARGET_VERSION, NinjaFile, find_compiler, ninja_command
 
     folder.mkdir(parents=True, exist_ok=True)
     file = NinjaFile(find_compiler())
@@ -147,13 +146,10 @@ def build_emulator(folder: Path) -> Path:
     objects.append(file.statement("compile", folder / "library.o", [SOURCE / "library.cpp"], common + torch_flags))
     libraries = [f"-L{includes.parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     library = file.statement("link", folder / "libnatten_ext_cuda_emulator.so", objects, libraries)
-    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
-    if os.environ.get("MAX_JOBS"):
-        command += ["-j", os.environ["MAX_JOBS"]]
     with open(folder / "lock", "w") as lock:  # two runs of the tests may start together
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "build.ninja").write_text("\n".join(file.lines) + "\n")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(ninja_command(folder), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the CUDA emulator does not compile:\n{done.stdout}{done.stderr}")
     return library

@@ -13,8 +13,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _library = Path(__file__).parent / "libnatten_ext_cpu.so"
 if not _library.exists():
     raise ImportError(
-        f"natten_ext is not built: {_library} is missing. In a checkout, run"
-        " `pip install --no-build-isolation .` (or `-e .`), and do not import from its folder without installing."
+        f"natten_ext is not built: {_library} is missing. In a checkout, `pip install --no-build-isolation -e .` builds"
+        " it; after an installation without -e, run Python outside the checkout, which hides what is installed."
     )
 torch.ops.load_library(_library)
 
