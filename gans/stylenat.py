@@ -9,14 +9,13 @@ where the paper, the published code and this file differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from gans import rng
 from gans.stylenat_layers import ImageNetNormalization, LevelUp, StyleBlock, ToRGB
-from gans.vitgan_layers import Mapping
+from gans.styles import StyleConfig, StyleGenerator
 from natten_ext import GridAttention, NeighborhoodAttention
 
 BASE_SIZE = 4
@@ -36,17 +35,12 @@ def check_normalization(owner: str, normalization: str, channels: int) -> None:
 
 
 @dataclass(frozen=True)
-class StyleNATGeneratorConfig:
+class StyleNATGeneratorConfig(StyleConfig):
     """Generator; the defaults are the published FFHQ 256 px configuration (48.92 M parameters).
 
     Level i works on a map of side `4 * 2**i` with `dims[i]` channels; the last is the image's size.
     """
 
-    has_mapping: ClassVar[bool] = True
-    """The generator offers `map_latents` and `synthesize`."""
-
-    latent_dim: int = 512
-    """Length of z ~ N(0, I) and of w."""
     dims: tuple[int, ...] = (512, 512, 512, 512, 512, 256, 128)
     """Channels of each level, from the 4x4 map to the image's size."""
     dilations: tuple[str, ...] = ("1", "1,2", "1,4", "1,8", "1,16", "1,32")
@@ -62,13 +56,6 @@ class StyleNATGeneratorConfig:
     """Blocks of each level; each has a w of its own under style mixing."""
     mlp_ratio: int = 4
     """Hidden width of the MLPs over their width."""
-    mapping_depth: int = 8
-    """Layers from z to w."""
-    mapping_lr_multiplier: float = 0.01
-    """Their learning rate over the others'."""
-    style_mixing: float = 0.0
-    """Probability, in training, that an image gets two z: one up to a random block, the other from there (StyleGAN:
-    0.9; the published StyleNAT accepts this option and ignores it)."""
     channels: int = 3
     """Image channels, 1 or 3."""
     normalization: Normalization = "imagenet"
@@ -77,11 +64,10 @@ class StyleNATGeneratorConfig:
 
     def __post_init__(self) -> None:
         check_normalization("generator", self.normalization, self.channels)
-        for name in ("latent_dim", "kernel_size", "head_dim", "min_heads", "depth", "mlp_ratio", "mapping_depth"):
+        self._check_styles()
+        for name in ("kernel_size", "head_dim", "min_heads", "depth", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"generator.{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.style_mixing <= 1:
-            raise ValueError(f"generator.style_mixing is {self.style_mixing}; it must be in [0, 1]")
         if len(self.dims) < 2 or len(self.dilations) != len(self.dims) - 1:
             raise ValueError(
                 f"generator.dilations has {len(self.dilations)} levels and dims {len(self.dims)}; dilations must have "
@@ -174,19 +160,14 @@ class Level(nn.Module):
         return x, self.to_rgb(x, image)
 
 
-class Generator(nn.Module):
+class Generator(StyleGenerator):
     """z `(B, latent_dim)` to images `(B, channels, S, S)`, S = `config.image_size`; linear output, without tanh.
 
     A learned 4x4 map goes through the levels; w = mapping(z) modulates every norm.
     """
 
-    MEAN_SAMPLES = 4096
-    """Number of w whose mean truncation goes towards."""
-
     def __init__(self, config: StyleNATGeneratorConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.mapping = Mapping(config.latent_dim, config.mapping_depth, config.mapping_lr_multiplier)
+        super().__init__(config)
         self.input = nn.Parameter(torch.randn(1, BASE_SIZE, BASE_SIZE, config.dims[0]))
         self.levels = nn.ModuleList(Level(config, level) for level in range(len(config.dims)))
         self.normalization = ImageNetNormalization() if config.normalization == "imagenet" else None
@@ -198,61 +179,10 @@ class Generator(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, z: Tensor) -> Tensor:
-        w = self.mapping(z)
-        if self.training and self.config.style_mixing:
-            w = self._mix_at_random(w)
-        return self.synthesize(w)
-
-    def map_latents(self, z: Tensor, *, truncation: float = 1.0) -> Tensor:
-        """w `(B, latent_dim)` of z; with a truncation psi below 1, `mean + psi * (w - mean)`.
-
-        Source: the truncation trick in w, StyleGAN, arXiv 1812.04948, appendix B. The mean is that of `MEAN_SAMPLES`
-        w of the weights at hand, always from the same z.
-        """
-        w = self.mapping(z)
-        return w if truncation == 1 else torch.lerp(self.mean_latent(), w, truncation)
-
-    def mean_latent(self) -> Tensor:
-        """The mean w, `(1, latent_dim)`."""
-        fixed = torch.Generator().manual_seed(0)
-        z = torch.randn(self.MEAN_SAMPLES, self.config.latent_dim, generator=fixed)
-        return self.mapping(z.to(self.input)).mean(0, keepdim=True)
-
-    def mix_styles(self, first: Tensor, second: Tensor, crossover: Tensor | int) -> Tensor:
-        """w for every block, `(B, blocks, latent_dim)`: `first` before block `crossover`, `second` from it on.
-
-        Both are `(B, latent_dim)` or of every block already; `crossover`, of each image or of all, counts blocks
-        from 0 at the 4x4 map. Source: style mixing, StyleGAN, arXiv 1812.04948, section 3.1.
-        """
-        blocks = torch.arange(self.config.blocks, device=first.device)
-        crossover = torch.as_tensor(crossover, device=first.device).view(-1, 1, 1)
-        return torch.where(blocks[:, None] < crossover, self._of_every_block(first), self._of_every_block(second))
-
-    def synthesize(self, w: Tensor) -> Tensor:
-        """Images of w, `(B, latent_dim)` or `(B, blocks, latent_dim)`."""
-        x = self.input.expand(len(w), -1, -1, -1)
+    def synthesize_blocks(self, styles: Tensor) -> Tensor:
+        x = self.input.expand(len(styles), -1, -1, -1)
         image: Tensor | None = None
-        depth = self.config.depth
-        for level, styles in zip(self.levels, self._of_every_block(w).split(depth, dim=1), strict=True):
-            x, image = level(x, image, styles)
+        for level, of_level in zip(self.levels, styles.split(self.config.depth, dim=1), strict=True):
+            x, image = level(x, image, of_level)
         assert image is not None
         return image if self.normalization is None else self.normalization.inverse(image)
-
-    def _of_every_block(self, w: Tensor) -> Tensor:
-        if w.dim() == 2:
-            return w[:, None].expand(-1, self.config.blocks, -1)
-        if w.dim() != 3 or w.shape[1] != self.config.blocks:
-            raise ValueError(
-                f"w must be (B, {self.config.latent_dim}) or (B, {self.config.blocks}, {self.config.latent_dim}), got "
-                f"{tuple(w.shape)}"
-            )
-        return w
-
-    def _mix_at_random(self, w: Tensor) -> Tensor:
-        """With probability `style_mixing`, an image's w from a random block on becomes that of another z."""
-        count, options = len(w), {"device": w.device}
-        other = self.mapping(rng.randn(*w.shape, dtype=w.dtype, **options))
-        crossover = rng.randint(1, self.config.blocks, (count,), **options)
-        mixed = rng.rand(count, **options) < self.config.style_mixing
-        return self.mix_styles(w, other, torch.where(mixed, crossover, self.config.blocks))

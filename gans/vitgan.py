@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from gans.augment import check_policy, diff_augment
 from gans.layers import learned_embedding
 from gans.spectral import SpectralName, make_linear
+from gans.styles import StyleConfig, StyleGenerator
 from gans.vitgan_layers import (
     ConvHead,
     ImplicitHead,
     MakeLinear,
-    Mapping,
     ScoreName,
     SelfModulatedNorm,
     SinusoidalPositions,
@@ -70,7 +70,7 @@ class _Transformer:
 
 
 @dataclass(frozen=True)
-class ViTGeneratorConfig(_Transformer):
+class ViTGeneratorConfig(_Transformer, StyleConfig):
     """ViTGAN's generator; the defaults are the paper's for CIFAR-10, where it says."""
 
     latent_dim: int = 384
@@ -80,10 +80,6 @@ class ViTGeneratorConfig(_Transformer):
     authors recommend later for faster convergence."""
     implicit_dim: int = 384
     """Fourier features and hidden width of the implicit head."""
-    mapping_depth: int = 8
-    """Layers from z to w (authors' code)."""
-    mapping_lr_multiplier: float = 0.01
-    """Their learning rate over the others' (authors' code)."""
     score: ScoreName = "dot"
     """Attention scores; the authors' code has a form of "l2" in the generator too."""
     spectral: SpectralName = "none"
@@ -95,17 +91,22 @@ class ViTGeneratorConfig(_Transformer):
 
     def __post_init__(self) -> None:
         self._check("generator")
-        if self.latent_dim < 1 or self.implicit_dim < 1 or self.mapping_depth < 1:
-            raise ValueError(
-                f"generator.latent_dim ({self.latent_dim}), implicit_dim ({self.implicit_dim}) and mapping_depth "
-                f"({self.mapping_depth}) must be at least 1"
-            )
+        self._check_styles()
+        if self.implicit_dim < 1:
+            raise ValueError(f"generator.implicit_dim is {self.implicit_dim}; it must be at least 1")
         if self.head not in ("implicit", "conv"):
             raise ValueError(f"generator.head is {self.head!r}; it must be 'implicit' or 'conv'")
         if self.residual not in ("input", "normed"):
             raise ValueError(f"generator.residual is {self.residual!r}; it must be 'input' or 'normed'")
         if self.head == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"generator.patch_size is {self.patch_size}; the conv head needs a power of 2")
+
+    @property
+    def blocks(self) -> int:
+        """The number of w that an image can be made of: one a transformer block, and one for the last norm and the
+        head.
+        """
+        return self.depth + 1
 
 
 @dataclass(frozen=True)
@@ -171,17 +172,15 @@ class GeneratorBlock(nn.Module):
         return x
 
 
-class Generator(nn.Module):
+class Generator(StyleGenerator):
     """z `(B, latent_dim)` to images `(B, channels, S, S)`, S = `config.image_size`; linear output, without tanh.
 
     The tokens start as sinusoidal positions alone; z comes in through w = mapping(z), which modulates every norm.
     """
 
     def __init__(self, config: ViTGeneratorConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         dim = config.dim
-        self.mapping = Mapping(config.latent_dim, config.mapping_depth, config.mapping_lr_multiplier)
         self.positions = SinusoidalPositions(config.side, dim)
         linear = partial(make_linear, spectral=config.spectral)
         self.blocks = nn.ModuleList(GeneratorBlock(config, linear) for _ in range(config.depth))
@@ -192,12 +191,12 @@ class Generator(nn.Module):
             else ConvHead(dim, config.latent_dim, config.side, config.image_size, config.channels)
         )
 
-    def forward(self, z: Tensor) -> Tensor:
-        w = self.mapping(z)
-        x = self.positions().expand(len(z), -1, -1)
-        for block in self.blocks:
+    def synthesize_blocks(self, styles: Tensor) -> Tensor:
+        *of_blocks, last = styles.unbind(1)
+        x = self.positions().expand(len(styles), -1, -1)
+        for block, w in zip(self.blocks, of_blocks, strict=True):
             x = block(x, w)
-        return self.head(self.norm(x, w), w)
+        return self.head(self.norm(x, last), last)
 
 
 class DiscriminatorBlock(nn.Module):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from gans.layers import to_image
 from gans.spectral import EqualizedLinear
+from gans.styles import leaky
 from natten_ext import attention, attention_weights
 
 MakeLinear = Callable[..., EqualizedLinear]
@@ -137,28 +138,6 @@ class SelfModulatedNorm(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         return F.layer_norm(x, (self.dim,), eps=self.eps) * self.gamma(w)[:, None] + self.beta(w)[:, None]
-
-
-class Mapping(nn.Module):
-    """z to w, both `(B, dim)`: z scaled to unit mean square, then layers of Linear and leaky ReLU.
-
-    Source: StyleGAN2, arXiv 1912.04958; depth and learning rate multiplier as ViTGAN's authors have them.
-    """
-
-    def __init__(self, dim: int, depth: int, lr_multiplier: float) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(EqualizedLinear(dim, dim, lr_multiplier=lr_multiplier) for _ in range(depth))
-
-    def forward(self, z: Tensor) -> Tensor:
-        w = z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
-        for layer in self.layers:
-            w = leaky(layer(w))
-        return w
-
-
-def leaky(x: Tensor) -> Tensor:
-    """Leaky ReLU with slope 0.2 that keeps the variance."""
-    return F.leaky_relu(x, 0.2) * math.sqrt(2)
 
 
 class ModulatedConv(nn.Module):

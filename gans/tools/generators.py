@@ -4,7 +4,7 @@ A tool asks of a generator only `config.latent_dim`, `config.image_size`, `confi
 model may offer more, and tools that need it refuse a generator without it:
 
 - `map_latents(z, *, truncation=1.0) -> w` and `synthesize(w) -> images`, the two halves of `forward`, for a
-  model with a mapping network. Truncation and interpolation in w need them.
+  model with a mapping network (`gans.styles.StyleGenerator` has them). Truncation and interpolation in w need them.
 - `denormalize(images) -> images` in [-1, 1], for a model whose output is normalised in another way.
 """
 

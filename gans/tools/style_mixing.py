@@ -36,8 +36,9 @@ class StyleMixingArguments(RenderArguments):
     """Seeds of the rows, such as 0-3,100; a range includes both ends."""
     columns: str = "4-9"
     """Seeds of the columns."""
-    blocks: str = "0-3"
-    """The generator's blocks that follow the column's seed; 0 is the first one, on the smallest map."""
+    blocks: str | None = None
+    """The generator's blocks that follow the column's seed, such as 0-3; 0 is the first one. None is the first four, or
+    half of them where there are fewer than eight."""
 
     def __post_init__(self) -> None:
         if self.scale < 1:
@@ -61,7 +62,8 @@ def run(arguments: list[str]) -> None:
     options = tyro.cli(StyleMixingArguments, args=arguments, prog="python -m gans style-mixing")
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"out is {str(options.out)!r}; its name must end in .png")
-    rows, columns, blocks = (parse_numbers(name, getattr(options, name)) for name in ("rows", "columns", "blocks"))
+    rows, columns = (parse_numbers(name, getattr(options, name)) for name in ("rows", "columns"))
+    blocks = None if options.blocks is None else parse_numbers("blocks", options.blocks)
     generator = options.load_generator()
     device = next(generator.parameters()).device
     dim = generator.config.latent_dim
@@ -70,6 +72,8 @@ def run(arguments: list[str]) -> None:
         for seeds in (rows, columns)
     )
     count = generator.config.blocks
+    if blocks is None:
+        blocks = list(range(min(4, count // 2)))
     if max(blocks) >= count:
         raise ValueError(f"blocks is {options.blocks!r}; this generator has blocks 0 to {count - 1}")
     codes = mixed_styles(w_rows, w_columns, blocks, count).flatten(0, 1)

@@ -16,9 +16,13 @@ from gans.images import to_uint8
 from gans.registry import build
 from gans.stylenat import StyleNATGeneratorConfig
 from gans.tools.generators import latents
+from gans.vitgan import ViTGeneratorConfig
 
 CONFIG = StyleNATGeneratorConfig(
     latent_dim=8, dims=(8, 12), dilations=("1,2",), kernel_size=3, head_dim=4, min_heads=2, depth=2, mapping_depth=1
+)
+VITGAN = ViTGeneratorConfig(
+    latent_dim=8, image_size=8, patch_size=2, dim=12, depth=3, heads=3, mapping_depth=1, mapping_lr_multiplier=1
 )
 
 
@@ -38,12 +42,15 @@ def command(folder, out, *more):
 
 
 @torch.no_grad()
-def test_the_table(tmp_path):
-    generator = save(CONFIG, tmp_path / "checkpoint")
+@pytest.mark.parametrize("config", [CONFIG, VITGAN], ids=["stylenat", "vitgan"])
+@pytest.mark.parametrize("blocks", [("--blocks", "0-1"), ()], ids=["given", "default"])
+def test_the_table(tmp_path, config, blocks):
+    """Both have four blocks, of which the first two are the default."""
+    generator = save(config, tmp_path / "checkpoint")
     out = tmp_path / "table.png"
-    chosen = ("--rows", "5,1", "--columns", "7,3,2", "--blocks", "0-1", "--batch", "5", "--truncation", "0.7")
+    chosen = ("--rows", "5,1", "--columns", "7,3,2", *blocks, "--batch", "5", "--truncation", "0.7")
     assert command(tmp_path / "checkpoint", out, *chosen) == 0
-    size = CONFIG.image_size
+    size = config.image_size
     table = np.asarray(Image.open(out)).reshape(3, size, 4, size, 3).swapaxes(1, 2)
     assert (table[0, 0] == 255).all()
 

@@ -1,41 +1,26 @@
-"""StyleNAT's generator: counts, layers by their definitions, truncation, style mixing."""
+"""StyleNAT's generator: counts, layers by their definitions."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
+from style_generators import CONFIGS, generator_of
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gans.path_length import PathLengthLossConfig
 from gans.presets import preset
-from gans.stylenat import Generator, StyleNATGeneratorConfig, dilation_of_heads
+from gans.stylenat import Generator, dilation_of_heads
 from gans.stylenat_layers import AdaptiveInstanceNorm, ImageNetNormalization, LevelUp, fir_blur, fir_upsample
 from natten_ext import compat
 
-# 16 px; 3 heads in two partitions at the last level, so that the published rule for the remainder is in use.
-TINY = StyleNATGeneratorConfig(
-    latent_dim=6,
-    dims=(16, 24, 12),
-    dilations=("1,2,1,2", "1,4"),
-    kernel_size=3,
-    head_dim=4,
-    min_heads=2,
-    mapping_depth=2,
-)
+TINY = CONFIGS["stylenat"]
 
 
 def tiny(**changes) -> Generator:
-    """In float64, with weights large enough that everything shows."""
-    torch.manual_seed(1)
-    generator = Generator(replace(TINY, **changes)).double()
-    for name, parameter in generator.named_parameters():
-        if not name.startswith("mapping") and ".style." not in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return generator.eval()
+    return generator_of(replace(TINY, **changes))
 
 
 @pytest.mark.parametrize(("name", "count"), [("stylenat-ffhq256", 48_921_000), ("stylenat-ffhq1024", 49_452_934)])
@@ -179,52 +164,6 @@ def test_normalisation_is_undone():
     torch.testing.assert_close(ImageNetNormalization()(images.float()), inner.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_truncation_goes_towards_the_mean():
-    generator, z = tiny(), torch.randn(3, 6).double()
-    torch.testing.assert_close(generator.synthesize(generator.map_latents(z)), generator(z))
-    mean = generator.mean_latent()
-    fixed = torch.randn(4096, 6, generator=torch.Generator().manual_seed(0)).double()
-    torch.testing.assert_close(mean, generator.mapping(fixed).mean(0, keepdim=True))
-    torch.testing.assert_close(generator.map_latents(z, truncation=0.0), mean.expand(3, -1))
-    half = generator.map_latents(z, truncation=0.5)
-    torch.testing.assert_close(half - mean, 0.5 * (generator.map_latents(z) - mean))
-    assert not torch.equal(generator.synthesize(half), generator(z))
-
-
-def test_style_mixing_gives_each_block_its_own_w():
-    generator = tiny()
-    first, second = (generator.map_latents(torch.randn(2, 6).double()) for _ in range(2))
-    images = [generator.synthesize(generator.mix_styles(first, second, at)) for at in range(7)]
-    torch.testing.assert_close(images[0], generator.synthesize(second))
-    torch.testing.assert_close(images[6], generator.synthesize(first))
-    for here, there in pairwise(images):  # every block's w counts
-        assert (here - there).abs().max() > 1e-4
-    each = generator.mix_styles(first, second, torch.tensor([2, 4]))
-    torch.testing.assert_close(each[0, :, 0] == first[0, 0], torch.tensor([True, True, False, False, False, False]))
-    torch.testing.assert_close(each[1, :, 0] == first[1, 0], torch.tensor([True, True, True, True, False, False]))
-
-
-def test_style_mixing_in_training_only():
-    plain, mixing = tiny(), tiny(style_mixing=1.0)
-    z = torch.randn(4, 6).double()
-    torch.testing.assert_close(plain(z), mixing(z))
-    mixing.train()
-    seen = []
-    mixing.synthesize, synthesize = seen.append, mixing.synthesize
-    for _ in range(8):
-        mixing(z)
-    own = mixing.mapping(z)[:, None]
-    for w in seen:
-        assert w.shape == (4, 6, 6)
-        kept = (w == own).all(-1)
-        assert kept[:, 0].all() and not kept[:, -1].any()
-        assert (kept.int().diff(dim=1) <= 0).all()  # one crossover
-    assert len({tuple((w == own).all(-1).sum(1).tolist()) for w in seen}) > 1
-    never = tiny(style_mixing=1e-9).train()
-    torch.testing.assert_close(never(z), plain(z))
-    assert synthesize(own[:, 0]).shape == (4, 3, 16, 16)
-
-
 def test_losses_that_do_not_fit_are_refused():
     recipe = preset("stylenat-64")
     with pytest.raises(ValueError, match=r"loss.bcr_against is 'clean'.*make it 'augmented'"):
@@ -261,7 +200,6 @@ def test_initialisation():
         ({"dilations": ("1", "1,2,3,4")}, "4 partitions at 16 px, where there are 3 heads"),
         ({"dims": (16, 24, 6)}, "generator.dims has 6"),
         ({"dims": (16, 28, 12), "head_dim": 5}, "dims has 16, which its 3 heads do not divide"),
-        ({"style_mixing": 1.5}, "generator.style_mixing is 1.5"),
         ({"depth": 0}, "generator.depth is 0"),
         ({"kernel_size": 0}, "generator.kernel_size is 0"),
     ],
@@ -269,8 +207,3 @@ def test_initialisation():
 def test_bad_configurations_name_the_field(change, message):
     with pytest.raises(ValueError, match=message):
         replace(TINY, **change)
-
-
-def test_w_of_a_wrong_shape_is_named():
-    with pytest.raises(ValueError, match=r"w must be \(B, 6\) or \(B, 6, 6\), got \(2, 3, 6\)"):
-        tiny().synthesize(torch.zeros(2, 3, 6).double())

@@ -320,7 +320,7 @@ def test_attention_sees_other_tokens_at_initialisation():
         (ViTGeneratorConfig, {"head": "linear"}, "generator.head is 'linear'"),
         (ViTGeneratorConfig, {"residual": "none"}, "generator.residual is 'none'"),
         (ViTGeneratorConfig, {"head": "conv", "image_size": 36, "patch_size": 6}, "power of 2"),
-        (ViTGeneratorConfig, {"mapping_depth": 0}, "mapping_depth"),
+        (ViTGeneratorConfig, {"implicit_dim": 0}, "implicit_dim is 0"),
         (ViTDiscriminatorConfig, {"overlap": -1}, "discriminator.overlap is -1"),
         (ViTDiscriminatorConfig, {"augment_probability": 0}, "augment_probability is 0"),
         (ViTDiscriminatorConfig, {"augment": ("colour",)}, "'colour'"),
