@@ -1,21 +1,19 @@
 """`python -m gans convert`: published checkpoints in the form that the other tools read.
 
-A published file is a dictionary with one state dict for each network. Its layout is described by a `Layout`: for every
-tensor of our network the published name and what turns the one into the other. Everything that the file has and the
-layout does not name, everything that is missing and every wrong shape is an error that names it.
+A published file is a dictionary with one state dict for each network, or the state dict of one network. Its layout is
+described by a `Layout`: for every tensor of our network the published name and what turns the one into the other.
+Everything that the file has and the layout does not name, everything that is missing and every wrong shape is an error
+that names it.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from gans.config import TrainConfig, to_dict
 from gans.presets import preset
 from gans.registry import build
 from gans.tools.files import new_folder, save_tensors, sha256
+from gans.tools.published import read_published
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,16 @@ class Layout:
 
     networks: Mapping[str, tuple[str, str]]
     ignored: frozenset[str]
-    sources: Callable[[nn.Module], dict[str, Source | Joined]]
-    """For each name in our state dict, where it comes from."""
+    sources: Callable[[nn.Module, Container[str]], dict[str, Source | Joined]]
+    """For each name in our state dict, where it comes from in a file with tensors of these names."""
     extras: Callable[[nn.Module], dict[str, Extra]]
     """For each published name without a counterpart."""
     nested: str | None = None
     optional: frozenset[str] = frozenset()
+
+
+ALONE = {"generator": "generator_ema", "discriminator": "discriminator"}
+"""The weights file that a state dict becomes which is published alone, by the network's kind."""
 
 
 def parts_of(source: Source | Joined) -> tuple[Source, ...]:
@@ -106,16 +109,20 @@ def translate(state: Mapping[str, Tensor], model: nn.Module, layout: Layout, whe
 
     Raises ValueError that names every unknown and missing tensor, every wrong shape and every unexpected constant.
     """
-    state = {name.removeprefix("module."): value for name, value in state.items()}  # of DataParallel
-    sources, extras = layout.sources(model), layout.extras(model)
+    state = {_plain_name(name): value for name, value in state.items()}
+    sources, extras = layout.sources(model, state), layout.extras(model)
     wanted = {part.name: part for source in sources.values() for part in parts_of(source)}
     problems = [f"unknown: {name}" for name in state if name not in wanted and name not in extras]
     problems += [f"missing: {name}" for name in wanted if name not in state]
+    problems += [
+        f"{name} is no tensor: {value!r:.40}" for name, value in state.items() if not isinstance(value, Tensor)
+    ]
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     for name, source in wanted.items():
-        if name in state and tuple(state[name].shape) != source.shape:
-            problems.append(f"{name} has shape {tuple(state[name].shape)}, not {source.shape}")
+        if name in tensors and tuple(tensors[name].shape) != source.shape:
+            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {source.shape}")
     for name, extra in extras.items():
-        if name in state and not _fits(state[name], extra):
+        if name in tensors and not _fits(tensors[name], extra):
             problems.append(f"{name} is not the constant that its tensors are to be read with")
     if problems:
         raise ValueError(f"{where} does not fit this preset: {len(problems)} problems\n  " + "\n  ".join(problems))
@@ -127,6 +134,10 @@ def translate(state: Mapping[str, Tensor], model: nn.Module, layout: Layout, whe
     }
 
 
+def _plain_name(name: object) -> str:
+    return str(name).removeprefix("module.")  # of DataParallel
+
+
 def _fits(value: Tensor, extra: Extra) -> bool:
     if tuple(value.shape) != extra.shape:
         return False
@@ -134,40 +145,51 @@ def _fits(value: Tensor, extra: Extra) -> bool:
     return extra.expected is None or torch.allclose(value, extra.expected().to(value.dtype), rtol=1e-5, atol=1e-6)
 
 
-def read_published(path: Path) -> dict[str, Any]:
-    """The dictionary in a file that torch.save has written, on the CPU; ValueError for anything else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {str(path)!r} is not a file")
-    # Scores in published files are NumPy scalars, which torch does not read by itself; old files name an old module.
-    scalar = np.float64(0).__reduce__()[0]
-    types: list[Any] = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype]
-    types += [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
-    try:
-        with torch.serialization.safe_globals(types):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read as tensors and plain values: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"checkpoint {str(path)!r} holds a {type(content).__name__}, not a dictionary of state dicts")
-    return content
+def model_for(recipe: TrainConfig, role: str) -> nn.Module:
+    """The "generator" or "discriminator" of a recipe, without contents."""
+    with torch.device("meta"):
+        return build(getattr(recipe, role))
 
 
-def convert(content: Mapping[str, Any], recipe: TrainConfig, layout: Layout) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The name of each weights file and its state dict, from the dictionary in a published file."""
-    if layout.nested is not None and layout.nested in content:
+def state_dicts(content: Mapping[Any, Any], recipe: TrainConfig, layout: Layout) -> dict[str, tuple[str, str, Any]]:
+    """For each of our weights files that can be made: what it is called in the file, its kind, and the state dict."""
+    if layout.nested is not None and isinstance(content.get(layout.nested), Mapping):
         content = {key: value for key, value in content.items() if key != layout.nested} | content[layout.nested]
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return _alone(content, recipe, layout)
     known = {key for key, _ in layout.networks.values()}
     needed = {key for ours, (key, _) in layout.networks.items() if ours not in layout.optional}
     problems = [f"missing: {key}" for key in sorted(needed - content.keys())]
     problems += [f"unknown: {key}" for key in sorted(map(str, content.keys() - known - layout.ignored))]
+    problems += [
+        f"{key} is a {type(content[key]).__name__}, not a state dict"
+        for key in sorted(known & content.keys())
+        if not isinstance(content[key], Mapping)
+    ]
     if problems:
         raise ValueError("the checkpoint is not laid out as published:\n  " + "\n  ".join(problems))
-    for ours, (key, role) in layout.networks.items():
-        if key not in content:
-            continue
-        with torch.device("meta"):
-            model = build(getattr(recipe, role))
-        state = translate(content[key], model, layout, where=key)
+    return {ours: (key, role, content[key]) for ours, (key, role) in layout.networks.items() if key in content}
+
+
+def _alone(state: Mapping[str, Tensor], recipe: TrainConfig, layout: Layout) -> dict[str, tuple[str, str, Any]]:
+    """As `state_dicts`, of a file that is one network's state dict: the one that shares most names with it."""
+    names = {_plain_name(name) for name in state}
+
+    def shared(role: str) -> int:
+        sources = layout.sources(model_for(recipe, role), names).values()
+        return sum(part.name in names for source in sources for part in parts_of(source))
+
+    role = max(ALONE, key=shared)
+    if not shared(role):
+        raise ValueError(f"none of the checkpoint's {len(names)} tensors is one of this preset's networks")
+    return {ALONE[role]: (f"the state dict of a {role}", role, state)}
+
+
+def convert(content: Mapping[str, Any], recipe: TrainConfig, layout: Layout) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The name of each weights file and its state dict, from the dictionary in a published file."""
+    for ours, (where, role, published) in state_dicts(content, recipe, layout).items():
+        model = model_for(recipe, role)
+        state = translate(published, model, layout, where)
         # Which names and shapes the model has is for the model to say, whatever the layout thinks.
         model.load_state_dict(state, assign=True)
         yield ours, state

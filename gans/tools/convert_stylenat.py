@@ -1,17 +1,17 @@
 """How StyleNAT's published checkpoints are laid out, for `gans.tools.convert`.
 
 The files hold `g_ema` and `d`, some also `g`, newer ones all of them under `state_dicts`. Neighborhood tables are one
-per partition of the heads, indexed by key minus query as here, and are joined. The 4x4 level's table is `(heads, 7, 7)`
-and is read through an index buffer: Swin's, turned around on both axes, which makes it key minus query too. That
-buffer is checked, since a table read by query minus key would have to be turned around. All filters are checked against
-those that our networks use, too.
+per partition of the heads, indexed by key minus query as here, and are joined; in the files of 2022 they are always
+two, under other names. The 4x4 level's table is `(heads, 7, 7)` and is read through an index buffer: Swin's, turned
+around on both axes, which makes it key minus query too. That buffer is checked, since a table read by query minus key
+would have to be turned around. All filters are checked against those that our networks use, too.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 
 import torch
@@ -69,23 +69,29 @@ def _renamed(name: str, replacements: tuple[tuple[str, str | Callable[[re.Match[
     return name
 
 
-def _table(name: str, shape: tuple[int, ...], level: int, config: StyleNATGeneratorConfig) -> Source | Joined:
-    """The table of a block: one of the 4x4 level, else one per partition."""
+def _table(
+    name: str, shape: tuple[int, ...], level: int, config: StyleNATGeneratorConfig, names: Container[str]
+) -> Source | Joined:
+    """The table of a block: one of the 4x4 level, else one per partition (`.rpb.0`...), or in the files of 2022 one per
+    half of the heads (`.rpb0` and `.rpb1`), also where both halves have the same dilation.
+    """
     if level == 0:
         return Source(name, shape, torch.clone)
     heads, *offsets = shape
-    partitions = len(config.partitions[level - 1])
+    halves = f"{name}0" in names
+    partitions = 2 if halves else len(config.partitions[level - 1])
     share, rest = divmod(heads, partitions)
     sizes = [share + (i >= partitions - rest) for i in range(partitions)]
-    return Joined(tuple(Source(f"{name}.{i}", (size, *offsets), torch.clone) for i, size in enumerate(sizes)))
+    first = name if halves else f"{name}."
+    return Joined(tuple(Source(f"{first}{i}", (size, *offsets), torch.clone) for i, size in enumerate(sizes)))
 
 
-def _generator_sources(model: Generator) -> dict[str, Source | Joined]:
+def _generator_sources(model: Generator, names: Container[str]) -> dict[str, Source | Joined]:
     sources: dict[str, Source | Joined] = {}
     for ours, value in model.state_dict().items():
         name, shape = _renamed(ours, GENERATOR), tuple(value.shape)
         if ours.endswith(TABLE):
-            sources[ours] = _table(name, shape, int(ours.split(".")[1]), model.config)
+            sources[ours] = _table(name, shape, int(ours.split(".")[1]), model.config, names)
         elif ours == "input":
             sources[ours] = Source(name, (1, shape[3], *shape[1:3]), partial(torch.permute, dims=(0, 2, 3, 1)))
         else:
@@ -139,8 +145,8 @@ def _discriminator_extras(model: Discriminator) -> dict[str, Extra]:
     return extras
 
 
-def _sources(model: nn.Module) -> dict[str, Source | Joined]:
-    return _generator_sources(model) if isinstance(model, Generator) else _discriminator_sources(model)  # type: ignore[arg-type]
+def _sources(model: nn.Module, names: Container[str]) -> dict[str, Source | Joined]:
+    return _generator_sources(model, names) if isinstance(model, Generator) else _discriminator_sources(model)  # type: ignore[arg-type]
 
 
 def _extras(model: nn.Module) -> dict[str, Extra]:
@@ -153,7 +159,7 @@ STYLENAT = Layout(
         "generator": ("g", "generator"),
         "discriminator": ("d", "discriminator"),
     },
-    ignored=frozenset(["args", "optim_dicts", "lr_dicts", "eval_info", "g_optim", "d_optim"]),
+    ignored=frozenset(["args", "optim_dicts", "lr_dicts", "eval_info", "g_optim", "d_optim", "G_lr", "D_lr"]),
     sources=_sources,
     extras=_extras,
     nested="state_dicts",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from types import MappingProxyType
 
@@ -128,7 +128,7 @@ def layout(
     def name_of(name: str, model: nn.Module) -> str:
         return published_name(name, generator if isinstance(model, Generator) else discriminator)
 
-    def sources(model: nn.Module) -> dict[str, Source]:
+    def sources(model: nn.Module, names: Container[str]) -> dict[str, Source]:
         return {name: _source(name, value, name_of(name, model)) for name, value in model.state_dict().items()}
 
     def extras(model: nn.Module) -> dict[str, Extra]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -31,7 +33,7 @@ LAYOUT = convert_stylenat.STYLENAT
 
 
 def published_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    sources = (part for source in LAYOUT.sources(model).values() for part in convert.parts_of(source))
+    sources = (part for source in LAYOUT.sources(model, ()).values() for part in convert.parts_of(source))
     shapes = {source.name: source.shape for source in sources}
     return shapes | {name: tuple(extra.shape) for name, extra in LAYOUT.extras(model).items()}
 
@@ -239,21 +241,88 @@ def test_converted_discriminator_computes_what_the_published_one_does():
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_files(tmp_path, monkeypatch, nested):
+def as_in_2022(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same network with two tables a block from 8 px on, `rpb0` and `rpb1`, for half of the heads each."""
+    tables: dict[str, list[torch.Tensor]] = {}
+    found = {}
+    for name, value in state.items():
+        table = re.fullmatch(r"(.*\.rpb)\.\d", name)
+        if table:
+            tables.setdefault(table[1], []).append(value)
+        else:
+            found[name] = value
+    for name, parts in tables.items():
+        joined = torch.cat(parts)
+        found |= {f"{name}{i}": half for i, half in enumerate(joined.tensor_split([len(joined) // 2]))}
+    return found
+
+
+def test_tables_of_2022():
+    model = build(GENERATOR)
+    state = random_published(model, 1)
+    older = as_in_2022(state)
+    assert len(older) < len(state) and "layers.1.blocks.0.attn.rpb1" in older
+    expected = convert.translate(state, model, LAYOUT, "state")
+    torch.testing.assert_close(convert.translate(older, model, LAYOUT, "state"), expected, rtol=0, atol=0)
+    older["layers.1.blocks.0.attn.rpb.0"] = older.pop("layers.1.blocks.0.attn.rpb1")
+    with pytest.raises(
+        ValueError, match=r"2 problems\n  unknown: layers.1.*attn.rpb.0\n  missing: layers.1.*attn.rpb1"
+    ):
+        convert.translate(older, model, LAYOUT, "g_ema")
+
+
+@pytest.mark.parametrize("name", ["stylenat-ffhq256", "stylenat-ffhq1024"])
+def test_shapes_of_2022(name):
+    """From 8 px on, every block has two tables of 13x13 for half of the heads each; all else is as it was later."""
+    with torch.device("meta"):
+        model = build(preset(name).generator)
+    later = {name: torch.empty(shape, device="meta") for name, shape in published_shapes(model).items()}
+    older = as_in_2022(later)
+    sources = [part for source in LAYOUT.sources(model, older).values() for part in convert.parts_of(source)]
+    assert {source.name: source.shape for source in sources}.items() <= {
+        n: (*v.shape,) for n, v in older.items()
+    }.items()
+    heads = [16, 16, 16, 16, 8, 4, 4, 4][: len(model.config.dims) - 1]
+    tables = {source.name: source.shape for source in sources if "rpb" in source.name}
+    assert tables == {
+        **{f"layers.0.blocks.{j}.attn.rpb": (16, 7, 7) for j in range(2)},
+        **{
+            f"layers.{i}.blocks.{j}.attn.rpb{half}": (count // 2, 13, 13)
+            for i, count in enumerate(heads, 1)
+            for j in range(2)
+            for half in range(2)
+        },
+    }
+
+
+class Options(dict):
+    """Stands for the options of another library."""
+
+
+@pytest.mark.parametrize("year", ["2022", "flat", "nested"])
+def test_files(tmp_path, monkeypatch, year):
     recipe = replace(preset("stylenat-64"), generator=GENERATOR, discriminator=replace(DISCRIMINATOR, image_size=16))
     monkeypatch.setitem(PRESETS, "stylenat-ffhq256", replace(PRESETS["stylenat-ffhq256"], recipe=recipe))
     generator, discriminator = build(recipe.generator), build(recipe.discriminator)
     states = {"g_ema": random_published(generator, 1), "d": random_published(discriminator, 2)}
-    if nested:
+    if year != "flat":
         states["g"] = random_published(generator, 3)
     states = {key: {n: t.float() if t.is_floating_point() else t for n, t in s.items()} for key, s in states.items()}
-    content = {"args": {"a": [1, "b"]}, "eval_info": {"fid": 2.05}, "state_dicts": states} if nested else states
+    content = {
+        "flat": states,
+        "nested": {"args": {"a": [1, "b"]}, "eval_info": {"fid": 2.05}, "state_dicts": states},
+        "2022": {
+            **{key: as_in_2022(state) for key, state in states.items()},
+            **{"g_optim": {"state": {}}, "d_optim": {"state": {}}, "G_lr": 5e-5, "D_lr": 2e-4},
+            "args": Options(batch=8, mean=[0.485]),
+        },
+    }[year]
     torch.save(content, tmp_path / "published.pt")
+    monkeypatch.delattr(sys.modules[__name__], "Options")  # as of a library that is not installed
     arguments = ["--checkpoint", str(tmp_path / "published.pt"), "--preset", "stylenat-ffhq256"]
     assert main(["convert", *arguments, "--out", str(tmp_path / "ours")]) == 0
     names = {file.stem for file in (tmp_path / "ours").glob("*.safetensors")}
-    assert names == {"generator_ema", "discriminator"} | ({"generator"} if nested else set())
+    assert names == {"generator_ema", "discriminator"} | (set() if year == "flat" else {"generator"})
     loaded = load_generator(tmp_path / "ours", torch.device("cpu")).double()
     z = torch.randn(2, 8, dtype=torch.float64)
     average = {n: t.double() if t.is_floating_point() else t for n, t in states["g_ema"].items()}

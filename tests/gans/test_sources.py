@@ -207,6 +207,23 @@ def test_an_archive_that_lies_about_sizes(tmp_path):
     assert peak < 2**21
 
 
+def test_damaged_archives_are_named(folder, tmp_path):
+    (folder / "dataset.json").write_text('{"labels": null}')
+    path = zipped(folder)
+    whole, draw = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        damaged = np.frombuffer(whole, dtype=np.uint8).copy()
+        damaged[draw.integers(len(whole), size=4)] = draw.integers(256, size=4)
+        path.write_bytes(damaged.tobytes())
+        try:
+            source = open_source(path)
+            assert source.labels is None or len(source.labels) == len(source)
+            for i in range(len(source)):
+                source.open(i)
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
 class Evil:
     def __reduce__(self):
         return print, ("the pickle ran code",)
