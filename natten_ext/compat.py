@@ -11,8 +11,9 @@ The older names ``natten2dqkrpb`` and ``natten2dav`` are here too.
 
 The scores between the two calls are a tensor of their own, ``kernel_height * kernel_width`` numbers a query and head:
 that is what the unfused interface is. ``natten_ext.neighborhood_attention`` never stores them; move to it where memory
-or speed counts. These functions work on any device and to any derivative order, in memory proportional to their
-arguments. On a GPU the backward pass adds in no fixed order unless ``torch.use_deterministic_algorithms`` asks for it.
+or speed counts. These functions work on any device and to any derivative order (in reverse mode), in memory
+proportional to their arguments. On a GPU the backward pass adds in no fixed order unless
+``torch.use_deterministic_algorithms`` asks for it.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.autograd import forward_ad
 
 from .geometry import AnyNeighborhood, Full, Grid, neighbor_indices, neighbor_offsets, window_offsets
 from .origin import origin_of
@@ -43,6 +44,15 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
+def softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax along the last dimension that can be differentiated in every way."""
+    if forward_ad._current_level < 0:
+        return scores.softmax(-1)
+    # The tangent of torch's own can't be differentiated: its formula changes in place what autograd has saved.
+    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
 def _distances_as_products(query, key):
     """Vectors of two more channels whose products are -|q-k|^2 = 2 q.k - |q|^2 - |k|^2.
 
@@ -75,7 +85,7 @@ def _full(query, key, value, bias):
     scores = query @ key.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
-    return (scores.softmax(-1) @ value).transpose(1, 2)
+    return (softmax(scores) @ value).transpose(1, 2)
 
 
 def _grid(query, key, value, bias, neighborhood):
@@ -112,4 +122,4 @@ def _neighborhood(query, key, value, bias, neighborhood, head):
         dy = neighbor_offsets(height, rows, step_y).to(query.device)[:, None, :, None] + largest_rows - 1
         dx = neighbor_offsets(width, columns, step_x).to(query.device)[None, :, None, :] + largest_columns - 1
         scores = scores + bias[:, dy, dx].flatten(3, 4).permute(1, 2, 0, 3)
-    return (scores.softmax(-1).unsqueeze(-2) @ gather(value)).squeeze(-2)
+    return (softmax(scores).unsqueeze(-2) @ gather(value)).squeeze(-2)

@@ -25,7 +25,7 @@ from .checks import (
     shown,
 )
 from .geometry import AnyNeighborhood, Full, Grid, Neighborhood, indices, window_starts
-from .reference import without_autocast
+from .reference import softmax, without_autocast
 
 
 def attention_weights(
@@ -141,7 +141,7 @@ def _weights(query, key, bias, index, neighborhood, score, scale):
             rows, columns = (o.to(device) + k - 1 for o, k in zip(offsets, neighborhood.kernel, strict=True))
             scores = scores + bias[first:last, rows, columns].transpose(0, 1)
         zeros = scores.new_zeros(*scores.shape[:-1], tokens.shape[1])
-        parts.append(zeros.scatter(-1, keys[:, None].expand(scores.shape), scores.softmax(-1)))
+        parts.append(zeros.scatter(-1, keys[:, None].expand(scores.shape), softmax(scores)))
     return torch.cat(parts, 2).unflatten(-1, extents)
 
 

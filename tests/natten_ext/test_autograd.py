@@ -10,6 +10,7 @@ from budget import assert_equal_to_rounding
 from cases import (
     Case,
     Inputs,
+    arguments_of,
     cotangents_of,
     derivatives,
     find,
@@ -284,6 +285,64 @@ def test_reference_has_a_third_derivative(case):
     result = third(lambda leaves: forward(case, leaves, "reference"))
     for one, other in zip(result, third(lambda leaves: oracle_forward(case, leaves)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def reverse_over_reverse(loss, point: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in point]
+    slopes = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    return list(torch.autograd.grad(slopes, leaves, direction))
+
+
+def reverse_over_forward(loss, point: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in point]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(leaves, direction, strict=True)]
+        slope = forward_ad.unpack_dual(loss(*duals)).tangent
+    return list(torch.autograd.grad(slope, leaves))
+
+
+def forward_over_reverse(loss, point: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x.clone().requires_grad_(), t) for x, t in zip(point, direction, strict=True)]
+        slopes = torch.autograd.grad(loss(*duals), duals)
+        return [forward_ad.unpack_dual(slope).tangent for slope in slopes]
+
+
+def forward_over_forward(loss, point: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+    """Of the first argument: the others take a column of the Hessian for each of their elements."""
+
+    def slope(*x: Tensor) -> Tensor:
+        return torch.func.jvp(loss, x, tuple(direction))[1]
+
+    return [torch.func.jacfwd(slope)(*point)]
+
+
+@pytest.mark.cases([*SOME, replace(SOME[3], score="dot")])
+@pytest.mark.parametrize("mode", [reverse_over_forward, forward_over_reverse, forward_over_forward])
+def test_reference_in_every_mode_of_differentiation(case, mode):
+    """The Hessian times a vector, four ways, of the attention and of its weights."""
+    inputs = inputs_of(case)
+    point, direction = list(inputs.values()), list(cotangents_of(case, inputs).values())
+
+    def loss(attend):
+        return lambda *tensors: attend(dict(zip(inputs, tensors, strict=True))).sin().sum()
+
+    def weights(tensors: Inputs) -> Tensor:
+        neighborhood = {"grid": {"window_size": case.window}, "full": {}}.get(
+            case.kind, {"kernel_size": case.argument("kernel"), "dilation": case.argument("dilation")}
+        )
+        query, key, value, table = arguments_of(case, tensors)
+        positions = [(2, 1), (0, 3)] if query.dim() == 5 else [4, 0]
+        rows = natten_ext.attention_weights(query, key, positions, bias=table, score=case.score, **neighborhood)
+        return rows.square().sum() + 0 * value.sum()
+
+    true = reverse_over_reverse(loss(lambda tensors: oracle_forward(case, tensors)), point, direction)
+    results = mode(loss(lambda tensors: forward(case, tensors, "reference")), point, direction)
+    for result, expected in zip(results, true, strict=False):
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-10)
+    true = reverse_over_reverse(loss(weights), point, direction)
+    for result, expected in zip(mode(loss(weights), point, direction), true, strict=False):
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------ around the op
