@@ -23,7 +23,8 @@ TYPES = frozenset({f"builtins.{name}" for name in ("bool", "bytes", "dict", "flo
 NAMED = frozenset({"argparse.Namespace", "typing.Any"}) | TYPES
 """What options may name of the standard library, or be instances of."""
 
-CALLED = frozenset({"collections.defaultdict", "pathlib.PosixPath", "pathlib.WindowsPath", "types.SimpleNamespace"})
+PATHS = frozenset({f"{home}.{kind}Path" for home in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")})
+CALLED = frozenset({"collections.defaultdict", "types.SimpleNamespace"}) | PATHS
 """What makes an object by a call in a pickle, instead of which an empty dictionary is made here."""
 
 ADVICE = (

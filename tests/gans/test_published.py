@@ -113,7 +113,7 @@ ATTACKS = {
     "namespace": (Call(argparse.Namespace), "it calls argparse.Namespace"),
     "hub": (Call(torch.hub.load, "evil/evil", "evil"), "it calls torch.hub.load"),
     "load": (Call(torch.load, "evil.pt"), "it calls torch.serialization.load"),
-    "numpy": (Call(np.load, "evil.npy", None, True), "it calls numpy.load"),
+    "numpy": (Call(np.load, "evil.npy", None, True), "it calls numpy."),
 }
 
 
