@@ -18,10 +18,11 @@ import tyro
 from gans import lock, logs
 from gans.config import RunConfig
 from gans.distributed import choose_device
+from gans.dry_run import describe
 from gans.figures import plot_curves, plot_samples
 from gans.metrics import RandomFeatureFrechet
 from gans.presets_transgan import DIGITS
-from gans.profile import compare, cost_table, fused_backend
+from gans.profile import compare, cost_table
 from gans.train import train
 
 NEEDED_FALL = 5.0
@@ -75,24 +76,23 @@ def main(arguments: list[str] | None = None) -> int:
     device = choose_device(options.device)
     recipe = replace(DIGITS, steps=options.steps)
     sample_every = max(1, options.steps // 16)
+    settings = RunConfig(
+        data="digits",
+        out=str(run),
+        device=options.device,
+        threads=options.threads,
+        log_every=max(1, options.steps // 100),
+        sample_every=sample_every,
+        metric_every=max(1, options.steps // 8),
+        metric_images=METRIC_IMAGES,
+        checkpoint_every=max(1, options.steps),
+    )
+    backends = sorted({row["backend"] for row in describe(recipe, settings)["attention"]})
     print(
         f"training a TransGAN on scikit-learn's digits: {recipe.steps} steps on {device}, "
-        f"attention backend {fused_backend(options.device)!r}"
+        f"attention backend {', '.join(backends)}"
     )
-    train(
-        recipe,
-        RunConfig(
-            data="digits",
-            out=str(run),
-            device=options.device,
-            threads=options.threads,
-            log_every=max(1, options.steps // 100),
-            sample_every=sample_every,
-            metric_every=max(1, options.steps // 8),
-            metric_images=METRIC_IMAGES,
-            checkpoint_every=max(1, options.steps),
-        ),
-    )
+    train(recipe, settings)
     trained = time.perf_counter() - started
 
     lines = logs.read(run)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +26,6 @@ from gans.recompute import recompute_blocks
 from gans.registry import build
 from gans.spectral_layers import begin_step
 from gans.steps import discriminator_gradients, generator_gradients, make_networks, precision
-from natten_ext import dispatch, functional
 
 
 def parameter_counts(recipe: TrainConfig) -> dict[str, int]:
@@ -71,33 +68,26 @@ class PeakMemory(TorchDispatchMode):
         return peak
 
 
-@contextmanager
-def attention_calls() -> Iterator[Counter[tuple[Any, ...]]]:
-    """Inside, counts calls of natten_ext's attention by shape `(batch, ..., heads, head_dim)`, keys and dtype."""
-    calls: Counter[tuple[Any, ...]] = Counter()
-    run = functional._run  # the one function behind all of them
-
-    def counted(query: Tensor, key: Tensor, value: Tensor, bias: Any, neighborhood: Any, *rest: Any) -> Tensor:
-        kernel = getattr(neighborhood, "kernel", None)
-        keys = key.shape[1:-2].numel() if kernel is None else kernel[0] * kernel[1]
-        kind = type(neighborhood).__name__.lower()
-        calls[kind, tuple(query.shape), keys, rest[0], str(query.dtype).removeprefix("torch.")] += 1
-        return run(query, key, value, bias, neighborhood, *rest)
-
-    with mock.patch.object(functional, "_run", counted):
-        yield calls
-
-
-def _attention_rows(network: str, model: nn.Module, inputs: Tensor, run: RunConfig) -> list[Any]:
+def _attention_rows(network: str, model: nn.Module, inputs: Tensor) -> list[Any]:
     """One row for each kind of attention in a forward pass."""
-    with attention_calls() as calls, torch.no_grad():
+    with natten_ext.record_calls() as calls, torch.no_grad():
         model(inputs)
-    rows = []
-    for (kind, shape, keys, score, dtype), count in calls.items():
-        backend = dispatch.choose(run.backend, inputs.device.type, getattr(torch, dtype), shape[-1], kind)
-        row = {"network": network, "kind": kind, "score": score, "shape": list(shape), "keys": keys, "dtype": dtype}
-        rows.append(row | {"calls": count, "backend": backend})
-    return rows
+    rows = Counter(
+        (call.neighborhood, call.score, call.query_shape, call.keys, call.dtype, call.backend) for call in calls
+    )
+    return [
+        {
+            "network": network,
+            "kind": kind,
+            "score": score,
+            "shape": list(shape),
+            "keys": keys,
+            "dtype": str(dtype).removeprefix("torch."),
+            "calls": count,
+            "backend": backend,
+        }
+        for (kind, score, shape, keys, dtype, backend), count in rows.items()
+    ]
 
 
 def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[str, Any]:
@@ -105,7 +95,7 @@ def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[st
 
     `attention` has a row for every kind of attention in a forward pass of a process's part of a batch: its shape
     `(batch, height, width, heads, head_dim)` or `(batch, tokens, heads, head_dim)`, the keys that a query sees, how
-    often it is called and the backend that would compute it. The memory of an update is what it needs beyond weights,
+    often it is called and the backend that computes it. The memory of an update is what it needs beyond weights,
     gradients, optimisers and average.
     """
     recipe.check_processes(processes)
@@ -142,8 +132,8 @@ def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[st
         peak_g = memory.take_peak() - fixed
         z = torch.empty(part.batch_g, recipe.generator.latent_dim, device=device, dtype=dtype)
         with precision(recipe, device):
-            attention = _attention_rows("generator", networks.generator, z, run)
-            attention += _attention_rows("discriminator", networks.discriminator, real_d, run)
+            attention = _attention_rows("generator", networks.generator, z)
+            attention += _attention_rows("discriminator", networks.discriminator, real_d)
     # Adam keeps two numbers for each one that it trains, and the average is another generator.
     adam = 2 * sum(p.nbytes for model in models for p in model.parameters() if p.requires_grad)
     average = sum(t.nbytes for t in (*networks.generator.parameters(), *networks.generator.buffers()))

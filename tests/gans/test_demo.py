@@ -5,7 +5,7 @@ from dataclasses import replace
 from PIL import Image
 
 from gans import demo
-from gans.profile import StepCost, measure_apart
+from gans.profile import StepCost, measure, measure_apart
 
 
 def test_demo_in_two_steps(tmp_path, monkeypatch, capsys):
@@ -17,6 +17,7 @@ def test_demo_in_two_steps(tmp_path, monkeypatch, capsys):
     status = demo.main(["--out", str(tmp_path), "--steps", "2", "--device", "cpu"])
     assert status == 1  # two steps do not make the distance fall, and the demo says so
     out = capsys.readouterr().out
+    assert "2 steps on cpu, attention backend cpu\n" in out
     assert "NOT the 5 times" in out
     report = (tmp_path / "report.md").read_text()
     assert "| naive / fused | | 4.0 | 3.0 |" in report
@@ -29,3 +30,5 @@ def test_step_cost_of_a_fresh_process(tiny):
     assert cost.backend == "reference"
     assert 0 < cost.seconds < 60
     assert 0 <= cost.peak_mib < 2000
+    automatic = measure(tiny, backend="auto", device="cpu", update="discriminator", repeats=1)
+    assert automatic.backend == "cpu"  # by the name of what ran

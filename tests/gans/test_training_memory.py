@@ -104,3 +104,18 @@ def test_estimate_names_the_attention_of_a_process(tiny):
     assert shapes["generator", (6, 8, 8, 2, 4)]["keys"] == 16
     assert shapes["discriminator", (4, 4, 4, 2, 6)]["backend"] == "reference"
     assert shapes["discriminator", (4, 5, 2, 8)]["kind"] == "full"
+
+
+def test_estimate_names_the_backends_that_run(tiny, monkeypatch):
+    """Where the choice depends on the kind of neighborhood."""
+
+    def order(device_type, dtype, head_dim, neighborhood):
+        return ("reference",) if neighborhood == "grid" else ("cpu", "reference")
+
+    monkeypatch.setattr(natten_ext.dispatch, "_order", order)
+    shown = describe(tiny, RunConfig(data="x", out="y", device="cpu"))
+    named = {(row["kind"], row["backend"]) for row in shown["attention"]}
+    networks = make_networks(tiny, torch.device("cpu"))
+    with natten_ext.record_calls() as calls:
+        networks.discriminator(networks.generator(torch.randn(2, 6)))
+    assert named == {(call.neighborhood, call.backend) for call in calls} == {("grid", "reference"), ("full", "cpu")}
