@@ -193,10 +193,10 @@ def test_only_the_runs_own_names_are_touched(tmp_path):
     (tmp_path / "step-00000099").write_text("a file")
     (tmp_path / ".partial-7").mkdir()  # what a killed run leaves
     (tmp_path / ".partial-old-step-00000001").mkdir()
-    for step in (2, 3, 123_456_789):
+    for step in (2, 99_999_999, 100_000_000):
         save(tmp_path, step)
-    assert names(tmp_path) == {*theirs, "step-00000099", "step-00000003", "step-123456789"}
-    assert checkpoint.find("latest", tmp_path).name == "step-123456789"
+    assert names(tmp_path) == {*theirs, "step-00000099", "step-99999999", "step-100000000"}
+    assert checkpoint.find("latest", tmp_path).name == "step-100000000"
     assert checkpoint.load_state(tmp_path / "step-00000001-best")["step"] == 1
 
 

@@ -134,17 +134,27 @@ def wait_for(process: subprocess.Popen, path: Path, count: int = 1, seconds: flo
         time.sleep(0.05)
 
 
-def start(*command: str, group: bool = True) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, *command], env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=group
-    )
+@pytest.fixture
+def start():
+    """A function: Python with these arguments as a process of a group of its own, which the test's end kills."""
+    started: list[subprocess.Popen] = []
+
+    def run(*arguments: str) -> subprocess.Popen:
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen([sys.executable, *arguments], env=environment, **options))
+        return started[-1]
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group(tmp_path, number):
+def test_a_signal_to_the_whole_group(tmp_path, start, number):
     """As a terminal sends it: processes that load images are not stopped by it, and the step gets its batch."""
     out = tmp_path / "run"
     options = ["--steps", "100000", "--log-every", "1", "--images.workers", "2", "--out", str(out)]
@@ -161,7 +171,7 @@ def test_a_signal_to_the_whole_group(tmp_path, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["torchrun", "one process"])
-def test_several_processes_stop_after_the_same_step(tmp_path, to):
+def test_several_processes_stop_after_the_same_step(tmp_path, start, to):
     out = tmp_path / "run"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = start(
@@ -184,7 +194,7 @@ def test_several_processes_stop_after_the_same_step(tmp_path, to):
 
 
 @pytest.mark.slow
-def test_a_second_run_in_a_folder_is_refused(tiny, tiny_run, tmp_path):
+def test_a_second_run_in_a_folder_is_refused(tiny, tiny_run, tmp_path, start):
     """Until the first is dead, which takes nothing but its death: killed, it has no time to give the lock back."""
     out = tmp_path / "run"
     options = ["--steps", "100000", "--log-every", "1", "--images.workers", "1", "--out", str(out)]

@@ -89,6 +89,8 @@ def test_run_folder(tiny, tiny_run):
         "step-00000006.png",
     ]
     grid = np.asarray(Image.open(out / "samples" / "step-00000006.png"))
+    (out / "samples" / "step-00000006 (copy).png").write_bytes(b"of the user")
+    assert sample_steps(out) == [0, 3, 6]
     assert grid.shape == (16, 16)
     lines = logs.read(out)
     assert [line["step"] for line in lines if "generator/adversarial" in line] == [2, 4, 6]
