@@ -183,7 +183,7 @@ def find(resume: str, root: Path) -> Path | None:
 
 
 def _listed(path: Path) -> dict[str, str]:
-    """The checksums in a checkpoint by their files' names; none in folders of earlier versions and of `convert`."""
+    """The checksums in a checkpoint by their files' names; none in folders of earlier versions."""
     sums = path / CHECKSUMS
     lines = sums.read_text(errors="replace").removesuffix("\n").split("\n") if sums.exists() else []
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

@@ -209,4 +209,5 @@ def run(arguments: list[str]) -> None:
         origin = {"file": options.checkpoint.name, "sha256": sha256(options.checkpoint), "preset": options.preset}
         config = {"recipe": to_dict(recipe), "converted_from": origin}
         (folder / checkpoint.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        checkpoint.write_checksums(folder)
     print(f"wrote {options.out}")

@@ -271,7 +271,11 @@ def test_files(published, tmp_path, capsys):
     path, content, _ = published
     assert run(path, tmp_path / "ours") == 0
     names = {file.name for file in (tmp_path / "ours").iterdir()}
-    assert names == {"config.json", *(f"{n}.safetensors" for n in ("generator", "generator_ema", "discriminator"))}
+    assert names == {
+        "config.json",
+        "SHA256SUMS",
+        *(f"{n}.safetensors" for n in ("generator", "generator_ema", "discriminator")),
+    }
     assert len({file.stat().st_mode for file in (tmp_path / "ours").iterdir()}) == 1  # the umask's
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["converted_from"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -282,6 +286,10 @@ def test_files(published, tmp_path, capsys):
     capsys.readouterr()
     assert run(path, tmp_path / "ours") == 1
     assert "exists" in capsys.readouterr().err
+    weights = tmp_path / "ours" / "generator_ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ValueError, match=rf"cannot read {weights}: its checksum is not the one in SHA256SUMS"):
+        load_generator(tmp_path / "ours", torch.device("cpu"))
 
 
 def test_what_does_not_fit_is_named(published, tmp_path, capsys):
@@ -321,7 +329,11 @@ def test_a_state_dict_alone(published, tmp_path, capsys, role):
     state = OrderedDict(content[f"{role[:3]}_state_dict"])
     torch.save(state, path)
     assert run(path, tmp_path / "alone") == 0
-    assert {file.name for file in (tmp_path / "alone").iterdir()} == {"config.json", f"{name}.safetensors"}
+    assert {file.name for file in (tmp_path / "alone").iterdir()} == {
+        "config.json",
+        "SHA256SUMS",
+        f"{name}.safetensors",
+    }
     torch.save(content, path)
     assert run(path, tmp_path / "whole") == 0
     expected = load_file(tmp_path / "whole" / f"{role}.safetensors")
