@@ -88,7 +88,8 @@ Arguments arguments(const Backend& backend, const Tensor& query, const Tensor& k
   expected[n - 3] = p.key_width;
   require(sizes(key) == expected && sizes(value) == expected, "key and value must match the query");
   require(p.kind == Kind::full || p.key_width == p.width, "key and value must have the query's map");
-  require(p.key_width > 0 && p.head_dim >= 1 && p.head_dim <= 256, "there must be a key, and head_dim from 1 to 256");
+  require(p.key_width > 0 && p.heads > 0 && p.head_dim >= 1 && p.head_dim <= 256,
+          "there must be a key, a head, and head_dim from 1 to 256");
   a.query = view(backend, query, "query");
   a.key = view(backend, key, "key");
   a.value = view(backend, value, "value");
@@ -97,6 +98,7 @@ Arguments arguments(const Backend& backend, const Tensor& query, const Tensor& k
   if (bias) {
     require(p.kind != Kind::full, "full attention takes no bias");
     require(sizes(*bias) == std::vector<int64_t>{p.heads, p.table_height(), p.table_width()}, "bias has the wrong shape");
+    require(a.bias.dtype == a.query.dtype || a.bias.dtype == DType::float32, "bias must have the query's dtype or float32");
   }
   return a;
 }
@@ -145,6 +147,7 @@ template <class Backend>
 void set_saved(const Backend& backend, Arguments& a, const Tensor& query, const Tensor& grad_output, const Tensor& output, const Tensor& lse) {
   a.grad_output = like(backend, grad_output, query, "grad_output");
   a.output = like(backend, output, query, "output");
+  require(backend.holds(lse), std::string("lse must be on ") + backend.device);
   require(lse.is_contiguous() && sizes(lse) == lse_sizes(query) && lse.scalar_type() == lse_dtype(query),
           "lse must be contiguous (2, batch, heads, tokens) in the compute type");
   a.lse = lse.mutable_data_ptr();
@@ -200,7 +203,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   a.cot_key = like(backend, cot_key, key, "cot_key");
   a.cot_value = like(backend, cot_value, value, "cot_value");
   if (cot_bias) {
-    require(bias && sizes(*cot_bias) == sizes(*bias), "cot_bias must have the shape of bias");
+    require(bias && sizes(*cot_bias) == sizes(*bias) && cot_bias->scalar_type() == bias->scalar_type(),
+            "cot_bias must have the shape and dtype of bias");
     a.cot_bias = table_view(backend, cot_bias, "cot_bias");
   }
   const bool need_bias = (needs & 16) && bias;

@@ -71,7 +71,9 @@ inline void decode_neighborhood(const std::vector<int64_t>& code, Problem& probl
   };
   require(!code.empty() && code[0] >= 0 && code[0] <= 2, "must start with 0 (full), 1 (grid) or 2 (neighborhood)");
   problem.kind = static_cast<Kind>(code[0]);
-  if (problem.kind == Kind::grid) {
+  if (problem.kind == Kind::full) {
+    require(code.size() == 1, "full must have no values");
+  } else if (problem.kind == Kind::grid) {
     require(code.size() == 3, "grid must have 2 extents");
     problem.window_y = code[1];
     problem.window_x = code[2];
@@ -81,8 +83,8 @@ inline void decode_neighborhood(const std::vector<int64_t>& code, Problem& probl
     require(static_cast<int64_t>(code.size()) == 1 + 4 * problem.heads, "neighborhood must have 4 values per head");
     for (int64_t head = 0; head < problem.heads; ++head) {
       const int64_t* v = code.data() + 1 + 4 * head;
-      require(v[0] > 0 && v[1] > 0 && v[2] > 0 && v[3] > 0 && v[0] * v[2] <= problem.height &&
-                  v[1] * v[3] <= problem.width,
+      // Quotients, because products of any two numbers may overflow.
+      require(v[0] > 0 && v[1] > 0 && v[2] > 0 && v[3] > 0 && v[0] <= problem.height / v[2] && v[1] <= problem.width / v[3],
               "kernel and dilation must be positive and their product at most the map");
       problem.windows.push_back({v[0], v[1], v[2], v[3]});
     }

@@ -11,9 +11,13 @@ times log2(e), from which weights were counted (``base``, about the largest), an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
 import torch
 from torch.autograd import forward_ad
 
+from .checks import check_score
 from .dispatch import FUSED
 
 _COMMON = "Tensor query, Tensor key, Tensor value, Tensor? bias"
@@ -43,6 +47,23 @@ def _dense_rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor.numel() == 0:  # counts as contiguous with any strides
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
     return tensor.contiguous()
+
+
+def _check_devices(*tensors: torch.Tensor | None) -> None:
+    """A call with some meta tensors comes to the fake kernels, whose results hold nothing."""
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"operands must be on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
+def _implementation(backend: str, score: str, needs: Sequence[bool] = (), count: int = 0) -> ModuleType:
+    """The backend's module. It checks the tensors and the neighborhood; these are the other arguments' rules."""
+    if backend not in FUSED:
+        raise ValueError(f"backend must be one of {tuple(FUSED)}, got {backend!r}")
+    check_score(score)
+    if len(needs) != count:
+        raise ValueError(f"needs must have {count} entries, one per gradient, got {len(needs)}")
+    return FUSED[backend]
 
 
 def _register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
@@ -75,11 +96,12 @@ def _below_autograd(name, arguments):
 @torch.library.impl("natten_ext::attention", "CompositeExplicitAutograd")
 def _attention(query, key, value, bias, neighborhood, score, scale, backend):
     tensors = map(_dense_rows, (query, key, value, bias))
-    return FUSED[backend].forward(*tensors, neighborhood, score, scale)
+    return _implementation(backend, score).forward(*tensors, neighborhood, score, scale)
 
 
 @torch.library.register_fake("natten_ext::attention")
 def _attention_fake(query, key, value, bias, neighborhood, score, scale, backend):
+    _check_devices(query, key, value, bias)
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, *tokens, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty((2, batch, heads, *tokens), dtype=lse_dtype)
@@ -119,11 +141,12 @@ _register_autograd("attention", _Attention)
 @torch.library.impl("natten_ext::attention_backward", "CompositeExplicitAutograd")
 def _backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs, backend):
     tensors = map(_dense_rows, (grad_output, query, key, value, bias, output))
-    return FUSED[backend].backward(*tensors, lse, neighborhood, score, scale, needs)
+    return _implementation(backend, score, needs, 4).backward(*tensors, lse, neighborhood, score, scale, needs)
 
 
 @torch.library.register_fake("natten_ext::attention_backward")
 def _backward_fake(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs, backend):
+    _check_devices(grad_output, query, key, value, bias, output, lse)
     return _fake_gradients((query, key, value, bias), needs)
 
 
@@ -161,7 +184,9 @@ def _double_backward(
     neighborhood, score, scale, needs, backend,
 ):  # fmt: skip
     tensors = (cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output)
-    return FUSED[backend].double_backward(*map(_dense_rows, tensors), lse, neighborhood, score, scale, needs)
+    return _implementation(backend, score, needs, 5).double_backward(
+        *map(_dense_rows, tensors), lse, neighborhood, score, scale, needs
+    )
 
 
 @torch.library.register_fake("natten_ext::attention_double_backward")
@@ -169,6 +194,7 @@ def _double_backward_fake(
     cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
     neighborhood, score, scale, needs, backend,
 ):  # fmt: skip
+    _check_devices(cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse)
     return _fake_gradients((grad_output, query, key, value, bias), needs)
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from ..fused import asked_once, cannot_take, cannot_use_gpu
+from .operands import OPERANDS, check_operands
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -31,21 +32,25 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
 
 def forward(*arguments):
     """``(output, lse)``; see ``natten_ext.ops``."""
-    return _step("forward").forward(*arguments)
+    return _run("forward", arguments)
 
 
 def backward(*arguments):
     """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
-    return _step("backward").backward(*arguments)
+    return _run("backward", arguments)
 
 
 def double_backward(*arguments):
     """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
-    return _step("double_backward").double_backward(*arguments)
+    return _run("double_backward", arguments)
 
 
-def _step(name: str) -> ModuleType:
-    return importlib.import_module(f".{name}", __package__)
+def _run(order: str, arguments: tuple[Any, ...]):
+    check_operands(order, arguments)
+    query = arguments[OPERANDS[order].index("query")]
+    if reason := cannot_run(query.device.type, query.dtype, query.shape[-1]):
+        raise RuntimeError(f"backend 'triton' cannot run this: {reason}")
+    return getattr(importlib.import_module(f".{order}", __package__), order)(*arguments)
 
 
 def _interpreted() -> bool:

@@ -1,0 +1,191 @@
+"""Operators called directly, past the checks of the public functions: what does not fit is an exception, never a crash.
+
+A wrong size or device would make a kernel read and write elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import natten_ext
+from natten_ext.geometry import Full, Grid, Neighborhood
+
+ORDERS = ["attention", "attention_backward", "attention_double_backward"]
+NEIGHBORHOODS = {
+    "full": Full(),
+    "grid": Grid((2, 3)),
+    "neighborhood": Neighborhood(((3, 2), (2, 3)), ((1, 2), (2, 1))),
+}
+REFUSED = (RuntimeError, ValueError, TypeError, NotImplementedError)
+HUGE = (2**31, 2**32 + 1, 2**62, 2**63 - 1, -1, -(2**63), 0)
+
+
+@dataclass
+class Call:
+    """An operator's tensors by name, and its other arguments."""
+
+    order: str
+    tensors: dict[str, Tensor | None]
+    choices: dict[str, Any]
+
+    def __call__(self, **changed: Any) -> Any:
+        arguments = {**self.tensors, **self.choices, **changed}
+        return getattr(torch.ops.natten_ext, self.order)(*arguments.values())
+
+
+def call_of(order: str, kind: str, backend: str, device: str) -> Call:
+    torch.manual_seed(1)
+    neighborhood = NEIGHBORHOODS[kind]
+    shape = (2, 5, 2, 8) if kind == "full" else (2, 4, 6, 2, 8)
+    query, key, value, grad_output = torch.randn(4, *shape, device=device).unbind(0)
+    bias = None if kind == "full" else torch.randn(2, *(2 * n - 1 for n in neighborhood.kernel), device=device)
+    operands = {"query": query, "key": key, "value": value, "bias": bias}
+    choices = {"neighborhood": neighborhood.encode(), "score": "dot", "scale": 0.5}
+    if order == "attention":
+        return Call(order, operands, choices | {"backend": backend})
+    output, lse = torch.ops.natten_ext.attention(*operands.values(), *choices.values(), backend)
+    backward = {"grad_output": grad_output, **operands, "output": output, "lse": lse}
+    needs = [True, True, True, bias is not None]
+    if order == "attention_backward":
+        return Call(order, backward, choices | {"needs": needs, "backend": backend})
+    cotangents = {f"cot_{name}": None if x is None else torch.randn_like(x) for name, x in operands.items()}
+    return Call(order, cotangents | backward, choices | {"needs": [True, *needs], "backend": backend})
+
+
+def misfits(tensor: Tensor) -> dict[str, Tensor]:
+    """Tensors that must not be taken in the place of this one."""
+    last = tensor.dim() - 1
+    return {
+        "on meta": tensor.to("meta"),
+        "fewer tokens": tensor.narrow(1, 0, tensor.shape[1] - 1),
+        "more channels": torch.cat([tensor, tensor], last),
+        "one dimension less": tensor[0],
+        "one dimension more": tensor[None],
+        "no elements": tensor.narrow(last, 0, 0),
+        "float64": tensor.double(),
+        "float16": tensor.half(),
+        "integers": tensor.long(),
+        "sparse": tensor.to_sparse(),
+    }
+
+
+@pytest.mark.parametrize("kind", NEIGHBORHOODS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_operand_that_does_not_fit_the_others(target, order, kind):
+    call = call_of(order, kind, target.backend, target.device)
+    call()
+    for name, tensor in call.tensors.items():
+        if tensor is None:
+            continue
+        for what, misfit in misfits(tensor).items():
+            if (order, kind, name, what) == ("attention", "full", "query", "fewer tokens"):
+                continue  # cross attention
+            with pytest.raises(REFUSED):
+                call(**{name: misfit})
+                pytest.fail(f"{name} {what} was taken")
+        if name in ("query", "key", "value", "grad_output", "output", "lse"):
+            with pytest.raises(REFUSED):
+                call(**{name: None})
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_lse_must_be_contiguous(target, order):
+    if order == "attention":
+        pytest.skip("has no lse")
+    call = call_of(order, "neighborhood", target.backend, target.device)
+    spread = torch.stack([call.tensors["lse"]] * 2, -1)[..., 0]
+    with pytest.raises(REFUSED, match="contiguous"):
+        call(lse=spread)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_table_where_there_is_none(target, order):
+    full = call_of(order, "full", target.backend, target.device)
+    with pytest.raises(REFUSED, match="bias"):
+        full(bias=torch.zeros(2, 1, 1, device=target.device))
+    if order == "attention_double_backward":
+        call = call_of(order, "grid", target.backend, target.device)
+        with pytest.raises(REFUSED, match="bias"):
+            call(bias=None)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_absurd_neighborhood_codes(target, order):
+    """Every place of every code, huge, negative and zero; codes of wrong length and kind."""
+    for kind, neighborhood in NEIGHBORHOODS.items():
+        call = call_of(order, kind, target.backend, target.device)
+        code = neighborhood.encode()
+        wrong = [[], code[:-1], [*code, 1], [3, *code[1:]], [-1, *code[1:]], [*code, *code[1:], 1]]
+        wrong += [[(kind_code + 1) % 3, *code[1:]] for kind_code in code[:1]]
+        wrong += [[*code[:i], huge, *code[i + 1 :]] for i in range(1, len(code)) for huge in HUGE]
+        # Products that come out small where they overflow.
+        wrong += [[2, *[2**62, 1, 4, 1] * 2], [2, *[1, 2**33, 1, 2**31] * 2], [2, *[2**32, 2**32, 2**32, 2**32] * 2]]
+        for bad in wrong:
+            with pytest.raises(REFUSED):
+                call(neighborhood=bad)
+                pytest.fail(f"{bad} was taken")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_other_arguments_are_named(target, order):
+    call = call_of(order, "grid", target.backend, target.device)
+    with pytest.raises(ValueError, match=r"backend must be one of .*'flash'"):
+        call(backend="flash")
+    with pytest.raises(ValueError, match=r"score must be one of .*'cosine'"):
+        call(score="cosine")
+    if order != "attention":
+        for needs in ([], call.choices["needs"][:-1], [*call.choices["needs"], True]):
+            with pytest.raises(ValueError, match="needs must have"):
+                call(needs=needs)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 2, 300), (2, 5, 0, 8), (2, 5, 2, 0), (2, 0, 2, 8)], ids=str)
+def test_sizes_without_kernels(target, shape):
+    operand = torch.zeros(shape, device=target.device)
+    with pytest.raises(REFUSED):
+        torch.ops.natten_ext.attention(operand, operand, operand, None, [0], "dot", 1.0, target.backend)
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "double_backward"])
+def test_the_compiled_operators_themselves(order):
+    """One level further down, where only the checks of C++ are left."""
+    call = call_of(f"attention_{order}".removesuffix("_forward"), "neighborhood", "cpu", "cpu")
+    operator = getattr(torch.ops.natten_ext_cpu, order)
+    rest = [call.choices["neighborhood"], False, 0.5, *([] if order == "forward" else [0b11111])]
+    operator(*call.tensors.values(), *rest)
+    for name, tensor in call.tensors.items():
+        for what, misfit in misfits(tensor).items():
+            with pytest.raises(REFUSED):
+                operator(*(call.tensors | {name: misfit}).values(), *rest)
+                pytest.fail(f"{name} {what} was taken")
+    for huge in HUGE:
+        with pytest.raises(REFUSED):
+            operator(*call.tensors.values(), [2, *[huge, 1, 4, 1] * 2], *rest[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("window_start", (0, 5, 3, 0)),
+        ("window_start", (-(2**63), 5, 3, -1)),
+        ("window_start", (5, 5, 3, 1)),
+        ("window_start", (0, 5, 2**62, 4)),
+        ("class_length", (5, 0, 0)),
+        ("class_length", (-(2**63), -1, 0)),
+        ("class_length", (5, 2, 2)),
+    ],
+)
+def test_geometry_of_the_extension(name, arguments):
+    extension = pytest.importorskip("natten_ext._C")
+    with pytest.raises(ValueError, match="must be"):
+        getattr(extension, name)(*arguments)
+
+
+def test_public_functions_keep_working_on_meta_tensors():
+    q = torch.empty(2, 5, 2, 8, device="meta")
+    assert natten_ext.attention(q, q, q, backend="cpu").is_meta
