@@ -12,6 +12,7 @@ from gans.ema import EMA
 from gans.losses import LossConfig
 from gans.monitor import Monitor
 from gans.path_length import PathLengthLossConfig
+from gans.resume import Start
 from gans.sources import open_source
 from gans.state import TrainState
 from gans.steps import discriminator_step, generator_step, make_networks
@@ -52,8 +53,10 @@ def test_the_bar_has_the_mean_penalty_also_between_its_updates(tiny, tiny_run):
     networks = make_networks(replace(tiny, loss=LossConfig(r1=1.0, penalty_every=2)), ALONE.device)
     state = TrainState(networks, EMA(networks.generator, tiny.ema))
     run = replace(tiny_run, log_every=1, sample_every=100)
-    with Monitor(tiny, run, state, open_source("digits"), progress=False) as monitor:
+    with Monitor(tiny, run, Start(), state, open_source("digits"), progress=False) as monitor:
         for lazy in ({"discriminator/r1": 0.25}, {}):
             state.step += 1
-            monitor.step_done([{"discriminator/adversarial": 1.0, "discriminator/gradient_norm": 9.0} | lazy])
+            monitor.step_done(
+                [{"discriminator/adversarial": 1.0, "discriminator/gradient_norm": 9.0} | lazy], stopped=False
+            )
             assert "D=1.25" in monitor._bar.postfix
