@@ -87,6 +87,7 @@ def test_dry_run_prints_the_resolved_settings(tmp_path, capsys):
     ]
     assert all(row["backend"] in natten_ext.dispatch.NAMES and row["dtype"] == "float32" for row in shown["attention"])
     assert shown["recipe"]["lr_g"] == 1e-4
+    assert (shown["run"]["checkpoint_every"], shown["run"]["sample_every"]) == (50_000, 25_000)
     assert not out.exists()
 
 
