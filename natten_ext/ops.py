@@ -56,8 +56,12 @@ def _check_devices(*tensors: torch.Tensor | None) -> None:
         raise ValueError(f"operands must be on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
-def _implementation(backend: str, score: str, needs: Sequence[bool] = (), count: int = 0) -> ModuleType:
-    """The backend's module. It checks the tensors and the neighborhood; these are the other arguments' rules."""
+def _implementation(
+    backend: str, score: str, tensors: Sequence[torch.Tensor | None], needs: Sequence[bool] = (), count: int = 0
+) -> ModuleType:
+    """The backend's module. It checks how tensors and neighborhood fit; these are the other arguments' rules."""
+    if any(tensor is None for tensor in tensors):  # torch lets None through
+        raise TypeError("query, key, value, grad_output, output and lse must be tensors, got None")
     if backend not in FUSED:
         raise ValueError(f"backend must be one of {tuple(FUSED)}, got {backend!r}")
     check_score(score)
@@ -96,7 +100,7 @@ def _below_autograd(name, arguments):
 @torch.library.impl("natten_ext::attention", "CompositeExplicitAutograd")
 def _attention(query, key, value, bias, neighborhood, score, scale, backend):
     tensors = map(_dense_rows, (query, key, value, bias))
-    return _implementation(backend, score).forward(*tensors, neighborhood, score, scale)
+    return _implementation(backend, score, (query, key, value)).forward(*tensors, neighborhood, score, scale)
 
 
 @torch.library.register_fake("natten_ext::attention")
@@ -141,7 +145,8 @@ _register_autograd("attention", _Attention)
 @torch.library.impl("natten_ext::attention_backward", "CompositeExplicitAutograd")
 def _backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs, backend):
     tensors = map(_dense_rows, (grad_output, query, key, value, bias, output))
-    return _implementation(backend, score, needs, 4).backward(*tensors, lse, neighborhood, score, scale, needs)
+    module = _implementation(backend, score, (grad_output, query, key, value, output, lse), needs, 4)
+    return module.backward(*tensors, lse, neighborhood, score, scale, needs)
 
 
 @torch.library.register_fake("natten_ext::attention_backward")
@@ -184,9 +189,8 @@ def _double_backward(
     neighborhood, score, scale, needs, backend,
 ):  # fmt: skip
     tensors = (cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output)
-    return _implementation(backend, score, needs, 5).double_backward(
-        *map(_dense_rows, tensors), lse, neighborhood, score, scale, needs
-    )
+    module = _implementation(backend, score, (grad_output, query, key, value, output, lse), needs, 5)
+    return module.double_backward(*map(_dense_rows, tensors), lse, neighborhood, score, scale, needs)
 
 
 @torch.library.register_fake("natten_ext::attention_double_backward")

@@ -23,7 +23,6 @@ OPERANDS = {
 }
 """The first arguments of each order; the neighborhood's code follows."""
 
-_OPTIONAL = ("bias", "cot_query", "cot_key", "cot_value", "cot_bias")
 _LIKE = {
     "value": "key", "grad_output": "query", "output": "query",
     "cot_query": "query", "cot_key": "key", "cot_value": "value", "cot_bias": "bias",
@@ -34,7 +33,7 @@ def check_operands(order: str, arguments: Sequence[Any]) -> None:
     """Raise TypeError or ValueError unless the operands fit each other and the neighborhood."""
     names = OPERANDS[order]
     operands, code = dict(zip(names, arguments, strict=False)), arguments[len(names)]
-    given = {name: tensor for name, tensor in operands.items() if tensor is not None or name not in _OPTIONAL}
+    given = {name: tensor for name, tensor in operands.items() if tensor is not None}
     for name, tensor in given.items():
         check_dense(name, tensor)
     query, key, bias = operands["query"], operands["key"], operands["bias"]
