@@ -58,20 +58,28 @@ std::vector<Variant> variants() {
   return result;
 }
 
-const Variant& variant() {
-  static const Variant chosen = [] {
-    const char* wanted = std::getenv("NATTEN_EXT_CPU_ISA");
-    std::string known;
-    for (const Variant& v : variants()) {
-      if (wanted == nullptr || *wanted == '\0' ? v.supported : wanted == std::string(v.name)) {
-        if (!v.supported) throw std::runtime_error(std::string("NATTEN_EXT_CPU_ISA: this machine has no ") + v.name);
-        return v;
-      }
-      known += std::string(known.empty() ? "" : ", ") + v.name;
+Variant best_variant() {
+  const char* wanted = std::getenv("NATTEN_EXT_CPU_ISA");
+  std::string known;
+  for (const Variant& v : variants()) {
+    if (wanted == nullptr || *wanted == '\0' ? v.supported : wanted == std::string(v.name)) {
+      if (!v.supported) throw std::runtime_error(std::string("NATTEN_EXT_CPU_ISA: this machine has no ") + v.name);
+      return v;
     }
-    throw std::runtime_error(std::string("NATTEN_EXT_CPU_ISA must be one of ") + known + ", got " + wanted);
-  }();
-  return chosen;
+    known += std::string(known.empty() ? "" : ", ") + v.name;
+  }
+  throw std::runtime_error(std::string("NATTEN_EXT_CPU_ISA must be one of ") + known + ", got " + wanted);
+}
+
+// Not a local static of type Variant: its guard would stay taken in a process forked while another thread makes it.
+const Variant& variant() {
+  static std::atomic<const Variant*> chosen{nullptr};
+  const Variant* best = chosen.load(std::memory_order_acquire);
+  if (best == nullptr) {
+    best = new Variant(best_variant());
+    chosen.store(best, std::memory_order_release);  // of several threads one prevails, all with equal values
+  }
+  return *best;
 }
 
 // Asks the system for huge pages: results are written at once, and a small page costs a fault each.

@@ -1,6 +1,8 @@
 // Working memory of the kernels.
 #pragma once
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -15,12 +17,12 @@ namespace natten_ext {
 
 // Freed blocks, kept for the next calls. The allocator would give them back to the system, which then hands them out
 // page by page, at a fault each: up to half of the time of a small problem.
+//
+// A process may fork while another of its threads is in here. That thread does not exist in the child, so the forking
+// thread holds the lock over the fork.
 class BlockCache {
  public:
-  static BlockCache& instance() {
-    static BlockCache cache;
-    return cache;
-  }
+  static BlockCache& instance() { return *instance_; }
   // A cache-line aligned block of at least `bytes`, which becomes the block's true size.
   void* take(size_t& bytes) {
     {
@@ -74,13 +76,19 @@ class BlockCache {
     const size_t threads = std::max(1u, std::thread::hardware_concurrency());
     keep_at_most_ = threads * kPerThread;
     blocks_.reserve(threads * kBlocksPerThread);  // so that giving back never allocates
+    pthread_atfork([] { instance_->mutex_.lock(); }, [] { instance_->mutex_.unlock(); }, [] { instance_->mutex_.unlock(); });
   }
-  ~BlockCache() { release(); }
+
+  // Made when the library is loaded, not by the first call, which a fork may interrupt. Never destroyed: threads may
+  // still run when the process ends.
+  static BlockCache* const instance_;
 
   std::mutex mutex_;
   std::vector<Block> blocks_;
   size_t kept_ = 0, keep_at_most_ = 0;
 };
+
+inline BlockCache* const BlockCache::instance_ = new BlockCache;
 
 // An array of one thread, uninitialised and cache-line aligned.
 template <class T>
