@@ -100,7 +100,7 @@ def fused(
     kernel, step = pair_of("kernel_size", kernel_size), pair_of("dilation", dilation)
     neighborhood = neighborhood_of(query.shape[1:3], query.shape[3], kernel, step)
     check_bias("rpb", rpb, query, neighborhood)
-    return functional._run(query, key, value, rpb, neighborhood, "dot", scale, backend)
+    return functional.run(query, key, value, rpb, neighborhood, "dot", scale, backend)
 
 
 def pair_of(name: str, size: Any) -> IntPair:

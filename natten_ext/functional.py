@@ -50,7 +50,7 @@ def attention(
             asked for.
     """
     query, key, value = checked_sequences(query, key, value)
-    return _run(query, key, value, None, Full(), score, scale, backend)
+    return run(query, key, value, None, Full(), score, scale, backend)
 
 
 def l2_attention(
@@ -101,7 +101,7 @@ def grid_attention(
     query, key, value = checked_maps(query, key, value)
     neighborhood = grid_of(query.shape[1:3], window_size)
     check_bias("bias", bias, query, neighborhood)
-    return _run(query, key, value, bias, neighborhood, score, scale, backend)
+    return run(query, key, value, bias, neighborhood, score, scale, backend)
 
 
 def neighborhood_attention(
@@ -141,10 +141,10 @@ def neighborhood_attention(
     query, key, value = checked_maps(query, key, value)
     neighborhood = neighborhood_of(query.shape[1:3], query.shape[3], kernel_size, dilation)
     check_bias("bias", bias, query, neighborhood)
-    return _run(query, key, value, bias, neighborhood, score, scale, backend)
+    return run(query, key, value, bias, neighborhood, score, scale, backend)
 
 
-def _run(
+def run(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
