@@ -1,7 +1,15 @@
-"""Transformer GANs that train with fused attention: `python -m gans train --help`."""
+"""Transformer GANs that train with fused attention: `python -m gans train --help`.
 
-import os
+Each folder imports only what stands above it here:
 
-# OpenMP threads that spin while they wait make small layers several times slower as soon as anything else runs on the
-# machine (six times, measured with two threads on two busy cores). Read when torch loads; a user's own choice stays.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+- `common`: files that appear whole, random numbers of images, processes
+- `features`: frozen networks that a projected discriminator looks at, or that distances are measured over
+- `models`: generators and discriminators, their layers and augmentation, the average of a generator
+- `losses`: adversarial losses, penalties, path length
+- `data`: images from folders and archives, batches of them, PNG files
+- `recipes`: configurations, what each of them builds, presets
+- `evaluation`: distances to real images, figures of a run, where attention looks
+- `training`: the loop, updates, checkpoints, logs, interruption, memory and time of a step
+- `conversion`: published checkpoints, read safely and translated
+- `commands`: `python -m gans COMMAND`, one module each
+"""

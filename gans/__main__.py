@@ -2,7 +2,7 @@
 
 import sys
 
-from gans.cli import main
+from gans.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gans.config import RunConfig, TrainConfig
-from gans.data import DataConfig
-from gans.transgan import DiscriminatorConfig, GeneratorConfig
+from gans.data.loading import DataConfig
+from gans.models.transgan import DiscriminatorConfig, GeneratorConfig
+from gans.recipes.config import RunConfig, TrainConfig
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gans.registry import build
-from gans.stylenat import StyleNATGeneratorConfig
-from gans.styles import StyleConfig, StyleGenerator
-from gans.vitgan import ViTGeneratorConfig
+from gans.models.stylenat import StyleNATGeneratorConfig
+from gans.models.styles import StyleConfig, StyleGenerator
+from gans.models.vitgan import ViTGeneratorConfig
+from gans.recipes.registry import build
 
 # The first has 3 heads in two partitions at the last level, so that the published rule for the remainder is in use.
 CONFIGS: dict[str, StyleConfig] = {

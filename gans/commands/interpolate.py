@@ -1,0 +1,138 @@
+"""`python -m gans interpolate`: a walk through the latent space from seed to seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from gans.commands.generators import (
+    RenderArguments,
+    Space,
+    attention_backend,
+    latents,
+    parse_numbers,
+    render,
+    to_codes,
+)
+from gans.data.images import enlarge, grid, save_png, to_pil
+
+VIDEO = (".mp4", ".webm", ".mkv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateArguments(RenderArguments):
+    """Writes an animation from seed to seed and, beside it, a contact sheet with one row for each pair of seeds.
+
+    z is interpolated on the great circle (slerp), since z ~ N(0, I) lies close to a sphere; w linearly.
+    """
+
+    out: Path
+    """A .gif file, or with `pip install 'imageio[ffmpeg]'` a video (.mp4, .webm, .mkv). The contact sheet gets
+    the same name, ending in -sheet.png."""
+    seeds: str = "0-5"
+    """The seeds on the way, such as 4,0-3; at least two."""
+    steps: int = 24
+    """Frames from one seed to the next."""
+    loop: bool = True
+    """Walk back from the last seed to the first."""
+    fps: float = 12.0
+    """Frames a second."""
+    sheet_columns: int = 9
+    """Images in a row of the contact sheet, both seeds included."""
+    space: Space = "z"
+    """Where to interpolate: z, or w for a generator with a mapping network."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.scale < 1 or self.fps <= 0 or self.sheet_columns < 2:
+            raise ValueError(
+                f"steps ({self.steps}) and scale ({self.scale}) must be at least 1, fps ({self.fps}) positive and "
+                f"sheet_columns ({self.sheet_columns}) at least 2"
+            )
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Spherical interpolation between vectors `a` and `b` `(D,)` at `t` `(N,)` in [0, 1], `(N, D)`.
+
+    sin((1-t) o) / sin(o) a + sin(t o) / sin(o) b with o the angle between them (Shoemake 1985); for vectors on
+    almost one line, where that is 0 / 0, a straight line.
+    """
+    t = t[:, None].double()
+    cosine = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).clamp(-1, 1)
+    angle = cosine.acos()
+    if angle.sin() < 1e-6:
+        return ((1 - t) * a + t * b).to(a.dtype)
+    return (((1 - t) * angle).sin() / angle.sin() * a + (t * angle).sin() / angle.sin() * b).to(a.dtype)
+
+
+def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Linear interpolation between `a` and `b` of any one shape at `t` `(N,)`, `(N, *shape)`."""
+    return torch.lerp(a[None], b[None], t.view(-1, *[1] * a.dim()).to(a))
+
+
+def run(arguments: list[str]) -> None:
+    options = tyro.cli(InterpolateArguments, args=arguments, prog="python -m gans interpolate")
+    seeds = parse_numbers("seeds", options.seeds)
+    if len(seeds) < 2:
+        raise ValueError(f"seeds is {options.seeds!r}; an interpolation needs at least two")
+    suffix = options.out.suffix.lower()
+    if suffix not in (".gif", *VIDEO):
+        raise ValueError(f"out is {str(options.out)!r}; its name must end in .gif or {', '.join(VIDEO)}")
+    if suffix in VIDEO:
+        _imageio()  # a missing library is found before the work, not after it
+    generator = options.load_generator()
+    device = next(generator.parameters()).device
+    codes = latents(seeds, generator.config.latent_dim)
+    if options.space == "w":
+        codes = to_codes(generator, codes.to(device), space="w", truncation=options.truncation).cpu()
+
+    def walk(pairs: list[tuple[int, int]], times: Tensor) -> Tensor:
+        """Codes at `times` between each pair of places in `seeds`, one after the other."""
+        between = slerp if options.space == "z" else lerp
+        return torch.cat([between(codes[i], codes[j], times) for i, j in pairs])
+
+    def images_of(path: Tensor, description: str) -> Tensor:
+        """All have the noise of the first seed, so that nothing but the codes changes."""
+        space = options.space
+        if space == "z" and options.truncation < 1:
+            path, space = to_codes(generator, path.to(device), truncation=options.truncation), "w"
+        batches = render(generator, [seeds[0]] * len(path), batch=options.batch, codes=path, space=space)
+        return torch.cat(list(tqdm(batches, desc=description, unit="batch", dynamic_ncols=True)))
+
+    pairs = [(i, i + 1) for i in range(len(seeds) - 1)]
+    rows = walk(pairs, torch.linspace(0, 1, options.sheet_columns))
+    times = torch.arange(options.steps) / options.steps
+    way = walk([*pairs, (len(seeds) - 1, 0)], times) if options.loop else torch.cat([walk(pairs, times), codes[-1:]])
+    sheet = options.out.with_name(f"{options.out.stem}-sheet.png")
+    with attention_backend(options.backend):
+        save_png(grid(images_of(rows, "contact sheet"), options.sheet_columns), sheet, scale=options.scale)
+        save_animation(images_of(way, "frames"), options.out, fps=options.fps, scale=options.scale)
+    print(f"wrote {options.out} ({len(way)} frames) and {sheet}")
+
+
+def save_animation(images: Tensor, path: Path, *, fps: float, scale: int = 1) -> None:
+    """Writes images `(N, C, H, W)` in [-1, 1] as a GIF (endless) or, by its suffix, a video; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [enlarge(to_pil(image), scale) for image in images]
+    if path.suffix.lower() == ".gif":
+        # GIF counts hundredths of a second, and many viewers slow down what is faster than two of them.
+        duration = max(20, round(1000 / fps))
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=False)
+        return
+    with _imageio().get_writer(path, fps=fps, macro_block_size=2) as writer:
+        for frame in frames:
+            writer.append_data(np.asarray(frame.convert("RGB")))
+
+
+def _imageio():
+    try:
+        import imageio.v2
+        import imageio_ffmpeg  # noqa: F401 imageio's writer of videos
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a video needs {error.name}: pip install 'imageio[ffmpeg]', or write a .gif") from error
+    return imageio.v2

@@ -1,0 +1,109 @@
+"""`python -m gans train`: the configurations' fields are the options."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any
+
+import tyro
+
+from gans.common.distributed import join
+from gans.recipes import registry
+from gans.recipes.config import RunConfig, TrainConfig
+from gans.recipes.named import PRESETS, preset
+from gans.training.dry_run import describe
+from gans.training.interrupt import Interrupted
+from gans.training.loop import train
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Trains a recipe. Every setting of the preset can be overridden. Start it with torchrun for several processes."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    recipe: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    preset: str = "cifar10"
+    """Recipe to start from; `python -m gans presets` lists them."""
+    generator: str | None = None
+    """Take the generator of another preset, or another kind of generator with its default settings."""
+    discriminator: str | None = None
+    """Take the discriminator of another preset, or another kind of discriminator with its default settings."""
+    loss: str | None = None
+    """Take the loss of another preset, or another kind of loss with its default settings."""
+    dry_run: bool = False
+    """Print the resolved settings, parameter counts, estimated memory and attention shapes as JSON, and stop."""
+
+
+def parse(arguments: list[str]) -> TrainArguments:
+    """The arguments of `train`: the preset's values, overridden by whatever is given."""
+    name = _peek(arguments, "preset") or TrainArguments.preset
+    recipe = preset(name)
+    parts = {field: choice for field in registry.CHOICES if (choice := _peek(arguments, field))}
+    default = TrainArguments(
+        run=RunConfig(data=tyro.MISSING, out=tyro.MISSING),
+        recipe=_with_parts(recipe, parts),
+        preset=name,
+        **parts,
+    )
+    return tyro.cli(
+        TrainArguments,
+        args=arguments,
+        default=default,
+        prog="python -m gans train",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _peek(arguments: list[str], option: str) -> str | None:
+    """The value of an option that decides the type of others, before they are parsed."""
+    for i, argument in enumerate(arguments):
+        if argument == f"--{option}" and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"--{option}="):
+            return argument.removeprefix(f"--{option}=")
+    return None
+
+
+def _with_parts(recipe: TrainConfig, parts: dict[str, str]) -> TrainConfig:
+    """The recipe with some fields taken from elsewhere; ValueError for unknown names."""
+    changed = {}
+    for field, choice in parts.items():
+        if choice in PRESETS:
+            changed[field] = getattr(preset(choice), field)
+        elif choice in registry.CHOICES[field]:
+            changed[field] = registry.config_class(field, choice)()
+        else:
+            known = ", ".join({**registry.CHOICES[field], **PRESETS})
+            raise ValueError(f"{field} must be a preset or a kind of {field}, one of {known}; got {choice!r}")
+    # A new network comes in the size of the other one, if its size is a setting.
+    if "discriminator" in changed:
+        changed["discriminator"] = _resized(changed["discriminator"], changed.get("generator", recipe.generator))
+    elif "generator" in changed:
+        changed["generator"] = _resized(changed["generator"], recipe.discriminator)
+    return replace(recipe, **changed)
+
+
+def _resized(config: Any, like: Any) -> Any:
+    names = {field.name for field in fields(config)} & {"image_size", "channels"}
+    return replace(config, **{name: getattr(like, name) for name in names})
+
+
+def run(arguments: list[str]) -> None:
+    """Trains, or prints what would be trained."""
+    parsed = parse(arguments)
+    world = join(parsed.run.device)
+    try:
+        if parsed.dry_run:
+            shown = json.dumps(describe(parsed.recipe, parsed.run, world.size), indent=2)
+        else:
+            shown = f"last checkpoint: {train(parsed.recipe, parsed.run, world=world)}"
+    except Interrupted as interrupt:
+        world.leave()
+        if world.is_main:
+            raise
+        sys.exit(interrupt.status)  # one process says it
+    if world.is_main:
+        print(shown)
+    world.leave()

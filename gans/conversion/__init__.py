@@ -1,0 +1,1 @@
+"""Published checkpoints, read safely and translated to our networks."""

@@ -1,0 +1,1 @@
+"""How good images are, where attention looks, and figures of a run."""

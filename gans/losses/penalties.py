@@ -1,0 +1,78 @@
+"""Penalties on a discriminator, each a function of the discriminator and images `(B, C, H, W)`.
+
+A discriminator gives an image one logit, `(B,)`, or several, `(B, logits)`; D(x) is then their mean, as in the
+adversarial losses.
+
+Every result is a scalar that can be differentiated with respect to the discriminator's parameters. The gradient
+penalties are themselves made of a gradient, so that derivative is of second order; attention in the
+discriminator must have a double backward (`natten_ext` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gans.common import rng
+from gans.common.distributed import batch_mean
+
+Network = Callable[..., Tensor]
+
+
+def _input_gradient(discriminator: Network, images: Tensor) -> Tensor:
+    """d D(x) / d x at each image, flattened to `(B, C * H * W)`; it carries a graph to the parameters."""
+    images = images.detach().requires_grad_(True)
+    scores = discriminator(images).reshape(len(images), -1).mean(1)
+    (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    return gradient.flatten(1)
+
+
+def check_pairs(real: Tensor, fake: Tensor) -> None:
+    """ValueError unless real and generated images come in pairs."""
+    if real.shape != fake.shape:
+        raise ValueError(f"real and fake must have one shape, got {tuple(real.shape)} and {tuple(fake.shape)}")
+
+
+def gradient_penalty(discriminator: Network, real: Tensor, fake: Tensor, target: float = 1.0) -> Tensor:
+    """E[(|grad D(x)|_2 - target)^2] / target^2 at x uniformly between paired real and fake images.
+
+    Source: "Improved Training of Wasserstein GANs", Gulrajani et al. 2017, arXiv 1704.00028, section 4; the
+    division by target^2 is TransGAN's. One mixing weight per pair comes from `gans.common.rng`. ValueError unless
+    `real` and `fake` have one shape.
+    """
+    check_pairs(real, fake)
+    mix = rng.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
+    norm = torch.linalg.vector_norm(_input_gradient(discriminator, mix * real + (1 - mix) * fake), dim=1)
+    return (norm - target).square().mean() / target**2
+
+
+def zero_centered_penalty(discriminator: Network, images: Tensor) -> Tensor:
+    """E[|grad D(x)|_2^2]: R1 where the images are real, R2 where they are generated.
+
+    Source: "Which Training Methods for GANs do actually Converge?", Mescheder et al. 2018, arXiv 1801.04406,
+    equations 9 and 10 (there with the factor gamma / 2). Computed exactly, not by finite differences.
+    """
+    return _input_gradient(discriminator, images).square().sum(1).mean()
+
+
+def consistency(discriminator: Network, images: Tensor, logits: Tensor, *, clean: bool = True) -> Tensor:
+    """E[(D(T(x)) - D(x))^2] for the discriminator's own DiffAug T, given `logits` = D(T(x)).
+
+    Source: "Improved Consistency Regularization for GANs", Zhao et al. 2020, arXiv 2002.04724: on real and on
+    generated images it is balanced consistency regularisation (bCR). With `clean=False` the second view is
+    augmented too, by fresh draws. The discriminator must take `augment=False`.
+    """
+    return (logits - discriminator(images, augment=not clean)).square().mean()
+
+
+def drift(real_logits: Tensor) -> Tensor:
+    """(E D(real))^2, which keeps the scores near 0; the mean is over all processes' images.
+
+    Of several logits `(B, logits)` each is kept near 0: the result is the mean of their squares.
+
+    Source: TransGAN's published loss (`wgangp-eps`), which squares the mean; ProGAN (arXiv 1710.10196, appendix
+    A.1) takes the mean of squares.
+    """
+    return batch_mean(real_logits).square().mean()

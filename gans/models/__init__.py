@@ -1,0 +1,1 @@
+"""Generators and discriminators, and the layers, augmentation and average that they share."""

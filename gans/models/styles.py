@@ -1,0 +1,138 @@
+"""Generators in the style of StyleGAN: a mapping network makes w of z, and each block may get a w of its own.
+
+Truncation, style mixing and path length regularisation need nothing else: whatever derives from `StyleGenerator` has
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gans.common import rng
+from gans.models.equalized import EqualizedLinear
+
+
+@dataclass(frozen=True)
+class StyleConfig:
+    """What generators with a mapping network have in common."""
+
+    has_mapping: ClassVar[bool] = True
+    """The generator offers `map_latents` and `synthesize`."""
+
+    latent_dim: int = 512
+    """Length of z ~ N(0, I) and of w."""
+    mapping_depth: int = 8
+    """Layers from z to w."""
+    mapping_lr_multiplier: float = 0.01
+    """Their learning rate over the others'."""
+    style_mixing: float = 0.0
+    """Probability, in training, that an image gets two z: one up to a random block, the other from there (StyleGAN:
+    0.9)."""
+
+    def _check_styles(self) -> None:
+        """ValueError where one of these fields is out of range."""
+        for name in ("latent_dim", "mapping_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"generator.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.mapping_lr_multiplier <= 0:
+            raise ValueError(f"generator.mapping_lr_multiplier is {self.mapping_lr_multiplier}; it must be positive")
+        if not 0 <= self.style_mixing <= 1:
+            raise ValueError(f"generator.style_mixing is {self.style_mixing}; it must be in [0, 1]")
+
+    @property
+    def blocks(self) -> int:
+        """The number of w that an image can be made of."""
+        raise NotImplementedError
+
+
+def leaky(x: Tensor) -> Tensor:
+    """Leaky ReLU with slope 0.2 that keeps the variance."""
+    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+class Mapping(nn.Module):
+    """z to w, both `(B, dim)`: z scaled to unit mean square, then layers of Linear and leaky ReLU.
+
+    Source: StyleGAN2, arXiv 1912.04958; depth and learning rate multiplier as ViTGAN's authors have them.
+    """
+
+    def __init__(self, dim: int, depth: int, lr_multiplier: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EqualizedLinear(dim, dim, lr_multiplier=lr_multiplier) for _ in range(depth))
+
+    def forward(self, z: Tensor) -> Tensor:
+        w = z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
+        for layer in self.layers:
+            w = leaky(layer(w))
+        return w
+
+
+class StyleGenerator(nn.Module):
+    """z `(B, latent_dim)` to images `(B, channels, S, S)` by way of w; a subclass has `synthesize_blocks`."""
+
+    MEAN_SAMPLES = 4096
+    """Number of w whose mean truncation goes towards."""
+
+    def __init__(self, config: StyleConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mapping = Mapping(config.latent_dim, config.mapping_depth, config.mapping_lr_multiplier)
+
+    def synthesize_blocks(self, styles: Tensor) -> Tensor:
+        """Images of w `(B, blocks, latent_dim)`."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor) -> Tensor:
+        w = self.mapping(z)
+        if self.training and self.config.style_mixing:
+            w = self._mix_at_random(w)
+        return self.synthesize(w)
+
+    def map_latents(self, z: Tensor, *, truncation: float = 1.0) -> Tensor:
+        """w `(B, latent_dim)` of z; with a truncation psi below 1, `mean + psi * (w - mean)`.
+
+        Source: the truncation trick in w, StyleGAN, arXiv 1812.04948, appendix B. The mean is that of `MEAN_SAMPLES`
+        w of the weights at hand, always from the same z.
+        """
+        w = self.mapping(z)
+        return w if truncation == 1 else torch.lerp(self.mean_latent(), w, truncation)
+
+    def mean_latent(self) -> Tensor:
+        """The mean w, `(1, latent_dim)`."""
+        fixed = torch.Generator().manual_seed(0)
+        z = torch.randn(self.MEAN_SAMPLES, self.config.latent_dim, generator=fixed)
+        return self.mapping(z.to(next(self.mapping.parameters()))).mean(0, keepdim=True)
+
+    def mix_styles(self, first: Tensor, second: Tensor, crossover: Tensor | int) -> Tensor:
+        """w for every block, `(B, blocks, latent_dim)`: `first` before block `crossover`, `second` from it on.
+
+        Both are `(B, latent_dim)` or of every block already; `crossover`, of each image or of all, counts blocks
+        from 0. Source: style mixing, StyleGAN, arXiv 1812.04948, section 3.1.
+        """
+        blocks = torch.arange(self.config.blocks, device=first.device)
+        crossover = torch.as_tensor(crossover, device=first.device).view(-1, 1, 1)
+        return torch.where(blocks[:, None] < crossover, self._of_every_block(first), self._of_every_block(second))
+
+    def synthesize(self, w: Tensor) -> Tensor:
+        """Images of w, `(B, latent_dim)` or `(B, blocks, latent_dim)`; ValueError for another shape."""
+        return self.synthesize_blocks(self._of_every_block(w))
+
+    def _of_every_block(self, w: Tensor) -> Tensor:
+        blocks, dim = self.config.blocks, self.config.latent_dim
+        if w.shape[1:] not in ((dim,), (blocks, dim)):
+            raise ValueError(f"w must be (B, {dim}) or (B, {blocks}, {dim}), got {tuple(w.shape)}")
+        return w if w.dim() == 3 else w[:, None].expand(-1, blocks, -1)
+
+    def _mix_at_random(self, w: Tensor) -> Tensor:
+        """With probability `style_mixing`, an image's w from a random block on becomes that of another z."""
+        count, options = len(w), {"device": w.device}
+        other = self.mapping(rng.randn(*w.shape, dtype=w.dtype, **options))
+        crossover = rng.randint(1, self.config.blocks, (count,), **options)
+        mixed = rng.rand(count, **options) < self.config.style_mixing
+        return self.mix_styles(w, other, torch.where(mixed, crossover, self.config.blocks))

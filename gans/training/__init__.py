@@ -1,0 +1,1 @@
+"""The training loop and what surrounds it: updates, checkpoints, logs, interruption, memory and time."""

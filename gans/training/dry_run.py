@@ -1,0 +1,154 @@
+"""What a recipe needs, without running it: parameters, memory, attention shapes and who would compute them.
+
+The updates are carried out on fake tensors, which have shapes and no contents (`torch`'s FakeTensorMode), with
+the double backward of the penalties. That gives the memory of tensors; what kernels, the allocator and the images
+waiting in loaders add is not in it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import natten_ext
+from gans.common.distributed import World, choose_device
+from gans.models.spectral_norm import begin_step
+from gans.recipes.config import RunConfig, TrainConfig, to_dict
+from gans.recipes.registry import build
+from gans.training.recompute import recompute_blocks
+from gans.training.steps import discriminator_gradients, generator_gradients, make_networks, precision
+
+
+def parameter_counts(recipe: TrainConfig) -> dict[str, int]:
+    """Parameters of the generator and the discriminator, without allocating them."""
+    with torch.device("meta"):
+        models = {"generator": build(recipe.generator), "discriminator": build(recipe.discriminator)}
+    return {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+
+
+class PeakMemory(TorchDispatchMode):
+    """Inside FakeTensorMode, counts the bytes of tensors that operators make and that live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self._peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # fake tensors have no contents: chances come true, sizes are small
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._add, result)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self._known:
+            self._known.add(storage)
+            self._change(storage.nbytes())
+            weakref.finalize(storage, self._change, -storage.nbytes())
+
+    def _change(self, count: int) -> None:
+        self.now += count
+        self._peak = max(self._peak, self.now)
+
+    def take_peak(self) -> int:
+        """The most bytes that lived at one time since the last call."""
+        peak, self._peak = self._peak, self.now
+        return peak
+
+
+def _attention_rows(network: str, model: nn.Module, inputs: Tensor) -> list[Any]:
+    """One row for each kind of attention in a forward pass."""
+    with natten_ext.record_calls() as calls, torch.no_grad():
+        model(inputs)
+    rows = Counter(
+        (call.neighborhood, call.score, call.query_shape, call.keys, call.dtype, call.backend) for call in calls
+    )
+    return [
+        {
+            "network": network,
+            "kind": kind,
+            "score": score,
+            "shape": list(shape),
+            "keys": keys,
+            "dtype": str(dtype).removeprefix("torch."),
+            "calls": count,
+            "backend": backend,
+        }
+        for (kind, score, shape, keys, dtype, backend), count in rows.items()
+    ]
+
+
+def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[str, Any]:
+    """The resolved settings, parameters, memory (MiB a process) and attention of a recipe, as values for JSON.
+
+    `attention` has a row for every kind of attention in a forward pass of a process's part of a batch: its shape
+    `(batch, height, width, heads, head_dim)` or `(batch, tokens, heads, head_dim)`, the keys that a query sees, how
+    often it is called and the backend that computes it. The memory of an update is what it needs beyond weights,
+    gradients, optimisers and average.
+    """
+    recipe.check_processes(processes)
+    parts = processes * recipe.accumulate
+    # All parts of a batch need the same.
+    part = replace(recipe, batch_d=recipe.batch_d // parts, batch_g=recipe.batch_g // parts, accumulate=1)
+    device = choose_device(run.device)
+    alone = World(device)
+    size, channels = recipe.generator.image_size, recipe.generator.channels
+    with torch.device("meta"):
+        networks = make_networks(recipe, torch.device("meta"))
+    models = (networks.generator, networks.discriminator)
+    backend = natten_ext.use_backend(run.backend) if run.backend else nullcontext()
+    with backend, FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
+        for model in models:
+            model.to_empty(device=device)
+            if run.gradient_checkpointing:
+                recompute_blocks(model)
+            begin_step(model)
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        if isinstance(networks.loss, nn.Module):  # some losses have state
+            networks.loss.to_empty(device=device)
+        dtype = next(networks.discriminator.parameters()).dtype
+
+        def images(count: int) -> Tensor:
+            return torch.empty(count, channels, size, size, device=device, dtype=dtype)
+
+        real_d, real_g = images(part.batch_d), images(part.batch_g) if networks.loss.uses_real else None
+        fixed = memory.now
+        discriminator_gradients(0, 0, part, networks, real_d, alone)
+        peak_d = memory.take_peak() - fixed
+        generator_gradients(0, part, networks, real_g, alone)
+        peak_g = memory.take_peak() - fixed
+        z = torch.empty(part.batch_g, recipe.generator.latent_dim, device=device, dtype=dtype)
+        with precision(recipe, device):
+            attention = _attention_rows("generator", networks.generator, z)
+            attention += _attention_rows("discriminator", networks.discriminator, real_d)
+    # Adam keeps two numbers for each one that it trains, and the average is another generator.
+    adam = 2 * sum(p.nbytes for model in models for p in model.parameters() if p.requires_grad)
+    average = sum(t.nbytes for t in (*networks.generator.parameters(), *networks.generator.buffers()))
+    fixed += adam + average
+    sizes = {
+        "weights, gradients, Adam and average": fixed,
+        "activations, discriminator update": peak_d,
+        "activations, generator update": peak_g,
+        "total": fixed + max(peak_d, peak_g),
+    }
+    return {
+        "recipe": to_dict(recipe),
+        "run": to_dict(run.with_intervals(recipe.steps)),
+        "processes": processes,
+        "parameters": parameter_counts(recipe),
+        "memory_mib": {name: round(count / 2**20, 1) for name, count in sizes.items()},
+        "attention": attention,
+    }

@@ -1,0 +1,184 @@
+"""What is seen of a run while it trains: progress bar, logs, grids of samples, distance, curves."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gans.common.files import new_file
+from gans.data import loading
+from gans.data.images import grid
+from gans.data.sources import ImageSource
+from gans.evaluation.metrics import Metric, make_metric
+from gans.recipes.config import RunConfig, TrainConfig
+from gans.training.checkpoint import writing
+from gans.training.logs import RunLog, read
+from gans.training.resume import Start
+from gans.training.state import TrainState
+
+EVALUATION_SEED = 20210214
+
+
+@contextmanager
+def evaluation_rng(device: torch.device, seed: int = EVALUATION_SEED) -> Iterator[None]:
+    """Inside, random numbers are those of `seed`; training's are not disturbed."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def generate(generator: nn.Module, count: int, *, seed: int = EVALUATION_SEED, batch: int = 64) -> Tensor:
+    """`count` float32 images on the CPU from the z of `seed`; the first are the same for any count."""
+    like = next(generator.parameters())
+    with evaluation_rng(like.device, seed):
+        z = torch.stack([torch.randn(generator.config.latent_dim) for _ in range(count)]).to(like)
+        return torch.cat([generator(part).float().cpu() for part in z.split(batch)])
+
+
+def memory_mib(device: torch.device) -> float:
+    """The most memory that torch has used on a GPU so far, or what this process holds now on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return psutil.Process().memory_info().rss / 2**20
+
+
+class Monitor:
+    """Writes everything but the checkpoints of a run into its folder; a context for the whole of training.
+
+    Costs nothing in the training's random numbers. Silent in all processes but the main one, which the others
+    await at their next exchange of gradients.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunConfig,
+        start: Start,
+        state: TrainState,
+        source: ImageSource,
+        *,
+        progress: bool,
+    ) -> None:
+        assert run.sample_every
+        self.config = config
+        self.run = run
+        self.state = state
+        self.out = Path(run.out)
+        self.log = RunLog(self.out, state.step, start.describe())
+        self.device = next(state.networks.generator.parameters()).device
+        self._values: dict[str, list[float]] = defaultdict(list)
+        self._latest: dict[str, float] = {}  # the bar has lazy penalties in its sums between their updates as well
+        self._images = state.position
+        self._started = time.perf_counter()
+        self._bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True)
+
+        def real(limit: int) -> Tensor:
+            size, channels, broken = config.generator.image_size, config.generator.channels, config.images.broken
+            return loading.load_images(source, size=size, channels=channels, limit=limit, broken=broken)
+
+        if start.relearned:
+            changed = ", ".join(f"{name} ({change})" for name, change in start.relearned.items())
+            self._bar.write(f"from step {state.step} on with another recipe: {changed}")
+        self.metric: Metric | None = None
+        if run.metric_every:
+            self.metric = metric = make_metric(run.metric, real(run.metric_images).to(self.device))
+            floor = f"real against real (two halves of {metric.count} images) {metric.floor:.4g}"
+            self._bar.write(f"{metric.name}: {floor}")
+        if not (self.out / "samples" / "real.png").exists():
+            self._save_grid(real(run.sample_count), "real")
+        if state.step == 0:
+            self._sample()
+            self._measure()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        with nullcontext() if kind is None else suppress(OSError):  # what went wrong first is what is reported
+            self.log.close()
+        if kind is None:
+            from gans.evaluation.plots import plot_curves  # matplotlib takes a second to load
+
+            name = self.metric.name if self.metric else "distance"
+            with self._file(self.out / "curves.png") as path:
+                plot_curves(read(self.out), path, name)
+
+    def save_config(self, resolved: Mapping[str, Any]) -> None:
+        """Writes `config.json`."""
+        with self._file(self.out / "config.json") as path:
+            path.write_text(json.dumps(resolved, indent=2) + "\n")
+
+    def step_done(self, logs: Sequence[dict[str, float]], *, stopped: bool) -> None:
+        """Takes the logs of a step's updates, of which the files get the means, and writes what is due.
+
+        `stopped` says that the run ends here, before its last step.
+        """
+        for values in logs:
+            for name, value in values.items():
+                self._values[name].append(value)
+        state, run = self.state, self.run
+        self._bar.update()
+        last = state.step == self.config.steps
+        if last or stopped or state.step % run.log_every == 0:
+            self._write_means()
+        if self.metric and (last or state.step % run.metric_every == 0):
+            self._measure()
+        if last or state.step % run.sample_every == 0:
+            self._sample()
+
+    def _write_means(self) -> None:
+        seconds = time.perf_counter() - self._started
+        line = {name: sum(values) / len(values) for name, values in self._values.items()}
+        line |= {
+            "skipped": self.state.skipped,
+            "real_images": self.state.position,
+            "images_per_second": (self.state.position - self._images) / seconds,
+            "memory_mib": memory_mib(self.device),
+        }
+        self.log.write(self.state.step, line)
+        self._latest |= line
+        losses = {
+            letter: sum(
+                value for name, value in self._latest.items() if name.startswith(network) and not name.endswith("_norm")
+            )
+            for letter, network in (("D", "discriminator/"), ("G", "generator/"))
+        }
+        shown = {name: f"{value:.3g}" for name, value in losses.items()}
+        shown |= {"images/s": f"{line['images_per_second']:.3g}", "MiB": f"{line['memory_mib']:.0f}"}
+        self._bar.set_postfix(shown | ({"skipped": str(self.state.skipped)} if self.state.skipped else {}))
+        self._values.clear()
+        self._images, self._started = self.state.position, time.perf_counter()
+
+    def _measure(self) -> None:
+        if self.metric:
+            images = generate(self.state.average.model, self.run.metric_images).clamp(-1, 1)  # as they would be saved
+            distance = self.metric(images.to(self.device))
+            self.log.write(self.state.step, {"distance": distance, "floor": self.metric.floor})
+
+    def _sample(self) -> None:
+        self._save_grid(generate(self.state.average.model, self.run.sample_count), f"step-{self.state.step:08d}")
+
+    def _save_grid(self, images: Tensor, name: str) -> None:
+        with self._file(self.out / "samples" / f"{name}.png") as path:
+            grid(images).save(path)
+
+    @contextmanager
+    def _file(self, path: Path) -> Iterator[Path]:
+        """A file of the run to write: complete, or with a message about what to do."""
+        with writing(path, self.out / "checkpoints"), new_file(path) as partial:
+            yield partial
