@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from torch import Tensor
@@ -23,7 +24,7 @@ from gans.evaluation.reference import (
     read_batches,
     split_for_floor,
 )
-from gans.features.vectors import NetworkName, load_network
+from gans.features.by_name import make_vectors
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class EvaluateArguments:
     """A run's folder (its newest checkpoint), a checkpoint, or a folder that convert has written."""
     images: str | None = None
     """Instead of a checkpoint: a folder or ZIP file of generated images."""
-    networks: tuple[NetworkName, ...] = ("lite1",)
+    networks: tuple[Literal["judge", "lite1", "inception"], ...] = ("lite1",)
     """Networks to measure over, one or more: judge (needs --judge), lite1, inception."""
     judge: Path | None = None
     """A file of train-judge."""
@@ -137,7 +138,7 @@ def run(arguments: list[str]) -> None:
     options = tyro.cli(EvaluateArguments, args=arguments, prog="python -m gans evaluate")
     device = choose_device(options.device)
     networks = [
-        load_network(name, judge=options.judge, inception_weights=options.inception_weights).to(device)
+        make_vectors(name, judge=options.judge, inception_weights=options.inception_weights).to(device)
         for name in options.networks
     ]
     generated = from_checkpoint(options) if options.checkpoint else from_images(options)

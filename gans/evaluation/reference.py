@@ -26,7 +26,7 @@ from gans.common.files import new_file, save_tensors
 from gans.data.loading import to_array, to_unit_range
 from gans.data.sources import ArrayImages, FileImages, ImageSource
 from gans.evaluation import measures
-from gans.features.vectors import FeatureNetwork
+from gans.features.network import VectorNetwork
 
 RULE = 1
 """Number of the way in which images are read and resized; a change makes old caches unusable."""
@@ -68,7 +68,7 @@ def read_batches(
 @torch.no_grad()
 def features_of(
     batches: Iterable[Tensor],
-    networks: Sequence[FeatureNetwork],
+    networks: Sequence[VectorNetwork],
     device: torch.device,
     *,
     total: int,
@@ -136,7 +136,7 @@ class Reference:
     """The most images that are used, chosen at random; 0 for all."""
 
     def features(
-        self, network: FeatureNetwork, device: torch.device, *, batch: int, workers: int, cache: Path | None
+        self, network: VectorNetwork, device: torch.device, *, batch: int, workers: int, cache: Path | None
     ) -> Tensor:
         """Features `(N, D)` over `network`, from the cache folder if they are there; None for no cache."""
         rows = choose(len(self.source), self.limit)

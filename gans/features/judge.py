@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gans.common.files import new_file, save_tensors
+from gans.common.files import new_file, save_tensors, sha256
+from gans.features.network import VectorNetwork, resize, with_channels
 
 Task = Literal["classes", "rotation"]
 SMALLEST_MAP = 4
@@ -219,3 +220,23 @@ def load_judge(path: Path) -> tuple[Judge, dict[str, Any]]:
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"judge {str(path)!r} is not a file of train-judge: {error}") from error
     return judge.eval().requires_grad_(False), content["about"]
+
+
+class JudgeVectors(VectorNetwork):
+    """A classifier of `train-judge`: the layer before the scores."""
+
+    name = "judge"
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        self.judge, about = load_judge(weights)
+        self.num_features = self.judge.config.features
+        self.fingerprint = sha256(weights)
+        self.about = (
+            f"{about['task']} of {about['data']}, {self.judge.config.size} px, "
+            f"{100 * about['accuracy']:.1f} % right of {about['held_out']} held out"
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        config = self.judge.config
+        return self.judge.features(with_channels(resize(images, config.size), config.channels))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gans.features.maps import STRIDES, check_features, make_features
+from gans.features.by_name import check_maps, make_maps
+from gans.features.network import STRIDES
 from gans.models.augment import check_policy, diff_augment
 from gans.models.spectral_norm import SpectralConv2d
 
@@ -66,7 +67,7 @@ class ProjectedDiscriminatorConfig:
             raise ValueError(f"discriminator.width is {self.width}; it must be at least 1")
         if self.pixel_width < 0:
             raise ValueError(f"discriminator.pixel_width is {self.pixel_width}; it cannot be negative")
-        check_features(self.features)
+        check_maps(self.features)
         check_policy(self.augment)
 
 
@@ -120,7 +121,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: ProjectedDiscriminatorConfig) -> None:
         super().__init__()
         self.config = config
-        self.features = make_features(config.features)
+        self.features = make_maps(config.features)
         self.projection = Projection(self.features.channels)
         self.discriminators = nn.ModuleList(
             _scores([dim, *(config.width * 2**i for i in range(scale, HALVINGS))])

@@ -17,8 +17,10 @@ from gans.commands.cli import main
 from gans.data.loading import load_images
 from gans.data.sources import open_source
 from gans.evaluation import measures, reference
-from gans.evaluation.metrics import NetworkFrechet, RandomFeatureFrechet, make_metric
-from gans.features import judge, vectors
+from gans.evaluation.metrics import Metric, make_metric
+from gans.features import inception, judge
+from gans.features.by_name import make_vectors
+from gans.features.network import VectorNetwork, with_channels
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +113,7 @@ def digits_judge(tmp_path_factory):
 
 
 def test_judge_learns_and_is_loaded_as_saved(digits_judge):
-    network = vectors.load_network("judge", judge=digits_judge)
+    network = make_vectors("judge", judge=digits_judge)
     assert not network.judge.training and network.num_features == 32
     assert float(network.about.split(" px, ")[1].split(" %")[0]) > 80
     source = open_source("digits")
@@ -173,7 +175,7 @@ def test_train_judge_refuses(folder, tmp_path, capsys):
 
 
 def test_lite1_is_the_network_of_its_package():
-    network = vectors.load_network("lite1")
+    network = make_vectors("lite1")
     images = torch.rand(2, 3, 240, 240, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert network(images).shape == (2, 1280)
     # The classifier sits right on these features, so its scores follow from them.
@@ -194,37 +196,37 @@ class ScriptedInception(nn.Module):
 def test_inception_from_torchscript(tmp_path):
     path = tmp_path / "inception.pt"
     torch.jit.script(ScriptedInception()).save(path)
-    network = vectors.load_network("inception", inception_weights=path)
+    network = make_vectors("inception", inception_weights=path)
     images = torch.full((2, 1, 8, 8), 1.0)
     assert torch.equal(network(images), torch.full((2, 2048), 255.0))
 
 
 def test_inception_without_what_it_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(vectors.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(inception.importlib.util, "find_spec", lambda name: None)
     torch.save({}, tmp_path / "weights.pth")
     for weights in (None, tmp_path / "weights.pth"):
         with pytest.raises(ValueError, match="needs torch_fidelity and torchvision"):
-            vectors.load_network("inception", inception_weights=weights)
+            make_vectors("inception", inception_weights=weights)
     with pytest.raises(FileNotFoundError, match="are not a file"):
-        vectors.load_network("inception", inception_weights=tmp_path / "missing.pt")
+        make_vectors("inception", inception_weights=tmp_path / "missing.pt")
 
 
 def test_networks_refuse(tmp_path):
     with pytest.raises(ValueError, match="--judge FILE"):
-        vectors.load_network("judge")
+        make_vectors("judge")
     with pytest.raises(FileNotFoundError, match="train-judge"):
-        vectors.load_network("judge", judge=tmp_path / "missing.safetensors")
+        make_vectors("judge", judge=tmp_path / "missing.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"something else")
     with pytest.raises(ValueError, match="is not a file of train-judge"):
-        vectors.load_network("judge", judge=tmp_path / "bad.safetensors")
-    with pytest.raises(ValueError, match="must be judge, lite1 or inception"):
-        vectors.load_network("vgg")
+        make_vectors("judge", judge=tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match="must be one of judge, lite1, inception, random"):
+        make_vectors("vgg")
 
 
 # Reference, cache, command
 
 
-class Counting(vectors.FeatureNetwork):
+class Counting(VectorNetwork):
     """The means of the four quarters of each channel; counts the images it has seen."""
 
     name, about, num_features, fingerprint = "counting", "for tests", 12, "1"
@@ -235,7 +237,7 @@ class Counting(vectors.FeatureNetwork):
 
     def forward(self, images):
         self.seen += len(images)
-        return nn.functional.adaptive_avg_pool2d(vectors.with_channels(images, 3), 2).flatten(1)
+        return nn.functional.adaptive_avg_pool2d(with_channels(images, 3), 2).flatten(1)
 
 
 def reference_features(source, cache, network=None, **changes):
@@ -364,11 +366,11 @@ def test_evaluate_refuses(folder, tmp_path, capsys):
 def test_metrics_of_the_trainer(digits_judge):
     real = load_images(open_source("digits"), size=8, channels=1, limit=1797)
     metric = make_metric(f"judge:{digits_judge}", real[::2])
-    assert isinstance(metric, NetworkFrechet) and metric.name == "frechet_judge" and metric.count == 899
+    assert metric.name == "frechet_judge" and metric.count == 899
     assert 0 < metric(real[1::2]) < 2 * metric.floor < metric(-real[1::2])
-    assert isinstance(make_metric("random", real), RandomFeatureFrechet)
+    assert make_metric("random", real).name == "frechet_random"
     for choice in ("judge", "inception", "judge:"):
         with pytest.raises(ValueError, match="metric is"):
             make_metric(choice, real)
     with pytest.raises(ValueError, match="needs at least 4"):
-        NetworkFrechet(real[:3], vectors.load_network("judge", judge=digits_judge))
+        Metric(real[:3], make_vectors("judge", judge=digits_judge))

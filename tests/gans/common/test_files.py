@@ -14,7 +14,7 @@ from gans.common.files import save_tensors
 from gans.data.sources import open_source
 from gans.evaluation.reference import Reference
 from gans.features.judge import Judge, JudgeConfig, save_judge
-from gans.features.vectors import FeatureNetwork
+from gans.features.network import VectorNetwork
 from gans.training import checkpoint
 
 
@@ -30,7 +30,7 @@ def modes(root: Path) -> dict[str, int]:
     return {path.name: stat.S_IMODE(path.stat().st_mode) for path in root.rglob("*") if path.is_file()}
 
 
-class Mean(FeatureNetwork):
+class Mean(VectorNetwork):
     name, num_features, about, fingerprint = "mean", 3, "means of the channels", "1"
 
     def forward(self, images):

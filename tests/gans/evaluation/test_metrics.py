@@ -5,7 +5,8 @@ import torch
 
 from gans.data.loading import load_images
 from gans.data.sources import open_source
-from gans.evaluation.metrics import RandomFeatureFrechet, frechet_distance
+from gans.evaluation.measures import frechet
+from gans.evaluation.metrics import make_metric
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -16,13 +17,13 @@ def test_frechet_distance_of_known_gaussians():
     spread = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     shift = torch.tensor([0.3, 0.0, -1.0], dtype=torch.float64)
     expected = float((shift**2).sum() + ((spread - 1) ** 2).sum())
-    assert frechet_distance(base, base * spread + shift) == pytest.approx(expected, rel=1e-6)
-    assert frechet_distance(base, base) == pytest.approx(0, abs=1e-9)
+    assert frechet(base, base * spread + shift) == pytest.approx(expected, rel=1e-6)
+    assert frechet(base, base) == pytest.approx(0, abs=1e-9)
 
 
 def test_distance_orders_images_by_likeness():
     real = load_images(open_source("digits"), size=16, channels=1, limit=1797)
-    distance = RandomFeatureFrechet(real[::2])
+    distance = make_metric("random", real[::2])
     held_out = distance(real[1::2])
     torch.manual_seed(0)
     noisy = [distance(real[1::2] + s * torch.randn_like(real[1::2])) for s in (0.2, 0.5, 1.0)]
@@ -35,4 +36,4 @@ def test_distance_orders_images_by_likeness():
 
 def test_needs_images():
     with pytest.raises(ValueError, match="has 3 images"):
-        RandomFeatureFrechet(torch.zeros(3, 1, 8, 8))
+        make_metric("random", torch.zeros(3, 1, 8, 8))

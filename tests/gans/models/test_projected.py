@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gans.features import lite1, maps
+from gans.features import by_name, lite1
+from gans.features.by_name import make_maps
+from gans.features.network import STRIDES, MapNetwork
 from gans.losses.adversarial import GANLoss
 from gans.models.fastgan import FastGANGeneratorConfig
 from gans.models.projected import Discriminator, ProjectedDiscriminatorConfig, Projection
@@ -27,7 +29,7 @@ TINY = ProjectedDiscriminatorConfig(image_size=32, features="random", feature_si
 
 
 def test_lite1_maps_are_those_of_the_network():
-    maps_of = maps.make_features("lite1")
+    maps_of = make_maps("lite1")
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     found = maps_of(images)
     assert [tuple(x.shape[1:]) for x in found] == [(24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
@@ -184,7 +186,7 @@ def test_timm_networks_are_normalised_and_tapped_by_stride(monkeypatch):
         return Network()
 
     monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
-    maps_of = maps.make_features("timm:some_net")
+    maps_of = make_maps("timm:some_net")
     assert maps_of.channels == (3, 3, 3, 3)
     unit = torch.rand(2, 3, 64, 64)
     found = maps_of(unit * 2 - 1)
@@ -193,25 +195,25 @@ def test_timm_networks_are_normalised_and_tapped_by_stride(monkeypatch):
         torch.testing.assert_close(x, F.avg_pool2d((unit - mean) / std, stride), rtol=1e-4, atol=1e-5)
     Network.feature_info = types.SimpleNamespace(reduction=lambda: [4, 8, 16], channels=lambda: [1, 1, 1])
     with pytest.raises(ValueError, match="timm:some_net has no map of stride 32"):
-        maps.make_features("timm:some_net")
+        make_maps("timm:some_net")
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="features timm:some_net needs timm"):
-        maps.make_features("timm:some_net")
+        make_maps("timm:some_net")
 
 
 def test_a_feature_network_of_ones_own(monkeypatch):
-    monkeypatch.setattr(maps, "FEATURES", dict(maps.FEATURES))
+    monkeypatch.setattr(by_name, "MAPS", dict(by_name.MAPS))
 
-    class Own(maps.FeatureMaps):
+    class Own(MapNetwork):
         channels = (3, 3, 3, 3)
 
         def forward(self, images):
-            return [F.avg_pool2d(images, stride) for stride in maps.STRIDES]
+            return [F.avg_pool2d(images, stride) for stride in STRIDES]
 
-    maps.register("own", Own)
+    by_name.register("own", Own)
     assert Discriminator(replace(TINY, features="own"))(torch.rand(2, 3, 32, 32)).shape[0] == 2
     with pytest.raises(ValueError, match="'own' are there already"):
-        maps.register("own", Own)
+        by_name.register("own", Own)
 
 
 @pytest.mark.parametrize(
