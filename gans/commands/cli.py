@@ -87,13 +87,13 @@ def _run(arguments: list[str]) -> int:
     try:
         from gans.training.steps import NonFiniteError
 
-        tool = importlib.import_module(f"gans.commands.{command.replace('-', '_')}")
+        module = importlib.import_module(f"gans.commands.{command.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("gans", "natten_ext"):
             raise
         return _fail(f"{command} needs {error.name}, which is not installed; pip install '.[gans]' brings all it needs")
     try:
-        return tool.run(rest) or 0  # the demo's status says whether it succeeded
+        return module.run(rest) or 0  # the demo's status says whether it succeeded
     except (ValueError, NonFiniteError) as error:
         return _fail(error)
 

@@ -1,7 +1,7 @@
-"""Generators as the tools use them: load one, draw its latents from seeds, make images of them.
+"""Generators as the commands use them: load one, draw its latents from seeds, make images of them.
 
-A tool asks of a generator only `config.latent_dim`, `config.image_size`, `config.channels` and `forward(z)`. A
-model may offer more, and tools that need it refuse a generator without it:
+A command asks of a generator only `config.latent_dim`, `config.image_size`, `config.channels` and `forward(z)`. A
+model may offer more, and commands that need it refuse a generator without it:
 
 - `map_latents(z, *, truncation=1.0) -> w` and `synthesize(w) -> images`, the two halves of `forward`, for a model
   with a mapping network (as `gans.models.styles.StyleGenerator`). Truncation and interpolation in w need them.

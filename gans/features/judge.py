@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from gans.common.files import new_file, save_tensors, sha256
 from gans.features.network import VectorNetwork, resize, with_channels
 
-Task = Literal["classes", "rotation"]
 SMALLEST_MAP = 4
 
 

@@ -1,4 +1,4 @@
-"""sample and interpolate, and the generators as the tools see them."""
+"""sample and interpolate, and the generators as the commands see them."""
 
 from __future__ import annotations
 
