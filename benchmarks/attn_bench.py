@@ -11,7 +11,8 @@ Three steps are timed (``--order``):
 
 Every result is checked against a float64 reference first; a wrong one is printed as WRONG and not timed. A peer that
 can't do a shape or an order says why. Candidates take turns within each round; medians are reported with half the
-distance between the quartiles. What the columns mean is printed with the table; memory is defined in
+distance between the quartiles, and with the number of samples: at least three of ours, two of the fastest naive form,
+one of any other that takes seconds. What the columns mean is printed with the table; memory is defined in
 ``benchmarks.memory``, floors in ``benchmarks.floors``, what naive is in ``benchmarks.naive``.
 
 Exit status: 0; 1 if one of our backends was wrong or failed; 2 for arguments that make no sense.
@@ -20,7 +21,6 @@ Exit status: 0; 1 if one of our backends was wrong or failed; 2 for arguments th
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 from pathlib import Path
@@ -77,7 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default=None, help="default: cuda in suite gpu, else cpu")
     add("--threads", type=int, default=None, help="CPU threads; default: at most 2 in suite cpu, else torch's")
     add("--repeats", type=int, default=15, help="rounds (default 15)")
-    add("--budget", type=float, default=4.0, help="seconds of timing per candidate and cell (default 4)")
+    add("--budget", type=float, default=1.0, help="seconds of timing per candidate and cell (default 1)")
     add("--alone", action="store_true", help="also time each order's operator alone (in the JSON)")
     add("--no-memory", action="store_true", help="skip the memory measurements")
     add("--json", type=Path, metavar="FILE", help="write everything there, raw samples included")
@@ -125,8 +125,6 @@ def _run(options: argparse.Namespace, dtype: torch.dtype, extra: tuple[Candidate
         torch.set_num_threads(options.threads)
     if device.type == "cpu":
         limit_memory()
-    gc.collect()
-    gc.freeze()  # libraries' objects: garbage is collected after every check, and takes long among them
 
     environment = describe_environment(device, dtype)
     samples = 2 if options.suite == "smoke" else 12

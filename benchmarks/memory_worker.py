@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class MemoryWorker:
         self.threads = threads
         self.timeout = timeout
         self._process: subprocess.Popen[str] | None = None
+        self._known: dict[tuple, Memory | CannotError] = {}
 
     def __enter__(self) -> MemoryWorker:
         return self
@@ -39,6 +41,30 @@ class MemoryWorker:
 
     def measure(self, candidate: str, shape: Shape, dtype: torch.dtype, order: str) -> Memory:
         """Raises CannotError where the candidate fails, the process dies, or the answer takes too long."""
+        known = self._known.get((candidate, shape, dtype, order))
+        if isinstance(known, CannotError):
+            raise known
+        return known or self._ask(candidate, shape, dtype, order)
+
+    def measure_ahead(self, questions: list[tuple[str, Shape, torch.dtype, str]]) -> None:
+        """Answer these now, in two processes side by side, for when they are asked.
+
+        For candidates that compile: a compiler is busy with one core for seconds, and what it made for one process lies
+        in its cache for all others.
+        """
+
+        def answer(some: list[tuple[str, Shape, torch.dtype, str]]) -> None:
+            with MemoryWorker(self.threads, self.timeout) as worker:
+                for question in some:
+                    try:
+                        self._known[question] = worker.measure(*question)
+                    except CannotError as error:
+                        self._known[question] = error
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(answer, filter(None, (questions[::2], questions[1::2]))))
+
+    def _ask(self, candidate: str, shape: Shape, dtype: torch.dtype, order: str) -> Memory:
         question = {
             "candidate": candidate,
             "shape": shape.to_dict(),
@@ -89,6 +115,8 @@ class MemoryWorker:
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Measure one candidate on one shape and order."""
+    gc.collect()
+    gc.freeze()  # libraries' objects, of which a compiler brings more later: the measurement collects garbage often
     device, dtype = torch.device("cpu"), getattr(torch, question["dtype"])
     shape = Shape.from_dict(question["shape"])
     name, order = question["candidate"], question["order"]
@@ -111,8 +139,6 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     limit_memory()
-    gc.collect()
-    gc.freeze()  # libraries' objects: the measurement collects garbage often
     # Libraries may print; only answers may go to the pipe.
     replies, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:

@@ -16,11 +16,12 @@ from .shapes import Shape
 from .suites import how_scaled
 
 _HEADER = (
-    f"  {'order':<9}{'candidate':<15}{'ms':>9}{'+-':>5}  {'naive/it':>8}{'floor':>8}{'FMA':>6}"
+    f"  {'order':<9}{'candidate':<15}{'ms':>9}{'+-':>5}{'n':>4}  {'naive/it':>8}{'floor':>8}{'FMA':>6}"
     f"{'beyond':>10}{'/returned':>10}{'step MiB':>10}"
 )
 
 LEGEND = """\
++-         half the distance between the quartiles, of n samples
 naive/it   fastest naive form's time over this one's: above 1 is faster than naive
 floor      percent of the least possible time by this machine's rates; FMA: useful multiply-adds, percent of the peak
 beyond     peak MiB of that order's operator alone beyond what it got and returned (what earlier orders saved counts);
@@ -53,7 +54,7 @@ def _line(row: Row) -> str:
     start = f"  {'':<9}{row.candidate:<15}"
     if row.timing is None:
         return f"{start}{'WRONG' if row.status == 'wrong' else 'cannot'}: {row.reason}"
-    line = f"{start}{1e3 * row.timing.median:>9.3f}{_spread(row):>5}  "
+    line = f"{start}{1e3 * row.timing.median:>9.3f}{_spread(row):>5}{len(row.timing.samples):>4}  "
     line += f"{row.ratio:>7.2f}x" if row.ratio else f"{'-':>8}"
     line += f"{row.floor_percent:>7.1f}%{row.fma_percent:>5.1f}%"
     if row.memory:
@@ -64,7 +65,7 @@ def _line(row: Row) -> str:
 
 
 def _spread(row: Row) -> str:
-    return f"{row.timing.spread:.0%}" if len(row.timing.samples) > 1 else "once"
+    return f"{row.timing.spread:.0%}" if len(row.timing.samples) > 1 else "-"
 
 
 def figures_to_reach(rows: list[Row]) -> list[Figure]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ class Options:
     precision: str
     orders: tuple[str, ...]
     repeats: int = 15
-    budget: float = 4.0
+    budget: float = 1.0
     memory: bool = True
     progress: bool = True
     alone: bool = False
@@ -104,6 +105,7 @@ class Row:
             "median": self.timing and self.timing.median,
             "spread": self.timing and self.timing.spread,
             "samples": self.timing and self.timing.samples,
+            "sample_count": self.timing and len(self.timing.samples),
             "alone": self.alone and self.alone.median,
             "memory": self.memory and self.memory.to_dict(),
         }
@@ -119,6 +121,10 @@ def run(
         tqdm(total=steps, unit="cell", disable=not options.progress or None, dynamic_ncols=True) as bar,
         MemoryWorker(torch.get_num_threads()) as worker,
     ):
+        if options.memory and options.device.type == "cpu":
+            bar.set_postfix_str("compile")
+            compiling = [(c.name, s) for s in shapes for c in candidates if c.compiles and c.covers(s)]
+            worker.measure_ahead([(name, shape, options.dtype, options.orders[0]) for name, shape in compiling])
         for shape in shapes:
 
             def note(activity: str, candidate: str, shape: Shape = shape) -> None:
@@ -141,6 +147,8 @@ def run_shape(
     note: Note,
 ) -> Iterator[list[Row]]:
     """Yield the rows of each order as soon as they are known; ``worker`` is only needed for memory on a CPU."""
+    gc.collect()
+    gc.freeze()  # libraries' objects, of which a compiler brings more later: garbage is collected after every check
     covering = [c for c in candidates if c.covers(shape)]
     note("inputs", "")
     inputs = make_inputs(shape, options.dtype, options.device)
@@ -150,7 +158,7 @@ def run_shape(
         attends[candidate.name] = _prepare(candidate, shape, options)
     for order in options.orders:
         cell = _Cell(shape, order, inputs, covering, attends, options, note)
-        cell.check()
+        cell.check(clock)
         cell.time(clock)
         if options.alone:
             cell.time_alone(clock)
@@ -187,11 +195,12 @@ class _Cell:
         self.rows = {c.name: Row(shape, order, c.name, c.group) for c in candidates}
         self.inputs = {False: inputs, True: inputs.without_table()}
         self._expected: dict[bool, Expected | str] = {}
+        self._already: dict[str, float] = {}  # seconds of each call while it was checked
 
     def inputs_of(self, name: str) -> Inputs:
         return self.inputs[self.candidates[name].drops_table]
 
-    def check(self) -> None:
+    def check(self, clock) -> None:
         """Run every candidate once and compare; "cannot" where it raises."""
         for name, row in self.rows.items():
             attend = self.attends[name]
@@ -199,12 +208,17 @@ class _Cell:
                 row.status, row.reason = "cannot", attend
                 continue
             self.note("check", name)
+            step = self._step(name)
+            clock.settle(step, False)
+            begin = time.perf_counter()
             try:
-                results = STEPS[self.order](attend, self.inputs_of(name))
+                results = step()
             except Exception as error:  # as above
                 row.status, row.reason = "cannot", one_line(error)
                 _free()
                 continue
+            if isinstance(clock, CpuClock) and not self.candidates[name].compiles:
+                self._already[name] = time.perf_counter() - begin
             expected = self._expect(self.candidates[name].drops_table)
             if isinstance(expected, str):
                 row.status, row.reason = "unchecked", expected
@@ -229,8 +243,10 @@ class _Cell:
     def time(self, clock) -> None:
         calls = {name: self._step(name) for name, row in self.rows.items() if row.status in ("ok", "unchecked")}
         options, tick = self.options, lambda name: self.note("time", name)
-        rivals = frozenset(name for name in calls if self.candidates[name].group == "naive")
-        timings = time_in_turns(calls, clock, options.repeats, options.budget, rivals, tick)
+        rivals, others = (
+            frozenset(name for name in calls if self.candidates[name].group == group) for group in ("naive", "peer")
+        )
+        timings = time_in_turns(calls, clock, options.repeats, options.budget, rivals, others, tick, self._already)
         for name, timing in timings.items():
             self.rows[name].timing = timing
             if isinstance(clock, CudaClock):
@@ -251,7 +267,7 @@ class _Cell:
             call = None
             _free()
 
-    def _step(self, name: str) -> Callable[[], object]:
+    def _step(self, name: str) -> Callable[[], dict[str, torch.Tensor]]:
         step, attend, inputs = STEPS[self.order], self.attends[name], self.inputs_of(name)
         return lambda: step(attend, inputs)
 

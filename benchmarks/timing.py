@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +15,7 @@ import torch
 LONG = 0.2  # seconds; calls from here on are timed without a warm-up
 MIN_SAMPLES = 3
 HOPELESS = 3.0
+OTHERS_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -131,39 +133,45 @@ def time_in_turns(
     repeats: int,
     budget: float,
     rivals: frozenset[str] = frozenset(),
+    others: frozenset[str] = frozenset(),
     tick: Callable[[str], None] = lambda name: None,
+    already: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Timing]:
     """Up to ``repeats`` samples of each call, round by round.
 
-    A call leaves the rounds once its samples have taken ``budget`` seconds, but not before it has three. Of the
-    ``rivals`` only the fastest matters: one that is HOPELESS times slower than that keeps a single sample.
-    ``tick(name)`` is called before each sample.
+    A call leaves the rounds once its samples have taken ``budget`` seconds, but not before it has three. ``rivals``
+    and ``others`` get OTHERS_SHARE of that time, and one sample may do; but the fastest of the rivals, which alone
+    matters, needs two, and one that is HOPELESS times slower gets no second. ``tick(name)`` is called before each
+    sample. ``already`` holds the seconds that some calls took just before: if LONG, they are a first sample, else they
+    were the warm-up.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     once = {}
     for name, call in calls.items():
         tick(name)
         clock.settle(call, False)
-        once[name] = clock.sample(call, 1)
+        once[name] = already[name] if name in already else clock.sample(call, 1)
         if once[name] < LONG:  # that was the warm-up
             once[name] = clock.sample(call, 1)
         else:  # long enough to need none: it counts
             samples[name].append(once[name])
-    fastest = min((once[name] for name in rivals & set(calls)), default=0.0)
-    hopeless = {name for name in rivals & set(calls) if once[name] > HOPELESS * fastest}
+    fastest = min(rivals & set(calls), key=once.__getitem__, default=None)
+    hopeless = {name for name in rivals & set(calls) if once[name] > HOPELESS * once[fastest]}
     for name in hopeless:
         samples[name] = [once[name]]
+    least = dict.fromkeys(calls, MIN_SAMPLES) | dict.fromkeys(others | rivals, 1) | {fastest: 2}
+    seconds = dict.fromkeys(calls, budget) | dict.fromkeys(others | rivals, OTHERS_SHARE * budget)
     per_sample = {name: max(1, min(1000, round(clock.min_sample / max(once[name], 1e-9)))) for name in calls}
     spent = {name: sum(first) for name, first in samples.items()}
     for _ in range(repeats):
         for name, call in calls.items():
             taken = len(samples[name])
-            if name in hopeless or taken == repeats or (spent[name] > budget and taken >= MIN_SAMPLES):
+            enough = spent[name] > seconds[name] and taken >= least[name]
+            if name in hopeless or taken == repeats or enough:
                 continue
             tick(name)
             begin = time.perf_counter()
             clock.settle(call, once[name] < LONG)
-            seconds = clock.sample(call, per_sample[name])
-            samples[name].append(seconds)
-            spent[name] += max(seconds * per_sample[name], time.perf_counter() - begin)
+            samples[name].append(clock.sample(call, per_sample[name]))
+            spent[name] += max(samples[name][-1] * per_sample[name], time.perf_counter() - begin)
     return {name: Timing(values, name in hopeless) for name, values in samples.items()}

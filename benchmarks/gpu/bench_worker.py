@@ -10,7 +10,6 @@ measures how long each first call takes, and leaves compiled kernels in the cach
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import time
 from pathlib import Path
@@ -160,8 +159,6 @@ def main() -> None:
     parser.add_argument("--compile-only", metavar="NUMBER/WORKERS")
     options = parser.parse_args()
     plan, log = json.loads(options.plan.read_text()), EventLog(options.stem)
-    gc.collect()
-    gc.freeze()  # libraries' objects: garbage is collected after every check, and takes long among them
     if options.compile_only:
         compile_only(plan, log, options.compile_only)
     else:

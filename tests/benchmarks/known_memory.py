@@ -1,7 +1,7 @@
 """Run by test_bench_memory in the memory worker's environment: attentions whose memory is known, as JSON.
 
-``scratch`` allocates SCRATCH bytes on top and frees them; ``keeps`` saves SCRATCH bytes for the backward; ``nothing``
-returns its query's values and allocates nothing else.
+``scratch`` allocates SCRATCH bytes on top and frees them; ``keeps`` saves SCRATCH bytes for the backward; ``frees``
+needs them in its forward alone; ``nothing`` returns its query's values and allocates nothing else.
 """
 
 import json
@@ -28,6 +28,15 @@ class Keeps(torch.autograd.Function):
         return 2 * grad, 3 * grad, 4 * grad
 
 
+class Frees(Keeps):
+    @staticmethod
+    def forward(ctx, query, key, value):
+        held = torch.ones(SCRATCH // 4)
+        output = query + 0
+        del held
+        return output
+
+
 def nothing(query, key, value, table):
     return query * 1
 
@@ -43,13 +52,17 @@ def keeps(query, key, value, table):
     return Keeps.apply(query, key, value)
 
 
+def frees(query, key, value, table):
+    return Frees.apply(query, key, value)
+
+
 def main():
     torch.set_num_threads(1)
     shape = replace(SHAPES["seq-1025"], batch=4)
     inputs = make_inputs(shape, torch.float32, torch.device("cpu"))
     tiny = make_inputs(shape.tiny(), torch.float32, torch.device("cpu"))
     cases = {"nothing": (nothing, "forward"), "scratch": (scratch, "forward"), "keeps": (keeps, "backward")}
-    cases["nothing again"] = nothing, "forward"
+    cases |= {"frees": (frees, "backward"), "nothing again": (nothing, "forward")}
     answers = {}
     for name, (attend, order) in cases.items():
         warm_up = partial(STEPS[order], lambda *tensors: sum(tensors[:3]), tiny)

@@ -57,6 +57,11 @@ def test_freed_memory_hides_no_growth_and_counts_for_nobody_else(known):
     assert known["nothing again"]["beyond"] <= NOISE
 
 
+def test_what_the_forward_freed_counts_in_the_step_alone(known):
+    assert abs(known["frees"]["step"] - SCRATCH - known["size"]) <= NOISE
+    assert known["frees"]["beyond"] <= NOISE
+
+
 def test_views_of_one_storage_count_once():
     x = torch.zeros(1000)
     assert size_of([x, x[:10], x.view(10, 100)]) == 4000
@@ -82,6 +87,17 @@ def test_the_worker_reports_what_cannot_be_and_goes_on():
         with pytest.raises(CannotError, match="_flash_attention_for_cpu_backward is not implemented"):
             worker.measure("sdpa", shape, torch.float32, "double")
         assert isinstance(worker.measure("sdpa", shape, torch.float32, "forward"), Memory)
+
+
+def test_what_was_measured_ahead_is_not_measured_again(monkeypatch):
+    shape = replace(SHAPES["seq-65"], batch=1)
+    can, cannot = (("sdpa", shape, torch.float32, order) for order in ("forward", "double"))
+    with MemoryWorker(threads=1) as worker:
+        worker.measure_ahead([can, cannot])
+        monkeypatch.setattr(worker, "_ask", None)
+        assert worker.measure(*can).returned == 4 * 65 * 4 * 96
+        with pytest.raises(CannotError, match="is not implemented"):
+            worker.measure(*cannot)
 
 
 def test_a_killed_worker_is_reported_and_replaced():

@@ -115,6 +115,28 @@ def test_a_slow_candidate_leaves_after_three_samples():
     assert [len(timings[name].samples) for name in ("slow", "fast")] == [3, 6]
 
 
+def test_one_sample_of_a_slow_call_is_enough_but_of_ours_and_the_fastest_rival():
+    class Clock(CpuClock):
+        def sample(self, call, calls):
+            return call()
+
+    calls = {"ours": lambda: 1.1, "rival": lambda: 2.0, "slow": lambda: 5.0, "peer": lambda: 3.0, "quick": lambda: 0.1}
+    rivals, others = frozenset({"rival", "slow"}), frozenset({"peer", "quick"})
+    timings = time_in_turns(calls, Clock(), 5, budget=1, rivals=rivals, others=others)
+    samples = {name: len(timing.samples) for name, timing in timings.items()}
+    assert samples == {"ours": 3, "rival": 2, "slow": 1, "peer": 1, "quick": 3}
+
+
+def test_a_long_call_that_was_timed_when_checked_is_a_sample():
+    class Clock(CpuClock):
+        def sample(self, call, calls):
+            return call()
+
+    calls = {"long": lambda: 2.0, "short": lambda: 0.1}
+    timings = time_in_turns(calls, Clock(), 3, budget=10, already={"long": 5.0, "short": 0.19})
+    assert {name: timing.samples for name, timing in timings.items()} == {"long": [5.0, 2.0, 2.0], "short": [0.1] * 3}
+
+
 def test_spread_is_half_the_distance_of_the_quartiles():
     assert Timing([1.0, 2.0, 3.0, 4.0, 5.0]).spread == pytest.approx(1 / 3)
     assert Timing([2.0]).spread == 0.0
