@@ -8,7 +8,7 @@ import torch
 
 from .fused import bits_of, cannot_take
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _library = Path(__file__).parent / "libnatten_ext_cpu.so"
 if not _library.exists():

@@ -1,4 +1,4 @@
-// Shared parts of the dense kernels: jobs, blocks, packed operands, tables.
+// Shared parts of the dense kernels: jobs, blocks, packed operands.
 //
 // A job is one (batch, window, head): all its queries meet all its keys. Windows are those of full and grid
 // attention, and small residue classes of neighborhood attention, where a mask costs less than to follow the windows
@@ -8,7 +8,7 @@
 
 #include "../geometry.h"
 #include "gemm.h"
-#include "rows.h"
+#include "origin.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
@@ -110,13 +110,13 @@ inline RowCursor lse_cursor(const Problem& p, const DenseJob& job, int64_t width
   return {lse, job, width, r};
 }
 
-// Rows [first, first + count) of a window to target[count][padded], the padding zero.
+// Rows [first, first + count) of a window to target[count][padded], the padding zero; `origin` and `factor` as load_row.
 template <class T>
 void pack_rows(T* target, const View& v, const DensePlan<T>& plan, const DenseJob& job, int64_t width, int64_t first,
-               int64_t count, T factor) {
+               int64_t count, T factor, const T* origin) {
   RowCursor row(v, job, width, first);
   for (int64_t r = 0; r < count; ++r, ++row, target += plan.padded) {
-    load_row(target, v, row.offset, plan.channels, factor);
+    load_row(target, v, row.offset, plan.channels, factor, origin);
     for (int64_t c = plan.channels; c < plan.padded; ++c) target[c] = 0;
   }
 }
@@ -124,8 +124,8 @@ void pack_rows(T* target, const View& v, const DensePlan<T>& plan, const DenseJo
 // The same for queries, whose rows up to the block's lanes are zero, and transposed to [padded][lanes].
 template <class T>
 void pack_queries(T* rows, T* transposed, const View& v, const DensePlan<T>& plan, const DenseJob& job, int64_t first,
-                  int64_t count, T factor) {
-  pack_rows(rows, v, plan, job, plan.window_x, first, count, factor);
+                  int64_t count, T factor, const T* origin = nullptr) {
+  pack_rows(rows, v, plan, job, plan.window_x, first, count, factor, origin);
   std::fill(rows + count * plan.padded, rows + plan.block_queries * plan.padded, T(0));
   transpose(transposed, plan.block_queries, rows, plan.padded, plan.block_queries, plan.padded);
 }
@@ -152,30 +152,39 @@ void prefetch_rows(const View& v, const DensePlan<T>& plan, const DenseJob& job)
   }
 }
 
-// Key-side operand of a job: packed once if it fits in the cache, otherwise block by block.
+// Key-side operand of a job, less an origin if it has one: packed once if it fits in the cache, otherwise block by block.
 template <class T>
 class KeyOperand {
  public:
   static constexpr int64_t kWholeAtMost = 1 << 16;
 
-  KeyOperand(const View& view, const DensePlan<T>& plan)
-      : view_(view), plan_(plan), whole_(plan.keys * plan.padded <= kWholeAtMost) {
+  KeyOperand(const View& view, const DensePlan<T>& plan, Origin<T>* origin = nullptr)
+      : view_(view), plan_(plan), origin_(origin), whole_(plan.keys * plan.padded <= kWholeAtMost) {
     if (view) buffer_ = Buffer<T>((whole_ ? plan.keys : plan.block_keys) * plan.padded);
   }
   void start(const DenseJob& job) {
     job_ = job;
-    if (whole_ && view_) pack_rows<T>(buffer_, view_, plan_, job_, plan_.key_window_x, 0, plan_.keys, 1);
+    origin_of_job_ = origin_ == nullptr ? nullptr : origin_->at(job.batch, job.head);
+    if (whole_ && view_) pack(0, plan_.keys);
   }
   // Rows [first, first + count), at most a block of them, [count][padded].
   const T* block(int64_t first, int64_t count) {
     if (whole_) return buffer_ + first * plan_.padded;
-    pack_rows<T>(buffer_, view_, plan_, job_, plan_.key_window_x, first, count, 1);
+    pack(first, count);
     return buffer_;
   }
+  // What the rows of the job are counted from; null: zero.
+  const T* origin() const { return origin_of_job_; }
 
  private:
+  void pack(int64_t first, int64_t count) {
+    pack_rows<T>(buffer_, view_, plan_, job_, plan_.key_window_x, first, count, 1, origin_of_job_);
+  }
+
   View view_;
   const DensePlan<T>& plan_;
+  Origin<T>* origin_;
+  const T* origin_of_job_ = nullptr;
   bool whole_;
   Buffer<T> buffer_;
   DenseJob job_{};
@@ -229,146 +238,6 @@ class KeyGradient {
   int64_t first_ = 0;
 };
 
-// Visits the windows of a masked plan: visit(key, query, y, x) with the place of their offset in a table, for each
-// key in the window of each query.
-template <class T, class Visit>
-void for_each_in_windows(const DensePlan<T>& plan, const Visit& visit) {
-  const HeadWindow& w = plan.window();
-  const int64_t center_y = plan.problem.table_kernel_y() - 1, center_x = plan.problem.table_kernel_x() - 1;
-  for (int64_t query = 0; query < plan.queries; ++query) {
-    const int64_t y = query / plan.window_x, x = query % plan.window_x;
-    const int64_t first_y = class_window_start(y, plan.window_y, w.kernel_y);
-    const int64_t first_x = class_window_start(x, plan.window_x, w.kernel_x);
-    for (int64_t ky = first_y; ky < first_y + w.kernel_y; ++ky) {
-      for (int64_t kx = first_x; kx < first_x + w.kernel_x; ++kx) {
-        visit(ky * plan.window_x + kx, query, ky - y + center_y, kx - x + center_x);
-      }
-    }
-  }
-}
-
-// Tables of a range of heads in the compute type, times `factor`, laid out so that a vector of queries reads (and its
-// gradient adds to) consecutive values. Of grid attention: the table reversed along x, where an offset grows with the
-// query's x. Of a masked plan: a matrix [key][query], in which `masked` stands for the keys outside the window.
-template <class T>
-class DenseTables {
- public:
-  // Score of a masked key: its exponential vanishes.
-  static constexpr T kMasked = T(-1e30);
-
-  DenseTables(const View& view, const DensePlan<T>& plan, T factor, T masked) : first_(plan.heads.first) {
-    if (!view && !(plan.masked && masked != 0)) return;
-    stride_ = plan.table_size + kLanes<T>;  // the last vector of a row may read past the table
-    buffer_ = Buffer<T>(plan.heads.count() * stride_);
-    for (int64_t head = plan.heads.first; head < plan.heads.last; ++head) {
-      T* table = buffer_ + (head - first_) * stride_;
-      std::fill(table, table + stride_, plan.masked ? masked : T(0));
-      const auto value = [&](int64_t y, int64_t x) {
-        return view ? load_value<T>(view, head * view.head + y * view.y + x * view.x) * factor : T(0);
-      };
-      if (plan.masked) {
-        for_each_in_windows(plan, [&](int64_t key, int64_t query, int64_t y, int64_t x) {
-          table[key * plan.table_width + query] = value(y, x);
-        });
-      } else {
-        for (int64_t i = 0; i < plan.table_size; ++i) {
-          table[i] = value(i / plan.table_width, plan.table_width - 1 - i % plan.table_width);
-        }
-      }
-    }
-  }
-  const T* head(int64_t head) const { return buffer_.data() == nullptr ? nullptr : buffer_ + (head - first_) * stride_; }
-
- private:
-  Buffer<T> buffer_;
-  int64_t first_, stride_ = 0;
-};
-
-// The gradient of one head's table over the jobs of a task: added up in the layout of DenseTables, then written to a
-// partial table [y][x].
-template <class T>
-class DenseTableGradient {
- public:
-  DenseTableGradient(const DensePlan<T>& plan, bool wanted)
-      : plan_(plan), buffer_(wanted ? plan.table_size + kLanes<T> : 0) {}
-
-  T* data() const { return buffer_.data(); }
-  void start() {
-    if (data() != nullptr) std::fill_n(data(), plan_.table_size + kLanes<T>, T(0));
-  }
-  void finish(T* partial) {
-    if (data() == nullptr) return;
-    const int64_t width = plan_.problem.table_width(), height = plan_.problem.table_height();
-    std::fill_n(partial, height * width, T(0));
-    if (plan_.masked) {
-      for_each_in_windows(plan_, [&](int64_t key, int64_t query, int64_t y, int64_t x) {
-        partial[y * width + x] += buffer_[key * plan_.table_width + query];
-      });
-    } else {
-      for (int64_t i = 0; i < height * width; ++i) partial[i] = buffer_[i / width * width + width - 1 - i % width];
-    }
-  }
-
- private:
-  const DensePlan<T>& plan_;
-  Buffer<T> buffer_;
-};
-
-// Where a block of queries finds its values in a table of DenseTables: index(key, lane) = key_base + lane_base[lane].
-template <class T>
-class TableIndex {
- public:
-  TableIndex(const DensePlan<T>& plan, bool used)
-      : plan_(plan),
-        key_base_(used ? plan.keys : 0),
-        lane_base_(plan.block_queries),
-        consecutive_(plan.block_queries / kLanes<T>) {
-    for (int64_t key = 0; used && key < plan.keys; ++key) {
-      const int64_t y = key / plan.window_x, x = key % plan.window_x;
-      key_base_[key] = plan.masked ? key * plan.table_width
-                                   : (y + plan.window_y - 1) * plan.table_width + plan.window_x - 1 - x;
-    }
-  }
-
-  void start(int64_t first, int64_t count) {
-    constexpr int L = kLanes<T>;
-    count_ = count;
-    for (int64_t lane = 0; lane < plan_.block_queries; ++lane) {
-      const int64_t query = first + std::min(lane, count - 1);
-      lane_base_[lane] = plan_.masked ? first + lane : query % plan_.window_x - query / plan_.window_x * plan_.table_width;
-    }
-    for (int64_t lane = 0; lane < plan_.block_queries; lane += L) {
-      const int64_t valid = std::min<int64_t>(L, count - lane);
-      consecutive_[lane / L] = plan_.masked || (valid > 0 && (first + lane) % plan_.window_x + valid <= plan_.window_x);
-    }
-  }
-  NATTEN_EXT_INLINE Vector<T> read(const T* table, int64_t key, int64_t lane) const {
-    constexpr int L = kLanes<T>;
-    table += key_base_[key];
-    if (consecutive_[lane / L]) return load(table + lane_base_[lane]);
-    Vector<T> result{};
-    for (int i = 0; i < L; ++i) result[i] = table[lane_base_[lane + i]];
-    return result;
-  }
-  // Lanes past the block's queries must hold zero where a vector is consecutive.
-  NATTEN_EXT_INLINE void add(T* table, int64_t key, int64_t lane, Vector<T> value) const {
-    constexpr int L = kLanes<T>;
-    table += key_base_[key];
-    if (consecutive_[lane / L]) {
-      T* target = table + lane_base_[lane];
-      store(target, load(target) + value);
-    } else {
-      for (int i = 0; i < L && lane + i < count_; ++i) table[lane_base_[lane + i]] += value[i];
-    }
-  }
-
- private:
-  const DensePlan<T>& plan_;
-  Buffer<int64_t> key_base_, lane_base_;
-  Buffer<bool> consecutive_;
-  int64_t count_ = 0;
-};
-
 // sum over channels of a[c] * b[c]
 template <class T>
 NATTEN_EXT_INLINE T dot_row(const T* a, const T* b, int64_t n) {
@@ -392,6 +261,24 @@ NATTEN_EXT_INLINE T sum_row(const T* a, int64_t n) {
   return result;
 }
 
+// out[lane] = sum over channels of a[c][lane] * b[c][lane], for a block of queries, added up as gemm adds up a product of
+// the block: where all of a row's weight is on one key, the mean of its products is that product to the last bit.
+template <class T>
+void dot_lanes(T* out, const T* a, const T* b, int64_t channels, int64_t lanes) {
+  constexpr int L = kLanes<T>;
+  for (int64_t lane = 0; lane < lanes; lane += L) {
+    Vector<T> sum{};
+    for (int64_t c = 0; c < channels; ++c) sum += load(a + c * lanes + lane) * load(b + c * lanes + lane);
+    store(out + lane, sum);
+  }
+}
+
+// row[c] -= factor * other[c]
+template <class T>
+NATTEN_EXT_INLINE void subtract_row(T* row, const T* other, T factor, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) row[c] -= factor * other[c];
+}
+
 // -s|k|^2 in units of log2, for each key of a block.
 template <class T>
 void l2_key_bias(T* bias, const T* key, int64_t keys, const DensePlan<T>& plan, double scale) {
@@ -399,62 +286,6 @@ void l2_key_bias(T* bias, const T* key, int64_t keys, const DensePlan<T>& plan, 
     const T* row = key + j * plan.padded;
     bias[j] = T(-scale) * kLog2E<T> * dot_row(row, row, plan.channels);
   }
-}
-
-// What a call of a gradient kernel works on. Gradients of queries and tables want all keys at once, those of keys and
-// values all queries.
-struct DenseShare {
-  int64_t query_begin, query_end, key_begin, key_end;
-  bool want_query_side, want_key_side;
-};
-
-// Runs the gradient kernel `make(keys_at_once)` over all jobs, so that every element is summed by one thread in an
-// order that does not depend on the threads, and reduces the partial gradients of the tables.
-//
-// A job is usually one task. A few large jobs are split instead: first by queries, then again by keys, which
-// computes the scores twice but keeps every thread busy.
-template <class T, class Make>
-void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const Make& make) {
-  const Problem& p = a.problem;
-  const int64_t jobs = plan.heads.count() * plan.jobs_per_head;
-  const bool split = jobs < 8 && plan.queries * plan.keys >= int64_t(1) << 18;
-  // Partial tables per head: few enough to be small beside the other gradients.
-  const int64_t slices = split ? std::min<int64_t>(8, (plan.queries + plan.block_queries - 1) / plan.block_queries) : 1;
-  const int64_t chunks = split ? plan.jobs_per_head : std::min<int64_t>(plan.jobs_per_head, 64);
-  const int64_t parts = chunks * slices, table_size = p.table_height() * p.table_width();
-  Buffer<T> partial(a.grad_bias ? plan.heads.count() * parts * table_size : 0);
-  const auto slice_begin = [](int64_t slice, int64_t slices, int64_t n, int64_t block) {
-    return std::min(n, slice * ((n + slices * block - 1) / (slices * block)) * block);
-  };
-  const auto query_task = [&](auto& worker, int64_t task) {
-    // Heads vary fastest: they share the pages of memory.
-    const int64_t head = task % plan.heads.count(), part = task / plan.heads.count();
-    const int64_t chunk = part / slices, slice = part % slices;
-    worker.table_gradient.start();
-    const int64_t query_begin = slice_begin(slice, slices, plan.queries, plan.block_queries);
-    const int64_t query_end = slice_begin(slice + 1, slices, plan.queries, plan.block_queries);
-    const int64_t end = (chunk + 1) * plan.jobs_per_head / chunks;
-    for (int64_t job = chunk * plan.jobs_per_head / chunks; job < end; ++job) {
-      if (job + 1 < end) worker.prefetch(plan.job(plan.heads.first + head, job + 1));
-      worker.run(plan.job(plan.heads.first + head, job), {query_begin, query_end, 0, plan.keys, true, !split});
-    }
-    worker.table_gradient.finish(partial + (head * parts + part) * table_size);
-  };
-  for_each_task(plan.heads.count() * parts, [&] { return make(split ? 0 : plan.keys); }, query_task);
-  if (split) {
-    const int64_t key_slices = std::min<int64_t>(8, (plan.keys + plan.block_keys - 1) / plan.block_keys);
-    const int64_t keys_at_once = slice_begin(1, key_slices, plan.keys, plan.block_keys);
-    for_each_task(
-        jobs * key_slices, [&] { return make(keys_at_once); },
-        [&](auto& worker, int64_t task) {
-          const int64_t job = task / key_slices, slice = task % key_slices;
-          const int64_t begin = slice_begin(slice, key_slices, plan.keys, plan.block_keys);
-          const int64_t end = slice_begin(slice + 1, key_slices, plan.keys, plan.block_keys);
-          worker.run(plan.job(plan.heads.first + job / plan.jobs_per_head, job % plan.jobs_per_head),
-                     {0, plan.queries, begin, end, false, true});
-        });
-  }
-  if (a.grad_bias) reduce_tables<T>(partial, parts, a.grad_bias, plan.heads, p.table_height(), p.table_width());
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

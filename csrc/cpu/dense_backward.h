@@ -1,11 +1,13 @@
-// Backward of the dense kernels. With P = exp(S - lse) and D = rowsum(dO * O):
+// Backward of the dense kernels. With P = exp(S - lse) and D = rowsum(P * dP):
 //   dP = dO V^T   dS = P (dP - D)   dQ = a dS K   dK = a dS^T Q (l2: - a K colsum(dS))   dV = P^T dO
-// and the table's gradient is the sum of dS over equal offsets.
+// and the table's gradient is the sum of dS over equal offsets. Q, K and V are counted from the places in origin.h.
+//
+// Where a whole row of keys is at hand, D is summed there. Otherwise it is rowsum(dO * O), with the rounding of O.
 #pragma once
 
-#include <limits>
-
-#include "dense.h"
+#include "dense_tasks.h"
+#include "dense_windows.h"
+#include "neighborhood_backward.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
@@ -16,50 +18,64 @@ class BackwardQueries {
   // Base of lanes without a query: makes their P vanish.
   static constexpr T kNoQuery = std::numeric_limits<T>::infinity();
 
-  BackwardQueries(const Arguments& a, const DensePlan<T>& plan)
+  // `need_output`: whether D is taken from the output, else it is zero.
+  BackwardQueries(const Arguments& a, const DensePlan<T>& plan, bool need_output)
       : a_(a),
         plan_(plan),
+        need_output_(need_output),
         query(plan.block_queries * plan.padded),
         query_t(plan.padded * plan.block_queries),
         grad_output(plan.block_queries * plan.padded),
         grad_output_t(plan.padded * plan.block_queries),
-        output(plan.block_queries * plan.padded),
         base(plan.block_queries),
         log_sum(plan.block_queries),
-        delta(plan.block_queries) {}
+        delta(plan.block_queries),
+        output_t_(need_output ? plan.padded * plan.block_queries : 0) {
+    std::fill_n(delta.data(), plan.block_queries, T(0));
+  }
 
-  void load(const DenseJob& job, int64_t first, int64_t count) {
+  // The origins are those of the job's keys and values.
+  void load(const DenseJob& job, int64_t first, int64_t count, const T* key_origin, const T* value_origin) {
     const Problem& p = a_.problem;
-    pack_queries<T>(query, query_t, a_.query, plan_, job, first, count, T(p.dot_scale()) * kLog2E<T>);
     pack_queries<T>(grad_output, grad_output_t, a_.grad_output, plan_, job, first, count, 1);
-    pack_rows<T>(output, a_.output, plan_, job, plan_.window_x, first, count, 1);
+    // As long as they are not in use, the queries' rows hold those of the output.
+    if (need_output_) {
+      pack_queries<T>(query, output_t_, a_.output, plan_, job, first, count, 1, value_origin);
+      dot_lanes<T>(delta, grad_output_t, output_t_, plan_.channels, plan_.block_queries);
+    }
+    pack_queries<T>(query, query_t, a_.query, plan_, job, first, count, T(p.dot_scale()) * kLog2E<T>,
+                    p.l2 ? key_origin : nullptr);
     RowCursor lse = lse_cursor(p, job, plan_.window_x, first);
     for (int64_t i = 0; i < count; ++i, ++lse) {
       const T* parts = static_cast<const T*>(a_.lse) + lse.offset;
       base[i] = parts[0];
       log_sum[i] = parts[p.rows()];
-      delta[i] = dot_row(grad_output + i * plan_.padded, output + i * plan_.padded, plan_.padded);
     }
     std::fill(base + count, base + plan_.block_queries, kNoQuery);
     std::fill(log_sum + count, log_sum + plan_.block_queries, T(0));
-    std::fill(delta + count, delta + plan_.block_queries, T(0));
+  }
+  // The l2 term of a gradient of the queries of the tensor that `packed` holds: row[i] -= sums[i] q_i, in units of `row`.
+  // The sums vanish but for rounding, which they keep from being multiplied by whole keys rather than distances.
+  void subtract_own(T* row, const T* packed, const T* sums, int64_t count) const {
+    const T factor = T(a_.problem.dot_scale()) * kLog2E<T>;
+    for (int64_t i = 0; i < count && std::isnormal(factor); ++i) {
+      subtract_row<T>(row + i * plan_.padded, packed + i * plan_.padded, sums[i] / factor, plan_.channels);
+    }
   }
 
  private:
   const Arguments& a_;
   const DensePlan<T>& plan_;
+  const bool need_output_;
 
  public:
   Buffer<T> query, query_t;  // times a log2(e)
-  Buffer<T> grad_output, grad_output_t, output;
-  Buffer<T> base, log_sum, delta;  // the two parts of lse; D
-};
+  Buffer<T> grad_output, grad_output_t;
+  Buffer<T> base, log_sum, delta;  // the two parts of lse; D so far
 
-// row[c] -= factor * other[c]
-template <class T>
-NATTEN_EXT_INLINE void subtract_row(T* row, const T* other, T factor, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) row[c] -= factor * other[c];
-}
+ private:
+  Buffer<T> output_t_;
+};
 
 template <class T>
 class DenseBackward {
@@ -68,39 +84,56 @@ class DenseBackward {
       : a_(a),
         plan_(plan),
         tables_(tables),
-        queries_(a, plan),
-        key_(a.key, plan),
-        value_(a.value, plan),
+        windows_(a, plan),
+        key_origin_(a.key, a.problem, plan.heads),
+        value_origin_(a.value, a.problem, plan.heads),
+        queries_(a, plan, plan.keys > plan.block_keys),
+        key_(a.key, plan, &key_origin_),
+        value_(a.value, plan, &value_origin_),
         grad_key_(a.grad_key, plan, keys_at_once),
         grad_value_(a.grad_value, plan, keys_at_once),
-        table_gradient(plan, static_cast<bool>(a.grad_bias)),
+        table_gradient_(plan, static_cast<bool>(a.grad_bias)),
         index_(plan, tables.head(plan.heads.first) != nullptr),
         probability_(plan.block_keys * plan.block_queries),
         grad_score_(plan.block_keys * plan.block_queries),
         grad_query_(plan.block_queries * plan.padded),
+        row_sum_(plan.block_queries),
         key_bias_(plan.block_keys) {}
 
+  // Partial gradient of the table of the jobs that follow, which is added to.
+  void start(T* partial) {
+    partial_ = partial;
+    table_gradient_.start();
+    windows_.start(partial);
+  }
+  void finish() {
+    table_gradient_.finish(partial_);
+    windows_.finish();
+  }
+
   void prefetch(const DenseJob& job) const {
-    for (const View* v : {&a_.query, &a_.key, &a_.value, &a_.output, &a_.grad_output}) prefetch_rows(*v, plan_, job);
+    for (const View* v : {&a_.query, &a_.key, &a_.value, &a_.grad_output}) prefetch_rows(*v, plan_, job);
   }
 
   void run(const DenseJob& job, const DenseShare& share) {
+    if (windows_.run(job)) return;
     key_.start(job);
     value_.start(job);
     grad_key_.start(job, share.key_begin);
     grad_value_.start(job, share.key_begin);
     for (int64_t first = share.query_begin; first < share.query_end; first += plan_.block_queries) {
       const int64_t count = std::min(plan_.block_queries, share.query_end - first);
-      queries_.load(job, first, count);
+      queries_.load(job, first, count, key_.origin(), value_.origin());
       if (tables_.head(job.head) != nullptr) index_.start(first, count);
       for (int64_t k = share.key_begin; k < share.key_end; k += plan_.block_keys) {
         block(job, share, first, count, k, std::min(plan_.block_keys, share.key_end - k));
       }
       if (share.want_query_side && a_.grad_query) {
+        if (a_.problem.l2) queries_.subtract_own(grad_query_, queries_.query, row_sum_, count);
         unpack_rows<T>(grad_query_, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
       }
     }
-    if (!share.want_key_side) return;
+    if (!share.want_key_side || share.query_end < plan_.queries) return;
     // The packed queries carry log2(e).
     if (grad_key_) grad_key_.finish(share.key_end, kLn2<T>);
     if (grad_value_) grad_value_.finish(share.key_end, 1);
@@ -108,7 +141,7 @@ class DenseBackward {
 
  private:
   void block(const DenseJob& job, const DenseShare& share, int64_t first, int64_t count, int64_t first_key, int64_t keys) {
-    const bool first_queries = first == share.query_begin, first_keys = first_key == share.key_begin;
+    const bool first_queries = first == 0, first_keys = first_key == share.key_begin;
     const int64_t lanes = plan_.block_queries, padded = plan_.padded, channels = plan_.channels;
     const Problem& p = a_.problem;
     const T* key = key_.block(first_key, keys);
@@ -116,8 +149,10 @@ class DenseBackward {
     gemm<T>(keys, lanes, channels, {value_.block(first_key, keys), padded, 1}, queries_.grad_output_t, lanes,
             grad_score_, lanes, false);
     if (p.l2) l2_key_bias<T>(key_bias_, key, keys, plan_, p.scale);
+    if (first_keys) std::fill_n(row_sum_.data(), lanes, T(0));
     const T* table = tables_.head(job.head);
-    for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) scores(table, first_key, keys, lane, share.want_query_side ? table_gradient.data() : nullptr);
+    T* grad_table = share.want_query_side ? table_gradient_.data() : nullptr;
+    for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) scores(table, first_key, keys, lane, grad_table);
     if (share.want_query_side && a_.grad_query) {
       gemm<T>(count, padded, keys, {grad_score_, 1, lanes}, key, padded, grad_query_, padded, !first_keys);
     }
@@ -143,41 +178,48 @@ class DenseBackward {
     const int64_t lanes = plan_.block_queries;
     const bool l2 = a_.problem.l2;
     const Vector<T> base = load(queries_.base + lane), log_sum = load(queries_.log_sum + lane);
-    const Vector<T> delta = load(queries_.delta + lane);
+    const bool whole_row = keys == plan_.keys;
+    Vector<T> delta = load(queries_.delta + lane), row_sum = load(row_sum_ + lane);
+    const auto finish = [&](int64_t j, Vector<T> probability) __attribute__((always_inline)) {
+      T* dp = grad_score_ + j * lanes + lane;
+      const Vector<T> grad = probability * (load(dp) - delta);
+      if (l2) row_sum += grad;
+      store(dp, grad);
+      if (grad_table != nullptr) index_.add(grad_table, first_key + j, lane, grad);
+    };
     for (int64_t j = 0; j < keys; ++j) {
       T* s = probability_ + j * lanes + lane;
-      T* dp = grad_score_ + j * lanes + lane;
       Vector<T> score = load(s);
       if (table != nullptr) score += index_.read(table, first_key + j, lane);
       if (l2) score += broadcast(key_bias_[j]);
       const Vector<T> probability = exp2(score - base - log_sum);
-      const Vector<T> grad = probability * (load(dp) - delta);
       store(s, probability);
-      store(dp, grad);
-      if (grad_table != nullptr) index_.add(grad_table, first_key + j, lane, grad);
+      if (whole_row) delta += probability * load(grad_score_ + j * lanes + lane);
+      else finish(j, probability);
     }
+    for (int64_t j = 0; whole_row && j < keys; ++j) finish(j, load(probability_ + j * lanes + lane));
+    store(row_sum_ + lane, row_sum);
   }
 
   const Arguments& a_;
   const DensePlan<T>& plan_;
   const DenseTables<T>& tables_;
+  WindowsInstead<T, NeighborhoodBackward<T>> windows_;
+  Origin<T> key_origin_, value_origin_;
   BackwardQueries<T> queries_;
   KeyOperand<T> key_, value_;
   KeyGradient<T> grad_key_, grad_value_;
-
- public:
-  DenseTableGradient<T> table_gradient;
-
- private:
+  DenseTableGradient<T> table_gradient_;
+  T* partial_ = nullptr;
   TableIndex<T> index_;
-  Buffer<T> probability_, grad_score_, grad_query_, key_bias_;
+  Buffer<T> probability_, grad_score_, grad_query_, row_sum_, key_bias_;
 };
 
 template <class T>
 void dense_backward(const Arguments& a, HeadRange heads) {
   const Problem& p = a.problem;
   const DensePlan<T> plan(p, heads, p.head_dim > 128 ? 32 : 64, 128);
-  const DenseTables<T> tables(a.bias, plan, kLog2E<T>, DenseTables<T>::kMasked);
+  const auto tables = DenseTables<T>::scores(a.bias, plan);
   run_dense_gradients<T>(
       a, plan, [&](int64_t keys_at_once) { return DenseBackward<T>(a, plan, tables, keys_at_once); });
 }

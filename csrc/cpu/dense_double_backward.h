@@ -1,13 +1,15 @@
 // Double backward of the dense kernels (docs/double_backward.md). With gQ, gK, gV, gbias the cotangents of the
 // first gradients and a the factor of q.k:
 //   X = a (gQ K^T + Q gK^T) + gbias   (l2: - a gK.K per key)      G = dO gV^T
-//   first pass, per row:   r = sum P X   e = sum P X dP   w = P gV   u = (P X) V   t = e - 2 D r + dO.w
-//   second pass:   Sb = P (X (dP - D) - r dP + G - t)   dS = P (dP - D)
+//   first pass, per row:   D = sum P dP   r = sum P X   w = P gV   t = sum P (X - r) (dP - D) + dO.w
+//   second pass:   Sb = P ((X - r) (dP - D) + G - t)   dS = P (dP - D)
 //     q_bar = a (Sb K + dS gK)     k_bar = a (Sb^T Q + dS^T gQ)   (l2: - a (K colsum(Sb) + gK colsum(dS)))
-//     v_bar = (P (X - r))^T dO     dO_bar = u - r O + w           table: sum of Sb over equal offsets
+//     v_bar = (P (X - r))^T dO     dO_bar = P (X - r) V + w       table: sum of Sb over equal offsets
+// Q, K and V are counted from the places in origin.h, dP from dO.O, which is D but for the rounding of O.
 #pragma once
 
 #include "dense_backward.h"
+#include "neighborhood_double_backward.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
@@ -23,16 +25,18 @@ class DenseDoubleBackward {
         plan_(plan),
         tables_(tables),
         cot_tables_(cot_tables),
-        has_x_(a.cot_query || a.cot_key || a.cot_bias),
         keep_(plan.keys * plan.block_queries <= kKeepAtMost),
-        queries_(a, plan),
-        key_(a.key, plan),
-        value_(a.value, plan),
+        windows_(a, plan),
+        key_origin_(a.key, a.problem, plan.heads),
+        value_origin_(a.value, a.problem, plan.heads),
+        queries_(a, plan, true),
+        key_(a.key, plan, &key_origin_),
+        value_(a.value, plan, &value_origin_),
         cot_key_(a.cot_key, plan),
         cot_value_(a.cot_value, plan),
         grad_key_(a.grad_key, plan, keys_at_once),
         grad_value_(a.grad_value, plan, keys_at_once),
-        table_gradient(plan, static_cast<bool>(a.grad_bias)),
+        table_gradient_(plan, static_cast<bool>(a.grad_bias)),
         index_(plan, tables.head(plan.heads.first) != nullptr),
         cot_query_(plan.block_queries * plan.padded),
         cot_query_t_(plan.padded * plan.block_queries),
@@ -40,14 +44,27 @@ class DenseDoubleBackward {
         grad_probability_(kept_keys() * plan.block_queries),
         x_(kept_keys() * plan.block_queries),
         scratch_(plan.block_keys * plan.block_queries),
-        pv_(plan.block_queries * plan.padded),
-        pxv_(plan.block_queries * plan.padded),
+        grad_grad_output_(plan.block_queries * plan.padded),
         grad_query_(plan.block_queries * plan.padded),
+        excess_(plan.block_queries),
         r_(plan.block_queries),
-        e_(plan.block_queries),
+        r_rest_(plan.block_queries),
         t_(plan.block_queries),
+        score_bar_sum_(plan.block_queries),
+        grad_score_sum_(plan.block_queries),
         key_bias_(plan.block_keys),
         key_x_(plan.block_keys) {}
+
+  // As DenseBackward.
+  void start(T* partial) {
+    partial_ = partial;
+    table_gradient_.start();
+    windows_.start(partial);
+  }
+  void finish() {
+    table_gradient_.finish(partial_);
+    windows_.finish();
+  }
 
   void prefetch(const DenseJob& job) const {
     for (const View* v : {&a_.query, &a_.key, &a_.value, &a_.output, &a_.grad_output, &a_.cot_query, &a_.cot_key,
@@ -57,6 +74,7 @@ class DenseDoubleBackward {
   }
 
   void run(const DenseJob& job, const DenseShare& share) {
+    if (windows_.run(job)) return;
     for (KeyOperand<T>* operand : {&key_, &value_, &cot_key_, &cot_value_}) operand->start(job);
     grad_key_.start(job, share.key_begin);
     grad_value_.start(job, share.key_begin);
@@ -64,15 +82,21 @@ class DenseDoubleBackward {
       const int64_t count = std::min(plan_.block_queries, share.query_end - first);
       load_queries(job, first, count);
       first_pass(job, count);
-      if (share.want_query_side && a_.grad_grad_output) store_grad_output(job, first, count);
       for (int64_t k = share.key_begin; k < share.key_end; k += plan_.block_keys) {
         second_pass(job, share, first, count, k, std::min(plan_.block_keys, share.key_end - k));
       }
+      if (share.want_query_side && a_.grad_grad_output) {
+        unpack_rows<T>(grad_grad_output_, a_.grad_grad_output, plan_, job, plan_.window_x, first, count, 1);
+      }
       if (share.want_query_side && a_.grad_query) {
+        if (a_.problem.l2) {
+          queries_.subtract_own(grad_query_, queries_.query, score_bar_sum_, count);
+          if (a_.cot_query) queries_.subtract_own(grad_query_, cot_query_, grad_score_sum_, count);
+        }
         unpack_rows<T>(grad_query_, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
       }
     }
-    if (!share.want_key_side) return;
+    if (!share.want_key_side || share.query_end < plan_.queries) return;
     if (grad_key_) grad_key_.finish(share.key_end, kLn2<T>);
     if (grad_value_) grad_value_.finish(share.key_end, 1);
   }
@@ -82,7 +106,7 @@ class DenseDoubleBackward {
   int64_t kept(int64_t first_key) const { return keep_ ? first_key * plan_.block_queries : 0; }
 
   void load_queries(const DenseJob& job, int64_t first, int64_t count) {
-    queries_.load(job, first, count);
+    queries_.load(job, first, count, key_.origin(), value_.origin());
     if (a_.cot_query) {
       pack_queries<T>(cot_query_, cot_query_t_, a_.cot_query, plan_, job, first, count,
                       T(a_.problem.dot_scale()) * kLog2E<T>);
@@ -90,7 +114,7 @@ class DenseDoubleBackward {
     if (tables_.head(job.head) != nullptr) index_.start(first, count);
   }
 
-  // P, dP and X of one block of keys; adds to the row sums r and e if asked to.
+  // P, dP (less D as it comes from the output) and X of one block of keys; adds to the row sums if asked to.
   void scores(const DenseJob& job, int64_t first_key, int64_t keys, bool sum_rows) {
     const int64_t lanes = plan_.block_queries, padded = plan_.padded, channels = plan_.channels;
     const Problem& p = a_.problem;
@@ -116,75 +140,76 @@ class DenseDoubleBackward {
     const T* cot_table = cot_tables_.head(job.head);
     for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
       const Vector<T> base = load(queries_.base + lane), log_sum = load(queries_.log_sum + lane);
-      Vector<T> r = load(r_ + lane), e = load(e_ + lane);
+      const Vector<T> delta = load(queries_.delta + lane);
+      Vector<T> excess = load(excess_ + lane), r = load(r_ + lane), t = load(t_ + lane);
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * lanes + lane;
         Vector<T> score = load(probability + at);
         if (table != nullptr) score += index_.read(table, first_key + j, lane);
         if (p.l2) score += broadcast(key_bias_[j]);
-        const Vector<T> prob = exp2(score - base - log_sum);
+        const Vector<T> prob = exp2(score - base - log_sum), centred = load(grad_probability + at) - delta;
         Vector<T> value{};
         if (products) value = load(x + at) * kLn2<T>;  // the packed queries carry log2(e)
         if (cot_table != nullptr) value += index_.read(cot_table, first_key + j, lane);
         if (shifted) value -= broadcast(key_x_[j]);
         const Vector<T> weighted = prob * value;
+        excess += prob * centred;
         r += weighted;
-        e += weighted * load(grad_probability + at);
+        t += weighted * centred;
         store(probability + at, prob);
+        store(grad_probability + at, centred);
         store(x + at, value);
-        store(scratch_ + at, weighted);
       }
       if (!sum_rows) continue;
+      store(excess_ + lane, excess);
       store(r_ + lane, r);
-      store(e_ + lane, e);
+      store(t_ + lane, t);
     }
   }
 
-  // Row sums r, e, t and the rows w = P gV (pv_) and u = (P X) V (pxv_).
+  // Row sums: what D as it comes from the output lacks, r, t; and the rows w = P gV, to which dO_bar is added later.
   void first_pass(const DenseJob& job, int64_t count) {
     const int64_t lanes = plan_.block_queries, padded = plan_.padded;
-    std::fill(r_.data(), r_ + lanes, T(0));
-    std::fill(e_.data(), e_ + lanes, T(0));
+    for (Buffer<T>* sums : {&excess_, &r_, &t_}) std::fill_n(sums->data(), lanes, T(0));
     for (int64_t k = 0; k < plan_.keys; k += plan_.block_keys) {
       const int64_t keys = std::min(plan_.block_keys, plan_.keys - k);
       scores(job, k, keys, true);
       if (a_.cot_value) {
-        gemm<T>(count, padded, keys, {probability_ + kept(k), 1, lanes}, cot_value_.block(k, keys), padded, pv_,
-                padded, k > 0);
+        gemm<T>(count, padded, keys, {probability_ + kept(k), 1, lanes}, cot_value_.block(k, keys), padded,
+                grad_grad_output_, padded, k > 0);
       }
-      if (has_x_ && a_.grad_grad_output) {
-        gemm<T>(count, padded, keys, {scratch_, 1, lanes}, value_.block(k, keys), padded, pxv_, padded, k > 0);
+    }
+    if (a_.cot_value) {
+      std::fill(grad_grad_output_ + count * padded, grad_grad_output_ + lanes * padded, T(0));
+      T* w_t = grad_query_;  // not in use yet
+      transpose(w_t, lanes, grad_grad_output_.data(), padded, lanes, padded);
+      dot_lanes<T>(score_bar_sum_, queries_.grad_output_t, w_t, plan_.channels, lanes);
+    }
+    // For l2 the largest part of X is constant along a row (it is none of X as a product of differences): r again, of
+    // what is left.
+    for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
+      Vector<T> rest{};
+      for (int64_t j = 0; keep_ && a_.problem.l2 && j < plan_.keys; ++j) {
+        rest += load(probability_ + j * lanes + lane) * (load(x_ + j * lanes + lane) - load(r_ + lane));
       }
+      store(r_rest_ + lane, rest);
     }
     for (int64_t i = 0; i < lanes; ++i) {
-      t_[i] = e_[i] - 2 * queries_.delta[i] * r_[i];
-      if (a_.cot_value && i < count) t_[i] += dot_row(queries_.grad_output + i * padded, pv_ + i * padded, plan_.channels);
+      t_[i] -= r_[i] * excess_[i];
+      if (a_.cot_value) t_[i] += score_bar_sum_[i];
     }
-  }
-
-  void store_grad_output(const DenseJob& job, int64_t first, int64_t count) {
-    const int64_t padded = plan_.padded;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = i * padded;
-      for (int64_t c = 0; c < padded; ++c) {
-        T value = 0;
-        if (has_x_) value = pxv_[row + c] - r_[i] * queries_.output[row + c];
-        if (a_.cot_value) value += pv_[row + c];
-        pxv_[row + c] = value;
-      }
-    }
-    unpack_rows<T>(pxv_, a_.grad_grad_output, plan_, job, plan_.window_x, first, count, 1);
+    for (Buffer<T>* sums : {&score_bar_sum_, &grad_score_sum_}) std::fill_n(sums->data(), lanes, T(0));
   }
 
   void second_pass(const DenseJob& job, const DenseShare& share, int64_t first, int64_t count, int64_t first_key,
                    int64_t keys) {
-    const bool first_queries = first == share.query_begin, first_keys = first_key == share.key_begin;
-    T* grad_table = share.want_query_side ? table_gradient.data() : nullptr;
+    const bool first_queries = first == 0, first_keys = first_key == share.key_begin;
+    T* grad_table = share.want_query_side ? table_gradient_.data() : nullptr;
     const int64_t lanes = plan_.block_queries, padded = plan_.padded, channels = plan_.channels;
     const Problem& p = a_.problem;
     if (!keep_) scores(job, first_key, keys, false);
     T* probability = probability_ + kept(first_key);
-    T* grad_score = grad_probability_ + kept(first_key);  // dP becomes dS
+    T* grad_score = grad_probability_ + kept(first_key);  // dP - D becomes dS
     T* value_weight = x_ + kept(first_key);               // X becomes P (X - r)
     T* score_bar = scratch_;                              // G becomes Sb
     if (a_.cot_value) {
@@ -192,21 +217,31 @@ class DenseDoubleBackward {
               score_bar, lanes, false);
     }
     for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
-      const Vector<T> delta = load(queries_.delta + lane), r = load(r_ + lane), t = load(t_ + lane);
+      const Vector<T> excess = load(excess_ + lane), r = load(r_ + lane), t = load(t_ + lane);
+      const Vector<T> r_rest = load(r_rest_ + lane);
+      Vector<T> score_bar_sum = load(score_bar_sum_ + lane), grad_score_sum = load(grad_score_sum_ + lane);
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * lanes + lane;
-        const Vector<T> prob = load(probability + at), dp = load(grad_score + at), x = load(value_weight + at);
-        Vector<T> inner = x * (dp - delta) - r * dp - t;
+        const Vector<T> prob = load(probability + at), centred = load(grad_score + at) - excess;
+        const Vector<T> x = load(value_weight + at) - r - r_rest;
+        Vector<T> inner = x * centred - t;
         if (a_.cot_value) inner += load(score_bar + at);
-        const Vector<T> bar = prob * inner;
+        const Vector<T> bar = prob * inner, grad = prob * centred;
+        if (p.l2) score_bar_sum += bar, grad_score_sum += grad;
         store(score_bar + at, bar);
-        store(grad_score + at, prob * (dp - delta));
-        store(value_weight + at, prob * (x - r));
+        store(grad_score + at, grad);
+        store(value_weight + at, prob * x);
         if (grad_table != nullptr) index_.add(grad_table, first_key + j, lane, bar);
       }
+      store(score_bar_sum_ + lane, score_bar_sum);
+      store(grad_score_sum_ + lane, grad_score_sum);
     }
     const T* key = key_.block(first_key, keys);
     const T* cot_key = a_.cot_key ? cot_key_.block(first_key, keys) : nullptr;
+    if (share.want_query_side && a_.grad_grad_output) {
+      gemm<T>(count, padded, keys, {value_weight, 1, lanes}, value_.block(first_key, keys), padded, grad_grad_output_,
+              padded, a_.cot_value || !first_keys);
+    }
     if (share.want_query_side && a_.grad_query) {
       gemm<T>(count, padded, keys, {score_bar, 1, lanes}, key, padded, grad_query_, padded, !first_keys);
       if (cot_key) gemm<T>(count, padded, keys, {grad_score, 1, lanes}, cot_key, padded, grad_query_, padded, true);
@@ -236,18 +271,17 @@ class DenseDoubleBackward {
   const Arguments& a_;
   const DensePlan<T>& plan_;
   const DenseTables<T>&tables_, &cot_tables_;
-  const bool has_x_, keep_;
+  const bool keep_;
+  WindowsInstead<T, NeighborhoodDoubleBackward<T>> windows_;
+  Origin<T> key_origin_, value_origin_;
   BackwardQueries<T> queries_;
   KeyOperand<T> key_, value_, cot_key_, cot_value_;
   KeyGradient<T> grad_key_, grad_value_;
-
- public:
-  DenseTableGradient<T> table_gradient;
-
- private:
+  DenseTableGradient<T> table_gradient_;
+  T* partial_ = nullptr;
   TableIndex<T> index_;
-  Buffer<T> cot_query_, cot_query_t_, probability_, grad_probability_, x_, scratch_, pv_, pxv_, grad_query_;
-  Buffer<T> r_, e_, t_, key_bias_, key_x_;
+  Buffer<T> cot_query_, cot_query_t_, probability_, grad_probability_, x_, scratch_, grad_grad_output_, grad_query_;
+  Buffer<T> excess_, r_, r_rest_, t_, score_bar_sum_, grad_score_sum_, key_bias_, key_x_;
 };
 
 template <class T>
@@ -256,8 +290,8 @@ void dense_double_backward(const Arguments& a, HeadRange heads) {
   // Fewer queries at once where that lets a whole row of scores stay in the cache.
   const bool many_keys = DensePlan<T>(p, heads, 1, 1).keys > 256;
   const DensePlan<T> plan(p, heads, many_keys || p.head_dim > 128 ? 32 : 64, 128);
-  const DenseTables<T> tables(a.bias, plan, kLog2E<T>, DenseTables<T>::kMasked);
-  const DenseTables<T> cot_tables(a.cot_bias, plan, 1, 0);
+  const auto tables = DenseTables<T>::scores(a.bias, plan);
+  const auto cot_tables = DenseTables<T>::cotangents(a.cot_bias, plan);
   run_dense_gradients<T>(a, plan, [&](int64_t keys_at_once) {
     return DenseDoubleBackward<T>(a, plan, tables, cot_tables, keys_at_once);
   });

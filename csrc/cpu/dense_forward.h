@@ -1,10 +1,9 @@
 // Forward of the dense kernels: online softmax over blocks of keys.
 #pragma once
 
-#include <cmath>
-#include <limits>
-
-#include "dense.h"
+#include "dense_tables.h"
+#include "dense_windows.h"
+#include "neighborhood_forward.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
@@ -15,7 +14,9 @@ class DenseForward {
       : a_(a),
         plan_(plan),
         tables_(tables),
-        key_(a.key, plan),
+        windows_(a, plan),
+        key_origin_(a.key, a.problem, plan.heads),
+        key_(a.key, plan, &key_origin_),
         value_(a.value, plan),
         index_(plan, tables.head(plan.heads.first) != nullptr),
         query_(plan.block_queries * plan.padded),
@@ -29,6 +30,7 @@ class DenseForward {
 
   // Queries [begin, end) of one job.
   void run(const DenseJob& job, int64_t begin, int64_t end) {
+    if (windows_.run(job)) return;
     key_.start(job);
     value_.start(job);
     for (int64_t first = begin; first < end; first += plan_.block_queries) {
@@ -45,9 +47,11 @@ class DenseForward {
     const int64_t lanes = plan_.block_queries, padded = plan_.padded;
     const Problem& p = a_.problem;
     const T* table = tables_.head(job.head);
-    pack_queries<T>(query_, query_t_, a_.query, plan_, job, first, count, T(p.dot_scale()) * kLog2E<T>);
+    pack_queries<T>(query_, query_t_, a_.query, plan_, job, first, count, T(p.dot_scale()) * kLog2E<T>,
+                    p.l2 ? key_.origin() : nullptr);
     if (table != nullptr) index_.start(first, count);
-    std::fill(maximum_.data(), maximum_ + lanes, -std::numeric_limits<T>::infinity());
+    // Not minus infinity, which rows may meet alone for a while: exp2(-inf - -inf) is NaN.
+    std::fill(maximum_.data(), maximum_ + lanes, std::numeric_limits<T>::lowest());
     std::fill(sum_.data(), sum_ + lanes, T(0));
     for (int64_t k = 0; k < plan_.keys; k += plan_.block_keys) {
       const int64_t keys = std::min(plan_.block_keys, plan_.keys - k);
@@ -100,6 +104,8 @@ class DenseForward {
   const Arguments& a_;
   const DensePlan<T>& plan_;
   const DenseTables<T>& tables_;
+  WindowsInstead<T, NeighborhoodForward<T>> windows_;
+  Origin<T> key_origin_;
   KeyOperand<T> key_, value_;
   TableIndex<T> index_;
   Buffer<T> query_, query_t_, scores_, output_, maximum_, sum_, correction_, key_bias_;
@@ -109,7 +115,7 @@ template <class T>
 void dense_forward(const Arguments& a, HeadRange heads) {
   const Problem& p = a.problem;
   const DensePlan<T> plan(p, heads, p.head_dim > 128 ? 32 : 64, 128);
-  const DenseTables<T> tables(a.bias, plan, kLog2E<T>, DenseTables<T>::kMasked);
+  const auto tables = DenseTables<T>::scores(a.bias, plan);
   // Long jobs are shared between threads by groups of queries; short ones pack their keys once.
   const int64_t group = plan.queries <= 512 ? plan.queries : 4 * plan.block_queries;
   const int64_t groups = (plan.queries + group - 1) / group;

@@ -16,4 +16,7 @@ struct Kernels {
 // Runs task(context, index) for 0 <= index < count on torch's threads; each thread takes the next index when free.
 void parallel_tasks(int64_t count, void (*worker)(void* context, int64_t (*next)(void*), void* queue), void* context);
 
+// How many threads that is at most.
+int64_t thread_count();
+
 }  // namespace natten_ext

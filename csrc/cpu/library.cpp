@@ -7,6 +7,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(NATTEN_EXT_X86)
+#include <cpuid.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -37,6 +40,14 @@ namespace {
 
 using torch::stable::Tensor;
 
+#if defined(NATTEN_EXT_X86)
+// Conversions of float16, which not every compiler's __builtin_cpu_supports knows by name.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 struct Variant {
   const char* name;
   bool supported;
@@ -48,7 +59,7 @@ std::vector<Variant> variants() {
   std::vector<Variant> result;
 #if defined(NATTEN_EXT_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
   result.push_back({"avx512", avx512, {avx512::forward, avx512::backward, avx512::double_backward}});
@@ -97,7 +108,7 @@ void prefer_huge_pages([[maybe_unused]] const Tensor& t) {
 struct CpuBackend {
   const char* device = "the CPU";
   bool holds(const Tensor& t) const { return t.is_cpu(); }
-  bool takes(DType dtype) const { return dtype != DType::float16; }
+  bool takes(DType) const { return true; }
   void allocated(Tensor& t) const { prefer_huge_pages(t); }
   void forward(const Arguments& a) const { variant().kernels.forward(a); }
   void backward(const Arguments& a) const { variant().kernels.backward(a); }
@@ -132,6 +143,8 @@ void release_working_memory() { BlockCache::instance().release(); }
 
 }  // namespace
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 void parallel_tasks(int64_t count, void (*worker)(void*, int64_t (*)(void*), void*), void* context) {
   struct Queue {
     std::atomic<int64_t> next{0};
@@ -142,7 +155,7 @@ void parallel_tasks(int64_t count, void (*worker)(void*, int64_t (*)(void*), voi
     const int64_t index = q.next.fetch_add(1, std::memory_order_relaxed);
     return index < q.count ? index : -1;
   };
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  const int64_t threads = std::min(count, thread_count());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) worker(context, next, &queue);
   });

@@ -1,4 +1,4 @@
-// Backward of neighborhood attention; the formulas are those of dense_backward.h.
+// Backward of neighborhood attention; the formulas are those of dense_backward.h, whole rows at hand.
 //
 // A job walks down its rows of queries. Each group of rows computes P and dS of its windows once, gathers dQ, and adds
 // its share to the few rows of dK and dV that it attends, which are written out when the windows have passed them.
@@ -64,13 +64,14 @@ class BackwardRows {
       delta[r] = Buffer<T>(g.padded);
     }
   }
-  void load(const NeighborhoodRows<T>& rows, const RowGroup& group) {
+  void load(NeighborhoodRows<T>& rows, const RowGroup& group) {
     const NeighborhoodJob& job = rows.job;
     const ClassGeometry<T>& g = rows.geometry;
+    strange = false;
     for (int r = 0; r < group.count; ++r) {
       const int64_t y = group.y + r;
       rows.transposer.load(grad_output.row(y), grad_output.stride(), a_.grad_output, job, y, 1);
-      rows.transposer.load(output.row(y), output.stride(), a_.output, job, y, 1);
+      rows.transposer.load(output.row(y), output.stride(), a_.output, job, y, 1, rows.value_origin());
       const T* lse = static_cast<const T*>(a_.lse) + job.lse_offset(a_.problem, y);
       for (int64_t x = 0; x < g.padded; ++x) {
         // Lanes without a query: their P vanishes.
@@ -78,14 +79,17 @@ class BackwardRows {
         base[r][x] = x < g.width ? parts[0] : std::numeric_limits<T>::infinity();
         log_sum[r][x] = x < g.width ? parts[a_.problem.rows()] : T(0);
       }
-      for (int64_t x = 0; x < g.padded; x += L) store(delta[r] + x, dot(grad_output.row(y) + x, output.row(y) + x));
+      for (int64_t x = 0; x < g.padded; x += L) {
+        store(delta[r] + x, dot(grad_output.row(y) + x, output.row(y) + x, output.stride()));
+      }
+      for (int64_t x = 0; x < g.width; ++x) strange = strange || !std::isfinite(log_sum[r][x]) || !std::isfinite(delta[r][x]);
     }
   }
-  // Product over the channels of one vector of queries.
-  Vector<T> dot(const T* a, const T* b) const {
+  // Product over the channels of a vector of queries in a row of `grad_output` and another; see dot_lanes.
+  Vector<T> dot(const T* a, const T* b, int64_t b_stride) const {
     Vector<T> sum{};
     for (int64_t c = 0; c < channels_; ++c) {
-      sum += NATTEN_EXT_ISA::load(a + c * output.stride()) * NATTEN_EXT_ISA::load(b + c * output.stride());
+      sum += NATTEN_EXT_ISA::load(a + c * grad_output.stride()) * NATTEN_EXT_ISA::load(b + c * b_stride);
     }
     return sum;
   }
@@ -97,6 +101,7 @@ class BackwardRows {
  public:
   RowRing<T> grad_output, output;
   Buffer<T> base[kGroup], log_sum[kGroup], delta[kGroup];  // the two parts of lse; D
+  bool strange = false;  // a query or a gradient of an output may be NaN or infinite
 };
 
 // The gradient of one head's table, over the jobs of a task.
@@ -104,10 +109,8 @@ template <class T>
 class TableGradient {
  public:
   TableGradient(const Arguments& a) : a_(a) {}
-  void start(T* target) {
-    target_ = target;
-    if (target != nullptr) std::fill_n(target, a_.problem.table_height() * a_.problem.table_width(), T(0));
-  }
+  // What is flushed is added to `target`, if there is one.
+  void start(T* target) { target_ = target; }
   // Must come before the geometry changes, and last.
   void flush(const ClassGeometry<T>& g) {
     if (target_ == nullptr || !open_) return;
@@ -135,15 +138,19 @@ class NeighborhoodBackward {
   static constexpr int L = kLanes<T>;
 
   explicit NeighborhoodBackward(const Arguments& a)
-      : a_(a), rows_(a, 0), backward_(a), table_gradient(a) {
+      : a_(a), rows_(a, 0), backward_(a), table_gradient_(a) {
     grad_query_.resize(a.problem.head_dim);
   }
 
+  // Partial gradient of the table of the jobs that follow, which is added to.
+  void start(T* partial) { table_gradient_.start(a_.grad_bias ? partial : nullptr); }
+  void finish() { table_gradient_.flush(rows_.geometry); }
+
   void run(const NeighborhoodJob& new_job) {
     const ClassGeometry<T>& g = rows_.geometry;
-    if (rows_.differs(new_job)) table_gradient.flush(g);
+    if (rows_.differs(new_job)) table_gradient_.flush(g);
     if (rows_.start(new_job)) resize();
-    table_gradient.open(g);
+    table_gradient_.open(g);
     const NeighborhoodJob& job = rows_.job;
     const auto [begin, end] = attending_rows(g, job);
     grad_key_.start(job, g.start_y(begin));
@@ -158,16 +165,16 @@ class NeighborhoodBackward {
       const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
       for (int64_t b = 0; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
       if (a_.grad_key) {
-        gatherer_.run(g, group, score_rows_, rows_.query, rows_.query_channels, grad_key_.ring, job.begin, job.end);
+        gatherer_.run(g, group, score_rows_, rows_.query, rows_.query_channels, grad_key_.ring, job.begin, job.end,
+                      backward_.strange);
       }
       if (a_.grad_value) {
-        gatherer_.run(g, group, weight_rows_, backward_.grad_output, rows_.channels, grad_value_.ring, job.begin, job.end);
+        gatherer_.run(g, group, weight_rows_, backward_.grad_output, rows_.channels, grad_value_.ring, job.begin, job.end,
+                      backward_.strange);
       }
       close(y + kGroup < end ? g.start_y(y + kGroup) : g.height);
     }
   }
-  void finish() { table_gradient.flush(rows_.geometry); }
-
  private:
   void resize() {
     const ClassGeometry<T>& g = rows_.geometry;
@@ -184,32 +191,44 @@ class NeighborhoodBackward {
     score_strip(g, group, begin, end, rows_.query, rows_.key, rows_.score_channels, weights_, false, rows_.table());
     score_strip(g, group, begin, end, backward_.grad_output, rows_.value, rows_.channels, scores_, false);
     for (int64_t b = begin; b < end; ++b) {
-      for (int r = 0; r < group.count; ++r) score_gradients(group, r, b, weights_.block(r, b - begin), scores_.block(r, b - begin));
+      for (int r = 0; r < group.count; ++r) score_gradients(group, r, b, b - begin);
     }
     if (!a_.grad_query || !rows_.job.owns_any(group.y, group.count)) return;
     gather_keys<T>(g, group, begin, end, scores_, rows_.key, rows_.channels, terms_, grad_query_, false);
     for (int64_t b = begin; b < end; ++b) {
       for (int r = 0; r < group.count; ++r) {
-        if (!rows_.job.owns(group.y + r)) continue;
-        rows_.transposer.unload(grad_query_.row(b - begin, r), L, a_.grad_query, rows_.job, group.y + r, b * L,
+        const int64_t y = group.y + r;
+        if (!rows_.job.owns(y)) continue;
+        if (a_.problem.l2) rows_.subtract_own(grad_query_.row(b - begin, r), rows_.query.row(y) + b * L, row_sum_[b - begin][r]);
+        rows_.transposer.unload(grad_query_.row(b - begin, r), L, a_.grad_query, rows_.job, y, b * L,
                                 T(a_.problem.dot_scale()));
       }
     }
   }
 
   // One block of queries: scores to P, and dP to dS.
-  void score_gradients(const RowGroup& group, int r, int64_t b, T* weights, T* scores) {
+  void score_gradients(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
+    const int64_t n = g.ky * g.kx;
     const int64_t y = group.y + r, x = b * L, distance = group.start[r] - y, which = g.query_blocks[b].table;
-    T* grad_table = a_.grad_bias && rows_.job.owns(y) ? table_gradient.expanded.row(which, distance) : nullptr;
+    T* grad_table = a_.grad_bias && rows_.job.owns(y) ? table_gradient_.expanded.row(which, distance) : nullptr;
+    T* const weights = weights_.block(r, slot);
+    T* const scores = scores_.block(r, slot);
     const Vector<T> base = load(backward_.base[r] + x), log_sum = load(backward_.log_sum[r] + x);
     const Vector<T> delta = load(backward_.delta[r] + x);
+    Vector<T> excess{}, row_sum{};
+    for (int64_t i = 0; i < n; ++i) {
+      const Vector<T> weight = exp2(load(weights + i * L) - base - log_sum), centred = load(scores + i * L) - delta;
+      excess += weight * centred;
+      store(weights + i * L, weight);
+      store(scores + i * L, centred);
+    }
     T* weight_row = weight_rows_.rows[r] + x;
     T* score_row = score_rows_.rows[r] + x;
     for (int64_t i = 0, ky = 0; ky < g.ky; ++ky) {
       for (int64_t kx = 0; kx < g.kx; ++kx, ++i) {
-        const Vector<T> weight = exp2(load(weights + i * L) - base - log_sum);
-        const Vector<T> gradient = weight * (load(scores + i * L) - delta);
+        const Vector<T> weight = load(weights + i * L), gradient = weight * (load(scores + i * L) - excess);
+        row_sum += gradient;
         store(scores + i * L, gradient);
         const int64_t at = ky * g.weights_stride + kx * g.padded;
         store(weight_row + at, weight);
@@ -217,6 +236,7 @@ class NeighborhoodBackward {
         if (grad_table != nullptr) store(grad_table + i * L, load(grad_table + i * L) + gradient);
       }
     }
+    row_sum_[slot][r] = row_sum;
   }
 
   // Writes out the rows of dK and dV that the windows have passed.
@@ -237,15 +257,12 @@ class NeighborhoodBackward {
   const Arguments& a_;
   NeighborhoodRows<T> rows_;
   BackwardRows<T> backward_;
-
- public:
-  TableGradient<T> table_gradient;
-
- private:
+  TableGradient<T> table_gradient_;
   GradientRows<T> grad_key_, grad_value_;
   StripWeights<T> weights_, scores_;        // P and dS
   RowWeights<T> weight_rows_, score_rows_;  // the same
   StripResults<T> grad_query_;
+  Vector<T> row_sum_[kStrip][kGroup];  // of dS
   std::vector<Term<T>> terms_;
   QueryGatherer<T> gatherer_;
 };
@@ -255,12 +272,14 @@ template <class T, class Make>
 void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const Make& make) {
   const Problem& p = a.problem;
   const HeadJobs jobs(p, heads.first, 64);
-  const int64_t parts = std::min<int64_t>(16, jobs.count()), table_size = p.table_height() * p.table_width();
-  Buffer<T> partial(a.grad_bias ? heads.count() * parts * table_size : 0);
+  const int64_t parts = std::min<int64_t>(16, jobs.count());
+  const int64_t table_size = a.grad_bias ? p.table_height() * p.table_width() : 0;
+  Buffer<T> partial(heads.count() * parts * table_size);
+  std::fill_n(partial.data(), heads.count() * parts * table_size, T(0));
   for_each_task(heads.count() * parts, make, [&](auto& worker, int64_t task) {
     // Heads vary fastest: they share the pages of memory.
     const int64_t head = task % heads.count(), part = task / heads.count();
-    worker.table_gradient.start(a.grad_bias ? partial + (head * parts + part) * table_size : nullptr);
+    worker.start(partial + (head * parts + part) * table_size);
     for (int64_t job = part * jobs.count() / parts; job < (part + 1) * jobs.count() / parts; ++job) {
       worker.run(jobs.job(heads.first + head, job));
     }

@@ -17,20 +17,22 @@ class NeighborhoodDoubleBackward {
   static constexpr int L = kLanes<T>;
 
   explicit NeighborhoodDoubleBackward(const Arguments& a)
-      : a_(a), rows_(a, a.problem.l2 ? 1 : 0), backward_(a), table_gradient(a) {
-    for (StripResults<T>* results : {&pv_, &pxv_, &grad_query_}) results->resize(a.problem.head_dim);
+      : a_(a), rows_(a, a.problem.l2 ? 1 : 0), backward_(a), table_gradient_(a) {
+    for (StripResults<T>* results : {&grad_grad_output_, &grad_query_}) results->resize(a.problem.head_dim);
   }
 
-  // As NeighborhoodBackward::run.
+  // As NeighborhoodBackward.
+  void start(T* partial) { table_gradient_.start(a_.grad_bias ? partial : nullptr); }
+  void finish() { table_gradient_.flush(rows_.geometry); }
   void run(const NeighborhoodJob& new_job) {
     const ClassGeometry<T>& g = rows_.geometry;
-    if (rows_.differs(new_job)) table_gradient.flush(g);
+    if (rows_.differs(new_job)) table_gradient_.flush(g);
     const int64_t last_head = rows_.job.head;
     const bool changed = rows_.start(new_job);
     const NeighborhoodJob& job = rows_.job;
     if (changed) resize();
-    if (a_.cot_bias && (changed || job.head != last_head)) cot_table_.fill(g, a_.problem, a_.cot_bias, job.head, 1);
-    table_gradient.open(g);
+    if (a_.cot_bias && (changed || job.head != last_head)) cot_table_.fill(g, a_.problem, a_.cot_bias, job.head, [](T value) { return value; });
+    table_gradient_.open(g);
     const auto [begin, end] = attending_rows(g, job);
     grad_key_.start(job, g.start_y(begin));
     grad_value_.start(job, g.start_y(begin));
@@ -45,8 +47,6 @@ class NeighborhoodDoubleBackward {
       close(y + kGroup < end ? g.start_y(y + kGroup) : g.height);
     }
   }
-  void finish() { table_gradient.flush(rows_.geometry); }
-
  private:
   // What one window position passes from the scores to the gradients.
   enum Weight { kProbability, kGradScore, kX, kScoreBar, kValueWeight, kWeights };
@@ -68,6 +68,7 @@ class NeighborhoodDoubleBackward {
     const Problem& p = a_.problem;
     rows_.load_queries(group);
     backward_.load(rows_, group);
+    strange_ = backward_.strange;
     for (int64_t y = group.y; a_.cot_query && y < group.y + group.count; ++y) {
       rows_.transposer.load(cot_query_.row(y), cot_query_.stride(), a_.cot_query, job, y, rows_.query_scale);
       if (p.l2) std::fill_n(cot_query_.row(y) + (rows_.channels + 1) * cot_query_.stride(), rows_.geometry.width, T(1));
@@ -102,24 +103,32 @@ class NeighborhoodDoubleBackward {
       }
     };
     for_each_block([&](int r, int64_t b, int64_t slot) { row_sums(group, r, b, slot); });
-    if (a_.cot_value) gather(kProbability, cot_value_, pv_, false);
     const bool own = rows_.job.owns_any(group.y, group.count);
-    if (a_.grad_grad_output && own) {
-      gather(kValueWeight, rows_.value, pxv_, false);  // holds P X for the time being
-      for_each_block([&](int r, int64_t b, int64_t slot) { store_grad_output(group.y + r, r, b, slot); });
-    }
+    if (a_.cot_value) gather(kProbability, cot_value_, grad_grad_output_, false);  // w so far
     for_each_block([&](int r, int64_t b, int64_t slot) { second_pass(group, r, b, slot); });
+    if (a_.grad_grad_output && own) {
+      gather(kValueWeight, rows_.value, grad_grad_output_, static_cast<bool>(a_.cot_value));
+      for_each_block([&](int r, int64_t b, int64_t slot) {
+        if (!rows_.job.owns(group.y + r)) return;
+        rows_.transposer.unload(grad_grad_output_.row(slot, r), L, a_.grad_grad_output, rows_.job, group.y + r, b * L, 1);
+      });
+    }
     if (!a_.grad_query || !own) return;
     gather(kScoreBar, rows_.key, grad_query_, false);
     if (a_.cot_key) gather(kGradScore, cot_key_, grad_query_, true);
     for_each_block([&](int r, int64_t b, int64_t slot) {
-      if (!rows_.job.owns(group.y + r)) return;
-      rows_.transposer.unload(grad_query_.row(slot, r), L, a_.grad_query, rows_.job, group.y + r, b * L,
-                              T(a_.problem.dot_scale()));
+      const int64_t y = group.y + r;
+      if (!rows_.job.owns(y)) return;
+      T* gradient = grad_query_.row(slot, r);
+      if (a_.problem.l2) {
+        rows_.subtract_own(gradient, rows_.query.row(y) + b * L, score_bar_sum_[slot][r]);
+        if (a_.cot_query) rows_.subtract_own(gradient, cot_query_.row(y) + b * L, grad_score_sum_[slot][r]);
+      }
+      rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, y, b * L, T(a_.problem.dot_scale()));
     });
   }
 
-  // P, X and P X of one block, and its sums r and e.
+  // P, dP less D as it comes from the output, and X of one block; what that D lacks, r, and t without its last term.
   void row_sums(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t n = g.ky * g.kx, distance = group.start[r] - (group.y + r), which = g.query_blocks[b].table;
@@ -127,76 +136,74 @@ class NeighborhoodDoubleBackward {
     const bool products = a_.cot_query || a_.cot_key;
     T* const probabilities = weights_[kProbability].block(r, slot);
     T* const values = weights_[kX].block(r, slot);
-    T* const weighted_values = weights_[kValueWeight].block(r, slot);
-    const T* const grad_scores = weights_[kGradScore].block(r, slot);
+    T* const grad_scores = weights_[kGradScore].block(r, slot);
     const Vector<T> base = NATTEN_EXT_ISA::load(backward_.base[r] + b * L);
     const Vector<T> log_sum = NATTEN_EXT_ISA::load(backward_.log_sum[r] + b * L);
-    Vector<T> r_sum{}, e_sum{};
+    const Vector<T> delta = NATTEN_EXT_ISA::load(backward_.delta[r] + b * L);
+    Vector<T> excess{}, r_sum{}, t{};
     for (int64_t i = 0; i < n * L; i += L) {
       const Vector<T> probability = exp2(NATTEN_EXT_ISA::load(probabilities + i) - base - log_sum);
+      const Vector<T> centred = NATTEN_EXT_ISA::load(grad_scores + i) - delta;
       Vector<T> value{};
       if (products) value = NATTEN_EXT_ISA::load(values + i) * kLn2<T>;  // queries carry log2(e)
       if (cot_table != nullptr) value += NATTEN_EXT_ISA::load(cot_table + i);
       const Vector<T> weighted = probability * value;
+      excess += probability * centred;
       r_sum += weighted;
-      e_sum += weighted * NATTEN_EXT_ISA::load(grad_scores + i);
+      t += weighted * centred;
       store(probabilities + i, probability);
+      store(grad_scores + i, centred);
       store(values + i, value);
-      store(weighted_values + i, weighted);
     }
+    Vector<T> rest{};  // see DenseDoubleBackward::first_pass
+    for (int64_t i = 0; a_.problem.l2 && i < n * L; i += L) {
+      rest += NATTEN_EXT_ISA::load(probabilities + i) * (NATTEN_EXT_ISA::load(values + i) - r_sum);
+    }
+    excess_[slot][r] = excess;
     r_sum_[slot][r] = r_sum;
-    e_sum_[slot][r] = e_sum;
-  }
-
-  // dO_bar = u - r O + w
-  void store_grad_output(int64_t y, int r, int64_t b, int64_t slot) {
-    if (!rows_.job.owns(y)) return;
-    const RowRing<T>& output = backward_.output;
-    T* u = pxv_.row(slot, r);
-    const T* w = pv_.row(slot, r);  // zero without gV
-    for (int64_t c = 0; c < rows_.channels; ++c) {
-      const Vector<T> o = NATTEN_EXT_ISA::load(output.row(y) + c * output.stride() + b * L);
-      store(u + c * L, NATTEN_EXT_ISA::load(u + c * L) - r_sum_[slot][r] * o + NATTEN_EXT_ISA::load(w + c * L));
-    }
-    rows_.transposer.unload(u, L, a_.grad_grad_output, rows_.job, y, b * L, 1);
+    r_rest_[slot][r] = rest;
+    t_[slot][r] = t - r_sum * excess;
+    strange_ = strange_ || horizontal_sum<T>(r_sum * T(0)) != 0;
   }
 
   // Sb, dS and P (X - r) of one block, also to the group's rows of weights; the table's gradient.
   void second_pass(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t y = group.y + r, x = b * L;
-    const Vector<T> delta = NATTEN_EXT_ISA::load(backward_.delta[r] + x), r_sum = r_sum_[slot][r];
-    Vector<T> t = e_sum_[slot][r] - 2 * delta * r_sum;
-    if (a_.cot_value) {
-      const RowRing<T>& grad_output = backward_.grad_output;
-      for (int64_t c = 0; c < rows_.channels; ++c) {
-        t += NATTEN_EXT_ISA::load(grad_output.row(y) + c * grad_output.stride() + x) *
-             NATTEN_EXT_ISA::load(pv_.row(slot, r) + c * L);
-      }
-    }
+    const Vector<T> excess = excess_[slot][r], r_sum = r_sum_[slot][r], r_rest = r_rest_[slot][r];
+    Vector<T> t = t_[slot][r];
+    if (a_.cot_value) t += backward_.dot(backward_.grad_output.row(y) + x, grad_grad_output_.row(slot, r), L);
     T* grad_table = a_.grad_bias && rows_.job.owns(y)
-                        ? table_gradient.expanded.row(g.query_blocks[b].table, group.start[r] - y)
+                        ? table_gradient_.expanded.row(g.query_blocks[b].table, group.start[r] - y)
                         : nullptr;
     const T* const probabilities = weights_[kProbability].block(r, slot);
     const T* const values = weights_[kX].block(r, slot);
+    T* const value_weights = weights_[kValueWeight].block(r, slot);
     T* const grad_scores = weights_[kGradScore].block(r, slot);
     T* const score_bars = weights_[kScoreBar].block(r, slot);
+    Vector<T> score_bar_sum{}, grad_score_sum{};
     for (int64_t i = 0, ky = 0; ky < g.ky; ++ky) {
       for (int64_t kx = 0; kx < g.kx; ++kx, i += L) {
         const Vector<T> probability = NATTEN_EXT_ISA::load(probabilities + i);
-        const Vector<T> dp = NATTEN_EXT_ISA::load(grad_scores + i), value = NATTEN_EXT_ISA::load(values + i);
-        Vector<T> inner = value * (dp - delta) - r_sum * dp - t;
+        const Vector<T> centred = NATTEN_EXT_ISA::load(grad_scores + i) - excess;
+        const Vector<T> value = NATTEN_EXT_ISA::load(values + i) - r_sum - r_rest;
+        Vector<T> inner = value * centred - t;
         if (a_.cot_value) inner += NATTEN_EXT_ISA::load(score_bars + i);  // G so far
-        const Vector<T> score_bar = probability * inner, grad_score = probability * (dp - delta);
+        const Vector<T> score_bar = probability * inner, grad_score = probability * centred;
+        score_bar_sum += score_bar;
+        grad_score_sum += grad_score;
         store(score_bars + i, score_bar);
         store(grad_scores + i, grad_score);
+        store(value_weights + i, probability * value);
         const int64_t at = ky * g.weights_stride + kx * g.padded + x;
         store(score_bar_rows_.rows[r] + at, score_bar);
         store(score_rows_.rows[r] + at, grad_score);
-        store(value_rows_.rows[r] + at, probability * (value - r_sum));
+        store(value_rows_.rows[r] + at, probability * value);
         if (grad_table != nullptr) store(grad_table + i, NATTEN_EXT_ISA::load(grad_table + i) + score_bar);
       }
     }
+    score_bar_sum_[slot][r] = score_bar_sum;
+    grad_score_sum_[slot][r] = grad_score_sum;
   }
 
   // The group's share of k_bar and v_bar.
@@ -204,7 +211,7 @@ class NeighborhoodDoubleBackward {
     const ClassGeometry<T>& g = rows_.geometry;
     const auto run = [&](const RowWeights<T>& weights, const RowRing<T>& query, int64_t channels,
                          const RowRing<T>& gradient) {
-      gatherer_.run(g, group, weights, query, channels, gradient, rows_.job.begin, rows_.job.end);
+      gatherer_.run(g, group, weights, query, channels, gradient, rows_.job.begin, rows_.job.end, strange_);
     };
     if (a_.grad_key) {
       run(score_bar_rows_, rows_.query, rows_.query_channels, grad_key_.ring);
@@ -221,7 +228,7 @@ class NeighborhoodDoubleBackward {
       std::fill_n(cot_query_.row(y) + (rows_.channels + 1) * cot_query_.stride(), rows_.geometry.width, T(1));
     }
     gatherer_.run(rows_.geometry, group, score_rows_, cot_query_, rows_.query_channels, grad_key_.ring, rows_.job.begin,
-                  rows_.job.end);
+                  rows_.job.end, false);
   }
 
   // Writes out the rows of k_bar and v_bar that the windows have passed.
@@ -246,18 +253,17 @@ class NeighborhoodDoubleBackward {
   const Arguments& a_;
   NeighborhoodRows<T> rows_;
   BackwardRows<T> backward_;
-
- public:
-  TableGradient<T> table_gradient;
-
- private:
+  TableGradient<T> table_gradient_;
   ExpandedTable<T> cot_table_;
   RowRing<T> cot_query_, cot_key_, cot_value_;  // gQ times a log2(e)
   GradientRows<T> grad_key_, grad_value_;
   StripWeights<T> weights_[kWeights];
   RowWeights<T> score_bar_rows_, score_rows_, value_rows_;
-  StripResults<T> pv_, pxv_, grad_query_;  // w, u, q_bar
-  Vector<T> r_sum_[kStrip][kGroup], e_sum_[kStrip][kGroup];
+  StripResults<T> grad_grad_output_, grad_query_;
+  // What D lacks, r in two parts, t without its last term; sums of Sb and dS.
+  Vector<T> excess_[kStrip][kGroup], r_sum_[kStrip][kGroup], r_rest_[kStrip][kGroup], t_[kStrip][kGroup];
+  Vector<T> score_bar_sum_[kStrip][kGroup], grad_score_sum_[kStrip][kGroup];
+  bool strange_ = false;  // as BackwardRows, and gQ
   std::vector<Term<T>> terms_;
   QueryGatherer<T> gatherer_;
 };

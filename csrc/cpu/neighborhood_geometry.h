@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "../geometry.h"
@@ -37,6 +38,8 @@ template <class T>
 class ClassGeometry {
  public:
   static constexpr int L = kLanes<T>;
+  // The offset of lanes past the class.
+  static constexpr int32_t kNoQuery = std::numeric_limits<int32_t>::min();
 
   void prepare(int64_t class_height, int64_t class_width, int64_t kernel_y, int64_t kernel_x) {
     height = class_height, width = class_width, ky = kernel_y, kx = kernel_x;
@@ -80,7 +83,7 @@ class ClassGeometry {
       block.table = tables++;
       for (int64_t j = 0; j < kx; ++j) {
         for (int lane = 0; lane < L; ++lane) {
-          table_offsets.push_back(static_cast<int32_t>(start_x(x + lane) + j - std::min(x + lane, width - 1)));
+          table_offsets.push_back(x + lane < width ? static_cast<int32_t>(start_x(x + lane) + j - x - lane) : kNoQuery);
         }
       }
     }

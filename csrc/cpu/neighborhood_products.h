@@ -19,8 +19,8 @@ NATTEN_EXT_INLINE Vector<T> load_shifted(const T* p, Integers<T> shift) {
   else return v;
 }
 
-// out[r][j] = start[r][j] + sum over channels of query[r][c] * key[c][j], for KEYS adjacent keys of one row. Without
-// `start` from zero.
+// out[r][j] = sum over channels of query[r][c] * key[c][j], plus start[r][j] if there is a `start`, for KEYS adjacent keys
+// of one row. In this order a large value of a table costs the products no digits until the end.
 template <class T, int ROWS, int KEYS, bool PERMUTE>
 NATTEN_EXT_INLINE void score_tile(const T* const* query, const T* key, int64_t stride, int64_t channels,
                                   Integers<T> shift, const T* const* start, T* const* out) {
@@ -29,7 +29,7 @@ NATTEN_EXT_INLINE void score_tile(const T* const* query, const T* key, int64_t s
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < KEYS; ++j) sum[r][j] = start != nullptr ? load(start[r] + j * L) : Vector<T>{};
+    for (int j = 0; j < KEYS; ++j) sum[r][j] = Vector<T>{};
   }
 #pragma GCC unroll 2
   for (int64_t c = 0; c < channels; ++c) {
@@ -46,7 +46,9 @@ NATTEN_EXT_INLINE void score_tile(const T* const* query, const T* key, int64_t s
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < KEYS; ++j) store(out[r] + j * L, sum[r][j]);
+    for (int j = 0; j < KEYS; ++j) {
+      store(out[r] + j * L, start != nullptr ? sum[r][j] + load(start[r] + j * L) : sum[r][j]);
+    }
   }
 }
 
@@ -288,12 +290,13 @@ struct RowWeights {
 };
 
 // Adds a group's contributions to the rows of key gradients [begin, end): gradient[key][c][x] += sum over the
-// queries that attend a key of weight * query.
+// queries that attend a key of weight * query. Where borders make blocks irregular, other queries take part with a weight
+// of zero; `strange` says that some may be NaN or infinite, so that they must not.
 template <class T>
 class QueryGatherer {
  public:
   void run(const ClassGeometry<T>& g, const RowGroup& group, const RowWeights<T>& weights, const RowRing<T>& query,
-           int64_t channels, const RowRing<T>& gradient, int64_t begin, int64_t end) {
+           int64_t channels, const RowRing<T>& gradient, int64_t begin, int64_t end, bool strange) {
     constexpr int L = kLanes<T>;
     begin = std::max(begin, group.first());
     end = std::min(end, group.last());
@@ -302,6 +305,10 @@ class QueryGatherer {
       for (int64_t b = 0; b < static_cast<int64_t>(g.key_blocks.size()); ++b) {
         const KeyBlock& block = g.key_blocks[b];
         const int64_t x = b * L;
+        if (strange && !block.regular) {
+          one_by_one(g, group, weights, query, channels, gradient, key, rows, x, block);
+          continue;
+        }
         staged_.resize(std::max<size_t>(staged_.size(), kGroup * kGroup * block.count * L));
         Term<T> terms[kGroup];
         for (int r = 0; r < group.count; ++r) {
@@ -336,6 +343,30 @@ class QueryGatherer {
   }
 
  private:
+  // The same for one block of keys of rows [key, key + rows), of the queries that attend each and no others.
+  void one_by_one(const ClassGeometry<T>& g, const RowGroup& group, const RowWeights<T>& weights,
+                  const RowRing<T>& query, int64_t channels, const RowRing<T>& gradient, int64_t key, int rows,
+                  int64_t x, const KeyBlock& block) const {
+    constexpr int L = kLanes<T>;
+    const int32_t* positions = g.positions.data() + block.index;
+    for (int64_t row = key; row < key + rows; ++row) {
+      for (int64_t i = 0; i < channels * L; ++i) {
+        const int64_t c = i / L, lane = i % L;
+        T sum = 0;
+        for (int r = 0; r < group.count; ++r) {
+          if (!group.attends(r, row)) continue;
+          const T* from = weights.rows[r] + (row - group.start[r]) * g.weights_stride;
+          const T* queries = query.row(group.y + r) + c * query.stride() + x + block.first + lane;
+          for (int64_t m = 0; m < block.count; ++m) {
+            const int32_t position = positions[m * L + lane];
+            if (position != g.kx * g.padded) sum += from[position] * queries[m];
+          }
+        }
+        gradient.row(row)[c * gradient.stride() + x + lane] += sum;
+      }
+    }
+  }
+
   std::vector<T> staged_;
 };
 

@@ -4,7 +4,7 @@
 #include <map>
 
 #include "neighborhood_geometry.h"
-#include "rows.h"
+#include "origin.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
@@ -46,9 +46,11 @@ class RowTransposer {
       : channels_(channels), padded_(round_up_to_lanes<T>(channels)), rows_(L * padded_) {
     std::fill(rows_.data(), rows_ + L * padded_, T(0));
   }
-  void load(T* target, int64_t stride, const View& v, const NeighborhoodJob& job, int64_t y, T factor) const {
+  // A row of the tensor, less `origin` (none if null), times `factor`.
+  void load(T* target, int64_t stride, const View& v, const NeighborhoodJob& job, int64_t y, T factor,
+            const T* origin = nullptr) const {
     const int64_t step = job.window.dilation_x * v.x;
-    const bool direct = v.dtype != DType::bfloat16;
+    const bool direct = v.dtype == DType::float32 || v.dtype == DType::float64;
     for (int64_t x = 0; x < job.class_width; x += L) {
       const int64_t lanes = std::min<int64_t>(L, job.class_width - x), from = job.offset(v, y, x);
       // Whole squares of the compute type come straight from the tensor, the rest by way of staged rows.
@@ -57,14 +59,16 @@ class RowTransposer {
       for (int64_t i = 0; whole > 0 && i < L; ++i) prefetch_row(values + (3 * L + i) * step, channels_);
       for (int64_t c = 0; c < whole; c += L) {
         const T* source = values + c;
+        const Vector<T> from = origin != nullptr ? NATTEN_EXT_ISA::load(origin + c) : Vector<T>{};
         Vector<T> square[L];
-        for (int i = 0; i < L; ++i) square[i] = NATTEN_EXT_ISA::load(source + i * step) * factor;
+        for (int i = 0; i < L; ++i) square[i] = (NATTEN_EXT_ISA::load(source + i * step) - from) * factor;
         transpose_square<T>(square);
         for (int i = 0; i < L; ++i) store(target + (c + i) * stride + x, square[i]);
       }
       if (whole == channels_) continue;
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        load_row<T>(rows_ + lane * padded_, v, from + lane * step + whole, channels_ - whole, factor);
+        load_row<T>(rows_ + lane * padded_, v, from + lane * step + whole, channels_ - whole, factor,
+                    origin != nullptr ? origin + whole : nullptr);
       }
       for (int64_t lane = lanes; lane < L; ++lane) std::fill_n(rows_ + lane * padded_, channels_, T(0));
       for (int64_t c = whole; c < channels_; c += L) {
@@ -129,15 +133,19 @@ class ExpandedTable {
       const int32_t* offsets = g.table_offsets.data() + table * kx_ * L;
       for (int64_t dy = 1 - ky_; dy < ky_; ++dy) {
         T* values = row(table, dy);
-        for (int64_t i = 0; i < kx_ * L; ++i) visit(values[i], dy + center_y, offsets[i] + center_x);
+        for (int64_t i = 0; i < kx_ * L; ++i) {
+          if (offsets[i] != g.kNoQuery) visit(values[i], dy + center_y, offsets[i] + center_x);
+        }
       }
     }
   }
-  void fill(const ClassGeometry<T>& g, const Problem& p, const View& bias, int64_t head, T factor) {
+  // With the head's values, `as` done to each.
+  template <class As>
+  void fill(const ClassGeometry<T>& g, const Problem& p, const View& bias, int64_t head, const As& as) {
     resize(g);
     clear();
     for_each(g, p, [&](T& value, int64_t y, int64_t x) {
-      value = load_value<T>(bias, head * bias.head + y * bias.y + x * bias.x) * factor;
+      value = as(load_value<T>(bias, head * bias.head + y * bias.y + x * bias.x));
     });
   }
 
@@ -146,7 +154,7 @@ class ExpandedTable {
   int64_t capacity_ = 0, size_ = 0, rows_ = 0, kx_ = 0, ky_ = 0;
 };
 
-// What all three orders hold of the queries and keys of a job, row by row.
+// What all three orders hold of the queries and keys of a job, row by row, counted from the places in origin.h.
 //
 // For l2 there is one more channel: 1 for queries and -s|k|^2 for keys, so that it joins the product q.k.
 template <class T>
@@ -154,6 +162,8 @@ class NeighborhoodRows {
  public:
   NeighborhoodRows(const Arguments& a, int64_t extra_query_channels)
       : a_(a),
+        key_origin_(a.key, a.problem, {0, a.problem.heads}),
+        value_origin_(a.value, a.problem, {0, a.problem.heads}),
         transposer(a.problem.head_dim),
         channels(a.problem.head_dim),
         score_channels(channels + (a.problem.l2 ? 1 : 0)),
@@ -179,17 +189,17 @@ class NeighborhoodRows {
     return changed;
   }
 
-  // The head's table, times log2(e); null without one.
+  // The head's table as scores; null without one.
   const ExpandedTable<T>* table() {
     if (!a_.bias) return nullptr;
     ExpandedTable<T>& filled = tables_[job.head];
-    if (filled.empty()) filled.fill(geometry, a_.problem, a_.bias, job.head, kLog2E<T>);
+    if (filled.empty()) filled.fill(geometry, a_.problem, a_.bias, job.head, table_score<T>);
     return &filled;
   }
 
   void load_queries(const RowGroup& group) {
     for (int64_t y = group.y; y < group.y + group.count; ++y) {
-      transposer.load(query.row(y), query.stride(), a_.query, job, y, query_scale);
+      transposer.load(query.row(y), query.stride(), a_.query, job, y, query_scale, a_.problem.l2 ? key_origin() : nullptr);
       if (a_.problem.l2) std::fill_n(query.row(y) + channels * query.stride(), geometry.width, T(1));
     }
   }
@@ -198,13 +208,17 @@ class NeighborhoodRows {
   template <class Visit>
   void load_keys(const RowGroup& group, const Visit& visit) {
     for (int64_t row = std::max(next_key_, group.first()); row < group.last(); ++row) {
-      transposer.load(key.row(row), key.stride(), a_.key, job, row, 1);
-      transposer.load(value.row(row), value.stride(), a_.value, job, row, 1);
+      transposer.load(key.row(row), key.stride(), a_.key, job, row, 1, key_origin());
+      transposer.load(value.row(row), value.stride(), a_.value, job, row, 1, value_origin());
       if (a_.problem.l2) key_products(key.row(row), key.row(row), key.row(row), -a_.problem.scale * kLog2E<double>);
       visit(row);
     }
     next_key_ = std::max(next_key_, group.last());
   }
+
+  // Values are counted from zero in the forward, which has no gradient of the output.
+  const T* key_origin() { return key_origin_.at(job.batch, job.head); }
+  const T* value_origin() { return a_.grad_output ? value_origin_.at(job.batch, job.head) : nullptr; }
 
   // The extra channel of `target`: factor times the product of two rows, per key.
   void key_products(T* target, const T* a, const T* b, double factor) const {
@@ -213,6 +227,17 @@ class NeighborhoodRows {
       Vector<T> sum{};
       for (int64_t c = 0; c < channels; ++c) sum += NATTEN_EXT_ISA::load(a + c * stride + x) * NATTEN_EXT_ISA::load(b + c * stride + x);
       store(target + channels * stride + x, sum * T(factor));
+    }
+  }
+
+  // The l2 term of one block of a gradient of the queries of the tensor that `packed` holds, in units of `gradient`:
+  // gradient[c] -= sums q[c]. The sums vanish but for rounding, see BackwardQueries::subtract_own.
+  void subtract_own(T* gradient, const T* packed, Vector<T> sums) const {
+    if (!std::isnormal(query_scale)) return;
+    sums /= query_scale;
+    for (int64_t c = 0; c < channels; ++c) {
+      T* target = gradient + c * kLanes<T>;
+      store(target, NATTEN_EXT_ISA::load(target) - sums * NATTEN_EXT_ISA::load(packed + c * query.stride()));
     }
   }
 
@@ -232,6 +257,7 @@ class NeighborhoodRows {
  private:
   const Arguments& a_;
   int64_t next_key_ = -1;
+  Origin<T> key_origin_, value_origin_;
   std::map<int64_t, ExpandedTable<T>> tables_;  // by head
 
  public:

@@ -2,34 +2,23 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
+#include "half.h"
 #include "kernels.h"
-#include "simd.h"
 #include "working_memory.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
-inline float bfloat16_to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-inline uint16_t float_to_bfloat16(float value) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t wide;
-  std::memcpy(&wide, &value, sizeof wide);
-  if ((wide & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-  return static_cast<uint16_t>((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
-}
-
-// One value of a tensor at an element offset.
+// One value of a table, which may have another dtype than the maps, at an element offset.
 template <class T>
 T load_value(const View& view, int64_t offset) {
   switch (view.dtype) {
     case DType::float32: return static_cast<T>(static_cast<const float*>(view.data)[offset]);
     case DType::float64: return static_cast<T>(static_cast<const double*>(view.data)[offset]);
-    default: return static_cast<T>(bfloat16_to_float(static_cast<const uint16_t*>(view.data)[offset]));
+    case DType::bfloat16: return static_cast<T>(widen(static_cast<const BFloat16*>(view.data)[offset]));
+    default: return static_cast<T>(widen(static_cast<const Float16*>(view.data)[offset]));
   }
 }
 template <class T>
@@ -37,37 +26,66 @@ void store_value(const View& view, int64_t offset, T value) {
   switch (view.dtype) {
     case DType::float32: static_cast<float*>(view.data)[offset] = static_cast<float>(value); break;
     case DType::float64: static_cast<double*>(view.data)[offset] = static_cast<double>(value); break;
-    default: static_cast<uint16_t*>(view.data)[offset] = float_to_bfloat16(static_cast<float>(value));
+    case DType::bfloat16: narrow(static_cast<float>(value), static_cast<BFloat16*>(view.data) + offset); break;
+    default: narrow(static_cast<float>(value), static_cast<Float16*>(view.data) + offset);
   }
 }
 
-// n channels from an element offset, times `factor`. The compute type is float, or double for float64 tensors.
+// Calls visit(pointer to a map's numbers at an element offset), typed as they are: the compute type, or halves where
+// that is float.
+template <class T, class Visit>
+NATTEN_EXT_INLINE void visit_numbers(const View& view, int64_t offset, const Visit& visit) {
+  if constexpr (sizeof(T) == 4) {
+    if (view.dtype == DType::bfloat16) return visit(static_cast<BFloat16*>(view.data) + offset);
+    if (view.dtype == DType::float16) return visit(static_cast<Float16*>(view.data) + offset);
+  }
+  visit(static_cast<T*>(view.data) + offset);
+}
+
+// n channels from an element offset, less `origin` (none if null), times `factor`.
 // Rows are short, so these are loops over vectors rather than calls of memcpy.
 template <class T>
-NATTEN_EXT_INLINE void load_row(T* NATTEN_EXT_RESTRICT row, const View& view, int64_t offset, int64_t n, T factor) {
+NATTEN_EXT_INLINE void load_row(T* NATTEN_EXT_RESTRICT row, const View& view, int64_t offset, int64_t n, T factor,
+                                const T* origin = nullptr) {
   constexpr int L = kLanes<T>;
-  int64_t c = 0;
-  if (view.dtype == DType::bfloat16) {
-    const uint16_t* source = static_cast<const uint16_t*>(view.data) + offset;
-    for (; c < n; ++c) row[c] = bfloat16_to_float(source[c]) * factor;
-  } else {
-    const T* source = static_cast<const T*>(view.data) + offset;
-    for (; c + L <= n; c += L) store(row + c, load(source + c) * factor);
-    for (; c < n; ++c) row[c] = source[c] * factor;
-  }
+  visit_numbers<T>(view, offset, [&](const auto* from) __attribute__((always_inline)) {
+    int64_t c = 0;
+    if (origin != nullptr) {
+      for (; c + L <= n; c += L) store(row + c, (load_wide(from + c) - load(origin + c)) * factor);
+      for (; c < n; ++c) row[c] = (widen(from[c]) - origin[c]) * factor;
+    } else {
+      for (; c + L <= n; c += L) store(row + c, load_wide(from + c) * factor);
+      for (; c < n; ++c) row[c] = widen(from[c]) * factor;
+    }
+  });
 }
 template <class T>
 NATTEN_EXT_INLINE void store_row(const T* NATTEN_EXT_RESTRICT row, const View& view, int64_t offset, int64_t n, T factor) {
   constexpr int L = kLanes<T>;
-  int64_t c = 0;
-  if (view.dtype == DType::bfloat16) {
-    uint16_t* target = static_cast<uint16_t*>(view.data) + offset;
-    for (; c < n; ++c) target[c] = float_to_bfloat16(static_cast<float>(row[c] * factor));
-  } else {
-    T* target = static_cast<T*>(view.data) + offset;
-    for (; c + L <= n; c += L) store(target + c, load(row + c) * factor);
-    for (; c < n; ++c) target[c] = row[c] * factor;
-  }
+  visit_numbers<T>(view, offset, [&](auto* to) __attribute__((always_inline)) {
+    int64_t c = 0;
+    for (; c + L <= n; c += L) store_narrow(to + c, load(row + c) * factor);
+    for (; c < n; ++c) narrow(row[c] * factor, to + c);
+  });
+}
+
+// Squares of larger numbers overflow, or nearly: they are treated with the care that infinity needs.
+template <class T>
+constexpr T kLarge = sizeof(T) == 4 ? T(1e18) : T(1e150);
+
+// Whether n channels from an element offset are all of a size below kLarge (and so numbers).
+template <class T>
+bool row_is_moderate(const View& view, int64_t offset, int64_t n) {
+  constexpr int L = kLanes<T>;
+  bool moderate = true;
+  visit_numbers<T>(view, offset, [&](const auto* from) __attribute__((always_inline)) {
+    Vector<T> strange{};  // 0 times what is moderate, NaN where something is not
+    int64_t c = 0;
+    for (; c + L <= n; c += L) strange += (load_wide(from + c) * (std::numeric_limits<T>::max() / kLarge<T>)) * T(0);
+    for (; c < n; ++c) moderate = moderate && std::abs(widen(from[c])) < kLarge<T>;
+    moderate = moderate && horizontal_sum<T>(strange) == 0;
+  });
+  return moderate;
 }
 
 // Asks for channels that will be loaded soon: rows of a tensor are too far apart for the hardware to guess.
@@ -108,6 +126,14 @@ template <class T>
 constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189214);
 template <class T>
 constexpr T kLn2 = static_cast<T>(0.693147180559945309417232121458176568);
+
+// A value of a table as a score in units of log2. It saturates: the largest numbers, with which tables mask or choose,
+// stay finite, and so do their sums with other scores and the differences of those. Infinities stay what they are.
+template <class T>
+T table_score(T value) {
+  constexpr T kLargest = std::numeric_limits<T>::max() / 2;
+  return std::isinf(value) ? value : std::clamp(value * kLog2E<T>, -kLargest, kLargest);
+}
 
 // Runs body(worker, index) for every index, with one Worker (working memory) per thread, made by make().
 template <class Make, class Body>

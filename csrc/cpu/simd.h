@@ -72,6 +72,11 @@ NATTEN_EXT_INLINE Vector<T> maximum(Vector<T> a, Vector<T> b) {
 }
 
 template <class T>
+NATTEN_EXT_INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) {
+  return -maximum<T>(-a, -b);
+}
+
+template <class T>
 NATTEN_EXT_INLINE T horizontal_sum(Vector<T> v) {
   T sum = 0;
   for (int lane = 0; lane < kLanes<T>; ++lane) sum += v[lane];
@@ -156,6 +161,30 @@ NATTEN_EXT_INLINE void transpose_square(Vector<T>* rows) {
     for (int i = 0; i < 4; ++i) {
       rows[i] = (Vector<T>)_mm256_permute2f128_ps(s[i], s[i + 4], 0x20);
       rows[i + 4] = (Vector<T>)_mm256_permute2f128_ps(s[i], s[i + 4], 0x31);
+    }
+    return;
+  }
+#elif NATTEN_EXT_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    __m512 r[16], s[16];
+    for (int i = 0; i < 16; i += 2) {
+      r[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+      r[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // s[i + k]: columns k, 4 + k, 8 + k and 12 + k of rows i to i + 3
+      s[i] = _mm512_shuffle_ps(r[i], r[i + 2], 0x44);
+      s[i + 1] = _mm512_shuffle_ps(r[i], r[i + 2], 0xee);
+      s[i + 2] = _mm512_shuffle_ps(r[i + 1], r[i + 3], 0x44);
+      s[i + 3] = _mm512_shuffle_ps(r[i + 1], r[i + 3], 0xee);
+    }
+    for (int k = 0; k < 4; ++k) {
+      const __m512 even_low = _mm512_shuffle_f32x4(s[k], s[4 + k], 0x88), odd_low = _mm512_shuffle_f32x4(s[k], s[4 + k], 0xdd);
+      const __m512 even_high = _mm512_shuffle_f32x4(s[8 + k], s[12 + k], 0x88);
+      const __m512 odd_high = _mm512_shuffle_f32x4(s[8 + k], s[12 + k], 0xdd);
+      rows[k] = (Vector<T>)_mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      rows[4 + k] = (Vector<T>)_mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      rows[8 + k] = (Vector<T>)_mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+      rows[12 + k] = (Vector<T>)_mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
     }
     return;
   }

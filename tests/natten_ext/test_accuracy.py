@@ -22,6 +22,8 @@ from cases import (
 )
 from formulas import plain_formulas, terms
 
+import natten_ext
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -122,3 +124,19 @@ def test_every_combination_of_cotangents(any_target, case):
         )
         true = oracle_derivatives(case, inputs, grad_output, given)
         assert_equal_to_rounding(results, true)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_every_half_is_read_and_rounded_as_torch_does(target, dtype):
+    """One key: the output is the value. Two equal ones: it is their mean, rounded once from float32."""
+    target.skip_unless_can(dtype, 256)
+    if target.slow and target.interpreted:
+        pytest.skip("the compiler's conversions are not the interpreter's")
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    every = every[every.isfinite()].view(-1, 1, 1, 256)
+    zeros = torch.zeros_like(every)
+    for values in (every, torch.cat([every, every.flip(0)], 1)):
+        q, k, v = (x.to(target.device) for x in (zeros, torch.zeros_like(values), values))
+        output = natten_ext.attention(q, k, v, backend=target.backend)
+        expected = values.float().mean(1, keepdim=True).to(dtype)
+        assert torch.equal(output.cpu(), expected)

@@ -35,6 +35,9 @@ def test_bits_do_not_depend_on_what_an_earlier_call_left_in_working_memory(targe
 
 
 LARGER = [
+    # Few large jobs, which are split where threads would be idle.
+    Case("larger-few", "full", (1, 640, 3, 16), score="l2"),
+    Case("larger-few-grid", "grid", (1, 24, 24, 2, 8), window=24, bias=True),
     Case("larger-full", "full", (4, 130, 3, 40)),
     Case("larger-full-l2", "full", (2, 300, 2, 64), score="l2"),
     Case("larger-grid", "grid", (3, 24, 24, 4, 16), window=8, bias=True),
@@ -48,7 +51,7 @@ def test_bits_with_work_for_many_threads(target, case, dtype, threads):
     target.skip_unless_can(dtype, case.head_dim)
     inputs = inputs_of(case, dtype, target.device)
     first = solve(case, target, inputs)
-    for number in (2, 4, 3):
+    for number in (2, 4, 3, 1):
         threads(number)
         assert_same_bits(solve(case, target, inputs), first)
 

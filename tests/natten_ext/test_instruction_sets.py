@@ -1,4 +1,4 @@
-"""The cpu backend's other instruction sets: a part of the accuracy tests in a process that is told which to use."""
+"""The cpu backend's other instruction sets: a part of its tests in a process that is told which to use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import natten_ext
 
 FOLDER = Path(__file__).resolve().parent
 BUILT = any(status.name == "cpu" and status.available for status in natten_ext.backends())
-ACCURACY = "all_orders and cpu-on-cpu and (full-dim or full-cross or 6x10 or 9x10 or per-head or 7x9)"
+FILES = [str(FOLDER / f"test_{name}.py") for name in ("accuracy", "conditioning", "extremes")]
+ACCURACY = "all_orders and (full-dim or full-cross or 6x10 or 9x10 or per-head or 7x9)"
+CHOSEN = f"cpu-on-cpu and ({ACCURACY} or every_half or conditioning or no_more or tables)"
 
 
 def in_a_process(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -36,7 +38,7 @@ def test_accuracy_with_each_instruction_set(instruction_set):
     assert tried.returncode == 0, tried.stderr
     if instruction_set == "avx512" or (instruction_set == "avx2" and not torch.cpu._is_avx512_supported()):
         return  # what all other tests of this run use
-    done = in_a_process(instruction_set, "-m", "pytest", "-q", "-x", "-k", ACCURACY, str(FOLDER / "test_accuracy.py"))
+    done = in_a_process(instruction_set, "-m", "pytest", "-q", "-x", "-k", CHOSEN, *FILES)
     assert done.returncode == 0, done.stdout
 
 

@@ -1,0 +1,58 @@
+// What a mask can't keep apart: small classes of neighborhood attention go the way of the windows where the products of
+// the dense kernels would carry NaN and infinity out of them (0 times infinity is NaN).
+#pragma once
+
+#include <optional>
+
+#include "dense.h"
+#include "neighborhood_geometry.h"
+
+namespace natten_ext::NATTEN_EXT_ISA {
+
+template <class T, class Windows>
+class WindowsInstead {
+ public:
+  WindowsInstead(const Arguments& a, const DensePlan<T>& plan) : a_(a), plan_(plan) {}
+
+  // Partial gradient of the table of the jobs that follow, which is added to.
+  void start(T* partial) {
+    partial_ = partial;
+    started_ = false;
+  }
+  void finish() {
+    if (started_) windows_->finish();
+  }
+  // Runs a job if its operands ask for it, else returns false.
+  bool run(const DenseJob& job) {
+    if (!plan_.masked || moderate(job)) return false;
+    if (!windows_) windows_.emplace(a_);
+    if constexpr (requires { windows_->start(partial_); }) {
+      if (!started_) windows_->start(partial_);
+      started_ = true;
+    }
+    const HeadWindow& window = plan_.window();
+    windows_->run({job.batch, job.head, window, job.y0, job.x0, plan_.window_y, plan_.window_x, 0, plan_.window_y});
+    return true;
+  }
+
+ private:
+  bool moderate(const DenseJob& job) const {
+    for (const View* v : {&a_.query, &a_.key, &a_.value, &a_.output, &a_.grad_output, &a_.cot_query, &a_.cot_key,
+                          &a_.cot_value}) {
+      if (!*v || (v == &a_.output && !a_.grad_output)) continue;  // the forward has yet to write its output
+      RowCursor row(*v, job, plan_.window_x, 0);
+      for (int64_t r = 0; r < plan_.queries; ++r, ++row) {
+        if (!row_is_moderate<T>(*v, row.offset, plan_.channels)) return false;
+      }
+    }
+    return true;
+  }
+
+  const Arguments& a_;
+  const DensePlan<T>& plan_;
+  std::optional<Windows> windows_;
+  T* partial_ = nullptr;
+  bool started_ = false;
+};
+
+}  // namespace natten_ext::NATTEN_EXT_ISA
