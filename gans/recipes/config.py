@@ -69,6 +69,7 @@ class TrainConfig:
     """Whether penalties on gradients run without autocast, or with the rest's ("same")."""
 
     def __post_init__(self) -> None:
+        _check_finite(to_dict(self))
         for name in ("image_size", "channels"):
             ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
             if ours != theirs:
@@ -81,6 +82,11 @@ class TrainConfig:
         for name in ("steps", "clip", "lr_d", "lr_g", "warmup", "decay_start", "decay_end", "decay_to"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        for name in ("betas_d", "betas_g"):
+            if not all(0 <= beta < 1 for beta in getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; both must be in [0, 1)")
+        if abs(self.seed) >= 2**40:  # multiples of it seed torch's generators, which take 64 bits
+            raise ValueError(f"seed is {self.seed}; it must be between -2^40 and 2^40")
         if self.precision not in typing.get_args(Precision):
             raise ValueError(
                 f"precision is {self.precision!r}; it must be one of {', '.join(typing.get_args(Precision))}"
@@ -180,6 +186,18 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _check_finite(value: Any, name: str = "") -> None:
+    """ValueError with the dotted name of the first number in a `to_dict` form that is NaN or infinite."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_finite(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for item in value:
+            _check_finite(item, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be finite")
 
 
 def from_dict(config: type[T], values: dict[str, Any]) -> T:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from gans.losses.adversarial import LossConfig
 from gans.models.ema import EMA, EMAConfig
 from gans.models.spectral_norm import SpectralConv2d
 from gans.recipes.config import RunConfig, TrainConfig, differences, from_dict, to_dict
@@ -46,6 +48,12 @@ def test_differences_name_nested_fields():
         ({"n_critic": 0}, "n_critic is 0"),
         ({"batch_g": 0}, "batch_g is 0"),
         ({"clip": -1.0}, "clip"),
+        ({"lr_d": math.nan}, "lr_d is nan; it must be finite"),
+        ({"clip": math.inf}, "clip is inf; it must be finite"),
+        ({"betas_g": (0.0, math.nan)}, "betas_g is nan; it must be finite"),
+        ({"loss": LossConfig(gp_weight=math.nan)}, r"loss\.gp_weight is nan; it must be finite"),
+        ({"betas_d": (0.0, 1.0)}, r"betas_d is \(0\.0, 1\.0\); both must be in"),
+        ({"seed": 2**40}, "seed is 1099511627776; it must be between"),
         ({"decay_start": 5, "decay_end": 5}, "decay_end is 5"),
         ({"discriminator": preset("stl10").discriminator}, "image_size"),
     ],
