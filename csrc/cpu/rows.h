@@ -73,19 +73,16 @@ NATTEN_EXT_INLINE void store_row(const T* NATTEN_EXT_RESTRICT row, const View& v
 template <class T>
 constexpr T kLarge = sizeof(T) == 4 ? T(1e18) : T(1e150);
 
-// Whether n channels from an element offset are all of a size below kLarge (and so numbers).
+// Adds zero to each lane of `strange` for n channels from an element offset, or NaN for what is not of a size below kLarge.
 template <class T>
-bool row_is_moderate(const View& view, int64_t offset, int64_t n) {
+NATTEN_EXT_INLINE void look_for_large(Vector<T>& strange, const View& view, int64_t offset, int64_t n) {
   constexpr int L = kLanes<T>;
-  bool moderate = true;
+  constexpr T kToOverflow = std::numeric_limits<T>::max() / kLarge<T>;
   visit_numbers<T>(view, offset, [&](const auto* from) __attribute__((always_inline)) {
-    Vector<T> strange{};  // 0 times what is moderate, NaN where something is not
     int64_t c = 0;
-    for (; c + L <= n; c += L) strange += (load_wide(from + c) * (std::numeric_limits<T>::max() / kLarge<T>)) * T(0);
-    for (; c < n; ++c) moderate = moderate && std::abs(widen(from[c])) < kLarge<T>;
-    moderate = moderate && horizontal_sum<T>(strange) == 0;
+    for (; c + L <= n; c += L) strange += load_wide(from + c) * kToOverflow * T(0);
+    for (; c < n; ++c) strange += broadcast<T>(widen(from[c]) * kToOverflow * T(0));
   });
-  return moderate;
 }
 
 // Asks for channels that will be loaded soon: rows of a tensor are too far apart for the hardware to guess.
