@@ -74,6 +74,8 @@ def parse_numbers(name: str, text: str) -> list[int]:
             raise ValueError(f"{name} has {part!r}; a range goes upwards")
         if last >= 2**63:
             raise ValueError(f"{name} has {part!r}; a number must be less than 2^63")
+        if last - first >= 10_000_000:
+            raise ValueError(f"{name} has {part!r}; a range has at most ten million numbers")
         numbers.extend(range(first, last + 1))
     return numbers
 

@@ -59,7 +59,7 @@ def pixels(path):
 
 def test_numbers():
     assert generators.parse_numbers("seeds", "0-3,100, 7 - 7") == [0, 1, 2, 3, 100, 7]
-    for text in ("", "a", "3-1", "-1", "1,,2", "1.5", f"{2**63}"):
+    for text in ("", "a", "3-1", "-1", "1,,2", "1.5", f"{2**63}", "0-999999999999999"):
         with pytest.raises(ValueError, match="rows has"):
             generators.parse_numbers("rows", text)
 
