@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .distances import score_terms
 from .geometry import (
     SIZES,
     as_keys,
@@ -18,12 +19,11 @@ from .geometry import (
 )
 from .launch import Launch, rows_of
 from .problem import QUERY
-from .scores import key_bias_of, logits, table_centre
+from .scores import logits, per_key, per_query, table_centre
 from .tiles import (
     add_weighted,
     load_rows,
     number,
-    product,
     row_numbers,
     scaled,
     store_rows,
@@ -33,13 +33,12 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    query, key, value, output, base, log_sum, table, members,
+    query, key, score_terms, value, output, base, log_sum, table, members,
     scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over blocks of keys. Work per program: two products per block."""
     OWN: tl.constexpr = S.own_h * S.own_w
-    BLOCK: tl.constexpr = S.block_h * S.block_w
     batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
     if empty(box):
         return
@@ -48,7 +47,9 @@ def forward_kernel(
         table = table_centre(table, head, table_rows, table_columns)
     place = own_place(box, S)
     queries = as_queries(place, lattice, table_columns, 1, S)
+    numbers = row_numbers(batch, head, heads, height, width, lattice, place)
     q = load_rows(query, batch, head, lattice, place, S)
+    q_term = per_query(score_terms, numbers, place.valid, 1, S)
 
     highest = tl.full((OWN,), float("-inf"), S.accumulate)
     total = tl.zeros((OWN,), S.accumulate)
@@ -59,8 +60,8 @@ def forward_kernel(
         keys = as_keys(there, table_columns, 0)
         k = load_rows(key, batch, head, lattice, there, S)
         v = load_rows(value, batch, head, lattice, there, S)
-        key_bias = key_bias_of(k, scale, 0, BLOCK, S) if S.l2 else None
-        scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
+        k_term = per_key(score_terms, batch, head, heads, height, width, lattice, there, reach, 0, S)
+        scores = logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, False, S)
         higher = tl.maximum(highest, tl.max(scores, 1))
         # A row may see nothing in this block, and nothing yet.
         origin = tl.where(higher == float("-inf"), 0.0, higher)
@@ -70,9 +71,8 @@ def forward_kernel(
         rows = add_weighted(scaled(rows, decay[:, None], S), weights, v, S)
         highest = higher
 
-    total = tl.where(total == 0.0, 1.0, total)  # only where there is no query
+    total = tl.where(place.valid, total, 1.0)  # of a query that sees minus infinity only, zero: the result is NaN
     store_rows(output, batch, head, lattice, place, scaled(rows, 1 / total[:, None], S), S)
-    numbers = row_numbers(batch, head, heads, height, width, lattice, place)
     tl.store(base + numbers, highest, mask=place.valid)
     tl.store(log_sum + numbers, tl.log2(total), mask=place.valid)
 
@@ -81,7 +81,7 @@ def forward(query, key, value, bias, neighborhood, score, scale):
     """``(output, lse)``; see ``natten_ext.ops``."""
     launch = Launch(query, key, bias, neighborhood, score, scale)
     output = query.new_empty(query.shape)
-    lse = query.new_empty((2, *launch.row_shape), dtype=launch.row_dtype)
-    maps = (rows_of(tensor) for tensor in (query, key, value, output))
+    lse = query.new_empty((2, *launch.row_shape), dtype=launch.accumulate)
+    maps = launch.query, launch.key, score_terms(launch), rows_of(value), rows_of(output)
     launch.run(forward_kernel, "forward", QUERY, *maps, *lse, launch.table)
     return output, lse

@@ -177,6 +177,18 @@ def own_place(box, S: tl.constexpr):
 
 
 @triton.jit
+def not_beyond(place, box):
+    """The places, those beyond the box moved to its last row and column."""
+    return Place(tl.minimum(place.y, box.high_y - 1), tl.minimum(place.x, box.high_x - 1), place.valid)
+
+
+@triton.jit
+def own_keys(place, lattice):
+    """Places of keys near the queries of a tile: at their own positions, if there are as many."""
+    return Place(place.y, tl.minimum(place.x, lattice.keys_x - 1), place.valid)
+
+
+@triton.jit
 def block_columns(box, S: tl.constexpr):
     return tl.cdiv(box.high_x - box.low_x, S.block_w)
 

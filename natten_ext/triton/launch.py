@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..geometry import FULL, GRID, NEIGHBORHOOD
+from ..origin import origin_of
 from . import configs
 from .problem import Problem, Tiling, problem_of, tiling
 from .tiles import Rows, Static
@@ -128,12 +129,17 @@ class Launch:
         self.l2 = score == "l2"
         # -s|q-k|^2 is 2s q.k - s|k|^2 and a constant per query.
         self.scale = 2 * scale if self.l2 else scale
+        # Half precision needs no such copies: its products are exact in float32, in which they are added up.
+        if self.l2 and self.dtype.itemsize > 2:
+            origin = origin_of(key)
+            query, key = query - origin, key - origin
+        self.query, self.key = rows_of(query), rows_of(key)
         self.table = None if bias is None else bias.contiguous()
         self.table_shape = (1, 1) if bias is None else tuple(bias.shape[1:])
         self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
         batch, *tokens, heads, _ = query.shape
         self.row_shape = (batch, heads, *tokens)
-        self.row_dtype = self.accumulate
+        self.key_shape = (batch, heads, *key.shape[1:-2])
 
     def static(self, step: str, owner: str) -> tuple[Static, Tiling, configs.Config]:
         """What the kernel of a step is compiled for, how the problem is tiled, and the step's configuration."""

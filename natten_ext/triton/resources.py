@@ -42,7 +42,7 @@ from .tiles import Rows
 from .usage_table import SHARED_LIMIT, Table, Usage
 
 ARCHS = ("sm_90", "sm_80", "sm_100")
-TABLE_DTYPES = ("bfloat16", "float32", "tf32", "float16")
+TABLE_DTYPES = ("bfloat16",)
 """What the table of all variants holds."""
 
 UNSAVED = 8
@@ -104,6 +104,8 @@ def _signature(arguments: Iterable[Any]) -> tuple:
         if isinstance(argument, Rows):
             strides = tuple((s == 1, s % 16 == 0, s > 2**31 - 1) for s in argument[1:])
             parts.append((argument.pointer.dtype, strides))
+        elif isinstance(argument, tuple):
+            parts.append(_signature(argument))
         else:
             parts.append(argument.dtype if isinstance(argument, torch.Tensor) else argument is None)
     return tuple(parts)

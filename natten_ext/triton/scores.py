@@ -1,12 +1,16 @@
-"""Scores of a tile against a block, in base 2, in either orientation: the part that every pass shares."""
+"""Scores of a tile against a block, in base 2, in either orientation: the part that every pass shares.
+
+Weights are exact only if every pass forms the scores as the forward did: the same operations in the same order. So
+multiply-adds are spelled out, and what the score l2 adds is read (``distances.py``), not added up again.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .geometry import visible
-from .tiles import LOG2E, add_product, row_sums
+from .geometry import not_beyond, visible
+from .tiles import LOG2E, add_product, add_saturated, key_numbers, product
 
 
 @triton.jit
@@ -22,58 +26,79 @@ def table_centre(table, head, table_rows, table_columns):
 
 
 @triton.jit
-def logits(products, key_bias, queries, keys, table, scale, lattice, S: tl.constexpr):
-    """Scores times log2(e) from the products q.k; minus infinity where a query does not see a key.
+def logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, KEYS: tl.constexpr, S: tl.constexpr):
+    """Scores times log2(e); minus infinity where a query does not see a key. Keys run along axis 0 with KEYS.
 
-    ``key_bias`` is -scale/2 * |k|^2 per key, spread along the queries (used for the score l2 only).
+    ``q_term`` and ``k_term`` are what the score l2 adds to products. Entries of the table may be as large as numbers
+    get: times log2(e) they saturate, and stay finite.
     """
-    see = visible(queries, keys, lattice, S)
-    scores = products * (scale * LOG2E)
+    products = pair_products(q, k, KEYS, S)
     if S.l2:
-        scores += key_bias * LOG2E
+        products = products + k_term + q_term
+    scores = products * (scale * LOG2E)
+    see = visible(queries, keys, lattice, S)
     if table is not None:
-        scores += table_entries(table, queries, keys, see, S) * LOG2E
+        scores = add_saturated(scores, table_entries(table, queries, keys, see, S), LOG2E, S)
     return tl.where(see, scores, float("-inf"))
 
 
 @triton.jit
-def key_bias_of(k, scale, AXIS: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
-    """What the score l2 adds per key, -scale/2 * |k|^2, along axis 1 - AXIS of the scores."""
-    return tl.expand_dims(-scale / 2 * row_sums(k, k, COUNT, S), AXIS)
+def pair_products(of_queries, of_keys, KEYS: tl.constexpr, S: tl.constexpr):
+    """Products of rows of the tile and of the block, summed over the channels; keys run along axis 0 with KEYS."""
+    OWN: tl.constexpr = S.own_h * S.own_w
+    BLOCK: tl.constexpr = S.block_h * S.block_w
+    if KEYS:
+        return product(of_keys, of_queries, OWN, BLOCK, S)
+    else:
+        return product(of_queries, of_keys, OWN, BLOCK, S)
 
 
 @triton.jit
-def cot_key_bias_of(cot_k, k, scale, AXIS: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
-    """What the score l2 adds to ``cot_scores`` per key, -scale * gK.K."""
-    return tl.expand_dims(-scale * row_sums(cot_k, k, COUNT, S), AXIS)
+def per_query(terms, numbers, valid, AXIS: tl.constexpr, S: tl.constexpr):
+    """Terms of queries (``distances.py``) along axis 1 - AXIS of the scores; for ``dot`` there are none."""
+    if S.l2:
+        return tl.expand_dims(tl.load(terms.of_queries + numbers, mask=valid, other=0.0), AXIS)
+    else:
+        return tl.zeros((1, 1), S.accumulate)
+
+
+@triton.jit
+def per_key(terms, batch, head, heads, height, width, lattice, place, box, AXIS: tl.constexpr, S: tl.constexpr):
+    """Terms of keys likewise. Beyond the box it is that of a key in it: a mask takes more instructions."""
+    if S.l2:
+        numbers = key_numbers(batch, head, heads, height, width, lattice, not_beyond(place, box), S)
+        return tl.expand_dims(tl.load(terms.of_keys + numbers), AXIS)
+    else:
+        return tl.zeros((1, 1), S.accumulate)
 
 
 @triton.jit
 def cot_scores(
-    cot_first, first, second, cot_second, key_bias, cot_table, queries, keys, scale, lattice,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """X = scale * (cot_first . second + first . cot_second) + gbias: the cotangent of dS (docs/double_backward.md).
+    q, cot_q, k, cot_k, q_term, k_term, cot_table, queries, keys, scale, lattice, KEYS: tl.constexpr, S: tl.constexpr
+):
+    """X = scale * (gQ.K + Q.gK) + gbias: the cotangent of dS (docs/double_backward.md). Cotangents may be None.
 
-    ``first`` is what runs along axis 0, the queries or the keys. Cotangents may be None.
+    ``q_term`` and ``k_term`` are what the score l2 adds to products.
     """
-    x = tl.zeros((HEIGHT, WIDTH), S.accumulate)
-    if cot_first is not None:
-        x = add_product(x, cot_first, second, S)
-    if cot_second is not None:
-        x = add_product(x, first, cot_second, S)
+    OWN: tl.constexpr = S.own_h * S.own_w
+    BLOCK: tl.constexpr = S.block_h * S.block_w
+    x = tl.zeros((OWN, BLOCK), S.accumulate)
+    if cot_q is not None:
+        x = add_product(x, k, cot_q, S) if KEYS else add_product(x, cot_q, k, S)
+    if cot_k is not None:
+        x = add_product(x, cot_k, q, S) if KEYS else add_product(x, q, cot_k, S)
+    if S.l2:
+        x = x + k_term + q_term
     x = x * scale
-    if key_bias is not None:
-        x += key_bias
     if cot_table is not None:
         x += table_entries(cot_table, queries, keys, visible(queries, keys, lattice, S), S)
     return x
 
 
 @triton.jit
-def second_score_gradient(weights, x, d_weights, g, mean, x_mean, offset):
-    """Sb, the gradient with respect to the scores in the double backward; ``g`` is dO gV^T or None."""
-    inner = x * (d_weights - mean) - x_mean * d_weights - offset
+def second_score_gradient(weights, x, d_weights, g, offset):
+    """Sb, the gradient with respect to the scores in the double backward, from X - r and dP - D; ``g`` may be None."""
+    inner = x * d_weights
     if g is not None:
         inner += g
-    return weights * inner
+    return weights * (inner - offset)

@@ -15,14 +15,15 @@ from .configs import Config
 from .geometry import SIZES, Box, Place, as_keys, as_queries, empty, keys_of, locate, own_place
 from .problem import QUERY, displacements, offset_extent
 from .scores import (
-    cot_key_bias_of,
     cot_scores,
-    key_bias_of,
     logits,
+    pair_products,
+    per_key,
+    per_query,
     second_score_gradient,
     table_centre,
 )
-from .tiles import load_rows, number, product, row_numbers
+from .tiles import load_rows, number, row_numbers
 
 # Programs at most, unless there are more displacements. Fixed, so that sums have one order on every GPU.
 MAX_PROGRAMS = 1024
@@ -59,7 +60,7 @@ def _sum_equal_offsets(pairs, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES + RANGES)
 def table_shares_kernel(
-    cot_query, cot_key, cot_value, cot_table, grad_output, query, key, value, base, log_sum,
+    cot_query, cot_key, x_terms, cot_value, cot_table, grad_output, query, key, score_terms, value, base, log_sum,
     row_means, row_x_means, row_offsets, sums, items, shares, first_y, first_x, count_y, count_x, shift_y, shift_x,
     table, members, scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
@@ -100,32 +101,38 @@ def table_shares_kernel(
             x = box.low_x + right + element % S.block_w
             inside = (y >= block.low_y) & (y < block.high_y) & (x >= block.low_x) & (x < block.high_x)
             there = Place(y, x, inside)
+            near = Place(tl.maximum(y, block.low_y), tl.maximum(x, block.low_x), inside)
             keys = as_keys(there, table_columns, 0)
             numbers = row_numbers(batch, head, heads, height, width, lattice, place)
             origin = tl.load(base + numbers, mask=place.valid, other=0.0)[:, None]
             spread = tl.load(log_sum + numbers, mask=place.valid, other=0.0)[:, None]
             mean = tl.load(row_means + numbers, mask=place.valid, other=0.0)[:, None]
             q = load_rows(query, batch, head, lattice, place, S)
+            q_term = per_query(score_terms, numbers, place.valid, 1, S)
             k = load_rows(key, batch, head, lattice, there, S)
-            key_bias = key_bias_of(k, scale, 0, BLOCK, S) if S.l2 else None
-            scores = logits(product(q, k, OWN, BLOCK, S), key_bias, queries, keys, table, scale, lattice, S)
+            k_term = per_key(score_terms, batch, head, heads, height, width, lattice, near, block, 0, S)
+            scores = logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, False, S)
             weights = tl.exp2(scores - origin - spread)
             do = load_rows(grad_output, batch, head, lattice, place, S)
             v = load_rows(value, batch, head, lattice, there, S)
-            d_weights = product(do, v, OWN, BLOCK, S)
+            d_weights = pair_products(do, v, False, S) - mean
             if row_x_means is None:
-                pairs += weights * (d_weights - mean)
+                pairs += weights * d_weights
             else:
                 x_mean = tl.load(row_x_means + numbers, mask=place.valid, other=0.0)[:, None]
                 offset = tl.load(row_offsets + numbers, mask=place.valid, other=0.0)[:, None]
                 gq = load_rows(cot_query, batch, head, lattice, place, S) if cot_query is not None else None
                 gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
-                cot_bias = cot_key_bias_of(gk, k, scale, 0, BLOCK, S) if S.l2 and cot_key is not None else None
-                cot = cot_scores(gq, q, k, gk, cot_bias, cot_table, queries, keys, scale, lattice, OWN, BLOCK, S)
+                q_x_term = per_query(x_terms, numbers, place.valid, 1, S)
+                k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, near, block, 0, S)
+                x = (
+                    cot_scores(q, gq, k, gk, q_x_term, k_x_term, cot_table, queries, keys, scale, lattice, False, S)
+                    - x_mean
+                )
                 g = None
                 if cot_value is not None:
-                    g = product(do, load_rows(cot_value, batch, head, lattice, there, S), OWN, BLOCK, S)
-                pairs += second_score_gradient(weights, cot, d_weights, g, mean, x_mean, offset)
+                    g = pair_products(do, load_rows(cot_value, batch, head, lattice, there, S), False, S)
+                pairs += second_score_gradient(weights, x, d_weights, g, offset)
 
     here = sums + program.to(tl.int64) * (COLUMNS * ROWS)
     index = tl.arange(0, COLUMNS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -163,7 +170,7 @@ def table_sum_kernel(
     )
 
 
-def table_gradient(launch, step, bias, cotangents, do, q, k, v, lse, means, x_means=None, offsets=None):
+def table_gradient(launch, step, bias, cotangents, do, q, k, terms, v, lse, means, x_means=None, offsets=None):
     """Gradient of the table: of the second order if ``x_means`` and ``offsets`` (r and t) are given."""
     problem = launch.problem
     static, tiles, config = launch.static(step, QUERY)
@@ -178,7 +185,7 @@ def table_gradient(launch, step, bias, cotangents, do, q, k, v, lse, means, x_me
     programs = shares * count_y * count_x * problem.heads
     extents = *tiles.own, *tiles.block, *(offset_extent(*pair) for pair in zip(tiles.own, tiles.block, strict=True))
     sums = lse.new_empty((programs, extents[-2] * extents[-1]))
-    maps = *cotangents, do, q, k, v
+    maps = *cotangents, do, q, k, terms, v
     arguments = *maps, *lse, means, x_means, offsets, sums, *ranges, launch.table, *launch.sizes(tiles.tiles)
     launch.start(table_shares_kernel, programs, arguments, config, S=static)
     grad = bias.new_empty(bias.shape)

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .geometry import FULL
+
 LOG2E = tl.constexpr(1.4426950408889634)
+TOTALS = tl.constexpr(16)  # columns of totals: the narrowest product
 
 
 class Static(NamedTuple):
@@ -46,6 +49,13 @@ class Rows(NamedTuple):
     y: object
     x: object
     head: object
+
+
+class Terms(NamedTuple):
+    """What the score l2 adds for every query and every key (``distances.py``)."""
+
+    of_queries: object
+    of_keys: object
 
 
 class Operand(NamedTuple):
@@ -91,7 +101,7 @@ def round_to(x, TYPE: tl.constexpr, S: tl.constexpr):
     """Cast, to nearest even (which the interpreter does not do for bfloat16)."""
     if S.interpreted and tl.bfloat16 == TYPE:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x.to(tl.float32))
     return x.to(TYPE)
 
@@ -103,6 +113,33 @@ def dot(a, b, total, S: tl.constexpr):
         a = a.to(S.accumulate)
         b = b.to(S.accumulate)
     return tl.dot(a, b, total, input_precision=S.precision, out_dtype=S.accumulate)
+
+
+@triton.constexpr_function
+def _largest(dtype):
+    return 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
+
+
+@triton.jit
+def add_saturated(total, x, factor, S: tl.constexpr):
+    """total + x * factor; where that overflows, the largest number. Infinite terms stay infinite.
+
+    Rounding toward zero does that in one instruction (which the interpreter does not have).
+    """
+    factor = tl.full((1, 1), factor, S.accumulate)
+    if S.interpreted:
+        result = tl.fma(x, factor, total)
+        overflow = (tl.abs(result) == float("inf")) & (tl.abs(x) < float("inf")) & (tl.abs(total) < float("inf"))
+        largest = tl.where(result > 0, _largest(S.accumulate), -_largest(S.accumulate))
+        return tl.where(overflow, largest, result)
+    elif S.accumulate == tl.float64:
+        return tl.inline_asm_elementwise(
+            "fma.rz.f64 $0, $1, $2, $3;", "=d,d,d,d", [x, factor, total], tl.float64, True, 1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "fma.rz.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, factor, total], tl.float32, True, 1
+        )
 
 
 @triton.jit
@@ -174,9 +211,37 @@ def product(a, b, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def rounded(weights, operand, S: tl.constexpr):
+    """Weights as ``add_weighted`` multiplies them: in the operand's dtype."""
+    return round_to(weights, operand.pointers.dtype.element_ty, S)
+
+
+@triton.jit
+def zero_totals(HEIGHT: tl.constexpr, S: tl.constexpr):
+    """Accumulators of one number per row, for ``add_totals``."""
+    return zeros(HEIGHT, TOTALS, S.accumulate)
+
+
+@triton.jit
+def add_totals(totals, weights, S: tl.constexpr):
+    """totals + the sums of rounded weights along axis 1, in every column.
+
+    As a product with ones: it adds up what the matrix unit makes of the weights, in fewer instructions than a sum.
+    """
+    ones = tl.full((S.block_h * S.block_w, TOTALS), 1.0, S.accumulate)
+    return dot(weights, ones.to(weights.dtype), totals, S)
+
+
+@triton.jit
+def totals_of(totals):
+    """One number per row; columns are alike."""
+    return tl.max(totals, 1)
+
+
+@triton.jit
 def add_weighted(rows, weights, operand, S: tl.constexpr):
     """rows + weights @ operand, for every chunk of channels."""
-    weights = round_to(weights, operand.pointers.dtype.element_ty, S)
+    weights = rounded(weights, operand, S)
     total = ()
     for index in tl.static_range(len(S.chunks)):
         total = total + (dot(weights, chunk_of(operand, index, S), rows[index], S),)
@@ -193,12 +258,11 @@ def row_sums(a, b, HEIGHT: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def row_dots(rows, operand, HEIGHT: tl.constexpr, S: tl.constexpr):
-    """Sum over the channels of accumulators times an operand, per row."""
-    total = tl.zeros((HEIGHT,), S.accumulate)
-    for index in tl.static_range(len(S.chunks)):
-        total += tl.sum(rows[index] * chunk_of(operand, index, S).to(S.accumulate), 1)
-    return total
+def row_products(a, b, HEIGHT: tl.constexpr, S: tl.constexpr):
+    """Sum over the channels of a * b, per row, with the roundings of ``product``."""
+    index = tl.arange(0, HEIGHT)
+    pairs = product(a, b, HEIGHT, HEIGHT, S)
+    return tl.sum(tl.where(index[:, None] == index[None, :], pairs, 0.0), 1)
 
 
 @triton.jit
@@ -220,6 +284,14 @@ def row_numbers(batch, head, heads, height, width, lattice, place):
     y = lattice.origin_y + place.y * lattice.step_y
     x = lattice.origin_x + place.x * lattice.step_x
     return (image * height + y) * width + x
+
+
+@triton.jit
+def key_numbers(batch, head, heads, height, width, lattice, place, S: tl.constexpr):
+    """The same for keys; ``width`` is that of the map of queries."""
+    if S.kind == FULL:
+        width = lattice.keys_x
+    return row_numbers(batch, head, heads, height, width, lattice, place)
 
 
 @triton.jit

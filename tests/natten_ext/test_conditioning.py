@@ -32,10 +32,16 @@ from cases import (
 
 import natten_ext
 
-# Backend -> problems (by the first word of their names) that it does not solve well enough yet.
+# Backend -> problems and dtypes (by the first words) that it does not solve well enough yet.
 NOT_YET: dict[str, set[str]] = {
     "cuda": {"shifted", "peaked", "huge", "one", "mean"},
-    "triton": {"shifted", "peaked", "huge", "one", "mean"},
+    # Half precision is not moved to the keys' origin: scores are off by about 2^-24 |q| |k|.
+    "triton": {
+        "shifted by 100 float16",
+        "shifted by 1000 float16",
+        "shifted by 1000 bfloat16",
+        "mean of 10 float32",  # 2.5 times the plain formula's error in one result of one case
+    },
 }
 
 # Times the plain formula's error. For l2 it subtracts vectors, which kernels replace by products about their origin.
@@ -133,7 +139,8 @@ def largest_score(case: Case, inputs: Inputs) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_errors_are_those_of_the_plain_formula(any_target, problem, dtype, request):
     any_target.skip_unless_can(dtype, problem.case.head_dim)
-    if problem.name.split()[0] in NOT_YET.get(any_target.backend, ()):
+    label = f"{problem.name} {str(dtype).removeprefix('torch.')}"
+    if label.startswith(tuple(NOT_YET.get(any_target.backend, ()))):
         request.applymarker(pytest.mark.xfail(reason="NOT_YET"))
     case, (inputs, grad_output, cotangents) = problem.case, problem_in(problem, dtype)
     true = oracle_derivatives(case, inputs, grad_output, cotangents)

@@ -1,6 +1,6 @@
 """Kernels of the triton backend compiled ahead of time: registers suffice, no more shared memory than there is.
 
-To compile every variant of every named shape takes half an hour on two cores, so a table keeps what came of it
+To compile every variant of every named shape takes minutes, so a table keeps what came of it
 (``benchmarks/results/triton_resources.csv``, made by ``python -m natten_ext.triton.resources --update``). Here it
 is held against what the named shapes launch today, and a sample that has every kernel is compiled again. So a change
 of the kernels that costs registers fails here even where the table is from the code before it.
@@ -31,21 +31,11 @@ SAMPLE = [
         ["forward", "backward_query", "backward_key", "table_shares", "table_sum", "double_query", "double_key"],
     ),
     ("sm_80", ["church-d1"], "bfloat16", ["backward_key", "double_query"]),
-    ("sm_90", ["nat-256"], "float32", ["backward_query", "backward_key"]),
     ("sm_100", ["l2-1k"], "bfloat16", ["forward", "backward_key"]),
 ]
 
-# Spills for want of registers that are left, 8 to 32 bytes per thread (docs/triton.md).
-KNOWN = {
-    ("backward_key", "sm_100", "float32", "cross-256"),
-    ("double_key", "sm_80", "float32", "cross-256"),
-    ("double_key", "sm_90", "float32", "cross-256"),
-    ("double_key", "sm_100", "float32", "cross-256"),
-    ("double_query", "sm_90", "float32", "cross-256"),
-    ("double_query", "sm_100", "float32", "cross-256"),
-    ("double_key", "sm_90", "float32", "l2-gat"),
-    ("double_key", "sm_100", "float32", "l2-gat"),
-}
+# Spills for want of registers that are left, 8 bytes per thread (docs/triton.md).
+KNOWN = {("forward", "sm_100", "bfloat16", "cifar-d1")}
 
 
 def resources(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
@@ -57,10 +47,10 @@ def resources(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
 
 
 def test_every_variant_is_in_the_table():
-    """What the named shapes launch with the configurations of today, for three architectures and four dtypes."""
+    """What the named shapes launch with the configurations of today, for three architectures, in bfloat16."""
     done = resources("--status")
     groups = [line for line in done.stdout.splitlines() if "compiled from other code" in line]
-    assert len(groups) == 12, done.stdout + done.stderr
+    assert len(groups) == 3, done.stdout + done.stderr
     assert f" 0 not compiled, {len(KNOWN)} fail" in done.stdout.splitlines()[-1], done.stdout
 
 

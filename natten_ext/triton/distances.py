@@ -1,0 +1,61 @@
+"""Sums over the channels that the score l2 needs for every query and every key.
+
+-|q-k|^2 / 2 is q.k - |q|^2 / 2 - |k|^2 / 2, and what it adds to X in the double backward is -gQ.Q - gK.K. Softmax
+removes the terms of queries, but without them scores would be large, and so would be their rounding errors. The sums
+have a kernel of their own because every pass must have the same bits, and each layout of a tile sums in another order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .geometry import SIZES, empty, own_place, own_tile
+from .launch import Launch
+from .problem import KEY, QUERY
+from .tiles import Rows, Terms, key_numbers, load_rows, row_numbers, row_sums
+
+
+@triton.jit(do_not_specialize=SIZES)
+def row_terms_kernel(
+    first, second, terms, members,
+    scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
+    FACTOR: tl.constexpr, KEYS: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """FACTOR * first * second, summed over the channels."""
+    OWN: tl.constexpr = S.own_h * S.own_w
+    batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, KEYS, S)
+    if empty(box):
+        return
+    place = own_place(box, S)
+    a = load_rows(first, batch, head, lattice, place, S)
+    b = load_rows(second, batch, head, lattice, place, S)
+    if KEYS:
+        numbers = key_numbers(batch, head, heads, height, width, lattice, place, S)
+    else:
+        numbers = row_numbers(batch, head, heads, height, width, lattice, place)
+    tl.store(terms + numbers, row_sums(a, b, OWN, S) * FACTOR, mask=place.valid)
+
+
+def _terms(launch: Launch, first: Rows | None, second: Rows, factor: float, owner: str) -> torch.Tensor:
+    shape = launch.row_shape if owner == QUERY else launch.key_shape
+    if first is None:
+        return torch.zeros(shape, dtype=launch.accumulate, device=launch.device)
+    terms = torch.empty(shape, dtype=launch.accumulate, device=launch.device)
+    launch.run(row_terms_kernel, "forward", owner, first, second, terms, FACTOR=factor, KEYS=owner == KEY)
+    return terms
+
+
+def score_terms(launch: Launch) -> Terms | None:
+    """-|q|^2 / 2 and -|k|^2 / 2; None for the score ``dot``."""
+    return x_terms(launch, launch.query, launch.key, 0.5)
+
+
+def x_terms(launch: Launch, cot_query: Rows | None, cot_key: Rows | None, factor: float = 1.0) -> Terms | None:
+    """-gQ.Q and -gK.K, zero without cotangents; None for the score ``dot``."""
+    if not launch.l2:
+        return None
+    return Terms(
+        _terms(launch, cot_query, launch.query, -factor, QUERY), _terms(launch, cot_key, launch.key, -factor, KEY)
+    )
