@@ -352,7 +352,9 @@ def test_wasserstein_estimate_grows_when_only_the_discriminator_learns(tiny):
     networks = make_networks(config, ALONE.device)
     real = batches(Stream(open_source("digits"), size=8, channels=1, seed=0, flip=False), 8)
     history = [discriminator_step(step, 0, config, networks, to_unit_range(next(real)), ALONE) for step in range(50)]
-    early = np.mean([h["discriminator/adversarial"] for h in history[:10]])
-    late = np.mean([h["discriminator/adversarial"] for h in history[-10:]])
-    assert late < early - 0.5
-    assert history[-1]["discriminator/penalty"] < history[0]["discriminator/penalty"]
+    early, late = (
+        {name: np.mean([h[f"discriminator/{name}"] for h in part]) for name in ("adversarial", "penalty")}
+        for part in (history[:10], history[-10:])
+    )
+    assert late["adversarial"] < early["adversarial"] - 0.5
+    assert late["penalty"] < early["penalty"]
