@@ -61,6 +61,7 @@ def test_auto_never_interprets(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(natten_ext.dispatch, "_override", None)
     assert natten_ext.dispatch.choose(None, "cpu", torch.float32, 8, "full") == "cpu"
+    assert natten_ext.dispatch.choose(None, "cpu", torch.float16, 8, "full") == "cpu"
     assert natten_ext.dispatch.choose(None, "cpu", torch.float16, 300, "full") == "reference"
 
 
