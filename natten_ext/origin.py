@@ -25,6 +25,21 @@ def origin_of(key: torch.Tensor) -> torch.Tensor:
     tokens = key.detach().flatten(1, -3)
     step = -(-tokens.shape[1] // 9)
     sample = tokens[:, step // 2 :: step] if step > 1 else tokens
-    middle = sample.nanmedian(1, keepdim=True).values
+    # Sorted, for CUDA's median is not deterministic. NaN comes last.
+    middle = sample.sort(1).values[:, (sample.shape[1] - 1) // 2 : (sample.shape[1] + 1) // 2]
     middle = torch.where(middle.abs() < _LARGEST, middle, 0)
     return middle.unsqueeze(1) if key.dim() == 5 else middle
+
+
+def about_origin(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key less ``origin_of(key)``: the same distances and derivatives, from smaller numbers.
+
+    In half precision only channels are moved in which all elements are within half of the origin from it: then the
+    difference of two numbers of a format is a number of that format, and nothing is rounded.
+    """
+    origin = origin_of(key)
+    if query.dtype.itemsize == 2:
+        tokens = tuple(range(1, query.dim() - 2))
+        near = [((x - origin).abs() <= origin.abs() / 2).all(tokens, keepdim=True) for x in (query, key)]
+        origin = torch.where(near[0] & near[1], origin, 0)
+    return query - origin, key - origin

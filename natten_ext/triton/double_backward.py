@@ -1,7 +1,7 @@
-"""The double backward: the same passes as the backward. The formulas are in docs/double_backward.md.
+"""The double backward: the same passes as the backward.
 
-There, t = e - 2 D r + dO.w with e = sum_j P X dP = dO.u. So t = dO.(u + w) - 2 D r, and one accumulator, u + w, is
-enough: neither e nor w is needed by itself.
+The formulas are the centred ones at the end of docs/double_backward.md: D, r and t are sums of the same unrounded
+weights, and what is constant along a row is subtracted before anything is rounded.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..geometry import FULL, GRID, NEIGHBORHOOD
-from ..origin import origin_of
+from ..origin import about_origin
 from . import configs
 from .problem import Problem, Tiling, problem_of, tiling
 from .tiles import Rows, Static
@@ -129,10 +129,9 @@ class Launch:
         self.l2 = score == "l2"
         # -s|q-k|^2 is 2s q.k - s|k|^2 and a constant per query.
         self.scale = 2 * scale if self.l2 else scale
-        # Half precision needs no such copies: its products are exact in float32, in which they are added up.
-        if self.l2 and self.dtype.itemsize > 2:
-            origin = origin_of(key)
-            query, key = query - origin, key - origin
+        # Sums of products of bfloat16 lose nothing in float32.
+        if self.l2 and self.dtype != torch.bfloat16:
+            query, key = about_origin(query, key)
         self.query, self.key = rows_of(query), rows_of(key)
         self.table = None if bias is None else bias.contiguous()
         self.table_shape = (1, 1) if bias is None else tuple(bias.shape[1:])

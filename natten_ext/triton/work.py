@@ -21,7 +21,7 @@ from .problem import KEY, QUERY, displaced_pairs
 PASSES = {
     "forward": (("forward", QUERY, 2),),
     "backward": (("backward_query", QUERY, 3), ("backward_key", KEY, 4), ("table", QUERY, 2)),
-    "double": (("double_query", QUERY, 12), ("double_key", KEY, 8), ("double_table", QUERY, 5)),
+    "double": (("double_query", QUERY, 14), ("double_key", KEY, 8), ("double_table", QUERY, 5)),
 }
 
 
