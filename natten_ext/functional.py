@@ -90,10 +90,12 @@ def grid_attention(
         window_size: int or (height, width); must divide the map.
         bias: relative position table ``(heads, 2 * window_height - 1, 2 * window_width - 1)``, added to the scaled
             score and indexed by key minus query plus ``window - 1``; the query's dtype or float32.
+            Minus infinity masks; finite entries, however large, do not overflow.
         score, scale, backend: as ``attention``.
 
     Returns:
-        ``(batch, height, width, heads, head_dim)``.
+        ``(batch, height, width, heads, head_dim)``. A NaN or infinity reaches what attends it; on tensor
+        cores it may also reach others in a tile (docs/triton.md, docs/cuda.md).
 
     Raises:
         As ``attention``.
@@ -130,10 +132,12 @@ def neighborhood_attention(
         dilation: likewise. ``kernel_size * dilation`` must not exceed the map.
         bias: relative position table ``(heads, 2 * Kh - 1, 2 * Kw - 1)`` with K the largest kernel over the heads,
             indexed by (key minus query) / dilation plus ``K - 1``; the query's dtype or float32.
+            Minus infinity masks; finite entries, however large, do not overflow.
         score, scale, backend: as ``attention``.
 
     Returns:
-        ``(batch, height, width, heads, head_dim)``.
+        ``(batch, height, width, heads, head_dim)``. A NaN or infinity reaches what attends it; on tensor
+        cores it may also reach others in a tile (docs/triton.md, docs/cuda.md).
 
     Raises:
         As ``attention``.
