@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from .fused import asked_once, bits_of, cannot_take, cannot_use_gpu
+from .fused import MAX_HEAD_DIM, asked_once, bits_of, cannot_take, cannot_use_gpu
+from .origin import about_origin
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -31,18 +32,26 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
         return f"device must be {'cpu, where it is emulated' if emulated else 'cuda'}, got {device_type}"
     if reason := cannot_take(dtype, DTYPES, head_dim):
         return reason
-    if device_type == "cuda":
-        return cannot_use_gpu()
+    if device_type == "cuda" and (reason := cannot_use_gpu()):
+        return reason
+    if device_type == "meta":
+        return ""
+    limit = _shared_limit(torch.cuda.current_device() if device_type == "cuda" else 0)
+    most = _most_channels(dtype, limit)
+    if head_dim > most:
+        return f"head_dim in {dtype} must be at most {most} with the shared memory of this GPU, got {head_dim}"
     return ""
 
 
 def forward(query, key, value, bias, neighborhood, score, scale):
     """``(output, lse)``; see ``natten_ext.ops``."""
+    query, key = _near_zero(query, key, score)
     return torch.ops.natten_ext_cuda.forward(query, key, value, bias, neighborhood, score == "l2", scale, _tf32(query))
 
 
 def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
     """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
+    query, key = _near_zero(query, key, score)
     return torch.ops.natten_ext_cuda.backward(
         grad_output,
         query,
@@ -77,10 +86,33 @@ def double_backward(
     needs,
 ):
     """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
+    query, key = _near_zero(query, key, score)
     return torch.ops.natten_ext_cuda.double_backward(
         cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
         neighborhood, score == "l2", scale, bits_of(needs), _tf32(query),
     )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _shared_limit(device: int) -> int:
+    """Bytes of shared memory that a GPU gives a block; tests change those of the emulated one."""
+    return torch.ops.natten_ext_cuda.shared_memory("float32", 1, device)[1]
+
+
+@asked_once
+def _most_channels(dtype: torch.dtype, limit: int) -> int:
+    """The largest head_dim whose blocks, of all orders, need no more than ``limit`` bytes of shared memory; 0: none."""
+    name = str(dtype).removeprefix("torch.")
+    needed = (torch.ops.natten_ext_cuda.shared_memory(name, d, 0)[0] for d in range(1, MAX_HEAD_DIM + 1))
+    return sum(bytes_needed <= limit for bytes_needed in needed)
+
+
+def _near_zero(query: torch.Tensor, key: torch.Tensor, score: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key as l2 scores need them: far from zero, their products would cancel.
+
+    Those of bfloat16 are sums of 16-bit numbers in float32, which lose nothing.
+    """
+    return about_origin(query, key) if score == "l2" and query.dtype != torch.bfloat16 else (query, key)
 
 
 def _tf32(query: torch.Tensor) -> bool:

@@ -94,8 +94,8 @@ def grid_attention(
         score, scale, backend: as ``attention``.
 
     Returns:
-        ``(batch, height, width, heads, head_dim)``. A NaN or infinity reaches what attends it; on tensor
-        cores it may also reach others in a tile (docs/triton.md, docs/cuda.md).
+        ``(batch, height, width, heads, head_dim)``. A NaN or infinity reaches what attends it; in the
+        backend `triton` it may also reach others in a tile (docs/triton.md).
 
     Raises:
         As ``attention``.
@@ -136,8 +136,8 @@ def neighborhood_attention(
         score, scale, backend: as ``attention``.
 
     Returns:
-        ``(batch, height, width, heads, head_dim)``. A NaN or infinity reaches what attends it; on tensor
-        cores it may also reach others in a tile (docs/triton.md, docs/cuda.md).
+        ``(batch, height, width, heads, head_dim)``. A NaN or infinity reaches what attends it; in the
+        backend `triton` it may also reach others in a tile (docs/triton.md).
 
     Raises:
         As ``attention``.

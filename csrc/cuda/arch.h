@@ -113,6 +113,8 @@ NATTEN_EXT_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 NATTEN_EXT_DEVICE bool any_in_warp(bool condition) { return __any_sync(0xffffffffu, condition); }
+// A barrier too.
+NATTEN_EXT_DEVICE bool any_in_block(bool condition) { return __syncthreads_or(condition); }
 
 // ------------------------------------------------------------------------------------------ matrices
 //
@@ -219,9 +221,17 @@ NATTEN_EXT_DEVICE float widen(Half value) {
 }
 NATTEN_EXT_DEVICE float widen(Bfloat value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
 
+NATTEN_EXT_DEVICE bool is_negative_zero(float value) { return __float_as_uint(value) == 0x80000000u; }
+NATTEN_EXT_DEVICE bool is_negative_zero(double value) { return __double_as_longlong(value) == static_cast<long long>(1ull << 63); }
+
 NATTEN_EXT_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
-NATTEN_EXT_DEVICE float power_of_two(float x) { return exp2f(x); }
+// In float, what is below the normal range is zero.
+NATTEN_EXT_DEVICE float power_of_two(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 NATTEN_EXT_DEVICE double power_of_two(double x) { return exp2(x); }
 NATTEN_EXT_DEVICE float binary_logarithm(float x) { return log2f(x); }
 NATTEN_EXT_DEVICE double binary_logarithm(double x) { return log2(x); }

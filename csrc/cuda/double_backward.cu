@@ -1,7 +1,6 @@
 // Double backward, in two kernels like the backward. The query-centred one goes over the keys twice: the first pass
 // gives the row sums r and t, the second the gradients. Where the whole halo is one piece, the second pass finds it in
-// shared memory. The formulas are in docs/double_backward.md, with two changes: t needs only dO.w = rowsum(P * G), and
-// the gradient of grad_output is summed as (P (X - r)) V + P gV, so that nothing large cancels.
+// shared memory. The formulas are in docs/double_backward.md.
 #include "launch.h"
 #include "rows.h"
 
@@ -10,7 +9,7 @@ namespace natten_ext::cuda {
 // The four products that both kernels make of a unit, and what becomes of them.
 template <class Real>
 struct PairTerms {
-  Scores<Real> p, dp, x, g;  // P, dP, X, G; all zero where there is no pair
+  Scores<Real> p, dp, x, g;  // P, dP, X, G
 
   NATTEN_EXT_DEVICE PairTerms() {
     clear(p);
@@ -32,18 +31,19 @@ struct PairTerms {
     pairs.unfold(x);
     pairs.unfold(g);
   }
+  // What is masked may hold NaN until it is set to zero: before it is summed, and after it became gradients.
   NATTEN_EXT_DEVICE void mask(int b, const BlockPairs& pairs) {
-    NATTEN_EXT_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      if (!pairs.valid(e / 2, e % 2)) p[b][e] = dp[b][e] = x[b][e] = g[b][e] = 0;
-    }
+    mark_masked(p[b], pairs);
+    mark_masked(dp[b], pairs);
+    mark_masked(x[b], pairs);
+    mark_masked(g[b], pairs);
   }
-  // Sb = P (X (dP - D) - r dP + G - t) in x, dS = P (dP - D) in dp, and P (X - r) in g.
+  // Sb = P ((X - r) (dP - D) + G - t) in x, dS = P (dP - D) in dp, and P (X - r) in g.
   NATTEN_EXT_DEVICE void to_gradients(int b, int e, Real delta, Real mean, Real rest) {
-    const Real centred = dp[b][e] - delta, value = p[b][e] * (x[b][e] - mean);
-    x[b][e] = p[b][e] * (x[b][e] * centred - mean * dp[b][e] + g[b][e] - rest);
-    dp[b][e] = p[b][e] * centred;
-    g[b][e] = value;
+    const Real centred = dp[b][e] - delta, deviation = x[b][e] - mean;
+    x[b][e] = product_of(p[b][e], fused_multiply_add(deviation, centred, g[b][e] - rest));
+    dp[b][e] = product_of(p[b][e], centred);
+    g[b][e] = product_of(p[b][e], deviation);
   }
 };
 
@@ -56,6 +56,7 @@ struct DoubleBackwardQuery {
   static constexpr int kBlocks = M::kTensor && D <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kQuery, kGradOutput, kCotQuery, kOutput };
   enum StagedTensor { kKey, kValue, kCotKey, kCotValue };
+  enum KeyNumber { kHalfKeyNorm, kCotKeyProduct };  // of l2, per staged row: |k|^2 / 2, gK.k
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.query;
@@ -93,13 +94,14 @@ struct DoubleBackwardQuery {
       const auto write_key_terms = [&](int i, int stage) {
         if (!p.l2) return;
         const Rectangle piece = pieces.piece(i);
-        write_key_norms<M, D>(shared.scalars(stage, 0), shared.rows(stage, kKey), piece, -factor / 2);
+        const Shared keys = shared.rows(stage, kKey);
+        write_row_products<M, D>(shared.scalars(stage, kHalfKeyNorm), keys, keys, piece, Real(0.5));
         if (has_cot_key) {
-          write_key_products<M, D>(shared.scalars(stage, 1), shared.rows(stage, kCotKey), shared.rows(stage, kKey), piece,
-                                   -scale);
+          write_row_products<M, D>(shared.scalars(stage, kCotKeyProduct), shared.rows(stage, kCotKey), keys, piece, Real(1));
         }
         sync_block();
       };
+      Real half_norm[2] = {0, 0}, cot_product[2] = {0, 0};  // of l2: |q|^2 / 2, gQ.q
       // Calls `use(unit, pairs, terms)` for every unit of a staged piece; the terms are folded.
       const auto for_each_unit = [&](int i, int stage, auto use) {
         for (Walk walk(own.partners, pieces.piece(i), p.keys); walk.more();) {
@@ -113,72 +115,100 @@ struct DoubleBackwardQuery {
           const UnitPairs<false> pairs(p, tile, own, unit);
           terms.fold(pairs);
           pairs.for_each_block([&](int b, const BlockPairs& block) {
-            finish_scores(terms.p[b], block, factor, bias, [&](int, int c) {
-              return p.l2 ? staged_scalar<Real>(shared.scalars(stage, 0), block, c) : Real(0);
+            finish_scores(terms.p[b], block, factor, bias, p.l2, half_norm,
+                          [&](int c) { return staged_scalar<Real>(shared.scalars(stage, kHalfKeyNorm), block, c); });
+            finish_scores(terms.x[b], block, scale, cot_bias, p.l2, cot_product, [&](int c) {
+              return has_cot_key ? staged_scalar<Real>(shared.scalars(stage, kCotKeyProduct), block, c) : Real(0);
             });
             NATTEN_EXT_UNROLL
-            for (int e = 0; e < 4; ++e) {
-              terms.p[b][e] = power_of_two(terms.p[b][e] - base[e / 2] - log_sum[e / 2]);
-              Real add = 0;
-              if (p.l2 && has_cot_key) add = staged_scalar<Real>(shared.scalars(stage, 1), block, e % 2);
-              if (cot_bias && block.valid(e / 2, e % 2)) add += cot_bias.at(block.table_y[e / 2], block.table_x[e % 2]);
-              terms.x[b][e] = fused_multiply_add(terms.x[b][e], scale, add);
-            }
-            terms.mask(b, block);
+            for (int e = 0; e < 4; ++e) terms.p[b][e] = weight_of(terms.p[b][e], base[e / 2], log_sum[e / 2]);
           });
           use(unit, pairs, terms);
         }
       };
 
-      Real delta[2], mean[2] = {0, 0}, product[2] = {0, 0}, rest[2] = {0, 0};  // D, r, e, t
+      // D, r, e, t. First D is rowsum(dO * O), to which the sum over the keys adds what O lost by rounding: with dP counted
+      // from there, nothing cancels that is larger than the result.
+      Real delta[2], lacking[2] = {0, 0}, mean[2] = {0, 0}, product[2] = {0, 0}, rest[2] = {0, 0}, mass[2] = {0, 0};
       for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
         write_key_terms(i, stage);
-        if (i == 0) own_row_products<M, D>(delta, shared.own(kGradOutput), shared.own(kOutput), own);
+        if (i == 0) {
+          row_products<M, D>(delta, shared.own(kGradOutput), shared.own(kOutput), own);
+          if (p.l2) own_half_norms<M, D>(half_norm, shared.own(kQuery), own);
+          if (p.l2 && has_cot_query) row_products<M, D>(cot_product, shared.own(kCotQuery), shared.own(kQuery), own);
+        }
         for_each_unit(i, stage, [&](const Unit&, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
-          pairs.for_each_block([&](int b, const BlockPairs&) {
+          pairs.for_each_block([&](int b, const BlockPairs& block) {
+            terms.mask(b, block);
             NATTEN_EXT_UNROLL
             for (int e = 0; e < 4; ++e) {
-              const Real weighted = terms.p[b][e] * terms.x[b][e];
-              mean[e / 2] += weighted;
-              product[e / 2] += weighted * terms.dp[b][e];
-              rest[e / 2] += terms.p[b][e] * terms.g[b][e];
+              const int h = e / 2;
+              mass[h] += terms.p[b][e];
+              const Real weighted = terms.p[b][e] * (terms.dp[b][e] - delta[h]);
+              lacking[h] += weighted;
+              mean[h] = fused_multiply_add(terms.p[b][e], terms.x[b][e], mean[h]);
+              product[h] = fused_multiply_add(weighted, terms.x[b][e], product[h]);
+              rest[h] = fused_multiply_add(terms.p[b][e], terms.g[b][e], rest[h]);
             }
           });
         });
       });
-      add_over_columns(mean);
-      add_over_columns(product);
-      add_over_columns(rest);
-      for (int h = 0; h < 2; ++h) rest[h] += product[h] - 2 * delta[h] * mean[h];
-      if (first == 0) {
-        write_row_numbers(p, p.delta, tile, own, delta);
-        write_row_numbers(p, p.row_mean, tile, own, mean);
-        write_row_numbers(p, p.row_rest, tile, own, rest);
+      for (auto* sum : {&mass, &lacking, &mean, &product, &rest}) add_over_columns(*sum);
+      for (int h = 0; h < 2; ++h) {  // weights sum to 1 up to roundings only, which large X would show
+        const Real inverse = own.exists[h] ? 1 / mass[h] : Real(0);
+        mean[h] *= inverse;
+        rest[h] = (rest[h] + fused_multiply_add(-lacking[h], mean[h], product[h])) * inverse;
+        delta[h] += lacking[h];
+      }
+      for (int h = 0; h < 2 && first == 0; ++h) {
+        write_row_numbers<8>(p, again(), own, h,
+                             {base[h], log_sum[h], delta[h], half_norm[h], mean[h], rest[h], cot_product[h], Real(0)});
       }
       if (p.grad_query.data == nullptr && p.grad_grad_output.data == nullptr && !table) return;
 
-      Real grad_query[kChannels / 8][4] = {}, grad_grad_output[kChannels / 8][4] = {};
+      WeightSums<M> score_sums, first_sums, value_sums;  // of Sb, dS and P (X - r)
+      Real grad_query[kChannels / 8][4], grad_grad_output[kChannels / 8][4];
       // A halo of one piece is there still, and so are its terms.
       const bool staged_again = pieces.count > 1;
       const auto issue_again = [&](int i, int stage) {
         if (staged_again) issue(i, stage);
       };
-      for_each_piece(pieces.count, p.plan.stages, issue_again, [&](int i, int stage) {
-        if (staged_again) write_key_terms(i, stage);
-        for_each_unit(i, stage, [&](const Unit& unit, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
-          pairs.for_each_block([&](int b, const BlockPairs&) {
-            NATTEN_EXT_UNROLL
-            for (int e = 0; e < 4; ++e) terms.to_gradients(b, e, delta[e / 2], mean[e / 2], rest[e / 2]);
+      with_care<M>([&](bool careful) {
+        score_sums = first_sums = value_sums = {};
+        clear(grad_query);
+        clear(grad_grad_output);
+        for_each_piece(pieces.count, p.plan.stages, issue_again, [&](int i, int stage) {
+          if (staged_again) write_key_terms(i, stage);
+          for_each_unit(i, stage, [&](const Unit& unit, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
+            pairs.for_each_block([&](int b, const BlockPairs& block) {
+              NATTEN_EXT_UNROLL
+              for (int e = 0; e < 4; ++e) terms.to_gradients(b, e, delta[e / 2], mean[e / 2], rest[e / 2]);
+              terms.mask(b, block);
+            });
+            terms.unfold(pairs);
+            if (table && !careful) table.add(terms.x, own, unit, tile.x.kernel);
+            const auto rows = [&](StagedTensor tensor) { return shared.rows(stage, tensor) + first * sizeof(Element); };
+            score_sums.add(terms.x);
+            accumulate<M, D, kChannels>(grad_query, terms.x, rows(kKey), unit, careful);
+            value_sums.add(terms.g);
+            accumulate<M, D, kChannels>(grad_grad_output, terms.g, rows(kValue), unit, careful);
+            if (has_cot_key) {
+              first_sums.add(terms.dp);
+              accumulate<M, D, kChannels>(grad_query, terms.dp, rows(kCotKey), unit, careful);
+            }
+            if (has_cot_value) accumulate<M, D, kChannels>(grad_grad_output, terms.p, rows(kCotValue), unit, careful);
           });
-          terms.unfold(pairs);
-          if (table) table.add(terms.x, own, unit, tile.x.kernel);
-          const auto rows = [&](StagedTensor tensor) { return shared.rows(stage, tensor) + first * sizeof(Element); };
-          accumulate<M, D, kChannels>(grad_query, terms.x, rows(kKey), unit);
-          if (has_cot_key) accumulate<M, D, kChannels>(grad_query, terms.dp, rows(kCotKey), unit);
-          accumulate<M, D, kChannels>(grad_grad_output, terms.g, rows(kValue), unit);
-          if (has_cot_value) accumulate<M, D, kChannels>(grad_grad_output, terms.p, rows(kCotValue), unit);
         });
+        return all_finite(grad_query) && all_finite(grad_grad_output);
       });
+      // The tile's own rows are needed no more.
+      stage_own_keys<M, D>(shared.own(kQuery), p.key, p, again(), own);
+      stage_own_keys<M, D>(shared.own(kGradOutput), p.value, p, again(), own);
+      if (has_cot_key) stage_own_keys<M, D>(shared.own(kCotQuery), p.cot_key, p, again(), own);
+      await_own_keys();
+      subtract_rows<M, D, kChannels>(grad_query, score_sums, shared.own(kQuery), own, first);
+      if (has_cot_key) subtract_rows<M, D, kChannels>(grad_query, first_sums, shared.own(kCotQuery), own, first);
+      subtract_rows<M, D, kChannels>(grad_grad_output, value_sums, shared.own(kGradOutput), own, first);
       if (p.grad_query.data != nullptr) {
         write_rows<M, D, kChannels>(grad_query, {scale, scale}, p.grad_query, shared.own(kOutput), p, again(), own, first);
       }
@@ -194,12 +224,11 @@ template <class M, int D>
 struct DoubleBackwardKey {
   using Real = typename M::Real;
   static constexpr bool kByKey = true, kTableGradient = false;
-  static constexpr int kOwn = 4, kStaged = 3, kScalars = 5, kTables = 2;
+  static constexpr int kOwn = 4, kStaged = 3, kScalars = 8, kTables = 2;
   static constexpr int kChannels = kResultChannels<M, D, 96>;
   static constexpr int kBlocks = M::kTensor && D <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kKey, kValue, kCotKey, kCotValue };
   enum StagedTensor { kQuery, kGradOutput, kCotQuery };
-  enum Scalar { kBase, kLogSum, kDelta, kMean, kRest };
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.key;
@@ -209,11 +238,6 @@ struct DoubleBackwardKey {
     p.staged[0] = p.query;
     p.staged[1] = p.grad_output;
     p.staged[2] = p.cot_query;
-    p.scalars[kBase] = p.base;
-    p.scalars[kLogSum] = p.log_sum;
-    p.scalars[kDelta] = p.delta;
-    p.scalars[kMean] = p.row_mean;
-    p.scalars[kRest] = p.row_rest;
   }
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
@@ -231,62 +255,65 @@ struct DoubleBackwardKey {
       stage_own<M, D, kOwn>(shared, p, tile);
       const LeftRows<M, D> key(shared.own(kKey), own), value(shared.own(kValue), own);
       const LeftRows<M, D> cot_key(shared.own(kCotKey), own), cot_value(shared.own(kCotValue), own);
-      Real key_bias[2] = {0, 0}, key_term[2] = {0, 0};    // of l2, in S and in X
-      Real sum[2] = {0, 0}, first_sum[2] = {0, 0};        // of Sb and dS over the key's queries
-      Real grad_key[kChannels / 8][4] = {}, grad_value[kChannels / 8][4] = {};
+      Real half_norm[2] = {0, 0}, cot_product[2] = {0, 0};  // of l2: |k|^2 / 2, gK.k
+      WeightSums<M> score_sums, first_sums;  // of Sb and dS over the key's queries
+      Real grad_key[kChannels / 8][4], grad_value[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
         stage_piece<M, D, kStaged, kScalars>(shared, stage, p, again(), pieces.piece(i));
       };
-      for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
-        if (i == 0 && p.l2) {
-          own_row_products<M, D>(key_bias, shared.own(kKey), shared.own(kKey), own);
-          if (has_cot_key) own_row_products<M, D>(key_term, shared.own(kCotKey), shared.own(kKey), own);
-          for (int h = 0; h < 2; ++h) key_bias[h] *= -factor / 2, key_term[h] *= -scale;
-        }
-        for (Walk walk(own.partners, pieces.piece(i), p.queries); walk.more();) {
-          const Unit unit = walk.next();
-          PairTerms<Real> terms;
-          scores<M, D>(terms.p, key, shared.rows(stage, kQuery), unit);
-          scores<M, D>(terms.dp, value, shared.rows(stage, kGradOutput), unit);
-          if (has_cot_query) scores<M, D>(terms.x, key, shared.rows(stage, kCotQuery), unit);
-          if (has_cot_key) scores<M, D>(terms.x, cot_key, shared.rows(stage, kQuery), unit);
-          if (has_cot_value) scores<M, D>(terms.g, cot_value, shared.rows(stage, kGradOutput), unit);
-          const UnitPairs<true> pairs(p, tile, own, unit);
-          terms.fold(pairs);
-          pairs.for_each_block([&](int b, const BlockPairs& block) {
-            finish_scores(terms.p[b], block, factor, bias, [&](int h, int) { return key_bias[h]; });
-            const auto number = [&](Scalar which, int e) {
-              return staged_scalar<Real>(shared.scalars(stage, which), block, e % 2);
-            };
-            NATTEN_EXT_UNROLL
-            for (int e = 0; e < 4; ++e) {
-              terms.p[b][e] = power_of_two(terms.p[b][e] - number(kBase, e) - number(kLogSum, e));
-              Real add = key_term[e / 2];
-              if (cot_bias && block.valid(e / 2, e % 2)) add += cot_bias.at(block.table_y[e / 2], block.table_x[e % 2]);
-              terms.x[b][e] = fused_multiply_add(terms.x[b][e], scale, add);
+      with_care<M>([&](bool careful) {
+        score_sums = first_sums = {};
+        clear(grad_key);
+        clear(grad_value);
+        for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
+          if (i == 0 && p.l2) {
+            own_half_norms<M, D>(half_norm, shared.own(kKey), own);
+            if (has_cot_key) row_products<M, D>(cot_product, shared.own(kCotKey), shared.own(kKey), own);
+          }
+          for (Walk walk(own.partners, pieces.piece(i), p.queries); walk.more();) {
+            const Unit unit = walk.next();
+            PairTerms<Real> terms;
+            scores<M, D>(terms.p, key, shared.rows(stage, kQuery), unit);
+            scores<M, D>(terms.dp, value, shared.rows(stage, kGradOutput), unit);
+            if (has_cot_query) scores<M, D>(terms.x, key, shared.rows(stage, kCotQuery), unit);
+            if (has_cot_key) scores<M, D>(terms.x, cot_key, shared.rows(stage, kQuery), unit);
+            if (has_cot_value) scores<M, D>(terms.g, cot_value, shared.rows(stage, kGradOutput), unit);
+            const UnitPairs<true> pairs(p, tile, own, unit);
+            terms.fold(pairs);
+            pairs.for_each_block([&](int b, const BlockPairs& block) {
+              const StagedNumbers<Real, kScalars> numbers(shared.scalars(stage, 0), block);
+              finish_scores(terms.p[b], block, factor, bias, p.l2, half_norm, [&](int c) { return numbers(kHalfNorm, c); });
+              finish_scores(terms.x[b], block, scale, cot_bias, p.l2, cot_product, [&](int c) { return numbers(kCotProduct, c); });
+              NATTEN_EXT_UNROLL
+              for (int e = 0; e < 4; ++e) {
+                terms.p[b][e] = weight_of(terms.p[b][e], numbers(kBase, e % 2), numbers(kLogSum, e % 2));
+              }
+              NATTEN_EXT_UNROLL
+              for (int e = 0; e < 4; ++e) {
+                terms.to_gradients(b, e, numbers(kDelta, e % 2), numbers(kMean, e % 2), numbers(kRest, e % 2));
+              }
+              terms.mask(b, block);
+            });
+            terms.unfold(pairs);
+            if (p.l2) {
+              score_sums.add(terms.x);
+              if (has_cot_key) first_sums.add(terms.dp);
             }
-            terms.mask(b, block);
-            NATTEN_EXT_UNROLL
-            for (int e = 0; e < 4; ++e) {
-              terms.to_gradients(b, e, number(kDelta, e), number(kMean, e), number(kRest, e));
-              sum[e / 2] += terms.x[b][e];
-              first_sum[e / 2] += terms.dp[b][e];
+            const uint32_t channel = first * sizeof(Element);
+            accumulate<M, D, kChannels>(grad_value, terms.g, shared.rows(stage, kGradOutput) + channel, unit, careful);
+            accumulate<M, D, kChannels>(grad_key, terms.x, shared.rows(stage, kQuery) + channel, unit, careful);
+            if (has_cot_query) {
+              accumulate<M, D, kChannels>(grad_key, terms.dp, shared.rows(stage, kCotQuery) + channel, unit, careful);
             }
-          });
-          terms.unfold(pairs);
-          const uint32_t channel = first * sizeof(Element);
-          accumulate<M, D, kChannels>(grad_value, terms.g, shared.rows(stage, kGradOutput) + channel, unit);
-          accumulate<M, D, kChannels>(grad_key, terms.x, shared.rows(stage, kQuery) + channel, unit);
-          if (has_cot_query) accumulate<M, D, kChannels>(grad_key, terms.dp, shared.rows(stage, kCotQuery) + channel, unit);
-        }
+          }
+        });
+        return all_finite(grad_key) && all_finite(grad_value);
       });
 
       if (p.l2) {
-        add_over_columns(sum);
-        add_over_columns(first_sum);
-        subtract_rows<M, D, kChannels>(grad_key, sum, shared.own(kKey), own, first);
-        if (has_cot_key) subtract_rows<M, D, kChannels>(grad_key, first_sum, shared.own(kCotKey), own, first);
+        subtract_rows<M, D, kChannels>(grad_key, score_sums, shared.own(kKey), own, first);
+        if (has_cot_key) subtract_rows<M, D, kChannels>(grad_key, first_sums, shared.own(kCotKey), own, first);
       }
       if (p.grad_key.data != nullptr) {
         write_rows<M, D, kChannels>(grad_key, {scale, scale}, p.grad_key, shared.own(kValue), p, again(), own, first);
@@ -306,8 +333,14 @@ template <class M>
 void double_backward_key(const Params& p, const std::vector<Window>& windows, Context& context) {
   launch_all_heads<M, DoubleBackwardKey>(p, windows, context, HeadDims<M>{});
 }
+template <class M>
+uint32_t double_backward_shared(int head_dim) {
+  return std::max(least_shared<M, DoubleBackwardQuery>(head_dim, HeadDims<M>{}),
+                  least_shared<M, DoubleBackwardKey>(head_dim, HeadDims<M>{}));
+}
 
 template void double_backward_query<NATTEN_EXT_MODE>(const Params&, const std::vector<Window>&, Context&);
 template void double_backward_key<NATTEN_EXT_MODE>(const Params&, const std::vector<Window>&, Context&);
+template uint32_t double_backward_shared<NATTEN_EXT_MODE>(int);
 
 }  // namespace natten_ext::cuda

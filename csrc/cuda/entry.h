@@ -41,4 +41,9 @@ template <class M> void backward_key(const Params&, const std::vector<Window>&, 
 template <class M> void double_backward_query(const Params&, const std::vector<Window>&, Context&);
 template <class M> void double_backward_key(const Params&, const std::vector<Window>&, Context&);
 
+// Bytes of shared memory that a block of an order needs at least.
+template <class M> uint32_t forward_shared(int head_dim);
+template <class M> uint32_t backward_shared(int head_dim);
+template <class M> uint32_t double_backward_shared(int head_dim);
+
 }  // namespace natten_ext::cuda

@@ -1,6 +1,7 @@
 // Forward: one block has a tile of queries, walks over the keys of its halo, and keeps a running softmax.
 // The formulas of all orders are in docs/double_backward.md.
 #include "launch.h"
+#include "rows.h"
 #include "softmax.h"
 
 namespace natten_ext::cuda {
@@ -9,7 +10,7 @@ template <class M, int D>
 struct Forward {
   using Real = typename M::Real;
   static constexpr bool kByKey = false;
-  static constexpr int kOwn = 1, kStaged = 2, kScalars = 1, kTables = 1;  // query; key, value; key bias; bias
+  static constexpr int kOwn = 1, kStaged = 2, kScalars = 1, kTables = 1;  // query; key, value; half norms of keys; bias
   static constexpr bool kTableGradient = false;
   static constexpr int kChannels = kResultChannels<M, D, 128>;
   static constexpr int kBytes = D * sizeof(typename M::Element);
@@ -32,35 +33,46 @@ struct Forward {
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
       LeftRows<M, D, kHeld> query(shared.own(0), own);
+      Real half_norm[2] = {0, 0};  // of l2
       RunningSoftmax<Real> softmax;
-      Real acc[kChannels / 8][4] = {};
+      Real acc[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
         stage_piece<M, D, kStaged, 0>(shared, stage, p, again(), pieces.piece(i));
       };
-      for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
-        const Rectangle piece = pieces.piece(i);
-        const Shared key_bias = shared.scalars(stage, 0);
-        if (p.l2) {
-          write_key_norms<M, D>(key_bias, shared.rows(stage, 0), piece, -factor / 2);
-          sync_block();
-        }
-        if (i == 0) query.load();
-        for (Walk walk(own.partners, piece, p.keys); walk.more();) {
-          const Unit unit = walk.next();
-          Scores<Real> s;
-          clear(s);
-          scores<M, D>(s, query, shared.rows(stage, 0), unit);
-          const UnitPairs<false> pairs(p, tile, own, unit);
-          pairs.fold(s);
-          pairs.for_each_block([&](int b, const BlockPairs& block) {
-            finish_scores(s[b], block, factor, bias,
-                          [&](int, int c) { return p.l2 ? staged_scalar<Real>(key_bias, block, c) : Real(0); });
-          });
-          softmax.update(pairs, s, acc);
-          pairs.unfold(s);
-          accumulate<M, D, kChannels>(acc, s, shared.rows(stage, 1) + first * sizeof(typename M::Element), unit);
-        }
+      with_care<M>([&](bool careful) {
+        softmax = {};
+        clear(acc);
+        for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
+          const Rectangle piece = pieces.piece(i);
+          const Shared half_key_norms = shared.scalars(stage, 0);
+          if (p.l2) {
+            write_row_products<M, D>(half_key_norms, shared.rows(stage, 0), shared.rows(stage, 0), piece, Real(0.5));
+            sync_block();
+          }
+          if (i == 0) {
+            query.load();
+            if (p.l2) own_half_norms<M, D>(half_norm, shared.own(0), own);
+          }
+          for (Walk walk(own.partners, piece, p.keys); walk.more();) {
+            const Unit unit = walk.next();
+            Scores<Real> s;
+            clear(s);
+            scores<M, D>(s, query, shared.rows(stage, 0), unit);
+            const UnitPairs<false> pairs(p, tile, own, unit);
+            pairs.fold(s);
+            pairs.for_each_block([&](int b, const BlockPairs& block) {
+              finish_scores(s[b], block, factor, bias, p.l2, half_norm,
+                            [&](int c) { return staged_scalar<Real>(half_key_norms, block, c); });
+            });
+            softmax.update(pairs, s, acc);
+            // Elsewhere a weight of zero will do, as long as values are finite.
+            if (!M::kTensor || careful) pairs.for_each_block([&](int b, const BlockPairs& block) { mark_masked(s[b], block); });
+            pairs.unfold(s);
+            accumulate<M, D, kChannels>(acc, s, shared.rows(stage, 1) + first * sizeof(typename M::Element), unit, careful);
+          }
+        });
+        return all_finite(acc);
       });
 
       softmax.finish();
@@ -81,7 +93,12 @@ template <class M>
 void forward(const Params& p, const std::vector<Window>& windows, Context& context) {
   launch_all_heads<M, Forward>(p, windows, context, HeadDims<M>{});
 }
+template <class M>
+uint32_t forward_shared(int head_dim) {
+  return least_shared<M, Forward>(head_dim, HeadDims<M>{});
+}
 
 template void forward<NATTEN_EXT_MODE>(const Params&, const std::vector<Window>&, Context&);
+template uint32_t forward_shared<NATTEN_EXT_MODE>(int);
 
 }  // namespace natten_ext::cuda

@@ -11,8 +11,6 @@ constexpr int kThreads = 128;  // of a block, at most
 
 template <class Real>
 constexpr Real kLog2E = static_cast<Real>(1.4426950408889634074);
-template <class Real>
-constexpr Real kInfinity = static_cast<Real>(__builtin_huge_val());
 
 // Channels of a result that one block keeps in registers, `Most` in single precision. Further blocks (block_y) do the
 // other channels, and compute the scores again.
@@ -43,19 +41,62 @@ NATTEN_EXT_DEVICE Real staged_scalar(Shared scalars, const BlockPairs& pairs, in
   return load_shared<Real>(scalars + pairs.slot[c] * static_cast<uint32_t>(sizeof(Real)));
 }
 
-// From products to scores in base-2 logarithms, -infinity where there is no pair: a times log2(e) is `factor`,
-// `key_bias(c, h)` the key's share, and the table holds base-2 logarithms.
-template <class Real, class Reader, class KeyBias>
-NATTEN_EXT_DEVICE void finish_scores(Real (&s)[4], const BlockPairs& pairs, Real factor, const Reader& table,
-                                     KeyBias key_bias) {
+// From products to scores, -infinity where there is no pair: factor * (product - norms) + table, with norms only of l2, per
+// own row and per column of the block. S is in base-2 logarithms, and so is the table; its norms are |q|^2 / 2 and |k|^2 / 2,
+// so that it becomes -|q - k|^2 / 2 before anything is rounded at the size of the norms. The norms of X are gQ.q and gK.k.
+// All kernels get the same bits.
+template <class Real, class Reader, class OfColumn>
+NATTEN_EXT_DEVICE void finish_scores(Real (&s)[4], const BlockPairs& pairs, Real factor, const Reader& table, bool l2,
+                                     const Real (&of_row)[2], OfColumn of_column) {
+  if (l2) {
+    const Real columns[2] = {of_column(0), of_column(1)};
+    NATTEN_EXT_UNROLL
+    for (int e = 0; e < 4; ++e) s[e] -= of_row[e / 2] + columns[e % 2];
+  }
   NATTEN_EXT_UNROLL
   for (int e = 0; e < 4; ++e) {
     const int h = e / 2, c = e % 2;
     const bool valid = pairs.valid(h, c);
-    Real add = key_bias(h, c);
-    if (table && valid) add += table.at(pairs.table_y[h], pairs.table_x[c]);
+    const Real add = table && valid ? table.at(pairs.table_y[h], pairs.table_x[c]) : Real(0);
     s[e] = valid ? fused_multiply_add(s[e], factor, add) : -kInfinity<Real>;
   }
+}
+
+// Weights of the softmax from finished scores and the two parts of the row's log-sum-exp. The base comes off first: beside
+// a score of 1e5 a float has no room for the rest.
+template <class Real>
+NATTEN_EXT_DEVICE Real weight_of(Real score, Real base, Real log_sum) {
+  return power_of_two(score - base - log_sum);
+}
+
+// A weight times a number, as a weight: with +0 for -0, which stands for masked.
+template <class Real>
+NATTEN_EXT_DEVICE Real product_of(Real weight, Real number) {
+  return fused_multiply_add(weight, number, Real(0));
+}
+
+// Calls `attempt(careful)`, which sums a tile's results and tells whether they are finite. A matrix unit multiplies what
+// is masked by zero, and zero times NaN is NaN: if any result of the block is not finite, it is all summed once more in
+// `careful` arithmetic, so that a NaN or an infinity reaches only what attends it.
+template <class M, class Attempt>
+NATTEN_EXT_DEVICE void with_care(Attempt attempt) {
+  if constexpr (M::kTensor) {
+    NATTEN_EXT_NO_UNROLL
+    for (int careful = 0; careful < 2; ++careful) {
+      if (!any_in_block(!attempt(careful != 0))) break;
+    }
+  } else {
+    attempt(false);
+  }
+}
+
+// A NaN or infinity in a staged row reaches all 16 rows of a warp, so half of the sums show it.
+template <class Real, int N>
+NATTEN_EXT_DEVICE bool all_finite(const Real (&acc)[N][4]) {
+  Real sum = 0;
+  NATTEN_EXT_UNROLL
+  for (int n = 0; n < N; ++n) sum = fused_multiply_add(acc[n][0], Real(0), fused_multiply_add(acc[n][1], Real(0), sum));
+  return sum == 0;
 }
 
 }  // namespace natten_ext::cuda

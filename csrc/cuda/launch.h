@@ -117,6 +117,19 @@ Plan plan_of(const Params& p, const Context& context) {
                            std::to_string(shared_limit) + " bytes of shared memory that this GPU gives a block");
 }
 
+// Bytes of shared memory that a block needs at least: `plan_of` always finds a plan for them.
+template <class M, template <class, int> class Kernel, int... Dims>
+uint32_t least_shared(int head_dim, std::integer_sequence<int, Dims...>) {
+  uint32_t bytes = 0;
+  const auto layout = [&]<int D>() {
+    using K = Kernel<M, D>;
+    const Plan least{1, 1, kBlock, 1, 1, false, 0};
+    return SharedLayout<M, D>(least, K::kOwn, K::kStaged, K::kScalars, K::kTables, K::kTableGradient, 0).total;
+  };
+  ((bytes == 0 && head_dim <= Dims ? (bytes = layout.template operator()<Dims>()) : 0), ...);
+  return bytes;
+}
+
 template <class M, template <class, int> class Kernel, int D>
 void launch_padded(Params p, Context& context) {
   using K = Kernel<M, D>;

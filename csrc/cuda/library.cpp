@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -108,9 +109,9 @@ struct Launcher {
     return data;
   }
 
-  // One number per query and head.
-  void* allocate_row_numbers(size_t real_size) {
-    return allocate(real_size * params.batch * params.heads * params.queries.count);
+  template <class Real>
+  void allocate_row_numbers(size_t count) {
+    params.row_numbers = allocate(count * sizeof(Real) * params.batch * params.heads * params.queries.count);
   }
 
   void note_memory(const Arguments& a);
@@ -122,6 +123,8 @@ struct Launcher {
 int emulated_shared_limit = 99 * 1024, emulated_table_blocks = kTableBlocks;
 
 Context context_of(const Tensor&) { return {emulated_shared_limit, emulated_table_blocks, nullptr, {}, {}}; }
+
+int shared_limit_of(int64_t) { return emulated_shared_limit; }
 
 void note_workspace(Context& context, void* data, size_t bytes) {
   std::memset(data, 0xff, bytes);
@@ -158,10 +161,16 @@ struct DeviceScope {
 
 #else
 
+int shared_limit_of(int64_t device) {
+  int limit = 0;
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, static_cast<int>(device)),
+        "shared memory of the GPU");
+  return limit;
+}
+
 Context context_of(const Tensor& like) {
   const int device = like.get_device_index();
-  int limit = 0;
-  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory of the GPU");
+  const int limit = shared_limit_of(device);
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("natten_ext: torch gave no current CUDA stream");
@@ -192,6 +201,18 @@ void with_mode(DType dtype, bool tf32, Run run) {
   }
 }
 
+// Bytes of shared memory that blocks of all orders need at least for heads of a dtype, and those that a GPU gives.
+std::tuple<int64_t, int64_t> shared_memory(std::string dtype, int64_t head_dim, int64_t device) {
+  const int dim = static_cast<int>(head_dim);
+  const DType type = dtype == "float16" ? DType::float16 : dtype == "bfloat16" ? DType::bfloat16
+                     : dtype == "float32" ? DType::float32 : DType::float64;
+  int64_t needed = 0;
+  with_mode(type, false, [&]<class M>() {  // TF32 pads to no more channels
+    needed = std::max({forward_shared<M>(dim), backward_shared<M>(dim), double_backward_shared<M>(dim)});
+  });
+  return {needed, shared_limit_of(device)};
+}
+
 struct CudaBackend {
   bool tf32;
   Tensor like;
@@ -215,7 +236,7 @@ struct CudaBackend {
     Launcher launcher(a, like);
     Params& p = launcher.params;
     with_mode(a.query.dtype, tf32, [&]<class M>() {
-      p.delta = launcher.allocate_row_numbers(sizeof(typename M::Real));
+      launcher.allocate_row_numbers<typename M::Real>(4);
       cuda::backward_query<M>(p, launcher.windows, launcher.context);
       if (a.grad_key || a.grad_value) cuda::backward_key<M>(p, launcher.windows, launcher.context);
     });
@@ -225,9 +246,7 @@ struct CudaBackend {
     Launcher launcher(a, like);
     Params& p = launcher.params;
     with_mode(a.query.dtype, tf32, [&]<class M>() {
-      for (void** numbers : {&p.delta, &p.row_mean, &p.row_rest}) {
-        *numbers = launcher.allocate_row_numbers(sizeof(typename M::Real));
-      }
+      launcher.allocate_row_numbers<typename M::Real>(8);
       cuda::double_backward_query<M>(p, launcher.windows, launcher.context);
       if (a.grad_key || a.grad_value) cuda::double_backward_key<M>(p, launcher.windows, launcher.context);
     });
@@ -273,6 +292,7 @@ std::string sites() { return emulator::sites(); }
 
 STABLE_TORCH_LIBRARY(natten_ext_cuda, m) {
   natten_ext::operators::define(m, ", bool tf32");
+  m.def("shared_memory(str dtype, int head_dim, int device) -> (int, int)");
 #if defined(NATTEN_EXT_EMULATOR)
   m.def("configure(int order, str dropped_site, int shared_limit, int table_blocks) -> ()");
   m.def("sites() -> str");
@@ -280,6 +300,7 @@ STABLE_TORCH_LIBRARY(natten_ext_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(natten_ext_cuda, CompositeExplicitAutograd, m) {
+  m.impl("shared_memory", TORCH_BOX(&natten_ext::cuda::shared_memory));
   m.impl("forward", TORCH_BOX(&natten_ext::cuda::run_forward));
   m.impl("backward", TORCH_BOX(&natten_ext::cuda::run_backward));
   m.impl("double_backward", TORCH_BOX(&natten_ext::cuda::run_double_backward));

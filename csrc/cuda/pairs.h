@@ -14,6 +14,12 @@ struct BlockPairs {
   NATTEN_EXT_DEVICE bool valid(int h, int c) const { return valid_y[h] && valid_x[c]; }
 };
 
+template <class Real>
+NATTEN_EXT_DEVICE void mark_masked(Real (&weights)[4], const BlockPairs& pairs) {
+  NATTEN_EXT_UNROLL
+  for (int e = 0; e < 4; ++e) weights[e] = pairs.valid(e / 2, e % 2) ? weights[e] : kMasked<Real>;
+}
+
 template <bool ByKey>
 NATTEN_EXT_DEVICE BlockPairs pairs_of(const Params& p, const Tile<ByKey>& tile, const OwnRows<ByKey>& own, const Unit& unit,
                                       int block) {
@@ -71,14 +77,14 @@ struct UnitPairs {
     NATTEN_EXT_UNROLL
     for (int e = 0; e < 4; ++e) numbers[0][e] = second[e % 2] ? numbers[1][e] : numbers[0][e];
   }
-  // And back into their own blocks, with zeros where there was no pair.
+  // And back into their own blocks.
   template <class Real>
   NATTEN_EXT_DEVICE void unfold(Scores<Real>& numbers) const {
     if (!folded) return;
     NATTEN_EXT_UNROLL
     for (int e = 0; e < 4; ++e) {
-      numbers[1][e] = second[e % 2] ? numbers[0][e] : Real(0);
-      numbers[0][e] = second[e % 2] ? Real(0) : numbers[0][e];
+      numbers[1][e] = second[e % 2] ? numbers[0][e] : kMasked<Real>;
+      numbers[0][e] = second[e % 2] ? kMasked<Real> : numbers[0][e];
     }
   }
 };

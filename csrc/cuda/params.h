@@ -63,12 +63,11 @@ struct Params {
   Rows grad_query, grad_key, grad_value, grad_grad_output;
   Table bias, cot_bias, grad_bias;
   bool table_gradient;
-  // Per kernel, from the tensors above: what is staged once per tile and once per piece, and numbers per staged row.
+  // Per kernel, from the tensors above: what is staged once per tile and once per piece.
   Rows own[kMaxTensors], staged[kMaxTensors];
-  const void* scalars[kMaxTensors];
-  // (batch, heads, queries) in Real: the two parts of L, and D, r, t of docs/double_backward.md
-  void *base, *log_sum, *delta, *row_mean, *row_rest;
-  void* table_partials;                     // (partials, launch_heads, table) in Real
+  void *base, *log_sum;  // (batch, heads, queries) in Real: the two parts of L of docs/double_backward.md
+  void* row_numbers;     // (batch, heads, queries, numbers) in Real, see rows.h
+  void* table_partials;  // (partials, launch_heads, table) in Real
   Plan plan;
   Window windows[kMaxHeads];
 };
@@ -96,7 +95,7 @@ constexpr uint32_t kPitch = D * sizeof(typename M::Element) / 16 % 2 == 1 ? D * 
 template <class M, int D>
 struct SharedLayout {
   using Real = typename M::Real;
-  static constexpr uint32_t kDiagonal = 2 * 160;  // numbers of a warp's scratch, see tables.h
+  static constexpr uint32_t kDiagonal = 160;  // numbers of a warp's scratch, see tables.h
 
   NATTEN_EXT_HOST_DEVICE SharedLayout(const Plan& plan, int own, int staged, int scalars, int tables, bool gradient,
                                       int table_size) {

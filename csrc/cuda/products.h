@@ -3,6 +3,8 @@
 //   scores      c[i][j] += own[i] . staged[j]
 //   accumulate  acc[i]  += sum over j of weights[i][j] * staged[j]
 //
+// and the sums of the weights that the second sees (WeightSums).
+//
 // Results lie as in the matrix units' fragments in every mode (arch.h): of block b, a lane has c[b][2h + e] for its
 // own rows h = 0, 1 and the block's columns 2 (lane % 4) + e. On the matrix units the weights of one product are the
 // left operand of the next without leaving their registers.
@@ -13,7 +15,20 @@
 namespace natten_ext::cuda {
 
 template <class Real>
+constexpr Real kInfinity = static_cast<Real>(__builtin_huge_val());
+
+// The weight of a pair that does not exist. Weights of pairs are never this zero, but +0.
+template <class Real>
+constexpr Real kMasked = Real(-0.0);
+
+template <class Real>
 using Scores = Real[2][4];
+
+template <class Real, int N>
+NATTEN_EXT_DEVICE void clear(Real (&c)[N][4]) {
+  NATTEN_EXT_UNROLL
+  for (int i = 0; i < 4 * N; ++i) c[i / 4][i % 4] = 0;
+}
 
 // Own rows as the left operand. Held: in registers, otherwise read again from the tile for every unit.
 template <class M, int D, bool Held = false>
@@ -25,14 +40,15 @@ struct LeftRows {
   Shared address[2];  // on the matrix units the lane's row of ldmatrix, otherwise rows g and g + 8
   Fragment fragments[Held ? kSteps : 1];
 
-  template <class Own>
-  NATTEN_EXT_DEVICE LeftRows(Shared tile, const Own& own) {
+  // `slots.slot_of(row)` tells where rows 0 to 15 lie.
+  template <class Slots>
+  NATTEN_EXT_DEVICE LeftRows(Shared tile, const Slots& slots) {
     const int lane = thread_index() % kWarp;
     if constexpr (M::kTensor) {
-      address[0] = tile + own.slot_of(lane % 16) * kPitch<M, D> + lane / 16 * 16;
+      address[0] = tile + slots.slot_of(lane % 16) * kPitch<M, D> + lane / 16 * 16;
     } else {
-      address[0] = tile + own.slot_of(lane / 4) * kPitch<M, D>;
-      address[1] = tile + own.slot_of(lane / 4 + 8) * kPitch<M, D>;
+      address[0] = tile + slots.slot_of(lane / 4) * kPitch<M, D>;
+      address[1] = tile + slots.slot_of(lane / 4 + 8) * kPitch<M, D>;
     }
   }
   // Once the tile has arrived.
@@ -121,17 +137,77 @@ NATTEN_EXT_DEVICE void scores(Scores<typename M::Real>& c, const LeftRows<M, D, 
   }
 }
 
-// `staged` points at the first channel of the DC that `acc` holds.
+// Weights as the matrix units take them: a left operand 16 deep in half precision, and of block b, 8 deep, in TF32. There
+// the depth of a product may be in any order: t stands for column 2t, and t + 4 for 2t + 1.
+template <class Element>
+NATTEN_EXT_DEVICE void pack_weights(uint32_t (&a)[4], const Scores<float>& weights) {
+  NATTEN_EXT_UNROLL
+  for (int i = 0; i < 4; ++i) a[i] = pack<Element>(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1]);
+}
+NATTEN_EXT_DEVICE void round_weights(uint32_t (&a)[4], const Scores<float>& weights, int b) {
+  NATTEN_EXT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int e = i % 2 * 2 + i / 2;
+    a[i] = round_to_tf32(bits_of(b ? weights[1][e] : weights[0][e]));
+  }
+}
+
+// `value` as an operand of a product.
+template <class M>
+NATTEN_EXT_DEVICE typename M::Real as_operand(typename M::Real value) {
+  using Element = typename M::Element;
+  if constexpr (M::kTensor && sizeof(Element) == 4) return from_bits(round_to_tf32(bits_of(value)));
+  else return widen(narrow<Element>(value));
+}
+
+// `accumulate` in ordinary arithmetic, which leaves out what is masked: zero times NaN is NaN.
 template <class M, int D, int DC>
-NATTEN_EXT_DEVICE void accumulate(typename M::Real (&acc)[DC / 8][4], const Scores<typename M::Real>& weights, Shared staged,
-                                  const Unit& unit) {
+NATTEN_EXT_DEVICE void accumulate_valid(typename M::Real (&acc)[DC / 8][4], const Scores<typename M::Real>& weights,
+                                        Shared staged, const Unit& unit) {
   using Element = typename M::Element;
   using Real = typename M::Real;
+  struct alignas(2 * sizeof(Element)) Pair {
+    Element e[2];
+  };
+  [[maybe_unused]] constexpr int kColumns = M::kTensor ? 1 : 4;  // at a time: where it is the exception, code is kept small
+  const int lane = thread_index() % kWarp;
+  NATTEN_EXT_NO_UNROLL
+  for (int t = 0; t < 4; ++t) {  // the lane of the four that has columns 2t and 2t + 1
+    NATTEN_EXT_UNROLL_BY(kColumns)
+    for (int j = 0; j < 4; ++j) {
+      const int b = j / 2, e = j % 2;
+      Real weight[2];
+      bool valid[2];
+      NATTEN_EXT_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const Real even = b ? weights[1][2 * h] : weights[0][2 * h], odd = b ? weights[1][2 * h + 1] : weights[0][2 * h + 1];
+        weight[h] = shuffle(e ? odd : even, lane / 4 * 4 + t);
+        valid[h] = !is_negative_zero(weight[h]);
+        weight[h] = as_operand<M>(weight[h]);
+      }
+      const Shared row = staged + unit.slot_of(b, 2 * t + e) * kPitch<M, D> + lane % 4 * static_cast<uint32_t>(sizeof(Pair));
+      NATTEN_EXT_UNROLL
+      for (int n = 0; n < DC / 8; ++n) {
+        const Pair other = load_shared<Pair>(row + 8 * n * static_cast<uint32_t>(sizeof(Element)));
+        NATTEN_EXT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          if (valid[i / 2]) acc[n][i] = fused_multiply_add(weight[i / 2], widen(other.e[i % 2]), acc[n][i]);
+        }
+      }
+    }
+  }
+}
+
+// `staged` points at the first channel of the DC that `acc` holds. `careful`: see `with_care`.
+template <class M, int D, int DC>
+NATTEN_EXT_DEVICE void accumulate(typename M::Real (&acc)[DC / 8][4], const Scores<typename M::Real>& weights, Shared staged,
+                                  const Unit& unit, bool careful) {
+  using Element = typename M::Element;
+  if (!M::kTensor || careful) return accumulate_valid<M, D, DC>(acc, weights, staged, unit);
   const int lane = thread_index() % kWarp;
   if constexpr (M::kTensor && sizeof(Element) == 2) {
     uint32_t a[4];
-    NATTEN_EXT_UNROLL
-    for (int i = 0; i < 4; ++i) a[i] = pack<Element>(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1]);
+    pack_weights<Element>(a, weights);
     const Shared row = staged + unit.slot_of(lane / 8 % 2, lane % 8) * kPitch<M, D> + lane / 16 * 16;
     NATTEN_EXT_UNROLL
     for (int n = 0; n < DC / 16; ++n) {
@@ -146,15 +222,10 @@ NATTEN_EXT_DEVICE void accumulate(typename M::Real (&acc)[DC / 8][4], const Scor
       multiply<Element>(acc[0], a, b[0], b[1]);
     }
   } else if constexpr (M::kTensor) {
-    // The depth of a product may be in any order: t stands for column 2t, and t + 4 for 2t + 1.
     NATTEN_EXT_NO_UNROLL
     for (int b = 0; b < 2; ++b) {
       uint32_t a[4];
-      NATTEN_EXT_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int e = i % 2 * 2 + i / 2;
-        a[i] = round_to_tf32(bits_of(b ? weights[1][e] : weights[0][e]));
-      }
+      round_weights(a, weights, b);
       const uint32_t channel = lane / 4 * 4;
       const Shared even = staged + unit.slot_of(b, lane % 4 * 2) * kPitch<M, D> + channel;
       const Shared odd = staged + unit.slot_of(b, lane % 4 * 2 + 1) * kPitch<M, D> + channel;
@@ -164,37 +235,87 @@ NATTEN_EXT_DEVICE void accumulate(typename M::Real (&acc)[DC / 8][4], const Scor
                           round_to_tf32(load_shared<uint32_t>(odd + 32 * n)));
       }
     }
-  } else {
-    struct alignas(2 * sizeof(Real)) Pair {
-      Real e[2];
-    };
-    NATTEN_EXT_NO_UNROLL
-    for (int t = 0; t < 4; ++t) {  // the lane of the four that has columns 2t and 2t + 1
-      NATTEN_EXT_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int b = j / 2, column = 2 * t + j % 2;
-        Real weight[2];
-        NATTEN_EXT_UNROLL
-        for (int h = 0; h < 2; ++h) weight[h] = shuffle(weights[b][2 * h + j % 2], lane / 4 * 4 + t);
-        const Shared row = staged + unit.slot_of(b, column) * kPitch<M, D> + lane % 4 * static_cast<uint32_t>(sizeof(Pair));
-        NATTEN_EXT_UNROLL
-        for (int n = 0; n < DC / 8; ++n) {
-          const Pair other = load_shared<Pair>(row + 8 * n * static_cast<uint32_t>(sizeof(Real)));
-          NATTEN_EXT_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            // What is masked has weight zero exactly, also beside a NaN.
-            if (weight[i / 2] != 0) acc[n][i] = fused_multiply_add(weight[i / 2], other.e[i % 2], acc[n][i]);
-          }
-        }
-      }
-    }
   }
 }
 
-template <class Real>
-NATTEN_EXT_DEVICE void clear(Scores<Real>& c) {
-  NATTEN_EXT_UNROLL
-  for (int i = 0; i < 8; ++i) c[i / 4][i % 4] = 0;
+// Sums of the own rows' weights, rounded as in `accumulate`: on the matrix units a product with ones.
+template <class M>
+struct WeightSums {
+  using Real = typename M::Real;
+  Real sum[2] = {0, 0};
+
+  NATTEN_EXT_DEVICE void add(const Scores<Real>& weights) {
+    using Element = typename M::Element;
+    Real c[4] = {0, 0, 0, 0};
+    if constexpr (M::kTensor && sizeof(Element) == 2) {
+      uint32_t a[4];
+      pack_weights<Element>(a, weights);
+      const uint32_t ones = pack<Element>(1, 1);
+      multiply<Element>(c, a, ones, ones);
+    } else if constexpr (M::kTensor) {
+      NATTEN_EXT_UNROLL
+      for (int b = 0; b < 2; ++b) {
+        uint32_t a[4];
+        round_weights(a, weights, b);
+        multiply<Element>(c, a, bits_of(1), bits_of(1));
+      }
+    } else {
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < 8; ++i) c[i % 4 / 2 * 2] += weights[i / 4][i % 4];
+    }
+    sum[0] += c[0];
+    sum[1] += c[2];
+  }
+  // Once all are added: of the lane's own row h.
+  NATTEN_EXT_DEVICE Real total(int h) const {
+    Real total = sum[h];
+    if constexpr (!M::kTensor) {
+      total += shuffle_xor(total, 1);
+      total += shuffle_xor(total, 2);
+    }
+    return total;
+  }
+};
+
+// 16 rows as a unit; `slots` as for LeftRows. Rows 0 to 7 are adjacent, and so are 8 to 15.
+template <class Slots>
+NATTEN_EXT_DEVICE Unit unit_of_rows(const Slots& slots) {
+  Unit unit{};
+  unit.slot[0] = slots.slot_of(0), unit.slot[1] = slots.slot_of(8);
+  unit.last_slot = slots.slot_of(15);
+  return unit;
+}
+
+// Dot products a_r . b_r of 16 rows of two tensors, to the bit those that `scores` has for them; a lane gets rows g and
+// g + 8.
+template <class M, int D, class Slots>
+NATTEN_EXT_DEVICE void row_products(typename M::Real (&products)[2], Shared a, Shared b, const Slots& slots) {
+  using Real = typename M::Real;
+  const int lane = thread_index() % kWarp;
+  if constexpr (M::kTensor) {
+    Scores<Real> c;
+    clear(c);
+    scores<M, D>(c, LeftRows<M, D>(a, slots), b, unit_of_rows(slots));
+    const int g = lane / 4;  // row g of the diagonal has column g, that of lane g / 2 of the four
+    NATTEN_EXT_UNROLL
+    for (int h = 0; h < 2; ++h) products[h] = shuffle(g % 2 ? c[h][2 * h + 1] : c[h][2 * h], 4 * g + g / 2);
+  } else {
+    constexpr int kChunk = 16 / sizeof(Real);
+    struct alignas(16) Chunk {
+      Real e[kChunk];
+    };
+    const uint32_t row = slots.slot_of(lane % kWarpRows) * kPitch<M, D>;
+    Real sum = 0;
+    NATTEN_EXT_NO_UNROLL
+    for (int channel = 0; channel < D; channel += kChunk) {
+      const uint32_t at = row + channel * static_cast<uint32_t>(sizeof(Real));
+      const Chunk left = load_shared<Chunk>(a + at), right = load_shared<Chunk>(b + at);
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < kChunk; ++i) sum = fused_multiply_add(left.e[i], right.e[i], sum);
+    }
+    NATTEN_EXT_UNROLL
+    for (int h = 0; h < 2; ++h) products[h] = shuffle(sum, lane / 4 + 8 * h);
+  }
 }
 
 }  // namespace natten_ext::cuda

@@ -20,15 +20,47 @@ struct RowNumbers {
   NATTEN_EXT_DEVICE Real operator[](int h) const { return value[h]; }
 };
 
+// What query-centred kernels leave for the key-centred ones of each query, in p.row_numbers: L in two parts, D, of l2
+// |q|^2 / 2; in the double backward also r, t, of l2 gQ.q, and room.
+enum RowNumber { kBase, kLogSum, kDelta, kHalfNorm, kMean, kRest, kCotProduct };
+
 template <class Real>
-NATTEN_EXT_DEVICE void write_row_numbers(const Params& p, void* to, const Tile<false>& tile, const OwnRows<false>& own,
-                                         const Real (&value)[2]) {
-  for (int h = 0; h < 2; ++h) {
-    if (thread_index() % 4 == 0 && own.exists[h]) {
-      store_global(static_cast<Real*>(to) + tile.row_index(p, own.y[h], own.x), value[h]);
-    }
+struct alignas(16) NumberChunk {
+  Real numbers[16 / sizeof(Real)];
+};
+
+// Writes those of the lane's own row h.
+template <int N, class Real>
+NATTEN_EXT_DEVICE void write_row_numbers(const Params& p, const Tile<false>& tile, const OwnRows<false>& own, int h,
+                                         const Real (&numbers)[N]) {
+  constexpr int kPerChunk = 16 / sizeof(Real);
+  if (thread_index() % 4 != 0 || !own.exists[h]) return;
+  auto* to = static_cast<NumberChunk<Real>*>(p.row_numbers) + tile.row_index(p, own.y[h], own.x) * (N / kPerChunk);
+  NATTEN_EXT_UNROLL
+  for (int i = 0; i < N / kPerChunk; ++i) {
+    NumberChunk<Real> chunk;
+    for (int k = 0; k < kPerChunk; ++k) chunk.numbers[k] = numbers[i * kPerChunk + k];
+    store_global(to + i, chunk);
   }
 }
+
+// Those of the staged rows of a block's columns c = 0, 1.
+template <class Real, int N>
+struct StagedNumbers {
+  static constexpr int kPerChunk = 16 / sizeof(Real);
+  NumberChunk<Real> chunks[2][N / kPerChunk];
+
+  NATTEN_EXT_DEVICE StagedNumbers(Shared at, const BlockPairs& pairs) {
+    NATTEN_EXT_UNROLL
+    for (int i = 0; i < 2 * N / kPerChunk; ++i) {
+      const int c = i / (N / kPerChunk), chunk = i % (N / kPerChunk);
+      chunks[c][chunk] = load_shared<NumberChunk<Real>>(at + (pairs.slot[c] * (N / kPerChunk) + chunk) * 16);
+    }
+  }
+  NATTEN_EXT_DEVICE Real operator()(RowNumber which, int c) const {
+    return chunks[c][which / kPerChunk].numbers[which % kPerChunk];
+  }
+};
 
 // Sums of a row are spread over the four lanes that have its columns.
 template <class Real>
@@ -40,19 +72,36 @@ NATTEN_EXT_DEVICE void add_over_columns(Real (&sum)[2]) {
   }
 }
 
-// acc -= factor * row, for channels `first` and on of the own rows of a tile.
+// |row|^2 / 2 of the lane's own rows of a tile.
+template <class M, int D, class Own>
+NATTEN_EXT_DEVICE void own_half_norms(typename M::Real (&half_norms)[2], Shared tile, const Own& own) {
+  row_products<M, D>(half_norms, tile, tile, own);
+  for (int h = 0; h < 2; ++h) half_norms[h] *= typename M::Real(0.5);
+}
+
+// acc -= sum * row, for channels `first` and on of a warp's rows of a tile.
+//
+// Of keys at the places of queries (stage_own_keys): what multiplies keys (dS) sums to zero along a row, so any vector may be
+// taken off the keys. Roundings, in D above all, leave a sum over; so it multiplies only the differences of keys, not what
+// they have in common, and nothing where a query attends itself alone.
 template <class M, int D, int DC, class Own>
-NATTEN_EXT_DEVICE void subtract_rows(typename M::Real (&acc)[DC / 8][4], const typename M::Real (&factor)[2], Shared tile,
+NATTEN_EXT_DEVICE void subtract_rows(typename M::Real (&acc)[DC / 8][4], const WeightSums<M>& sums, Shared tile,
                                      const Own& own, int first) {
   using Element = typename M::Element;
+  struct alignas(2 * sizeof(Element)) Pair {
+    Element e[2];
+  };
   const int lane = thread_index() % kWarp;
-  NATTEN_EXT_UNROLL
-  for (int n = 0; n < DC / 8; ++n) {
+  for (int h = 0; h < 2; ++h) {
+    const typename M::Real total = sums.total(h);
+    const Shared row = tile + own.slot_of(lane / 4 + 8 * h) * kPitch<M, D> + (first + lane % 4 * 2) * static_cast<uint32_t>(sizeof(Element));
     NATTEN_EXT_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const int channel = first + 8 * n + lane % 4 * 2 + e % 2;
-      const Shared at = tile + own.slot_of(lane / 4 + 8 * (e / 2)) * kPitch<M, D> + channel * static_cast<uint32_t>(sizeof(Element));
-      acc[n][e] = fused_multiply_add(-factor[e / 2], widen(load_shared<Element>(at)), acc[n][e]);
+    for (int n = 0; n < DC / 8; ++n) {
+      const Pair pair = load_shared<Pair>(row + 8 * n * static_cast<uint32_t>(sizeof(Element)));
+      NATTEN_EXT_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        acc[n][2 * h + e] = fused_multiply_add(-total, as_operand<M>(widen(pair.e[e])), acc[n][2 * h + e]);
+      }
     }
   }
 }

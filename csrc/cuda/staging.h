@@ -2,7 +2,7 @@
 // own part of shared memory in wide stores.
 #pragma once
 
-#include "tiles.h"
+#include "products.h"
 
 namespace natten_ext::cuda {
 
@@ -51,18 +51,17 @@ NATTEN_EXT_DEVICE void stage_rows(Shared destination, const Rows& t, const Param
   }
 }
 
-// The same for one number per row of a (batch, heads, queries) array.
-template <class Real, class AnyTile>
-NATTEN_EXT_DEVICE void stage_scalars(Shared destination, const void* source, const Params& p, const AnyTile& tile,
-                                     const Rectangle& r) {
+// The same for the N numbers of each row in p.row_numbers.
+template <class Real, int N, class AnyTile>
+NATTEN_EXT_DEVICE void stage_row_numbers(Shared destination, const Params& p, const AnyTile& tile, const Rectangle& r) {
+  constexpr int kBytes = N * sizeof(Real), kChunks = kBytes / 16;
   const Divisor by_width(r.width());
-  const int total = r.height() * r.width();
-  for (int slot = thread_index(); slot < total; slot += block_threads()) {
-    const int row = by_width(slot), y = r.y0 + row, x = r.x0 + slot - row * r.width();
+  const int total = r.height() * r.width() * kChunks;
+  for (int i = thread_index(); i < total; i += block_threads()) {
+    const int slot = i / kChunks, row = by_width(slot), y = r.y0 + row, x = r.x0 + slot - row * r.width();
     const bool exists = int64_t{y} * p.queries.width + x < p.queries.count;
     const int64_t index = exists ? tile.row_index(p, y, x) : 0;
-    copy_async<sizeof(Real)>(destination + slot * static_cast<uint32_t>(sizeof(Real)),
-                             static_cast<const Real*>(source) + index, exists);
+    copy_async<16>(destination + i * 16, static_cast<const unsigned char*>(p.row_numbers) + index * kBytes + i % kChunks * 16, exists);
   }
 }
 
@@ -77,18 +76,41 @@ NATTEN_EXT_DEVICE void stage_own(const SharedLayout<M, D>& shared, const Params&
   }
 }
 
-// The same for a piece: p.staged[0] and on, and the numbers of its rows in p.scalars[0] and on.
-template <class M, int D, int Tensors, int Scalars, bool ByKey>
+// Starts copying the keys at the places of a warp's own queries to the warp's rows of a tile; where there is none, the
+// nearest. `await_own_keys` ends what began.
+template <class M, int D>
+NATTEN_EXT_DEVICE void stage_own_keys(Shared destination, const Rows& keys, const Params& p, const Tile<false>& tile,
+                                      const OwnRows<false>& own) {
+  using Element = typename M::Element;
+  constexpr int kChunk = 16 / sizeof(Element), kChunks = D / kChunk;
+  const int lane = thread_index() % kWarp;
+  for (int i = lane; i < kWarpRows * kChunks; i += kWarp) {
+    const int row = i / kChunks, channel = i % kChunks * kChunk;
+    int y = lesser(own.y[0] + row / kBlock, tile.own_height() - 1), x = lesser(own.x - lane / 4 + row % kBlock, tile.own_width() - 1);
+    if (p.neighborhood == Neighborhood::full) {
+      const int token = lesser(y * kBlock + x, p.keys.count - 1);
+      y = token / kBlock, x = token % kBlock;
+    }
+    const auto* from = static_cast<const Element*>(keys.data) + tile.offset(keys, y, x) + channel;
+    copy_chunk(destination + own.slot_of(row) * kPitch<M, D> + channel * static_cast<uint32_t>(sizeof(Element)), from,
+               own.any ? (p.head_dim - channel) * static_cast<int>(sizeof(Element)) : 0, p.vector_bytes);
+  }
+}
+NATTEN_EXT_DEVICE void await_own_keys() {
+  copy_async_commit();
+  copy_async_wait<0>();
+  sync_warp();
+}
+
+// The same for a piece: p.staged[0] and on, and `Numbers` numbers of each row.
+template <class M, int D, int Tensors, int Numbers, bool ByKey>
 NATTEN_EXT_DEVICE void stage_piece(const SharedLayout<M, D>& shared, int stage, const Params& p, const Tile<ByKey>& tile,
                                    const Rectangle& piece) {
   NATTEN_EXT_NO_UNROLL
   for (int i = 0; i < Tensors; ++i) {
     if (p.staged[i].data != nullptr) stage_rows<M, D>(shared.rows(stage, i), p.staged[i], p, tile, piece, tile.other);
   }
-  NATTEN_EXT_NO_UNROLL
-  for (int i = 0; i < Scalars; ++i) {
-    stage_scalars<typename M::Real>(shared.scalars(stage, i), p.scalars[i], p, tile, piece);
-  }
+  if constexpr (Numbers > 0) stage_row_numbers<typename M::Real, Numbers>(shared.scalars(stage, 0), p, tile, piece);
 }
 
 NATTEN_EXT_DEVICE void copy_async_wait_for(int pending) {
@@ -114,57 +136,26 @@ NATTEN_EXT_DEVICE void for_each_piece(int count, int stages, Issue issue, Consum
   }
 }
 
-// Dot product of the rows at `a` and `b`.
-template <class M, int D>
-NATTEN_EXT_DEVICE typename M::Real row_product(Shared a, Shared b) {
-  using Element = typename M::Element;
-  constexpr int kChunk = 16 / sizeof(Element);
-  struct alignas(16) Chunk {
-    Element e[kChunk];
-  };
-  typename M::Real sum = 0;
-  NATTEN_EXT_NO_UNROLL
-  for (int channel = 0; channel < D; channel += kChunk) {
-    const uint32_t at = channel * static_cast<uint32_t>(sizeof(Element));
-    const Chunk left = load_shared<Chunk>(a + at), right = load_shared<Chunk>(b + at);
-    NATTEN_EXT_UNROLL
-    for (int i = 0; i < kChunk; ++i) sum = fused_multiply_add(widen(left.e[i]), widen(right.e[i]), sum);
-  }
-  return sum;
-}
+// 16 adjacent rows of a piece from `first` on, as far as they were staged.
+struct AdjacentSlots {
+  int first, last;
+  NATTEN_EXT_DEVICE int slot_of(int row) const { return lesser(first + row, last); }
+};
 
 // Writes factor * (a row . b row) for every row of a staged piece.
 template <class M, int D>
-NATTEN_EXT_DEVICE void write_key_products(Shared destination, Shared a, Shared b, const Rectangle& piece,
+NATTEN_EXT_DEVICE void write_row_products(Shared destination, Shared a, Shared b, const Rectangle& piece,
                                           typename M::Real factor) {
   using Real = typename M::Real;
-  for (int slot = thread_index(); slot < piece.height() * piece.width(); slot += block_threads()) {
-    const uint32_t at = slot * kPitch<M, D>;
-    store_shared(destination + slot * static_cast<uint32_t>(sizeof(Real)), factor * row_product<M, D>(a + at, b + at));
-  }
-}
-
-// The same for factor * |row|^2.
-template <class M, int D>
-NATTEN_EXT_DEVICE void write_key_norms(Shared destination, Shared rows, const Rectangle& piece, typename M::Real factor) {
-  write_key_products<M, D>(destination, rows, rows, piece, factor);
-}
-
-// The dot product of two tensors for the lane's two own rows, by the four lanes that share them.
-template <class M, int D, class Own>
-NATTEN_EXT_DEVICE void own_row_products(typename M::Real (&sums)[2], Shared a, Shared b, const Own& own) {
-  using Element = typename M::Element;
-  const int lane = thread_index() % kWarp;
-  for (int h = 0; h < 2; ++h) {
-    const uint32_t row = own.slot_of(lane / 4 + 8 * h) * kPitch<M, D>;
-    sums[h] = 0;
-    NATTEN_EXT_NO_UNROLL
-    for (int channel = lane % 4; channel < D; channel += 4) {
-      const uint32_t at = row + channel * static_cast<uint32_t>(sizeof(Element));
-      sums[h] = fused_multiply_add(widen(load_shared<Element>(a + at)), widen(load_shared<Element>(b + at)), sums[h]);
+  const int lane = thread_index() % kWarp, rows = piece.height() * piece.width();
+  NATTEN_EXT_NO_UNROLL
+  for (int first = thread_index() / kWarp * kWarpRows; first < rows; first += block_threads() / kWarp * kWarpRows) {
+    Real products[2];
+    row_products<M, D>(products, a, b, AdjacentSlots{first, rows - 1});
+    for (int h = 0; h < 2; ++h) {
+      const int slot = first + lane / 4 + 8 * h;
+      if (lane % 4 == 0 && slot < rows) store_shared(destination + slot * static_cast<uint32_t>(sizeof(Real)), factor * products[h]);
     }
-    sums[h] += shuffle_xor(sums[h], 1);
-    sums[h] += shuffle_xor(sums[h], 2);
   }
 }
 

@@ -5,6 +5,8 @@
 // a scratch and letting each lane sum one diagonal: on a map row, equal offsets lie on diagonals.
 #pragma once
 
+#include <limits>
+
 #include "products.h"
 
 namespace natten_ext::cuda {
@@ -14,6 +16,11 @@ NATTEN_EXT_DEVICE Real table_entry(const Table& t, int64_t offset) {
   if (t.is_float) return load_global(static_cast<const float*>(t.data) + offset);
   return widen(load_global(static_cast<const Element*>(t.data) + offset));
 }
+
+// Finite entries beyond this count as this. In base 2 they stay finite then, and so do their sums with scores: a table full
+// of the least number masks nothing, as it is the same for all keys.
+template <class Real>
+constexpr Real kMostOfTable = std::numeric_limits<Real>::max() / 4;
 
 // A table of one head as a kernel reads it, times `factor`; zero where there is none.
 template <class Element, class Real>
@@ -33,7 +40,10 @@ struct TableReader {
     }
   }
   NATTEN_EXT_DEVICE Real entry(int y, int x) const {
-    return factor * table_entry<Element, Real>(table, head * table.head + y * table.y + x * table.x);
+    const Real value = table_entry<Element, Real>(table, head * table.head + y * table.y + x * table.x);
+    if (value < -kMostOfTable<Real> && value != -kInfinity<Real>) return -factor * kMostOfTable<Real>;
+    if (value > kMostOfTable<Real> && value != kInfinity<Real>) return factor * kMostOfTable<Real>;
+    return factor * value;
   }
   NATTEN_EXT_DEVICE explicit operator bool() const { return table.data != nullptr; }
   NATTEN_EXT_DEVICE Real at(int y, int x) const {
@@ -70,28 +80,28 @@ struct TableGradient {
     const int x = columns / 2 + unit.x[0] - (own.x - lane / 4), y = rows / 2 + unit.y[0] - own.y[0] - h;
     if (own.narrow && unit.y[0] == unit.y[1]) {
       // Both blocks at once: modulo eight, offsets are those of eight diagonals of eight. Two lanes have half of one each.
-      put(0, values[0][0] + values[1][0], values[0][1] + values[1][1], values[0][2] + values[1][2], values[0][3] + values[1][3]);
+      put(values[0][0] + values[1][0], values[0][1] + values[1][1], values[0][2] + values[1][2], values[0][3] + values[1][3]);
       sync_warp();
       const int half = lane / 8 % 2, first = columns / 2 - kernel / 2;
       Real sum = 0;
-      for (int i = 4 * half; i < 4 * half + 4; ++i) sum += load_shared<Real>(at(0, h, i, (i + lane) % 8));
+      for (int i = 4 * half; i < 4 * half + 4; ++i) sum += load_shared<Real>(at(h, i, (i + lane) % 8));
       sum += shuffle_xor(sum, 8);
       const int offset = (x + lane % 8 - first) & 7;
       if (half == 0 && offset < kernel) add_entry(y, first + offset, sum);
       sync_warp();
       return;
     }
-    put(0, values[0][0], values[0][1], values[0][2], values[0][3]);
-    put(1, values[1][0], values[1][1], values[1][2], values[1][3]);
-    sync_warp();
     // Lanes 0 to 14 sum the diagonals column - row = -7 to 7 of h = 0, lanes 16 to 30 those of h = 1.
     const int diagonal = lane % 16 - 7;
     NATTEN_EXT_NO_UNROLL
     for (int b = 0; b < 2; ++b) {
+      put(b ? values[1][0] : values[0][0], b ? values[1][1] : values[0][1], b ? values[1][2] : values[0][2],
+          b ? values[1][3] : values[0][3]);
+      sync_warp();
       Real sum = 0;
       for (int i = 0; i < 8; ++i) {
         const int column = i + diagonal;
-        if (column >= 0 && column < 8 && diagonal < 8) sum += load_shared<Real>(at(b, h, i, column));
+        if (column >= 0 && column < 8 && diagonal < 8) sum += load_shared<Real>(at(h, i, column));
       }
       const int to_x = x + diagonal + (b ? unit.x[1] - unit.x[0] : 0), to_y = y + (b ? unit.y[1] - unit.y[0] : 0);
       if (diagonal < 8) add_entry(to_y, to_x, sum);
@@ -114,17 +124,17 @@ struct TableGradient {
 
  private:
   // In the scratch, rows 4 to 7 of a block lie eight numbers further, so that halves of diagonals are in different banks.
-  NATTEN_EXT_DEVICE Shared at(int block, int h, int row, int column) const {
-    return scratch + (160 * block + 80 * h + 8 * row + row / 4 * 8 + column) * static_cast<uint32_t>(sizeof(Real));
+  NATTEN_EXT_DEVICE Shared at(int h, int row, int column) const {
+    return scratch + (80 * h + 8 * row + row / 4 * 8 + column) * static_cast<uint32_t>(sizeof(Real));
   }
   // The lane's fragment of a block.
-  NATTEN_EXT_DEVICE void put(int block, Real a, Real b, Real c, Real d) const {
+  NATTEN_EXT_DEVICE void put(Real a, Real b, Real c, Real d) const {
     const int g = thread_index() % kWarp / 4, t = thread_index() % 4;
     struct alignas(2 * sizeof(Real)) Pair {
       Real e[2];
     };
-    store_shared(at(block, 0, g, 2 * t), Pair{{a, b}});
-    store_shared(at(block, 1, g, 2 * t), Pair{{c, d}});
+    store_shared(at(0, g, 2 * t), Pair{{a, b}});
+    store_shared(at(1, g, 2 * t), Pair{{c, d}});
   }
   NATTEN_EXT_DEVICE void add_entry(int y, int x, Real sum) {
     if (y >= 0 && y < rows && x >= 0 && x < columns) write(y * columns + x, read(y * columns + x) + sum);

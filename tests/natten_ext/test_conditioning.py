@@ -34,8 +34,8 @@ import natten_ext
 
 # Backend -> problems and dtypes (by the first words) that it does not solve well enough yet.
 NOT_YET: dict[str, set[str]] = {
-    "cuda": {"shifted", "peaked", "huge", "one", "mean"},
-    "triton": {"shifted by 1000 bfloat16"},  # twice the bound where keys are equal to rounding
+    "cuda": {"shifted by 1000 bfloat16"},  # twice the bound where keys are equal to rounding
+    "triton": {"shifted by 1000 bfloat16"},  # likewise
 }
 
 # Times the plain formula's error. For l2 it subtracts vectors, which kernels replace by products about their origin.
