@@ -162,7 +162,7 @@ def compile_variant(variant: Variant) -> Usage:
     return Usage(
         variant.name, variant.arch, variant.dtype, variant.shape, variant.tile, variant.options["num_warps"],
         variant.options["num_stages"], usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared,
-        round(seconds, 1), variant.digest, source_digest(variant.kernel), triton.__version__,
+        round(seconds, 2), variant.digest, source_digest(variant.kernel), triton.__version__,
     )  # fmt: skip
 
 
