@@ -14,7 +14,12 @@ struct Forward {
   static constexpr bool kTableGradient = false;
   static constexpr int kChannels = kResultChannels<M, D, 128>;
   static constexpr int kBytes = D * sizeof(typename M::Element);
-  static constexpr int kBlocks = M::kTensor && kBytes <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  // On a multiprocessor, as far as registers go; the code for sm_80 takes a few more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kBlocks = M::kTensor && kBytes <= 64 ? 3 : 2;
+#else
+  static constexpr int kBlocks = M::kTensor && kBytes <= 32 ? 4 : kBytes <= 128 ? 3 : 2;
+#endif
   static constexpr bool kHeld = M::kTensor && D * sizeof(typename M::Element) <= 256;
 
   static void choose_tensors(Params& p) {
