@@ -17,6 +17,7 @@ import natten_ext
 from . import naive, peers
 from .problem import Attend
 from .shapes import Shape
+from .suites import PEER_NAMES
 
 Prepare = Callable[[Shape, torch.device, torch.dtype], Attend]
 
@@ -54,9 +55,6 @@ def ours(backend: str) -> Prepare:
         )
 
     return prepare
-
-
-PEER_NAMES = ("naive", "sdpa", "flex", "natten")
 
 
 def all_candidates(device_type: str) -> list[Candidate]:

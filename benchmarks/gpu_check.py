@@ -38,6 +38,7 @@ from benchmarks.gpu.child import ROOT, stop
 from benchmarks.gpu.document import JSON_NAME, LOG_NAME, PAGE_NAME, Document
 from benchmarks.gpu.parts import FAILED, NOT_RUN, OUT_OF_TIME, PARTS, Part, Run
 from benchmarks.shapes import SHAPES
+from benchmarks.suites import PEER_NAMES
 
 PRECISIONS = ("bfloat16", "float16", "float32", "tf32")
 RESERVE = 4.0  # seconds for the last words
@@ -57,6 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--backend", action="append", metavar="NAME", help="only this backend (repeatable); default: all that can run")
     add("--precision", action="append", choices=PRECISIONS, help="repeatable; default: all that the device has")
     add("--shape", action="append", choices=SHAPES, metavar="NAME", help="benchmark only this shape (repeatable)")
+    add("--peers", default=",".join(PEER_NAMES), metavar="LIST", help=f"of {','.join(PEER_NAMES)} (default: all)")
     add("--tests", nargs="+", default=["tests/natten_ext"], metavar="PATH", help="what pytest is given")
     add("--processes", type=int, default=None, help="for tests and compilation (default: cores less 2, at most 12)")
     add("--commit", default="", help="of this tree, where it is not a git checkout")
@@ -65,6 +67,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in options.parts:
         if name not in names:
             parser.error(f"--parts must be among {', '.join(names)}; got {name!r}")
+    options.peers = [name for name in options.peers.split(",") if name]
+    for name in options.peers:
+        if name not in PEER_NAMES:
+            parser.error(f"--peers must be among {', '.join(PEER_NAMES)}; got {name!r}")
     if options.minutes <= 0:
         parser.error(f"--minutes must be more than 0, got {options.minutes:g}")
     if options.device not in ("cuda", "cpu"):
@@ -131,7 +137,8 @@ def _run_part(
         (folder / part.name).mkdir()
         run = Run(
             options.device, list(backends), options.precision, document, folder / part.name, begin + entry["limit"],
-            options.small, "smoke" if options.small else "gpu", options.shape, options.processes, options.tests, entry,
+            options.small, "smoke" if options.small else "gpu", options.shape, options.peers, options.processes,
+            options.tests, entry,
         )  # fmt: skip
         try:
             entry["status"] = part.run(run)

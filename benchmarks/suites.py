@@ -44,6 +44,8 @@ SUITES: dict[str, list[Shape]] = {
     "smoke": [replace(SHAPES[name], **changes) for name, changes in _SMOKE.items()],
 }
 
+PEER_NAMES = ("naive", "sdpa", "flex", "natten")  # beside ours; see candidates
+
 DEFAULT_DTYPE = {"cpu": "float32", "gpu": "bfloat16", "smoke": "float32"}
 
 

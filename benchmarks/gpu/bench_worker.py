@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import natten_ext
-from benchmarks.candidates import PEER_NAMES, Candidate, find_candidates
+from benchmarks.candidates import Candidate, find_candidates
 from benchmarks.floors import Rates, measure_rates
 from benchmarks.memory_worker import MemoryWorker
 from benchmarks.precision import use_precision
@@ -95,7 +95,7 @@ class Worker:
         return note
 
     def _candidates(self, cell: Cell, dtype: torch.dtype) -> list[Candidate]:
-        found = find_candidates(self.device, dtype, available(self.plan, self.device, dtype), PEER_NAMES)
+        found = find_candidates(self.device, dtype, available(self.plan, self.device, dtype), tuple(self.plan["peers"]))
         compiled = cell.candidates == "compiled"
         return [c for c in found if c.compiles == compiled or (compiled and c.group == "ours")]
 

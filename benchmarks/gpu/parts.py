@@ -49,6 +49,7 @@ class Run:
     small: bool  # the little mode that tests everything on a CPU
     suite: str
     shapes: list[str] | None
+    peers: list[str]
     processes: int
     tests: list[str]  # what pytest is given
     found: dict[str, Any] = field(default_factory=dict)
@@ -301,10 +302,10 @@ def bench(run: Run) -> str:
     """Fill the caches of compiled kernels in parallel, then measure one cell after the other."""
     precisions = [name for name in run.precisions if name != "float64"]
     plan_cells = [c for c in cells(run.suite, precisions) if run.shapes is None or c.shape in run.shapes]
-    if run.small:  # compilers take longer on a CPU than all the rest
+    if run.small or not {"flex", "natten"} & set(run.peers):  # compilers take longer on a CPU than all the rest
         plan_cells = [cell for cell in plan_cells if cell.candidates == "quick"]
     plan = {
-        "device": run.device, "suite": run.suite, "backends": run.backends, "memory": not run.small,
+        "device": run.device, "suite": run.suite, "backends": run.backends, "peers": run.peers, "memory": not run.small,
         "repeats": 3 if run.small else 25, "budget": 0.02 if run.small else 0.3,
         "rate_samples": 2 if run.small else 12, "cells": [cell.to_dict() for cell in plan_cells],
     }  # fmt: skip

@@ -260,7 +260,7 @@ def test_kernels_that_do_not_load_are_built_again(monkeypatch, tmp_path, loads):
 
     monkeypatch.setattr(parts, "run_limited", run_limited)
     monkeypatch.setattr(parts.shutil, "which", lambda name: name)
-    run = Run("cuda", [], [], None, tmp_path, time.monotonic() + 60, False, "gpu", None, 1, [])
+    run = Run("cuda", [], [], None, tmp_path, time.monotonic() + 60, False, "gpu", None, [], 1, [])
     assert parts.build(run) == OK
     assert any("build_ext" in command for command in commands) == (not loads)
 

@@ -27,8 +27,8 @@ def measured(tmp_path):
             log.write(cell=CELL.name, order=order, rows=[], plan=CELL.to_dict())
         for cell, candidate in lost:
             log.write(lost=[cell, candidate, "check"], reason="killed by SIGSEGV")
-        plan = {"device": "cpu", "suite": "smoke", "backends": ["cpu"], "repeats": 1, "budget": 0, "memory": False,
-                "rate_samples": 1}  # fmt: skip
+        plan = {"device": "cpu", "suite": "smoke", "backends": ["cpu"], "peers": ["naive", "sdpa"], "repeats": 1,
+                "budget": 0, "memory": False, "rate_samples": 1}  # fmt: skip
         Worker(plan, log).measure(CELL, None)
         events = [event for event in log.events() if event.get("order") == "forward"]
         return {row["candidate"]: row for event in events for row in event["rows"]}
