@@ -46,8 +46,8 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above; the message names it.
-        RuntimeError: the backend asked for can't run this, or a third or forward-mode derivative of a fused backend is
-            asked for.
+        RuntimeError: the backend asked for can't run this, or a fused backend is asked for a third or forward-mode
+            derivative, or for one by ``torch.func``.
     """
     query, key, value = checked_sequences(query, key, value)
     return run(query, key, value, None, Full(), score, scale, backend)
@@ -63,6 +63,9 @@ def l2_attention(
 ) -> torch.Tensor:
     """``attention`` with the score -|q-k|^2. A layer is Lipschitz with it if query and key are one projection (tied),
     which its values pass through as well.
+
+    Distances are taken about a vector amid the keys, so it costs nothing that all vectors lie far from zero; clusters
+    far from each other do cost digits (docs/kernels.md, known limits).
 
     Kim et al., "The Lipschitz Constant of Self-Attention", arXiv 2006.04710, section 3.2; ViTGAN's discriminator
     (Lee et al., arXiv 2107.04589). Arguments and errors as ``attention``.

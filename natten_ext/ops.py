@@ -85,6 +85,12 @@ def _register_autograd(name: str, function: type[torch.autograd.Function]) -> No
                 ' use backend="reference", which has them'
             )
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            # Inside torch.func.grad or vjp, where torch can't differentiate an operator whose derivative is in Python.
+            if torch._C._are_functorch_transforms_active():
+                raise RuntimeError(
+                    "natten_ext: torch.func can't differentiate a fused attention; use torch.autograd.grad,"
+                    ' or backend="reference", which every transform can'
+                )
             return function.apply(*arguments)
         return _below_autograd(name, arguments)
 

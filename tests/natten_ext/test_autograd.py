@@ -441,6 +441,32 @@ def test_function_transforms_work_or_say_that_they_do_not(target, name):
         torch.testing.assert_close(result.detach(), expected.detach(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["func.grad", "func.vjp", "func.jvp", "func.hessian", "dual numbers"])
+def test_transforms_that_cannot_be_name_the_backend_that_can(target, name):
+    target.skip_unless_can(torch.float64)
+    query = torch.randn(1, 4, 2, 8, dtype=torch.float64, device=target.device)
+    with pytest.raises(RuntimeError, match=r'natten_ext.*backend="reference"'):
+        TRANSFORMS[name](
+            lambda q: natten_ext.attention(q, query, query, backend=target.backend), query, torch.stack([query, query])
+        )
+
+
+def test_autograd_through_vmap(target):
+    target.skip_unless_can(torch.float64)
+    stack = torch.randn(2, 1, 4, 2, 8, dtype=torch.float64, device=target.device)
+
+    def penalty(function) -> Tensor:
+        query = stack.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(query).square().sum(), query, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), query)[0]
+
+    def attend(q: Tensor) -> Tensor:
+        return natten_ext.attention(q, stack[0], stack[1], backend=target.backend)
+
+    expected = penalty(lambda query: torch.stack([attend(q) for q in query]))
+    torch.testing.assert_close(penalty(torch.func.vmap(attend)), expected, rtol=1e-10, atol=1e-10)
+
+
 OPERANDS = ["query", "key", "value", "bias", "grad_output", "cot_query", "cot_key", "cot_value", "cot_bias"]
 
 
