@@ -46,13 +46,13 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
 def forward(query, key, value, bias, neighborhood, score, scale):
     """``(output, lse)``; see ``natten_ext.ops``."""
     query, key = _near_zero(query, key, score)
-    return torch.ops.natten_ext_cuda.forward(query, key, value, bias, neighborhood, score == "l2", scale, _tf32(query))
+    return _kernels().forward(query, key, value, bias, neighborhood, score == "l2", scale, _tf32(query))
 
 
 def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
     """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
     query, key = _near_zero(query, key, score)
-    return torch.ops.natten_ext_cuda.backward(
+    return _kernels().backward(
         grad_output,
         query,
         key,
@@ -87,10 +87,17 @@ def double_backward(
 ):
     """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
     query, key = _near_zero(query, key, score)
-    return torch.ops.natten_ext_cuda.double_backward(
+    return _kernels().double_backward(
         cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
         neighborhood, score == "l2", scale, bits_of(needs), _tf32(query),
     )  # fmt: skip
+
+
+def _kernels():
+    """The compiled operators; RuntimeError where there are none."""
+    if reason := _not_loaded():
+        raise RuntimeError(f"backend 'cuda' cannot run this: {reason}")
+    return torch.ops.natten_ext_cuda
 
 
 @torch.compiler.assume_constant_result

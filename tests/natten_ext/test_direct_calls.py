@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import natten_ext
+from natten_ext import cuda
 from natten_ext.geometry import Full, Grid, Neighborhood
 
 ORDERS = ["attention", "attention_backward", "attention_double_backward"]
@@ -142,6 +143,14 @@ def test_other_arguments_are_named(target, order):
         for needs in ([], call.choices["needs"][:-1], [*call.choices["needs"], True]):
             with pytest.raises(ValueError, match="needs must have"):
                 call(needs=needs)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_backend_that_is_not_there_says_so(order, monkeypatch):
+    call = call_of(order, "grid", "cpu", "cpu")
+    monkeypatch.setattr(cuda, "_not_loaded", lambda: "it was not built")
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this: it was not built"):
+        call(backend="cuda")
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 2, 300), (2, 5, 0, 8), (2, 5, 2, 0), (2, 0, 2, 8)], ids=str)
