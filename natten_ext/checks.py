@@ -138,7 +138,7 @@ def check_bias(name: str, bias: Any, query: torch.Tensor, neighborhood: AnyNeigh
 
 
 def check_score(score: Any) -> None:
-    if score not in SCORES:
+    if not isinstance(score, str) or score not in SCORES:
         raise ValueError(f"score must be one of {SCORES}, got {shown(score)}")
 
 

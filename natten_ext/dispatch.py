@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 
 from . import cpu, cuda, preferences
+from .checks import shown
 from .fused import cannot_use_gpu, capability_of
 from .geometry import KINDS
 from .triton import backend as triton
@@ -63,10 +64,15 @@ def backends(
         can run anything, come those that run only when they are asked for by name.
 
     Raises:
+        TypeError: ``dtype`` is no torch.dtype, or ``head_dim`` no int.
         ValueError: ``neighborhood`` is none of the three.
     """
-    if neighborhood not in KINDS:
-        raise ValueError(f"neighborhood must be one of {KINDS}, got {neighborhood!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}")
+    if not isinstance(head_dim, int) or isinstance(head_dim, bool):
+        raise TypeError(f"head_dim must be an int, got {shown(head_dim)}")
+    if not isinstance(neighborhood, str) or neighborhood not in KINDS:
+        raise ValueError(f"neighborhood must be one of {KINDS}, got {shown(neighborhood)}")
     device_type = torch.device(device).type
     order = _order(device_type, dtype, head_dim, neighborhood)
     return tuple(_status(name, device_type, dtype, head_dim) for name in order)
@@ -89,8 +95,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def check_name(name: str) -> None:
     """Raise ValueError unless ``name`` is "auto" or a backend of this package."""
-    if name != "auto" and name not in NAMES:
-        raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {name!r}")
+    if not isinstance(name, str) or name not in ("auto", *NAMES):
+        raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {shown(name)}")
 
 
 def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -37,6 +38,13 @@ class _AttentionModule(nn.Module):
         if backend is not None:
             dispatch.check_name(backend)
         _check_heads(embed_dim, num_heads)
+        for name, flag in (("qkv_bias", qkv_bias), ("proj_bias", proj_bias)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {shown(flag)}")
+        if isinstance(proj_drop, bool) or not isinstance(proj_drop, int | float):
+            raise TypeError(f"proj_drop must be a float, got {shown(proj_drop)}")
+        if not 0 <= proj_drop <= 1:  # nor NaN
+            raise ValueError(f"proj_drop must be a probability from 0 to 1, got {shown(proj_drop)}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
@@ -282,8 +290,8 @@ class NeighborhoodAttention(_AttentionModule):
             proj_drop=proj_drop,
             backend=backend,
         )
-        self.kernel_size = kernel_size
-        self.dilation = dilation
+        # The caller may go on to change its lists.
+        self.kernel_size, self.dilation = copy(kernel_size), copy(dilation)
 
     def _neighborhood(self) -> dict[str, Any]:
         return {"kernel_size": self.kernel_size, "dilation": self.dilation}

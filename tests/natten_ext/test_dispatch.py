@@ -88,6 +88,13 @@ def test_the_order_on_a_gpu_is_that_of_the_kind_of_neighborhood(monkeypatch, tmp
         assert dispatch.choose(None, "cuda", torch.float32, 64, kind) == names[0]
 
 
+@pytest.mark.parametrize("arguments", [{"dtype": "float32"}, {"dtype": None}, {"head_dim": "64"}, {"head_dim": 64.0}])
+def test_backends_names_an_argument_of_another_type(arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(TypeError, match=f"{name} must be .*, got {value!r}"):
+        natten_ext.backends("cpu", **arguments)
+
+
 def test_an_unknown_kind_of_neighborhood():
     with pytest.raises(ValueError, match="neighborhood must be one of"):
         natten_ext.backends(neighborhood="window")

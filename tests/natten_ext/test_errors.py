@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +126,7 @@ BAD = [
     ("table mkldnn", GRID, (*M, 2), {"bias": torch.zeros(4, 3, 3).to_mkldnn()}, TypeError, ["bias", "mkldnn"]),
     # score, scale, backend
     ("score unknown", ATTENTION, S, {"score": "cosine"}, ValueError, ["score", "cosine"]),
+    ("score array", ATTENTION, S, {"score": np.ones(2)}, ValueError, ["score", "array"]),
     ("score None", NA, (*M, 3), {"score": None}, ValueError, ["score", "None"]),
     ("scale 0", ATTENTION, S, {"scale": 0.0}, ValueError, ["scale", "0.0"]),
     ("scale negative", L2, S, {"scale": -0.5}, ValueError, ["scale", "-0.5"]),
@@ -140,6 +142,7 @@ BAD = [
     ("scale bool", ATTENTION, S, {"scale": True}, TypeError, ["scale", "True"]),
     ("scale tensor", ATTENTION, S, {"scale": torch.tensor(0.5)}, TypeError, ["scale", "Tensor"]),
     ("backend unknown", ATTENTION, S, {"backend": "flash"}, ValueError, ["backend", "flash"]),
+    ("backend array", ATTENTION, S, {"backend": np.ones(2)}, ValueError, ["backend", "array"]),
     ("backend not a name", ATTENTION, S, {"backend": 3}, (TypeError, ValueError), ["backend", "3"]),
 ]  # fmt: skip
 
@@ -197,6 +200,11 @@ def test_head_dims_beyond_the_fused_limit_fall_back_on_the_cpu():
         (lambda: natten_ext.Attention(8, 2, scale="1"), ["scale", "'1'"]),
         (lambda: natten_ext.GridAttention(8, 2, 2, backend="flash"), ["backend", "flash"]),
         (lambda: natten_ext.GridAttention(8, 2, 2, bias=torch.zeros(2, 3, 3)), ["bias", "True or False"]),
+        (lambda: natten_ext.Attention(8, 2, qkv_bias="no"), ["qkv_bias", "'no'"]),
+        (lambda: natten_ext.L2Attention(8, 2, proj_bias=None), ["proj_bias", "None"]),
+        (lambda: natten_ext.Attention(8, 2, proj_drop="0.1"), ["proj_drop", "'0.1'"]),
+        (lambda: natten_ext.Attention(8, 2, proj_drop=1.5), ["proj_drop", "1.5"]),
+        (lambda: natten_ext.Attention(8, 2, proj_drop=math.nan), ["proj_drop", "nan"]),
         (lambda: natten_ext.GridAttention(8, 2, 0), ["window_size", "0"]),
         (lambda: natten_ext.NeighborhoodAttention(8, 2, 0), ["kernel_size", "0"]),
         (lambda: natten_ext.NeighborhoodAttention(8, 2, 3, 0), ["dilation", "0"]),

@@ -152,6 +152,16 @@ def test_l2_attention_ties_query_and_key():
     torch.testing.assert_close(tied(x), untied(x))
 
 
+def test_lists_of_the_caller_may_change_afterwards():
+    kernels, dilations = [3, 5], [2, 1]
+    module = natten_ext.NeighborhoodAttention(8, 2, kernels, dilations)
+    x = torch.randn(1, 8, 8, 8)
+    before = module(x)
+    kernels.reverse()
+    dilations.append(1)
+    assert torch.equal(module(x), before)
+
+
 def test_use_backend_reaches_modules():
     module = natten_ext.Attention(16, 2)
     x = torch.randn(2, 5, 16)
