@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def largest_error(result: Tensor, truth: Tensor) -> float:
-    return magnitude([result.detach().cpu().double() - truth.double()])
+    return magnitude([result.detach().cpu().double() - truth.detach().cpu().double()])
 
 
 def assert_within_budget(
