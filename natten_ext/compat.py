@@ -11,8 +11,8 @@ The older names ``natten2dqkrpb`` and ``natten2dav`` are here too.
 
 The scores between the two calls are a tensor of their own, ``kernel_height * kernel_width`` numbers a query and head:
 that is what the unfused interface is. ``natten_ext.neighborhood_attention`` never stores them; move to it where memory
-or speed counts. These functions work on any device and to any derivative order (in reverse mode), in memory
-proportional to their arguments. On a GPU the backward pass adds in no fixed order unless
+or speed counts. These functions work on any device and to any derivative order (in reverse mode, also
+by ``torch.func``), in memory proportional to their arguments. On a GPU the backward pass adds in no fixed order unless
 ``torch.use_deterministic_algorithms`` asks for it.
 """
 
@@ -162,14 +162,24 @@ def _checked_sizes(maps: torch.Tensor, kernel_size: Any, dilation: Any) -> tuple
 #     gather[i]     = sum over n of w[i, n] * b[j(i, n)]
 #     scatter[j]    = sum over (i, n) with j(i, n) = j of w[i, n] * a[i]
 # so autograd differentiates them to any order. Each goes through the keys of the neighborhood one at a time, holding
-# one map besides its arguments, and adds in float32 where the maps are half precision.
+# one map besides its arguments, and adds in float32 where the maps are half precision. Sums start as zeros like a
+# product of both arguments, since under vmap either may be the batched one.
 
 
-class _Scores(torch.autograd.Function):
+class _Bilinear(torch.autograd.Function):
+    """What the three have in common."""
+
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, a, b, kernel, step):
-        ctx.save_for_backward(a, b)
-        ctx.sizes = kernel, step
+    def setup_context(ctx, inputs, output):
+        first, second, *ctx.sizes = inputs
+        ctx.save_for_backward(first, second)
+
+
+class _Scores(_Bilinear):
+    @staticmethod
+    def forward(a, b, kernel, step):
         wide = _wide(a)
         columns = [((wide * shifted).sum(-1)) for shifted, _ in _shifts(_wide(b), kernel, step)]
         return torch.stack(columns, -1).to(a.dtype)
@@ -185,12 +195,10 @@ class _Scores(torch.autograd.Function):
         )
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(_Bilinear):
     @staticmethod
-    def forward(ctx, w, b, kernel, step):
-        ctx.save_for_backward(w, b)
-        ctx.sizes = kernel, step
-        total = torch.zeros_like(_wide(b))
+    def forward(w, b, kernel, step):
+        total = torch.zeros_like(_wide(b) * w[..., :1])
         for shifted, n in _shifts(_wide(b), kernel, step):
             total.addcmul_(w[..., n : n + 1].to(total.dtype), shifted)
         return total.to(b.dtype)
@@ -206,17 +214,15 @@ class _Gather(torch.autograd.Function):
         )
 
 
-class _Scatter(torch.autograd.Function):
+class _Scatter(_Bilinear):
     @staticmethod
-    def forward(ctx, w, a, kernel, step):
-        ctx.save_for_backward(w, a)
-        ctx.sizes = kernel, step
+    def forward(w, a, kernel, step):
         wide = _wide(a)
         rows, columns = _indices(a, kernel, step)
-        total = torch.zeros_like(wide)
+        total = torch.zeros_like(wide * w[..., :1])
         for n in range(kernel[0] * kernel[1]):
             product = wide * w[..., n : n + 1].to(wide.dtype)
-            across = torch.zeros_like(wide).index_add_(3, columns[:, n % kernel[1]], product)
+            across = torch.zeros_like(product).index_add_(3, columns[:, n % kernel[1]], product)
             total.index_add_(2, rows[:, n // kernel[1]], across)
         return total.to(a.dtype)
 

@@ -80,6 +80,31 @@ def test_third_derivatives_of_the_unfused_functions(case):
     assert torch.autograd.gradgradcheck(once, leaves, fast_mode=True)
 
 
+BILINEAR = {  # and the channels of their two arguments
+    "scores": (lambda a, b: compat.na2d_qk(a, b, (3, 2), (1, 2)), (5, 5)),
+    "weighted sums": (lambda a, b: compat.na2d_av(a, b, (3, 2), (1, 2)), (6, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("argument", [0, 1])
+@pytest.mark.parametrize("name", BILINEAR)
+def test_function_transforms_of_the_unfused_functions(name, argument):
+    """One argument is batched at a time, which sums that are formed in place must allow for."""
+    function, channels = BILINEAR[name]
+    arguments = [torch.randn(1, 2, 3, 4, count).double() for count in channels]
+
+    def of_one(x: torch.Tensor) -> torch.Tensor:
+        return function(*arguments[:argument], x, *arguments[argument + 1 :])
+
+    stack = torch.randn(3, *arguments[argument].shape).double()
+    assert torch.equal(torch.func.vmap(of_one)(stack), torch.stack([of_one(x) for x in stack]))
+    expected = torch.autograd.functional.jacobian(of_one, stack[0])
+    assert expected.count_nonzero()
+    torch.testing.assert_close(torch.func.jacrev(of_one)(stack[0]), expected)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(of_one, stack[0], vectorize=True), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_adds_in_float32(dtype):
     case = find("na-7x9-k3", bias=True)
