@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from . import dispatch, functional
-from .checks import SizePerAxis, SizePerGroup, check_dense, check_scale, check_score, pair, per_head, shown
+from .checks import SizePerAxis, SizePerGroup, check_dense, check_scale, check_score, pair, per_head, shape_of, shown
 from .geometry import IntPair, Neighborhood
 from .weights import attention_weights
 
 
 class _AttentionModule(nn.Module):
     """Projections and table that the four modules share. Channels are the last dimension of the input."""
+
+    _layout: ClassVar[str]
+    """Of the input."""
 
     def __init__(
         self,
@@ -63,7 +66,10 @@ class _AttentionModule(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Views ``(..., heads, head_dim)`` of one packed projection: nothing is copied."""
+        """Views ``(..., heads, head_dim)`` of one packed projection of the input: nothing is copied."""
+        check_dense("input", x)
+        if x.dim() != self._layout.count(",") + 1 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"input must be {self._layout} with {self.embed_dim} channels, got shape {shape_of(x)}")
         packed = self.qkv(x).unflatten(-1, (self.projections, self.num_heads, self.head_dim))
         return packed.unbind(-3)
 
@@ -82,11 +88,6 @@ class _AttentionModule(nn.Module):
         key = query if self.projections == 2 else others[0]
         options = {"bias": self.rel_pos_bias, "score": self.score, "scale": self.scale}
         return attention_weights(query, key, positions, **self._neighborhood(), **options)
-
-    def _check_input(self, x: torch.Tensor, dims: int, layout: str) -> None:
-        check_dense("input", x)
-        if x.dim() != dims or x.shape[-1] != self.embed_dim:
-            raise ValueError(f"input must be {layout} with {self.embed_dim} channels, got shape {tuple(x.shape)}")
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, score={self.score!r}, backend={self.backend!r}"
@@ -122,6 +123,8 @@ class Attention(_AttentionModule):
         TypeError, ValueError: an argument breaks a rule; the message names it.
     """
 
+    _layout = "(batch, tokens, channels)"
+
     def __init__(
         self,
         embed_dim: int,
@@ -148,7 +151,6 @@ class Attention(_AttentionModule):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_input(x, 3, "(batch, tokens, channels)")
         query, key, value = self._project(x)
         output = functional.attention(query, key, value, score=self.score, scale=self.scale, backend=self.backend)
         return self._merge(output)
@@ -159,6 +161,8 @@ class L2Attention(_AttentionModule):
 
     Arguments as ``Attention``, without ``score``. ``qkv`` projects to (query = key, value).
     """
+
+    _layout = "(batch, tokens, channels)"
 
     def __init__(
         self,
@@ -185,7 +189,6 @@ class L2Attention(_AttentionModule):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_input(x, 3, "(batch, tokens, channels)")
         query, value = self._project(x)
         output = functional.l2_attention(query, query, value, scale=self.scale, backend=self.backend)
         return self._merge(output)
@@ -199,6 +202,8 @@ class GridAttention(_AttentionModule):
         bias: whether there is a relative position table, the parameter ``rel_pos_bias``.
         Others as ``Attention``.
     """
+
+    _layout = "(batch, height, width, channels)"
 
     def __init__(
         self,
@@ -233,7 +238,6 @@ class GridAttention(_AttentionModule):
         return {"window_size": self.window_size}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_input(x, 4, "(batch, height, width, channels)")
         query, key, value = self._project(x)
         output = functional.grid_attention(
             query,
@@ -260,6 +264,8 @@ class NeighborhoodAttention(_AttentionModule):
         bias: whether there is a relative position table, the parameter ``rel_pos_bias``.
         Others as ``Attention``.
     """
+
+    _layout = "(batch, height, width, channels)"
 
     def __init__(
         self,
@@ -297,7 +303,6 @@ class NeighborhoodAttention(_AttentionModule):
         return {"kernel_size": self.kernel_size, "dilation": self.dilation}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_input(x, 4, "(batch, height, width, channels)")
         query, key, value = self._project(x)
         output = functional.neighborhood_attention(
             query,

@@ -79,6 +79,8 @@ def attention_weights(
         raise ValueError(
             f"window_size and kernel_size cannot both be given, got {shown(window_size)} and {shown(kernel_size)}"
         )
+    if kernel_size is None and not (isinstance(dilation, int) and dilation == 1):
+        raise ValueError(f"dilation needs a kernel_size, got {shown(dilation)}")
     if window_size is not None:
         neighborhood = grid_of(query.shape[1:3], window_size)
     elif kernel_size is not None:

@@ -186,6 +186,8 @@ def nested(tensor: torch.Tensor) -> torch.Tensor:
         ((S, S, [0]), {"bias": torch.zeros(2, 5, 5)}, ValueError, ["bias", "window_size"]),
         ((S, S, [0]), {"score": "cosine"}, ValueError, ["score", "cosine"]),
         ((M, M, [(0, 0)]), {"kernel_size": 3, "window_size": 2}, ValueError, ["window_size", "kernel_size"]),
+        ((M, M, [(0, 0)]), {"window_size": 2, "dilation": 2}, ValueError, ["dilation needs a kernel_size", "2"]),
+        ((S, S, [0]), {"dilation": [1, 2]}, ValueError, ["dilation needs a kernel_size", "[1, 2]"]),
         ((M, M, [(0, 0)]), {"kernel_size": 7}, ValueError, ["kernel_size", "7"]),
         ((M, M, [(0, 0)]), {"window_size": 4}, ValueError, ["window_size", "4"]),
         ((M, M, [(0, 0)]), {"kernel_size": 3, "bias": torch.zeros(4, 3, 3)}, ValueError, ["bias", "(4, 5, 5)"]),
