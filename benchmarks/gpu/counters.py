@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.counters --backend cuda --shape nat-256 --shape church-g5 --out counters.json
 
 Each shape runs its gradient-penalty step once to warm up and once under ``ncu`` (clocks as they are, caches flushed
-before each kernel). The JSON has one entry for each launch: shape, kernel, grid and every metric. Without
+before each kernel). The JSON has one entry for each launch: shape, kernel, grid and the metrics of ``KEPT``. Without
 permission to read counters, or without ncu, the status is 1 and the reason is printed.
 """
 
@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +38,32 @@ METRICS = (
     "smsp__inst_executed_pipe_xu.sum", "smsp__inst_executed_pipe_tensor.sum", "smsp__inst_executed_pipe_lsu.sum",
     "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum", "lts__t_bytes.sum", "dram__bytes.sum", "gpu__time_duration.sum",
 )  # fmt: skip
+_STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+STALLS = (
+    "barrier", "branch_resolving", "dispatch_stall", "gmma", "lg_throttle", "long_scoreboard", "math_pipe_throttle",
+    "mio_throttle", "no_instruction", "not_selected", "short_scoreboard", "wait",
+)  # fmt: skip
+KEPT = {
+    "nanoseconds": "gpu__time_duration.sum",
+    "cycles": "smsp__cycles_active.avg",
+    "instructions": "smsp__inst_executed.sum",
+    "instructions_per_clock": "sm__inst_issued.avg.per_cycle_active",
+    "warps": "sm__warps_active.avg.per_cycle_active",
+    "registers": "launch__registers_per_thread",
+    "shared_bytes": "launch__shared_mem_per_block_dynamic",
+    "blocks_by_registers": "launch__occupancy_limit_registers",
+    "blocks_by_shared_memory": "launch__occupancy_limit_shared_mem",
+    **{
+        f"pipe_{pipe}": f"smsp__inst_executed_pipe_{pipe}.sum"
+        for pipe in ("alu", "fma", "fmaheavy", "xu", "tensor", "lsu")
+    },
+    "shared_wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum",
+    "l2_bytes": "lts__t_bytes.sum",
+    "dram_bytes": "dram__bytes.sum",
+    **{f"stalled_{reason}": _STALL.format(reason) for reason in STALLS},
+}
+"""What is written of each launch; stalls are warps per issued instruction."""
+
 KERNELS = {
     "cuda": "regex:Forward|Backward|reduce_tables",
     "triton": "regex:forward_kernel|backward_.*_kernel|double_.*_kernel|row_terms_kernel|table_.*_kernel",
@@ -76,24 +104,27 @@ def profile(backend: str, shapes: list[str], log: Path) -> str:
     return f"ncu ended with status {ended.returncode}: {log.read_text(errors='replace')[-600:] if log.exists() else ''}"
 
 
-def rows_of(log: Path) -> list[dict[str, str | float]]:
-    """One row for each launch, from ncu's CSV: names and numbers as they are, empty columns left out."""
+def rows_of(log: Path) -> list[dict[str, Any]]:
+    """One row for each launch: shape, kernel, and the metrics of ``KEPT`` by their short names."""
     lines = log.read_text(errors="replace").splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
     reader = csv.DictReader(lines[first:])
-    units = next(reader)
-    rows = []
+    next(reader)  # units
+    rows, shape = [], ""
     for line in reader:
-        if not (line["ID"] or "").isdigit():
-            continue
-        row: dict[str, str | float] = {}
-        for name, value in line.items():
-            if name and value:
-                number = value.replace(",", "")
-                label = f"{name} [{units[name]}]" if units.get(name) else name
-                row[label] = float(number) if number.replace(".", "", 1).replace("e+", "", 1).isdigit() else value
-        rows.append(row)
+        # The backward passes launch from a thread of autograd's, outside of the range that names the shape.
+        named = re.search(r"shape=([\w-]+)", " ".join(filter(None, line.values())))
+        shape = named[1] if named else shape
+        row: dict[str, Any] = {"shape": shape, "kernel": line["Kernel Name"], "grid": line["Grid Size"]}
+        rows.append(row | {name: _number(line[metric]) for name, metric in KEPT.items() if line.get(metric)})
     return rows
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(f"{float(text.replace(',', '')):.5g}")
+    except ValueError:
+        return text
 
 
 def main() -> int:
