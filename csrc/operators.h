@@ -20,6 +20,9 @@
 
 #include "arguments.h"
 
+// Of torch 2.13 and later; null before.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace natten_ext::operators {
 
 using torch::headeronly::ScalarType;
@@ -125,9 +128,20 @@ inline std::vector<int64_t> lse_sizes(const Tensor& query) {
   return s;
 }
 
+// `new_empty`, whose own exception holds no reason.
+inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) try {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+} catch (const std::runtime_error&) {
+  std::string sizes;
+  for (const int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+  const bool known = torch_exception_get_what_without_backtrace != nullptr;
+  const char* reason = known ? torch_exception_get_what_without_backtrace() : "most likely out of memory";
+  throw std::runtime_error("natten_ext: cannot allocate a result of shape (" + sizes + "): " + reason);
+}
+
 template <class Backend>
 Tensor new_contiguous(const Backend& backend, const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  Tensor result = torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+  Tensor result = new_result(like, shape, dtype);
   backend.allocated(result);
   return result;
 }

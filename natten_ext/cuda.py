@@ -46,13 +46,14 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
 def forward(query, key, value, bias, neighborhood, score, scale):
     """``(output, lse)``; see ``natten_ext.ops``."""
     query, key = _near_zero(query, key, score)
-    return _kernels().forward(query, key, value, bias, neighborhood, score == "l2", scale, _tf32(query))
+    return _run("forward", query, key, value, bias, neighborhood, score == "l2", scale, _tf32(query))
 
 
 def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
     """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
     query, key = _near_zero(query, key, score)
-    return _kernels().backward(
+    return _run(
+        "backward",
         grad_output,
         query,
         key,
@@ -87,17 +88,23 @@ def double_backward(
 ):
     """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
     query, key = _near_zero(query, key, score)
-    return _kernels().double_backward(
-        cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
+    return _run(
+        "double_backward", cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
         neighborhood, score == "l2", scale, bits_of(needs), _tf32(query),
     )  # fmt: skip
 
 
-def _kernels():
-    """The compiled operators; RuntimeError where there are none."""
+def _run(order: str, *arguments):
+    """A compiled operator; RuntimeError where there is none."""
     if reason := _not_loaded():
         raise RuntimeError(f"backend 'cuda' cannot run this: {reason}")
-    return torch.ops.natten_ext_cuda
+    try:
+        return getattr(torch.ops.natten_ext_cuda, order)(*arguments)
+    except RuntimeError as error:
+        # What passes the stable ABI is a RuntimeError; callers catch torch's own kind, to try a smaller batch.
+        if "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 @torch.compiler.assume_constant_result

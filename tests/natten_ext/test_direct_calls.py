@@ -6,6 +6,7 @@ A wrong size or device would make a kernel read and write elsewhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,6 +152,27 @@ def test_a_backend_that_is_not_there_says_so(order, monkeypatch):
     monkeypatch.setattr(cuda, "_not_loaded", lambda: "it was not built")
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this: it was not built"):
         call(backend="cuda")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_gpu_that_is_full_is_torchs_own_error(order, monkeypatch):
+    def full(*arguments):
+        raise RuntimeError("natten_ext: cannot allocate a result of shape (2, 5): CUDA out of memory. Tried")
+
+    call = call_of(order, "grid", "cpu", "cpu")
+    monkeypatch.setattr(cuda, "_not_loaded", lambda: "")
+    kernels = SimpleNamespace(forward=full, backward=full, double_backward=full)
+    monkeypatch.setattr(torch.ops, "natten_ext_cuda", kernels, raising=False)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        call(backend="cuda")
+
+
+def test_results_that_do_not_fit():
+    """The kernels allocate them; what torch says of that reaches the caller."""
+    query = torch.zeros(1, 1, 1, 8).expand(10**12, 1, 1, 8)
+    reason = "can't allocate memory" if torch.__version__ >= "2.13" else "most likely out of memory"
+    with pytest.raises(RuntimeError, match=rf"a result of shape \(1000000000000, 1, 1, 8\): .*{reason}"):
+        natten_ext.attention(query, query, query, backend="cpu")
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 2, 300), (2, 5, 0, 8), (2, 5, 2, 0), (2, 0, 2, 8)], ids=str)
