@@ -59,7 +59,7 @@ def ours(backend: str) -> Prepare:
 
 def all_candidates(device_type: str) -> list[Candidate]:
     """Ours first, then naive, then the peers; whether they can run here shows when they are prepared."""
-    statuses = natten_ext.backends(device=device_type)
+    statuses = natten_ext.list_backends(device=device_type)
     fused = [status.name for status in statuses if status.name != "reference"]
     return [
         *(Candidate(name, "ours", ours(name)) for name in fused),
@@ -84,7 +84,7 @@ def find_candidates(
 
     Raises ValueError for an unknown backend or peer.
     """
-    statuses = {status.name: status for status in natten_ext.backends(device=device, dtype=dtype)}
+    statuses = {status.name: status for status in natten_ext.list_backends(device=device, dtype=dtype)}
     for name in peer_names:
         if name not in PEER_NAMES:
             raise ValueError(f"--peers must be among {', '.join(PEER_NAMES)}, got {name!r}")

@@ -33,7 +33,7 @@ def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, 
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
-        "backends": {s.name: s.reason or "available" for s in natten_ext.backends(device=device, dtype=dtype)},
+        "backends": {s.name: s.reason or "available" for s in natten_ext.list_backends(device=device, dtype=dtype)},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

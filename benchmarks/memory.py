@@ -90,7 +90,7 @@ class ResidentSet:
 
     def _release(self) -> None:
         gc.collect()
-        natten_ext.cpu.release_working_memory()
+        natten_ext.backends.cpu.release_working_memory()
         if hasattr(self._libc, "malloc_trim"):
             self._libc.malloc_trim(0)
 

@@ -1,8 +1,8 @@
 """Fused local attention for PyTorch, with three derivative orders on every backend."""
 
-from . import ops as _ops  # registers the operators  # noqa: F401
-from .dispatch import BackendStatus, backends, use_backend
-from .drop_in import na2d
+from . import operators as _operators  # registers them  # noqa: F401
+from .backends.choice import BackendStatus, list_backends, use_backend
+from .compat.natten_021 import na2d
 from .functional import attention, grid_attention, l2_attention, neighborhood_attention
 from .modules import Attention, GridAttention, L2Attention, NeighborhoodAttention
 from .recording import AttentionCall, record_calls
@@ -19,9 +19,9 @@ __all__ = [
     "__version__",
     "attention",
     "attention_weights",
-    "backends",
     "grid_attention",
     "l2_attention",
+    "list_backends",
     "na2d",
     "neighborhood_attention",
     "record_calls",

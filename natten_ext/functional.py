@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import dispatch, reference
+from .backends import choice, reference
 from .checks import (
     SizePerAxis,
     SizePerGroup,
@@ -39,7 +39,7 @@ def attention(
         key, value: ``(batch, keys, heads, head_dim)``, the same dtype and device; at least one key.
         score: "dot" or "l2".
         scale: factor of the score, positive and at most 8.5e37 (4.4e307 for float64); ``head_dim ** -0.5`` if None.
-        backend: a name from ``natten_ext.backends()``; None lets ``use_backend`` or the package choose.
+        backend: a name from ``natten_ext.list_backends()``; None lets ``use_backend`` or the package choose.
 
     Returns:
         ``(batch, queries, heads, head_dim)``.
@@ -164,7 +164,7 @@ def run(
     """The call, once the operands are checked."""
     check_score(score)
     scale = scale_of(query, scale)
-    name = dispatch.choose(backend, query.device.type, query.dtype, query.shape[-1], neighborhood.kind)
+    name = choice.choose(backend, query.device.type, query.dtype, query.shape[-1], neighborhood.kind)
     record(name, query, key, bias, neighborhood, score, scale)
     if name == "reference":
         return reference.attention(query, key, value, bias, neighborhood, score, scale)

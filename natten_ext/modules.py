@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import dispatch, functional
+from . import functional
+from .backends import choice
 from .checks import SizePerAxis, SizePerGroup, check_dense, check_scale, check_score, pair, per_head, shape_of, shown
 from .geometry import IntPair, Neighborhood
 from .weights import attention_weights
@@ -39,7 +40,7 @@ class _AttentionModule(nn.Module):
         check_score(score)
         check_scale(scale, torch.float64)  # the tensors' own dtype is known at the call
         if backend is not None:
-            dispatch.check_name(backend)
+            choice.check_name(backend)
         _check_heads(embed_dim, num_heads)
         for name, flag in (("qkv_bias", qkv_bias), ("proj_bias", proj_bias)):
             if not isinstance(flag, bool):

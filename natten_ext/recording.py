@@ -16,7 +16,7 @@ class AttentionCall:
     """One call of a public attention function, as it is carried out: autocast's dtype, the resolved scale."""
 
     backend: str
-    """The backend that runs it, one of the names in ``natten_ext.backends()``."""
+    """The backend that runs it, one of the names in ``natten_ext.list_backends()``."""
     neighborhood: str
     """"full", "grid" or "neighborhood"."""
     keys: int

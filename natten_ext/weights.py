@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .backends.reference import softmax, without_autocast
 from .checks import (
     MAP,
     SEQUENCE,
@@ -25,7 +26,6 @@ from .checks import (
     shown,
 )
 from .geometry import AnyNeighborhood, Full, Grid, Neighborhood, indices, window_starts
-from .reference import softmax, without_autocast
 
 
 def attention_weights(

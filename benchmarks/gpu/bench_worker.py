@@ -116,7 +116,7 @@ def slim(row: Row) -> dict[str, Any]:
 
 def available(plan: dict[str, Any], device: torch.device, dtype: torch.dtype) -> list[str]:
     """Our backends that the plan names and that can run this dtype here."""
-    return [s.name for s in natten_ext.backends(device, dtype) if s.available and s.name in plan["backends"]]
+    return [s.name for s in natten_ext.list_backends(device, dtype) if s.available and s.name in plan["backends"]]
 
 
 def compile_only(plan: dict[str, Any], log: EventLog, share: str) -> None:

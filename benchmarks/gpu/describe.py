@@ -29,7 +29,7 @@ def main() -> None:
     backends = {
         name: {
             status.name: status.reason
-            for status in natten_ext.backends(device, dtype)
+            for status in natten_ext.list_backends(device, dtype)
             if status.name != "reference" and not (name == "tf32" and device.type == "cpu")
         }
         for name, dtype in PRECISIONS.items()

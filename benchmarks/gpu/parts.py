@@ -121,7 +121,7 @@ def build(run: Run) -> str:
     before = probe
     if run.device == "cuda" and shutil.which("nvcc") is not None and (ROOT / "csrc" / "cuda").is_dir():
         # Importing the package does not load the kernels for GPUs.
-        before = run.python("-c", "import sys, natten_ext.cuda as cuda; sys.exit(cuda._not_loaded() or 0)")
+        before = run.python("-c", "import sys, natten_ext.backends.cuda as cuda; sys.exit(cuda._not_loaded() or 0)")
     if run_limited(before, min(run.left, 120), log).status == 0:
         run.found["summary"] = "loaded what was built before"
         return OK

@@ -21,7 +21,7 @@ from cases import (
 import natten_ext
 
 pytestmark = pytest.mark.skipif(
-    not any(status.name == "cuda" and status.available for status in natten_ext.backends()),
+    not any(status.name == "cuda" and status.available for status in natten_ext.list_backends()),
     reason="the cuda backend is not emulated here",
 )
 
@@ -82,7 +82,7 @@ def test_what_fits_the_smallest_gpus_is_said_beforehand(dtype):
         cannot = [
             head_dim
             for head_dim in range(1, 257)
-            for status in natten_ext.backends("cpu", getattr(torch, dtype), head_dim)
+            for status in natten_ext.list_backends("cpu", getattr(torch, dtype), head_dim)
             if status.name == "cuda" and not status.available
         ]
     assert cannot == (list(range(129, 257)) if dtype == "float64" else [])

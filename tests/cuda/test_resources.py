@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from natten_ext import cuda_resources
+from benchmarks.kernels import cuda_resources
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))

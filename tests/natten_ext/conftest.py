@@ -56,10 +56,12 @@ class Target:
         return case.small or not self.slow
 
     def can(self, dtype: torch.dtype, head_dim: int = 8) -> bool:
-        return any(s.available and s.name == self.backend for s in natten_ext.backends(self.device, dtype, head_dim))
+        return any(
+            s.available and s.name == self.backend for s in natten_ext.list_backends(self.device, dtype, head_dim)
+        )
 
     def skip_unless_can(self, dtype: torch.dtype, head_dim: int = 8) -> None:
-        for status in natten_ext.backends(self.device, dtype, head_dim):
+        for status in natten_ext.list_backends(self.device, dtype, head_dim):
             if status.name == self.backend and not status.available:
                 pytest.skip(f"{self}: {status.reason}")
 
@@ -72,7 +74,7 @@ def _targets(with_reference: bool) -> list[Target]:
     return [
         Target(status.name, device)
         for device in devices
-        for status in natten_ext.backends(device, torch.float32, 8)
+        for status in natten_ext.list_backends(device, torch.float32, 8)
         if status.available and (with_reference or status.name != "reference") and (not wanted or status.name in wanted)
     ]
 

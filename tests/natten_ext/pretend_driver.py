@@ -1,7 +1,7 @@
 """Launch Triton's kernels on a driver that only pretends, and check what it is given. Run as a script, without a GPU.
 
-Everything from ``natten_ext.triton`` to the call of ``cuLaunchKernelEx`` is real: Triton's compiler for sm_90, the
-launcher that it makes of C, its check of pointers. So a kernel that takes other parameters than it is given, or in
+Everything from ``natten_ext.backends.triton`` to the call of ``cuLaunchKernelEx`` is real: Triton's compiler for sm_90,
+the launcher that it makes of C, its check of pointers. So a kernel that takes other parameters than it is given, or in
 another order, is seen, as is a grid or a size of shared memory that is not what was compiled for.
 """
 
@@ -21,9 +21,10 @@ import torch
 import triton
 from triton.backends.nvidia.driver import CudaLauncher
 
+from benchmarks.kernels import triton_resources as resources
+from natten_ext.backends.triton import backward, configs, double_backward, forward
+from natten_ext.backends.triton.launch import recorded_launches
 from natten_ext.geometry import Full, Grid, Neighborhood
-from natten_ext.triton import backward, configs, double_backward, forward, resources
-from natten_ext.triton.launch import recorded_launches
 
 
 def load(folder: Path) -> ctypes.CDLL:

@@ -8,8 +8,8 @@ from cases import Inputs, find, forward, grad_output_of, inputs_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import natten_ext
-from natten_ext import dispatch
-from natten_ext.fused import asked_once
+from natten_ext.backends import choice
+from natten_ext.backends.support import asked_once
 from natten_ext.geometry import Full, Grid, Neighborhood
 
 OPCHECK_CASES = [
@@ -241,27 +241,27 @@ def test_answers_are_constant_to_the_compiler():
 def test_the_choice_on_a_gpu_compiles(monkeypatch):
     """With a driver's answers instead of a driver."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(dispatch, "capability_of", asked_once(torch.compiler.disable(lambda device: (9, 0))))
-    for module in (dispatch, *dispatch.FUSED.values()):
+    monkeypatch.setattr(choice, "capability_of", asked_once(torch.compiler.disable(lambda device: (9, 0))))
+    for module in (choice, *choice.FUSED.values()):
         if hasattr(module, "cannot_use_gpu"):
             monkeypatch.setattr(module, "cannot_use_gpu", lambda: "")
     torch._dynamo.reset()
     chosen = []
 
     def attend(x):
-        chosen.append(dispatch.choose(None, "cuda", x.dtype, x.shape[-1], "full"))
+        chosen.append(choice.choose(None, "cuda", x.dtype, x.shape[-1], "full"))
         return x + 1
 
     torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))
-    assert chosen == [next(status.name for status in natten_ext.backends("cuda") if status.available)]
+    assert chosen == [next(status.name for status in natten_ext.list_backends("cuda") if status.available)]
 
 
 def test_the_warning_of_an_unfused_run_compiles(monkeypatch):
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(choice, "_warned", set())
     torch._dynamo.reset()
 
     def attend(x):
-        return x + len(dispatch.choose(None, "xpu", x.dtype, x.shape[-1], "full"))
+        return x + len(choice.choose(None, "xpu", x.dtype, x.shape[-1], "full"))
 
     with pytest.warns(RuntimeWarning, match="unfused on xpu"):
         result = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))

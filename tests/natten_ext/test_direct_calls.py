@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import natten_ext
-from natten_ext import cuda
+from natten_ext.backends import cuda
 from natten_ext.geometry import Full, Grid, Neighborhood
 
 ORDERS = ["attention", "attention_backward", "attention_double_backward"]

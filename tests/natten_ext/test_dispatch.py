@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import natten_ext
-from natten_ext import dispatch, fused, geometry
+from natten_ext import geometry
+from natten_ext.backends import choice, support
 
 
 def a_case(**options) -> torch.Tensor:
@@ -22,11 +23,11 @@ def a_case(**options) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def _nothing_chosen(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "_override", None)
+    monkeypatch.setattr(choice, "_override", None)
 
 
 def test_every_backend_has_a_status():
-    statuses = natten_ext.backends()
+    statuses = natten_ext.list_backends()
     names = [status.name for status in statuses]
     assert "reference" in names and "cpu" in names and len(set(names)) == len(names)
     for status in statuses:
@@ -37,7 +38,7 @@ def test_every_backend_has_a_status():
 def test_reference_is_always_available():
     for device in ("cpu", "cuda", "meta"):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            assert natten_ext.BackendStatus("reference", True, "") in natten_ext.backends(device, dtype, 1000)
+            assert natten_ext.BackendStatus("reference", True, "") in natten_ext.list_backends(device, dtype, 1000)
 
 
 def chosen(calls: list[natten_ext.AttentionCall]) -> list[str]:
@@ -52,7 +53,7 @@ def test_auto_on_the_cpu():
 
 
 def test_asking_by_name():
-    available = [status.name for status in natten_ext.backends(head_dim=8) if status.available]
+    available = [status.name for status in natten_ext.list_backends(head_dim=8) if status.available]
     with natten_ext.record_calls() as calls:
         for name in available:
             a_case(backend=name)
@@ -64,8 +65,8 @@ def test_auto_takes_the_first_available_backend():
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         for head_dim in (8, 300):
             for kind in geometry.KINDS:
-                first = next(s.name for s in natten_ext.backends("cpu", dtype, head_dim, kind) if s.available)
-                assert dispatch.choose("auto", "cpu", dtype, head_dim, kind) == first
+                first = next(s.name for s in natten_ext.list_backends("cpu", dtype, head_dim, kind) if s.available)
+                assert choice.choose("auto", "cpu", dtype, head_dim, kind) == first
 
 
 def test_the_order_on_a_gpu_is_that_of_the_kind_of_neighborhood(monkeypatch, tmp_path):
@@ -75,34 +76,34 @@ def test_the_order_on_a_gpu_is_that_of_the_kind_of_neighborhood(monkeypatch, tmp
     fastest = {"grid": ["triton", "cuda"], "full": ["cuda", "triton"]}
     measured = [entry | {"neighborhood": kind, "fastest": names} for kind, names in fastest.items()]
     table.write_text(json.dumps({"measured": measured}))
-    read = dispatch.preferences.order
-    monkeypatch.setattr(dispatch.preferences, "order", lambda *problem: read(*problem, str(table)))
+    read = choice.preferences.order
+    monkeypatch.setattr(choice.preferences, "order", lambda *problem: read(*problem, str(table)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(dispatch, "capability_of", lambda device: (9, 0))
-    monkeypatch.setattr(dispatch, "cannot_use_gpu", lambda: "")
+    monkeypatch.setattr(choice, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(choice, "cannot_use_gpu", lambda: "")
     for name in ("cuda", "triton"):
-        monkeypatch.setattr(dispatch.FUSED[name], "cannot_run", lambda *problem: "")
+        monkeypatch.setattr(choice.FUSED[name], "cannot_run", lambda *problem: "")
     for kind, names in fastest.items():
-        statuses = natten_ext.backends("cuda", torch.float32, 64, kind)
+        statuses = natten_ext.list_backends("cuda", torch.float32, 64, kind)
         assert [status.name for status in statuses] == [*names, "cpu", "reference"]
-        assert dispatch.choose(None, "cuda", torch.float32, 64, kind) == names[0]
+        assert choice.choose(None, "cuda", torch.float32, 64, kind) == names[0]
 
 
 @pytest.mark.parametrize("arguments", [{"dtype": "float32"}, {"dtype": None}, {"head_dim": "64"}, {"head_dim": 64.0}])
 def test_backends_names_an_argument_of_another_type(arguments):
     ((name, value),) = arguments.items()
     with pytest.raises(TypeError, match=f"{name} must be .*, got {value!r}"):
-        natten_ext.backends("cpu", **arguments)
+        natten_ext.list_backends("cpu", **arguments)
 
 
 def test_an_unknown_kind_of_neighborhood():
     with pytest.raises(ValueError, match="neighborhood must be one of"):
-        natten_ext.backends(neighborhood="window")
+        natten_ext.list_backends(neighborhood="window")
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_gpu_backends_on_the_cpu_raise(name):
-    if any(s.name == name and s.available for s in natten_ext.backends()):
+    if any(s.name == name and s.available for s in natten_ext.list_backends()):
         pytest.skip(f"{name} runs on the CPU here")
     with pytest.raises((RuntimeError, ValueError), match=name):
         a_case(backend=name)
@@ -139,7 +140,7 @@ def test_use_backend_with_an_unknown_name():
 
 
 def test_backends_agree():
-    results = [a_case(backend=s.name) for s in natten_ext.backends(head_dim=8) if s.available]
+    results = [a_case(backend=s.name) for s in natten_ext.list_backends(head_dim=8) if s.available]
     for result in results:
         torch.testing.assert_close(result, results[-1], rtol=1e-5, atol=1e-6)
 
@@ -149,7 +150,7 @@ def test_environment_variable():
     """Read when the package is imported, and a wrong name is an error that names the variable."""
 
     def override(value: str) -> subprocess.CompletedProcess:
-        code = "import natten_ext.dispatch as d; print(d._override)"
+        code = "import natten_ext.backends.choice as d; print(d._override)"
         environment = os.environ | {"NATTEN_EXT_BACKEND": value}
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
@@ -161,21 +162,21 @@ def test_environment_variable():
 @pytest.mark.parametrize(("value", "expected"), [("auto", "auto"), ("", None)])
 def test_environment_variable_that_chooses_nothing(monkeypatch, value, expected):
     monkeypatch.setenv("NATTEN_EXT_BACKEND", value)
-    assert dispatch._read_environment() == expected
+    assert choice._read_environment() == expected
 
 
 def test_gpus_that_cannot_be_used(monkeypatch):
     """A torch with CUDA on a machine without a GPU (where asking for the device raises), and an old GPU."""
     if not torch.cuda.is_available():
-        assert fused.cannot_use_gpu() == "torch finds no CUDA device"
-        assert all(not status.available for status in natten_ext.backends("cuda") if status.name != "reference")
+        assert support.cannot_use_gpu() == "torch finds no CUDA device"
+        assert all(not status.available for status in natten_ext.list_backends("cuda") if status.name != "reference")
         with pytest.warns(RuntimeWarning, match="unfused on cuda"):
-            monkeypatch.setattr(dispatch, "_warned", set())
-            assert dispatch.choose(None, "cuda", torch.float32, 8, "full") == "reference"
-    monkeypatch.setattr(fused, "_no_gpu", lambda: "")
+            monkeypatch.setattr(choice, "_warned", set())
+            assert choice.choose(None, "cuda", torch.float32, 8, "full") == "reference"
+    monkeypatch.setattr(support, "_no_gpu", lambda: "")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(fused, "capability_of", lambda device: (7, 5))
-    assert fused.cannot_use_gpu() == "the GPU must have compute capability 8.0 or later, got 7.5"
+    monkeypatch.setattr(support, "capability_of", lambda device: (7, 5))
+    assert support.cannot_use_gpu() == "the GPU must have compute capability 8.0 or later, got 7.5"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -187,11 +188,11 @@ def test_cpu_backend_refuses_other_devices():
 
 def test_falling_back_on_an_accelerator_warns_once(monkeypatch):
     """No silent slow path: `auto` on a device without a fused backend says why, once."""
-    monkeypatch.setattr(dispatch, "_warned", set())
-    if any(s.available for s in natten_ext.backends("xpu") if s.name != "reference"):
+    monkeypatch.setattr(choice, "_warned", set())
+    if any(s.available for s in natten_ext.list_backends("xpu") if s.name != "reference"):
         pytest.skip("a fused backend runs on xpu")
     with pytest.warns(RuntimeWarning, match="xpu"):
-        assert dispatch.choose("auto", "xpu", torch.float32, 8, "full") == "reference"
-    assert len(dispatch._warned) == 1
-    dispatch.choose("auto", "xpu", torch.float32, 8, "full")
-    assert len(dispatch._warned) == 1
+        assert choice.choose("auto", "xpu", torch.float32, 8, "full") == "reference"
+    assert len(choice._warned) == 1
+    choice.choose("auto", "xpu", torch.float32, 8, "full")
+    assert len(choice._warned) == 1

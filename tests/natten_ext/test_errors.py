@@ -172,7 +172,7 @@ def test_a_backend_that_cannot_says_why(target):
         torch.zeros(1, 4, 1, 8, device=target.device, dtype=torch.float8_e4m3fn),
     ]
     for tensor in beyond:
-        statuses = natten_ext.backends(target.device, tensor.dtype, tensor.shape[-1])
+        statuses = natten_ext.list_backends(target.device, tensor.dtype, tensor.shape[-1])
         status = next(s for s in statuses if s.name == target.backend)
         if not status.available:
             with pytest.raises(RuntimeError, match=re.escape(status.reason)):

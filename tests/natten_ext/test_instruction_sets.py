@@ -13,7 +13,7 @@ import torch
 import natten_ext
 
 FOLDER = Path(__file__).resolve().parent
-BUILT = any(status.name == "cpu" and status.available for status in natten_ext.backends())
+BUILT = any(status.name == "cpu" and status.available for status in natten_ext.list_backends())
 FILES = [str(FOLDER / f"test_{name}.py") for name in ("accuracy", "conditioning", "extremes")]
 ACCURACY = "all_orders and (full-dim or full-cross or 6x10 or 9x10 or per-head or 7x9)"
 CHOSEN = f"cpu-on-cpu and ({ACCURACY} or every_half or conditioning or no_more or tables)"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from natten_ext import preferences
+from natten_ext.backends import preferences
 
 GRID = {"capability": "9.0", "neighborhood": "grid", "dtype": "bfloat16", "results": "x.json"}
 

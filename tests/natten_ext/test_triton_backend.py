@@ -13,7 +13,7 @@ from cases import cotangents_of, derivatives, find, forward, grad_output_of, inp
 from interpreter import environment_without_interpreter
 
 import natten_ext
-from natten_ext.triton import backend
+from natten_ext.backends.triton import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -29,7 +29,7 @@ def run(code: str, **environment: str) -> str:
 def test_without_triton_it_says_so():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from natten_ext.triton import backend; import torch\n"
+        "from natten_ext.backends.triton import backend; import torch\n"
         "print(backend.cannot_run('cpu', torch.float32, 8))"
     )
     assert "natten_ext[triton]" in run(code, TRITON_INTERPRET="1")
@@ -39,7 +39,7 @@ def test_without_triton_it_says_so():
 def test_cpu_tensors_need_the_interpreter():
     code = (
         "import natten_ext, torch; q = torch.randn(1, 4, 1, 8)\n"
-        "print(natten_ext.dispatch.choose('auto', 'cpu', torch.float32, 8, 'full'))\n"
+        "print(natten_ext.backends.choice.choose('auto', 'cpu', torch.float32, 8, 'full'))\n"
         "try: natten_ext.attention(q, q, q, backend='triton')\n"
         "except RuntimeError as error: print(error)"
     )
@@ -59,10 +59,10 @@ def test_reasons(problem, reason, monkeypatch):
 
 def test_auto_never_interprets(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(natten_ext.dispatch, "_override", None)
-    assert natten_ext.dispatch.choose(None, "cpu", torch.float32, 8, "full") == "cpu"
-    assert natten_ext.dispatch.choose(None, "cpu", torch.float16, 8, "full") == "cpu"
-    assert natten_ext.dispatch.choose(None, "cpu", torch.float16, 300, "full") == "reference"
+    monkeypatch.setattr(natten_ext.backends.choice, "_override", None)
+    assert natten_ext.backends.choice.choose(None, "cpu", torch.float32, 8, "full") == "cpu"
+    assert natten_ext.backends.choice.choose(None, "cpu", torch.float16, 8, "full") == "cpu"
+    assert natten_ext.backends.choice.choose(None, "cpu", torch.float16, 300, "full") == "reference"
 
 
 def check(case) -> None:
@@ -85,14 +85,14 @@ def check(case) -> None:
 )
 def test_several_tiles_and_blocks(case):
     """The smallest tiles, so that a small problem has several of them, with borders in all of them."""
-    configs = pytest.importorskip("natten_ext.triton.configs")
+    configs = pytest.importorskip("natten_ext.backends.triton.configs")
     with configs.forced(configs.Config(16, 16, 4, 1)):
         check(case)
 
 
 def test_streamed_channels():
     """Rows loaded chunk by chunk, as for head_dim 256."""
-    configs = pytest.importorskip("natten_ext.triton.configs")
+    configs = pytest.importorskip("natten_ext.backends.triton.configs")
     with configs.forced(configs.Config(32, 16, 4, 1, chunk=32)):
         check(find("grid-4x4-dim-256", bias=True, score="l2", shape=(1, 4, 4, 1, 72)))
 
@@ -100,7 +100,7 @@ def test_streamed_channels():
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_tf32_follows_torch(precision):
     pytest.importorskip("triton")
-    from natten_ext.triton.launch import full_precision
+    from natten_ext.backends.triton.launch import full_precision
 
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
@@ -112,7 +112,7 @@ def test_tf32_follows_torch(precision):
 
 
 def test_more_programs_than_a_launch_can_have():
-    launch = pytest.importorskip("natten_ext.triton.launch")
+    launch = pytest.importorskip("natten_ext.backends.triton.launch")
     query = torch.empty(2**20, 64, 2**6, 1, device="meta")
     problem = launch.Launch(query, query, None, [0], "dot", 1.0)
     with pytest.raises(RuntimeError, match="programs"):
@@ -122,7 +122,7 @@ def test_more_programs_than_a_launch_can_have():
 @pytest.mark.slow
 def test_tuning_writes_the_fastest(tmp_path):
     """With a clock that prefers one candidate; the rest of the table stays."""
-    tune = pytest.importorskip("natten_ext.triton.tune")
+    tune = pytest.importorskip("benchmarks.kernels.triton_tune")
     shapes = pytest.importorskip("benchmarks.shapes").SHAPES
     path = tmp_path / "configs.json"
     path.write_text('{"default": {"forward/half/32": [64, 32, 4, 2]}}')
@@ -146,7 +146,7 @@ def test_tuning_writes_the_fastest(tmp_path):
 
 def test_what_is_kept_is_not_allocated_by_the_calling_thread(monkeypatch):
     """That may be warming up a CUDA graph (torch.compile with "reduce-overhead"), whose memory nothing may keep."""
-    launch = pytest.importorskip("natten_ext.triton.launch")
+    launch = pytest.importorskip("natten_ext.backends.triton.launch")
     threads = []
     original = torch.tensor
 

@@ -18,7 +18,7 @@ from cases import (
     oracle_derivatives,
 )
 
-from natten_ext.triton import backend
+from natten_ext.backends.triton import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = Case("edge-grid", "grid", (1, 4, 6, 1, 8), window=(2, 3), bias=True, small=True)
@@ -60,7 +60,7 @@ def test_tables_that_mask(case, number, part, dtype):
 @pytest.mark.parametrize("where", ["query", "key", "value", "grad_output", "cotangent of query", "cotangent of value"])
 def test_nan_stays_near_the_tiles_that_see_it(where):
     """It spreads through a tile, which masked products do not prevent, and in each order to the tiles next to it."""
-    configs = pytest.importorskip("natten_ext.triton.configs")
+    configs = pytest.importorskip("natten_ext.backends.triton.configs")
     case = Case("edge-tiles", "neighborhood", (1, 4, 40, 1, 8), kernel=3, bias=True, small=True)
     inputs = inputs_of(case, torch.float32)
     grad_output, cotangents = grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)

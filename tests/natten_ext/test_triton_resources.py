@@ -1,8 +1,8 @@
 """Kernels of the triton backend compiled ahead of time: registers suffice, no more shared memory than there is.
 
 To compile every variant of every named shape takes minutes, so a table keeps what came of it
-(``benchmarks/results/triton_resources.csv``, made by ``python -m natten_ext.triton.resources --update``). Here it
-is held against what the named shapes launch today, and a sample that has every kernel is compiled again. So a change
+(``benchmarks/results/triton_resources.csv``, made by ``python -m benchmarks.kernels.triton_resources --update``). Here
+it is held against what the named shapes launch today, and a sample that has every kernel is compiled again. So a change
 of the kernels that costs registers fails here even where the table is from the code before it.
 """
 
@@ -18,7 +18,7 @@ from interpreter import environment_without_interpreter
 
 pytest.importorskip("triton")
 
-from natten_ext.triton import usage_table
+from benchmarks.kernels import triton_usage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,7 +40,7 @@ KNOWN = {("forward", "sm_100", "bfloat16", "cifar-d1")}
 
 def resources(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
     """The command (or other code), in a process that does not interpret kernels."""
-    run = ["-c", code] if code else ["-m", "natten_ext.triton.resources", *arguments]
+    run = ["-c", code] if code else ["-m", "benchmarks.kernels.triton_resources", *arguments]
     return subprocess.run(
         [sys.executable, *run], cwd=ROOT, env=environment_without_interpreter(), capture_output=True, text=True
     )
@@ -55,7 +55,7 @@ def test_every_variant_is_in_the_table():
 
 
 def test_what_fails_is_known():
-    table = usage_table.read()
+    table = triton_usage.read()
     failing = {(usage.kernel, usage.arch, usage.dtype, usage.shape) for usage in table.values() if usage.problem}
     assert failing == KNOWN
 
@@ -72,10 +72,10 @@ def test_compiled_again(tmp_path, arch, shapes, dtype, kernels):
         "--processes", "2", "--json", str(path),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    usages = [usage_table.Usage(**usage) for usage in json.loads(path.read_text())]
+    usages = [triton_usage.Usage(**usage) for usage in json.loads(path.read_text())]
     assert {usage.kernel for usage in usages} == set(kernels)
     assert {usage.arch for usage in usages} == {arch}
-    table = usage_table.read()
+    table = triton_usage.read()
     for usage in usages:
         assert not usage.problem and 0 < usage.registers <= 255 and usage.seconds > 0
         entry = table[arch, usage.variant]
@@ -87,10 +87,11 @@ def test_compiled_again(tmp_path, arch, shapes, dtype, kernels):
 def test_a_spill_is_seen():
     """A tile that is far too large: the command says so and fails."""
     code = (
-        "import sys; from natten_ext.triton import configs, resources\n"
+        "import sys; from benchmarks.kernels import triton_resources\n"
+        "from natten_ext.backends.triton import configs\n"
         "with configs.forced(configs.Config(64, 64, 4, 1)):\n"
-        "    sys.exit(resources.main(['--arch', 'sm_80', '--shapes', 'church-g4', '--dtypes', 'bfloat16',\n"
-        "                             '--orders', 'backward', '--kernels', 'backward_key']))"
+        "    sys.exit(triton_resources.main(['--arch', 'sm_80', '--shapes', 'church-g4', '--dtypes', 'bfloat16',\n"
+        "                                    '--orders', 'backward', '--kernels', 'backward_key']))"
     )
     done = resources(code=code)
     assert done.returncode == 1 and "FAILS: spills" in done.stdout, done.stdout + done.stderr

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from benchmarks.kernels import triton_work
+from natten_ext.backends.triton import configs
+from natten_ext.backends.triton.launch import chunks_of
+from natten_ext.backends.triton.problem import KEY, QUERY, Axis, _problem_of, displaced_pairs, displacements, tiling
 from natten_ext.geometry import FULL, GRID, NEIGHBORHOOD, Full, Grid, Neighborhood
-from natten_ext.triton import configs, work
-from natten_ext.triton.launch import chunks_of
-from natten_ext.triton.problem import KEY, QUERY, Axis, _problem_of, displaced_pairs, displacements, tiling
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -110,6 +111,6 @@ def test_share_of_useful_work(name, least, monkeypatch):
     """With the configurations of a GPU: an interpreter's tiles are larger."""
     shapes = pytest.importorskip("benchmarks.shapes").SHAPES
     monkeypatch.setattr(configs, "architecture", lambda device: "default")
-    launch = work.launch_of(shapes[name], work.torch_dtype("bfloat16"))
-    for order in work.ORDERS:
-        assert least <= work.useful_share(launch, order) <= 1
+    launch = triton_work.launch_of(shapes[name], triton_work.torch_dtype("bfloat16"))
+    for order in triton_work.ORDERS:
+        assert least <= triton_work.useful_share(launch, order) <= 1

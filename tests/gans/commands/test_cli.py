@@ -85,7 +85,9 @@ def test_dry_run_prints_the_resolved_settings(tmp_path, capsys):
         ([128, 16, 16, 4, 64], 256, 4),
         ([128, 32, 32, 4, 16], 1024, 2),
     ]
-    assert all(row["backend"] in natten_ext.dispatch.NAMES and row["dtype"] == "float32" for row in shown["attention"])
+    assert all(
+        row["backend"] in natten_ext.backends.choice.NAMES and row["dtype"] == "float32" for row in shown["attention"]
+    )
     assert shown["recipe"]["lr_g"] == 1e-4
     assert (shown["run"]["checkpoint_every"], shown["run"]["sample_every"]) == (50_000, 25_000)
     assert not out.exists()

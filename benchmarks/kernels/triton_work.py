@@ -1,6 +1,6 @@
 """How much of what the kernels compute counts.
 
-    python -m natten_ext.triton.work --dtype bfloat16
+    python -m benchmarks.kernels.triton_work --dtype bfloat16
 
 prints, for every named shape and order, the share of the multiply-adds issued that belong to a query, a key it sees,
 and a channel that exists; the rest is on masked pairs and on padding.
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from .launch import Launch
-from .named import DTYPES, ORDERS, named_shapes, neighborhood_of, torch_dtype
-from .problem import KEY, QUERY, displaced_pairs
+from benchmarks.shapes import SHAPES
+from natten_ext.backends.triton.launch import Launch
+from natten_ext.backends.triton.problem import KEY, QUERY, displaced_pairs
+
+from .triton_problems import DTYPES, ORDERS, neighborhood_of, torch_dtype
 
 # (step, owner of the tiles, products per pair) of every order.
 PASSES = {
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     dtype = torch_dtype(parser.parse_args().dtype)
     print(f"| shape | {' | '.join(ORDERS)} |\n| --- |{' ---: |' * len(ORDERS)}")
-    for name, shape in named_shapes().items():
+    for name, shape in SHAPES.items():
         launch = launch_of(shape, dtype)
         print(f"| {name} | {' | '.join(f'{100 * useful_share(launch, order):.0f}' for order in ORDERS)} |")
 

@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages of every kernel, from a small table (configs.json).
 
-A section per architecture ("sm_90", written by ``python -m natten_ext.triton.tune``) goes before "default", which
-suits every NVIDIA GPU: no spilled registers and at most 99 KiB of shared memory for sm_80 to sm_100.
+A section per architecture ("sm_90", written by ``python -m benchmarks.kernels.triton_tune``) goes before "default",
+which suits every NVIDIA GPU: no spilled registers and at most 99 KiB of shared memory for sm_80 to sm_100.
 A key is ``step/shape class/dtype/channels``, or ``step/dtype/channels`` for all shape classes.
 """
 

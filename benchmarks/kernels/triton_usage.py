@@ -1,6 +1,6 @@
 """What the compiler made of the kernel variants that the named shapes use: a table that is part of the repository.
 
-``python -m natten_ext.triton.resources --update`` fills it. It has one line per variant and architecture.
+``python -m benchmarks.kernels.triton_resources --update`` fills it. It has one line per variant and architecture.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "results" / "triton_resources.csv"
+PATH = Path(__file__).parents[1] / "results" / "triton_resources.csv"
 """In a checkout; the installed package does not need it."""
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}

@@ -1,4 +1,4 @@
-"""The ``triton`` backend as ``natten_ext.dispatch`` sees it.
+"""The ``triton`` backend as ``natten_ext.backends.choice`` sees it.
 
 Importing this module does not import Triton; the kernels are imported when the first problem runs.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..fused import asked_once, cannot_take, cannot_use_gpu
+from ..support import asked_once, cannot_take, cannot_use_gpu
 from .operands import OPERANDS, check_operands
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -31,17 +31,17 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
 
 
 def forward(*arguments):
-    """``(output, lse)``; see ``natten_ext.ops``."""
+    """``(output, lse)``; see ``natten_ext.operators``."""
     return _run("forward", arguments)
 
 
 def backward(*arguments):
-    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
+    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.operators``."""
     return _run("backward", arguments)
 
 
 def double_backward(*arguments):
-    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
+    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.operators``."""
     return _run("double_backward", arguments)
 
 

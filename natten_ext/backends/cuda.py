@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from .fused import MAX_HEAD_DIM, asked_once, bits_of, cannot_take, cannot_use_gpu
 from .origin import about_origin
+from .support import MAX_HEAD_DIM, asked_once, bits_of, cannot_take, cannot_use_gpu
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 EMULATOR_VARIABLE = "NATTEN_EXT_CUDA_EMULATOR"
 
-_library = Path(__file__).parent / "libnatten_ext_cuda.so"
+_library = Path(__file__).parents[1] / "libnatten_ext_cuda.so"
 
 
 def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
@@ -44,13 +44,13 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
 
 
 def forward(query, key, value, bias, neighborhood, score, scale):
-    """``(output, lse)``; see ``natten_ext.ops``."""
+    """``(output, lse)``; see ``natten_ext.operators``."""
     query, key = _near_zero(query, key, score)
     return _run("forward", query, key, value, bias, neighborhood, score == "l2", scale, _tf32(query))
 
 
 def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
-    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
+    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.operators``."""
     query, key = _near_zero(query, key, score)
     return _run(
         "backward",
@@ -86,7 +86,7 @@ def double_backward(
     scale,
     needs,
 ):
-    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
+    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.operators``."""
     query, key = _near_zero(query, key, score)
     return _run(
         "double_backward", cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,

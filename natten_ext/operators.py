@@ -17,8 +17,8 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
+from .backends.choice import FUSED
 from .checks import check_score
-from .dispatch import FUSED
 
 _COMMON = "Tensor query, Tensor key, Tensor value, Tensor? bias"
 _CHOICES = "int[] neighborhood, str score, float scale"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..geometry import FULL, GRID, NEIGHBORHOOD, IntPair
+from ...geometry import FULL, GRID, NEIGHBORHOOD, IntPair
 
 QUERY, KEY = "query", "key"
 SMALL_WINDOW = 32

@@ -1,7 +1,7 @@
 """Which implementation runs a problem, and why.
 
 Every fused backend is a module with ``cannot_run(device_type, dtype, head_dim) -> str`` (empty: it can) and the
-three functions ``forward``, ``backward`` and ``double_backward`` that ``natten_ext.ops`` calls.
+three functions ``forward``, ``backward`` and ``double_backward`` that ``natten_ext.operators`` calls.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from types import ModuleType
 
 import torch
 
+from ..checks import shown
+from ..geometry import KINDS
 from . import cpu, cuda, preferences
-from .checks import shown
-from .fused import cannot_use_gpu, capability_of
-from .geometry import KINDS
+from .support import cannot_use_gpu, capability_of
 from .triton import backend as triton
 
 FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
@@ -46,7 +46,7 @@ class BackendStatus:
     reason: str
 
 
-def backends(
+def list_backends(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
@@ -100,7 +100,7 @@ def check_name(name: str) -> None:
 
 
 def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> str:
-    """The backend that runs a problem: ``name``, or by ``use_backend``, the environment, or the first of ``backends``.
+    """The backend that runs a problem: ``name``, what ``use_backend`` or the environment says, or the first that can.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run the problem.
     """

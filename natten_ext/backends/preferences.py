@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fused import asked_once
+from .support import asked_once
 
 DEFAULT_ORDER = ("cuda", "triton")
 """Of what is not measured."""

@@ -1,4 +1,4 @@
-"""``python -m natten_ext.cuda_resources``: what every compiled CUDA kernel takes of a multiprocessor.
+"""``python -m benchmarks.kernels.cuda_resources``: what every compiled CUDA kernel takes of a multiprocessor.
 
 ptxas reports registers, stack and spills when the kernels are compiled; the report is kept beside the library. Dynamic
 shared memory is chosen at launch (csrc/cuda/launch.h), for the problem at hand: the table gives what a block may have
@@ -15,7 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-REPORT = Path(__file__).parent / "cuda_resources.txt"
+import natten_ext
+
+REPORT = Path(natten_ext.__file__).parent / "cuda_resources.txt"
 
 THREADS = 128  # of a block, at most: kThreads of csrc/cuda/kernel.h
 
@@ -83,7 +85,9 @@ def parse(lines: Iterable[str]) -> Iterator[Kernel]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m natten_ext.cuda_resources", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.cuda_resources", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("report", nargs="?", type=Path, default=REPORT, help="output of nvcc -Xptxas=-v")
     parser.add_argument("--capability", help='only this compute capability, as "9.0"')
     parser.add_argument("--csv", action="store_true", help="separated by commas, as in benchmarks/results")

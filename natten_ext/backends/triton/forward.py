@@ -78,7 +78,7 @@ def forward_kernel(
 
 
 def forward(query, key, value, bias, neighborhood, score, scale):
-    """``(output, lse)``; see ``natten_ext.ops``."""
+    """``(output, lse)``; see ``natten_ext.operators``."""
     launch = Launch(query, key, bias, neighborhood, score, scale)
     output = query.new_empty(query.shape)
     lse = query.new_empty((2, *launch.row_shape), dtype=launch.accumulate)

@@ -1,8 +1,8 @@
 """Choose tile sizes, warps and pipeline stages by timing them on this machine's GPU, and write them to configs.json.
 
-    python -m natten_ext.triton.tune --dtypes bfloat16 --shapes nat-256 nat-512
+    python -m benchmarks.kernels.triton_tune --dtypes bfloat16 --shapes nat-256 nat-512
 
-times every candidate of every kernel on the named shapes (``benchmarks/shapes.py``, so run it in a checkout), takes
+times every candidate of every kernel on the named shapes (``benchmarks/shapes.py``), takes
 the one with the least time over the shapes of a class, and writes it to the section of the GPU's architecture after
 each class. What is not tuned keeps its default.
 """
@@ -21,11 +21,13 @@ import torch
 import triton
 from triton import testing
 
-from . import configs
-from .configs import Config
-from .launch import recorded_launches
-from .named import DTYPES, ORDERS, named_shapes, run_orders, torch_dtype
-from .work import PASSES, launch_of
+from benchmarks.shapes import SHAPES
+from natten_ext.backends.triton import configs
+from natten_ext.backends.triton.configs import Config
+from natten_ext.backends.triton.launch import recorded_launches
+
+from .triton_problems import DTYPES, ORDERS, run_orders, torch_dtype
+from .triton_work import PASSES, launch_of
 
 Timer = Callable[[Any, int, tuple, dict], float]
 """Milliseconds of a launch ``(kernel, programs, arguments, options)``; infinity if it can't run."""
@@ -119,9 +121,8 @@ def tune(
 
 
 def main() -> None:
-    named = named_shapes()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(named), choices=named, metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="NAME")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
     parser.add_argument("--steps", nargs="+", default=configs.STEPS, choices=configs.STEPS)
     parser.add_argument("--output", type=Path, default=configs.PATH, help="table to update (default: the package's)")
@@ -130,7 +131,7 @@ def main() -> None:
         raise SystemExit("tuning needs a GPU: torch finds no CUDA device")
     section = configs.architecture(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: section {section} of {options.output}")
-    shapes = [named[name] for name in options.shapes]
+    shapes = [SHAPES[name] for name in options.shapes]
     tune(shapes, options.dtypes, options.steps, section, options.output, "cuda", time_launch)
 
 

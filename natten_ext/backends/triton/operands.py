@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..checks import check_dense, grid_of, neighborhood_of
-from ..geometry import FULL, GRID, NEIGHBORHOOD, AnyNeighborhood, Full
+from ...checks import check_dense, grid_of, neighborhood_of
+from ...geometry import FULL, GRID, NEIGHBORHOOD, AnyNeighborhood, Full
 
 _COMMON = ("query", "key", "value", "bias")
 OPERANDS = {

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.autograd import forward_ad
 
-from .geometry import AnyNeighborhood, Full, Grid, neighbor_indices, neighbor_offsets, window_offsets
+from ..geometry import AnyNeighborhood, Full, Grid, neighbor_indices, neighbor_offsets, window_offsets
 from .origin import origin_of
 
 

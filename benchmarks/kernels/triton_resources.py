@@ -1,11 +1,11 @@
 """What the compiler makes of the kernels, without a GPU: registers, spills, shared memory, compile time.
 
-    python -m natten_ext.triton.resources --arch sm_90 --shapes nat-256 cifar-d1 --dtypes bfloat16
+    python -m benchmarks.kernels.triton_resources --arch sm_90 --shapes nat-256 cifar-d1 --dtypes bfloat16
 
-compiles every kernel variant that the shapes use (``benchmarks/shapes.py``, so run it in a checkout) ahead of time
+compiles every kernel variant that the shapes use (``benchmarks/shapes.py``) ahead of time
 and prints one line for each. It ends with status 1 if a kernel spills registers for want of them or needs more shared
 memory than the architecture has. With ``--update`` it compiles only what the table of all variants
-(``usage_table.py``) lacks or has from other code, and writes that to the table as it goes; it may be stopped and
+(``triton_usage.py``) lacks or has from other code, and writes that to the table as it goes; it may be stopped and
 started again. With ``--status`` it compiles nothing, and ends with status 1 if the table lacks a variant or has one
 that fails.
 """
@@ -35,11 +35,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITCallable
 
-from . import configs, usage_table
-from .launch import INTERPRETED, recorded_launches
-from .named import DTYPES, ORDERS, named_shapes, run_orders, torch_dtype
-from .tiles import Rows
-from .usage_table import SHARED_LIMIT, Table, Usage
+from benchmarks.shapes import SHAPES
+from natten_ext.backends.triton import configs
+from natten_ext.backends.triton.launch import INTERPRETED, recorded_launches
+from natten_ext.backends.triton.tiles import Rows
+
+from . import triton_usage
+from .triton_problems import DTYPES, ORDERS, run_orders, torch_dtype
+from .triton_usage import SHARED_LIMIT, Table, Usage
 
 ARCHS = ("sm_90", "sm_80", "sm_100")
 TABLE_DTYPES = ("bfloat16",)
@@ -118,7 +121,7 @@ def source_digest(kernel: Any) -> str:
     todo = [kernel]
     while todo:
         function = todo.pop()
-        name = f"{function.fn.__module__}.{function.fn.__qualname__}"
+        name = f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__qualname__}"
         if name in code:
             continue
         tree = ast.parse(function.src).body[0]
@@ -192,13 +195,13 @@ def current(variant: Variant, table: Table) -> bool:
     return entry is not None and (entry.source, entry.triton) == (source_digest(variant.kernel), triton.__version__)
 
 
-def update(groups: Iterable[list[Variant]], complete: bool, processes: int, path: Path = usage_table.PATH) -> None:
+def update(groups: Iterable[list[Variant]], complete: bool, processes: int, path: Path = triton_usage.PATH) -> None:
     """Compile what the table lacks, group after group, and write it.
 
     A group has one dtype and architecture. If it is ``complete``, its other lines are dropped: nothing uses them.
     """
     for group in groups:
-        table = usage_table.read(path)
+        table = triton_usage.read(path)
         if complete:
             used = {variant.digest for variant in group}
             kind = group[0].arch, group[0].dtype
@@ -208,13 +211,13 @@ def update(groups: Iterable[list[Variant]], complete: bool, processes: int, path
             table[usage.arch, usage.variant] = usage
             print(line_of(usage), flush=True)
             if count % UNSAVED == 0:
-                usage_table.write(table.values(), path)
-        usage_table.write(table.values(), path)
+                triton_usage.write(table.values(), path)
+        triton_usage.write(table.values(), path)
 
 
-def status(groups: Iterable[list[Variant]], path: Path = usage_table.PATH) -> int:
+def status(groups: Iterable[list[Variant]], path: Path = triton_usage.PATH) -> int:
     """Print what the table says of the variants; 1 if it lacks one or one fails."""
-    table = usage_table.read(path)
+    table = triton_usage.read(path)
     total = missing = failing = 0
     for group in groups:
         entries = [table.get((variant.arch, variant.digest)) for variant in group]
@@ -248,10 +251,9 @@ def line_of(usage: Usage) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    named = named_shapes()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=ARCHS, choices=SHARED_LIMIT)
-    parser.add_argument("--shapes", nargs="+", default=list(named), choices=named, metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="NAME")
     parser.add_argument("--dtypes", nargs="+", default=TABLE_DTYPES, choices=DTYPES)
     parser.add_argument("--orders", nargs="+", default=ORDERS, choices=ORDERS)
     parser.add_argument("--kernels", nargs="+", default=(), metavar="NAME", help="only these, as in the first column")
@@ -262,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     mode.add_argument("--status", action="store_true", help="compile nothing; say what the table lacks and what fails")
     options = parser.parse_args(arguments)
     groups = (
-        [v for v in variants([named[name] for name in options.shapes], dtype, arch, options.orders)
+        [v for v in variants([SHAPES[name] for name in options.shapes], dtype, arch, options.orders)
          if not options.kernels or v.name in options.kernels]
         for dtype in options.dtypes
         for arch in options.arch
@@ -271,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         return status(groups)
     print(HEADER, flush=True)
     if options.update:
-        complete = set(options.shapes) == set(named) and set(options.orders) == set(ORDERS) and not options.kernels
+        complete = set(options.shapes) == set(SHAPES) and set(options.orders) == set(ORDERS) and not options.kernels
         update(groups, complete, options.processes)
         return 0
     results = []

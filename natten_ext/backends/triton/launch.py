@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..geometry import FULL, GRID, NEIGHBORHOOD
+from ...geometry import FULL, GRID, NEIGHBORHOOD
 from ..origin import about_origin
 from . import configs
 from .problem import Problem, Tiling, problem_of, tiling

@@ -1,26 +1,17 @@
-"""The passes of a named shape (``benchmarks/shapes.py``) on empty tensors, for the commands of this package."""
+"""The passes of a named shape (``benchmarks/shapes.py``) on empty tensors, for the commands beside."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from .. import geometry
-from . import backward, double_backward, forward
+from natten_ext import geometry
+from natten_ext.backends.triton import backward, double_backward, forward
 
 ORDERS = ("forward", "backward", "double")
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
-
-
-def named_shapes() -> Mapping[str, Any]:
-    """The named shapes. They are part of a checkout, not of the installed package."""
-    try:
-        from benchmarks.shapes import SHAPES
-    except ImportError as error:
-        raise SystemExit("the named shapes are in benchmarks/shapes.py: run this in a checkout") from error
-    return SHAPES
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""NATTEN's current function for two dimensions, over the fused attention of this package."""
+"""NATTEN's current function (0.21) for two dimensions, over the fused attention of this package."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from . import functional
-from .checks import SizePerAxis, check_bias, check_dense, checked_maps, neighborhood_of, pair, shown
-from .geometry import IntPair
+from .. import functional
+from ..checks import SizePerAxis, check_bias, check_dense, checked_maps, neighborhood_of, pair, shown
+from ..geometry import IntPair
 
 
 def na2d(
@@ -49,7 +49,7 @@ def na2d(
         kernel_size, dilation: int or (height, width), as a tuple or, unlike in ``neighborhood_attention``, a list;
             ``kernel_size * dilation`` must not exceed the map.
         scale: positive factor of the score; ``head_dim ** -0.5`` if None.
-        backend: a name from ``natten_ext.backends()``, not one of NATTEN's.
+        backend: a name from ``natten_ext.list_backends()``, not one of NATTEN's.
         rpb: ``(heads, 2 * kernel_height - 1, 2 * kernel_width - 1)``, added to the scaled scores.
 
     Returns:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .. import geometry
+from ... import geometry
 
 FULL = tl.constexpr(geometry.FULL)
 GRID = tl.constexpr(geometry.GRID)

@@ -220,7 +220,7 @@ def double_backward(
     cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
     neighborhood, score, scale, needs,
 ):  # fmt: skip
-    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
+    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.operators``."""
     if not any(needs):
         return asked(query, (None,) * 5, needs)
     launch = Launch(query, key, bias, neighborhood, score, scale)

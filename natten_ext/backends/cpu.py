@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from .fused import bits_of, cannot_take
+from .support import bits_of, cannot_take
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_library = Path(__file__).parent / "libnatten_ext_cpu.so"
+_library = Path(__file__).parents[1] / "libnatten_ext_cpu.so"
 if not _library.exists():
     raise ImportError(
         f"natten_ext is not built: {_library} is missing. In a checkout, `pip install --no-build-isolation -e .` builds"
@@ -27,12 +27,12 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
 
 
 def forward(query, key, value, bias, neighborhood, score, scale):
-    """``(output, lse)``; see ``natten_ext.ops``."""
+    """``(output, lse)``; see ``natten_ext.operators``."""
     return torch.ops.natten_ext_cpu.forward(query, key, value, bias, neighborhood, score == "l2", scale)
 
 
 def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
-    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
+    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.operators``."""
     return torch.ops.natten_ext_cpu.backward(
         grad_output, query, key, value, bias, output, lse, neighborhood, score == "l2", scale, bits_of(needs)
     )
@@ -55,7 +55,7 @@ def double_backward(
     scale,
     needs,
 ):
-    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.ops``."""
+    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.operators``."""
     return torch.ops.natten_ext_cpu.double_backward(
         cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
         neighborhood, score == "l2", scale, bits_of(needs),

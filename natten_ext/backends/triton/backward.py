@@ -139,7 +139,7 @@ def backward_key_kernel(
 
 
 def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
-    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.ops``."""
+    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.operators``."""
     launch = Launch(query, key, bias, neighborhood, score, scale)
     grad_query, grad_key, grad_value, grad_bias = None, None, None, None
     if not any(needs):

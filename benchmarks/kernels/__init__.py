@@ -1,0 +1,1 @@
+"""Commands for those who work on the kernels: what compilers make of them, the work they issue, their tile sizes."""
