@@ -20,7 +20,16 @@ import setup  # noqa: E402
 import setup_cuda  # noqa: E402
 
 FOLDERS = ("natten_ext", "gans", "csrc", "benchmarks", "tests", "docs")
-FILES = ("CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py", "setup_cuda.py")
+FILES = (
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+    "setup.py",
+    "setup_cuda.py",
+)
 BUILT = ("*.so", setup_cuda.RESOURCES, "*.pyc", "__pycache__")
 MADE_BY_SETUPTOOLS = ("PKG-INFO", "setup.cfg", "natten_ext.egg-info/")
 

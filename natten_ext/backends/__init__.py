@@ -2,7 +2,6 @@
 
 - ``choice``: the registry of the fused backends, and which of all backends runs a problem, and why.
 - ``support``: what the fused backends share: the dtypes, sizes and GPUs that they can take.
-- ``preferences``: which backend is the fastest on a GPU, as measured (preferences.json).
 - ``reference``: plain PyTorch, the definition in code; any device, any derivative order.
 - ``cpu``, ``cuda``: the compiled kernels of csrc/cpu and csrc/cuda.
 - ``triton``: kernels in Triton, in a folder of their own.

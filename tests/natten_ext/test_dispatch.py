@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -69,24 +68,28 @@ def test_auto_takes_the_first_available_backend():
                 assert choice.choose("auto", "cpu", dtype, head_dim, kind) == first
 
 
-def test_the_order_on_a_gpu_is_that_of_the_kind_of_neighborhood(monkeypatch, tmp_path):
-    """A measured table in which the order differs between kinds: `backends` and `auto` agree on each."""
-    entry = {"capability": "9.0", "dtype": "float32", "head_dim": 64, "results": "made up"}
-    table = tmp_path / "preferences.json"
-    fastest = {"grid": ["triton", "cuda"], "full": ["cuda", "triton"]}
-    measured = [entry | {"neighborhood": kind, "fastest": names} for kind, names in fastest.items()]
-    table.write_text(json.dumps({"measured": measured}))
-    read = choice.preferences.order
-    monkeypatch.setattr(choice.preferences, "order", lambda *problem: read(*problem, str(table)))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(choice, "capability_of", lambda device: (9, 0))
-    monkeypatch.setattr(choice, "cannot_use_gpu", lambda: "")
-    for name in ("cuda", "triton"):
-        monkeypatch.setattr(choice.FUSED[name], "cannot_run", lambda *problem: "")
-    for kind, names in fastest.items():
-        statuses = natten_ext.list_backends("cuda", torch.float32, 64, kind)
-        assert [status.name for status in statuses] == [*names, "cpu", "reference"]
-        assert choice.choose(None, "cuda", torch.float32, 64, kind) == names[0]
+@pytest.mark.parametrize(
+    ("neighborhood", "dtype", "head_dim", "first"),
+    [
+        ("full", torch.bfloat16, 4, "triton"),
+        ("full", torch.float32, 96, "triton"),
+        ("grid", torch.float16, 17, "triton"),
+        ("grid", torch.bfloat16, 16, "cuda"),
+        ("neighborhood", torch.bfloat16, 64, "cuda"),
+        ("full", torch.float64, 64, "cuda"),
+    ],
+)
+def test_the_order_on_a_gpu_is_what_was_measured(monkeypatch, neighborhood, dtype, head_dim, first):
+    """`list_backends` and `auto` agree; where the first can't run, the other does."""
+    can = {"cuda", "triton"}
+    for name in can:
+        monkeypatch.setattr(choice.FUSED[name], "cannot_run", lambda *problem, name=name: "" if name in can else "no")
+    second = "cuda" if first == "triton" else "triton"
+    statuses = natten_ext.list_backends("cuda", dtype, head_dim, neighborhood)
+    assert [status.name for status in statuses] == [first, second, "cpu", "reference"]
+    assert choice.choose(None, "cuda", dtype, head_dim, neighborhood) == first
+    can.remove(first)
+    assert choice.choose(None, "cuda", dtype, head_dim, neighborhood) == second
 
 
 @pytest.mark.parametrize("arguments", [{"dtype": "float32"}, {"dtype": None}, {"head_dim": "64"}, {"head_dim": 64.0}])
