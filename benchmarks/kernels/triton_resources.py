@@ -149,13 +149,36 @@ def variants(shapes: Iterable[Any], dtype_name: str, arch: str, orders: Iterable
     return list(found.values())
 
 
+def layouts_beyond(ttgir: str) -> list[str]:
+    """Products of Hopper's warp groups whose layout covers more than their result (see ``configs.fitted``)."""
+    layouts = {}
+    for name, text in re.findall(r"^(#\w+) = #ttg\.nvidia_mma<\{versionMajor = 3,(.*)\}>", ttgir, re.MULTILINE):
+        warps, instruction = (
+            [int(number) for number in re.search(rf"{key} = \[([\d, ]+)\]", text)[1].split(",")]
+            for key in ("warpsPerCTA", "instrShape")
+        )
+        layouts[name] = warps[0] * instruction[0], warps[1] * instruction[1]
+    products = set(re.findall(r"warp_group_dot .*-> tensor<(\d+)x(\d+)x\w+, (#\w+)>", ttgir))
+    return sorted(
+        f"{layouts[name][0]}x{layouts[name][1]} for {rows}x{columns}"
+        for rows, columns, name in products
+        if layouts[name][0] > int(rows) or layouts[name][1] > int(columns)
+    )
+
+
 def compile_variant(variant: Variant) -> Usage:
-    """Compile one variant for an architecture and read its resources from the result."""
+    """Compile one variant for an architecture and read its resources from the result.
+
+    A kernel that would read beyond its tiles is an error.
+    """
     triton.runtime.driver.set_active(_CompileOnly(variant.arch))
     triton.knobs.compilation.always_compile = True  # a cached result has no compile time
     start = sum(os.times()[:4])
     compiled = variant.kernel.warmup(*variant.arguments, grid=(1,), **variant.options)
     seconds = sum(os.times()[:4]) - start
+    beyond = layouts_beyond(compiled.asm["ttgir"])
+    if beyond:
+        raise RuntimeError(f"{variant.name} of {variant.shape} on {variant.arch} reads beyond a tile: {beyond}")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])

@@ -14,11 +14,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from interpreter import environment_without_interpreter
 
 pytest.importorskip("triton")
 
 from benchmarks.kernels import triton_usage
+from benchmarks.kernels.triton_problems import run_orders
+from benchmarks.shapes import SHAPES
+from natten_ext.backends.triton import configs
+from natten_ext.backends.triton.launch import recorded_launches
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +37,13 @@ SAMPLE = [
     ),
     ("sm_80", ["church-d1"], "bfloat16", ["backward_key", "double_query"]),
     ("sm_100", ["l2-1k"], "bfloat16", ["forward", "backward_key"]),
+    # Tiles of 64 rows of 72 channels: with 8 warps, all of these would read beyond them.
+    (
+        "sm_90",
+        ["cifar-d1"],
+        "bfloat16",
+        ["backward_query", "backward_key", "table_shares", "double_query", "double_key"],
+    ),
 ]
 
 # Spills for want of registers that are left, 8 bytes per thread (docs/triton.md).
@@ -81,6 +93,39 @@ def test_compiled_again(tmp_path, arch, shapes, dtype, kernels):
         entry = table[arch, usage.variant]
         if usage.triton == entry.triton:
             assert usage.resources == entry.resources, f"{usage}, but the table has {entry}: --update"
+
+
+def test_no_more_warps_than_rows():
+    """Configurations say what is launched: at most a warp per 16 rows of tiles of 64 and more (``configs.fitted``)."""
+    for section, entries in configs.read().items():
+        for key, numbers in entries.items():
+            config = configs.Config(*numbers)
+            assert configs.fitted(config, config.own) == config, f"{section}: {key}"
+
+
+def test_small_maps_get_fewer_warps():
+    """A window of 8 x 8 has tiles of 64 rows where the configuration says 128."""
+    launches = []
+    with configs.forced(configs.Config(128, 32, 8, 1)), recorded_launches(lambda *launch: launches.append(launch)):
+        run_orders(SHAPES["cifar-d2"], torch.bfloat16, "meta")
+    tiles = [options for _, _, _, options in launches if "S" in options]
+    assert len(tiles) == 7
+    assert {(options["S"].own_h * options["S"].own_w, options["num_warps"]) for options in tiles} == {(64, 4)}
+
+
+@pytest.mark.slow
+def test_a_layout_beyond_its_tile_is_seen():
+    """What an H100 answered with an illegal address."""
+    code = (
+        "import sys; from benchmarks.kernels import triton_resources\n"
+        "from natten_ext.backends.triton import configs\n"
+        "configs.fitted = lambda config, rows: config\n"
+        "with configs.forced(configs.Config(64, 16, 8, 1)):\n"
+        "    sys.exit(triton_resources.main(['--arch', 'sm_90', '--shapes', 'cifar-d1', '--dtypes', 'bfloat16',\n"
+        "                                    '--orders', 'double', '--kernels', 'table_shares']))"
+    )
+    done = resources(code=code)
+    assert done.returncode == 1 and "reads beyond a tile: ['128x8 for 64x16']" in done.stderr, done.stderr
 
 
 @pytest.mark.slow

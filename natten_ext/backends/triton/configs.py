@@ -36,6 +36,22 @@ class Config(NamedTuple):
     chunk: int = 0
 
 
+ROWS_PER_WARP = 16
+FEWEST_ROWS = 64
+"""Tiles with fewer are not multiplied with Hopper's warp-group instructions, and several warps may share a row."""
+
+
+def fitted(config: Config, rows: int) -> Config:
+    """The configuration of a tile with this many rows, which are fewer than ``own`` where a problem is small.
+
+    For 64 rows and 8 warps Triton 3.6 takes a layout of products on sm_90 that covers 128 rows, and reads the second
+    half from beyond the tile: garbage, or an illegal address. Elsewhere half of the warps would repeat the other half.
+    """
+    if rows < FEWEST_ROWS:
+        return config
+    return config._replace(warps=min(config.warps, rows // ROWS_PER_WARP))
+
+
 # Every operation costs the same there, however large.
 INTERPRETER = Config(128, 64, 1, 1)
 

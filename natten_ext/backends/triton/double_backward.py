@@ -47,6 +47,7 @@ from .tiles import (
     store_rows,
     subtract_scaled,
     totals_of,
+    wide,
     zero_rows,
     zero_totals,
 )
@@ -87,8 +88,7 @@ def double_query_kernel(
     rest = tl.zeros((OWN,), S.accumulate)
     x_mean = tl.zeros((OWN,), S.accumulate)
     offset = tl.zeros((OWN,), S.accumulate)
-    # Streamed rows leave no registers to hold what is invariant over the walks.
-    for block in tl.range(block_count(reach, S), disable_licm=S.streamed):
+    for block in tl.range(block_count(reach, S), disable_licm=S.streamed or wide(S.chunks)):
         there = block_place(reach, block, S)
         keys = as_keys(there, table_columns, 0)
         k = load_rows(key, batch, head, lattice, there, S)
@@ -116,7 +116,7 @@ def double_query_kernel(
     d_do = zero_rows(OWN, S)
     dq = zero_rows(OWN, S)
     rest = zero_totals(OWN, S)
-    for block in tl.range(block_count(reach, S), disable_licm=S.streamed):
+    for block in tl.range(block_count(reach, S), disable_licm=S.streamed or wide(S.chunks)):
         there = block_place(reach, block, S)
         keys = as_keys(there, table_columns, 0)
         k = load_rows(key, batch, head, lattice, there, S)
@@ -179,7 +179,7 @@ def double_key_kernel(
     d_terms = zero_totals(OWN, S)
     first_d_terms = zero_totals(OWN, S)
     reach = queries_of(box, lattice, S)
-    for block in tl.range(block_count(reach, S), disable_licm=S.streamed):
+    for block in tl.range(block_count(reach, S), disable_licm=S.streamed or wide(S.chunks)):
         there = block_place(reach, block, S)
         queries = as_queries(there, lattice, table_columns, 0, S)
         numbers = row_numbers(batch, head, heads, height, width, lattice, there)

@@ -146,6 +146,7 @@ class Launch:
         full = full_precision(self.dtype)
         config = configs.lookup(self.device, step, problem.shape_class, self.dtype, full, problem.head_dim)
         tiles = tiling(problem, config.own, config.block, owner)
+        config = configs.fitted(config, tiles.own[0] * tiles.own[1])
         static = Static(
             kind=problem.kind,
             packed=tiles.packed,

@@ -23,7 +23,7 @@ from .scores import (
     second_score_gradient,
     table_centre,
 )
-from .tiles import load_rows, number, row_numbers
+from .tiles import load_rows, number, row_numbers, wide
 
 # Programs at most, unless there are more displacements. Fixed, so that sums have one order on every GPU.
 MAX_PROGRAMS = 1024
@@ -84,7 +84,8 @@ def table_shares_kernel(
     pairs = tl.zeros((OWN, BLOCK), S.accumulate)
     element = tl.arange(0, BLOCK)
     each = tl.cdiv(items, shares)
-    for item in range(share * each, tl.minimum((share + 1) * each, items)):
+    first, last = share * each, tl.minimum((share + 1) * each, items)
+    for item in tl.range(first, last, disable_licm=wide(S.chunks) and not S.streamed):
         batch = item // tiles
         lattice, box = locate(item % tiles, head, members, height, width, window_y, window_x, False, S)
         reach = keys_of(box, lattice, S)

@@ -67,6 +67,12 @@ class Operand(NamedTuple):
 
 
 @triton.constexpr_function
+def wide(chunks):
+    """Whether the double backward has no registers left to hold what is invariant over a walk (``disable_licm``)."""
+    return sum(chunks) > 64
+
+
+@triton.constexpr_function
 def _width(chunks, index):
     return chunks[index]
 
