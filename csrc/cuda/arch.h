@@ -233,6 +233,12 @@ NATTEN_EXT_DEVICE float power_of_two(float x) {
   return result;
 }
 NATTEN_EXT_DEVICE double power_of_two(double x) { return exp2(x); }
+// To a unit in the last place.
+NATTEN_EXT_DEVICE float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 NATTEN_EXT_DEVICE float binary_logarithm(float x) { return log2f(x); }
 NATTEN_EXT_DEVICE double binary_logarithm(double x) { return log2(x); }
 NATTEN_EXT_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }

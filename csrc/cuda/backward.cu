@@ -24,14 +24,14 @@ struct BackwardQuery {
   }
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
-    const int head = block_x() % p.launch_heads, first = block_y() * kChannels;
+    const int head = launch_head(p), first = block_y() * kChannels;
     const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
     const int warp = thread_index() / kWarp;
-    TableGradient<Real> table(p, head, block_x() / p.launch_heads, shared.gradient(warp), shared.diagonal(warp));
+    TableGradient<Real> table(p, head, block_of_head(p), shared.gradient(warp), shared.diagonal(warp));
     const Real factor = static_cast<Real>(p.scale) * kLog2E<Real>;
 
     for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
-      const OwnRows<false> own(p, tile);
+      const OwnRows<false> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
       const LeftRows<M, D> query(shared.own(0), own), grad_output(shared.own(1), own);
@@ -120,12 +120,12 @@ struct BackwardKey {
   }
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
-    const int head = block_x() % p.launch_heads, first = block_y() * kChannels;
+    const int head = launch_head(p), first = block_y() * kChannels;
     const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
 
     for_each_tile<true>(p, [&](const Tile<true>& tile, auto again) {
-      const OwnRows<true> own(p, tile);
+      const OwnRows<true> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
       const LeftRows<M, D> key(shared.own(0), own), value(shared.own(1), own);

@@ -71,17 +71,17 @@ struct DoubleBackwardQuery {
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
     using Element = typename M::Element;
-    const int head = block_x() % p.launch_heads, first = block_y() * kChannels;
+    const int head = launch_head(p), first = block_y() * kChannels;
     const TableReader<Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
     const TableReader<Element, Real> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1);
     const int warp = thread_index() / kWarp;
-    TableGradient<Real> table(p, head, block_x() / p.launch_heads, shared.gradient(warp), shared.diagonal(warp));
+    TableGradient<Real> table(p, head, block_of_head(p), shared.gradient(warp), shared.diagonal(warp));
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
     const bool has_cot_query = p.cot_query.data != nullptr, has_cot_key = p.cot_key.data != nullptr;
     const bool has_cot_value = p.cot_value.data != nullptr;
 
     for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
-      const OwnRows<false> own(p, tile);
+      const OwnRows<false> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
       const LeftRows<M, D> query(shared.own(kQuery), own), grad_output(shared.own(kGradOutput), own);
@@ -242,7 +242,7 @@ struct DoubleBackwardKey {
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
     using Element = typename M::Element;
-    const int head = block_x() % p.launch_heads, first = block_y() * kChannels;
+    const int head = launch_head(p), first = block_y() * kChannels;
     const TableReader<Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
     const TableReader<Element, Real> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1);
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
@@ -250,7 +250,7 @@ struct DoubleBackwardKey {
     const bool has_cot_value = p.cot_value.data != nullptr;
 
     for_each_tile<true>(p, [&](const Tile<true>& tile, auto again) {
-      const OwnRows<true> own(p, tile);
+      const OwnRows<true> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
       const LeftRows<M, D> key(shared.own(kKey), own), value(shared.own(kValue), own);

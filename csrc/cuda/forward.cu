@@ -29,12 +29,12 @@ struct Forward {
   }
 
   NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
-    const int head = block_x() % p.launch_heads, first = block_y() * kChannels;
+    const int head = launch_head(p), first = block_y() * kChannels;
     const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
     const Real factor = static_cast<Real>(p.scale) * kLog2E<Real>;
 
     for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
-      const OwnRows<false> own(p, tile);
+      const OwnRows<false> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
       stage_own<M, D, kOwn>(shared, p, tile);
       LeftRows<M, D, kHeld> query(shared.own(0), own);

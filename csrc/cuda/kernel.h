@@ -21,13 +21,17 @@ constexpr int kResultChannels = [] {
   return channels;
 }();
 
+// Blocks next to each other have different heads: which one of the launch, and its how-manieth block this is.
+NATTEN_EXT_DEVICE int block_of_head(const Params& p) { return p.by_launch_heads(block_x()); }
+NATTEN_EXT_DEVICE int launch_head(const Params& p) { return block_x() - block_of_head(p) * p.launch_heads; }
+
 // Runs `body(tile, again)` on the tiles of this block. `again()` is the tile too, but computed when it is called: where
-// what it gives is not needed in between, that saves registers. Blocks next to each other have different heads of the
-// same tile, whose rows share cache lines.
+// what it gives is not needed in between, that saves registers. Neighboring blocks have the same tile of their heads, whose
+// rows share cache lines.
 template <bool ByKey, class Body>
 NATTEN_EXT_DEVICE void for_each_tile(const Params& p, Body body) {
-  const int head = block_x() % p.launch_heads, count = Tile<ByKey>::count(p, head);
-  for (int i = block_x() / p.launch_heads; i < count; i += p.plan.blocks_per_head) {
+  const int head = launch_head(p), count = Tile<ByKey>::count(p, head);
+  for (int i = block_of_head(p); i < count; i += p.plan.blocks_per_head) {
     const Tile<ByKey> tile(p, head, i);
     if (tile.empty()) continue;
     body(tile, [&] { return Tile<ByKey>(p, head, forget(i)); });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <string>
 #include <utility>
 #include <vector>
@@ -63,15 +64,36 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Tiles of the head that has most.
 inline int64_t largest_tile_count(const Params& p, bool by_key) {
   const Map& own = by_key ? p.keys : p.queries;
-  const int tile_height = 2 * (p.plan.warps / p.plan.warps_x), tile_width = kBlock * p.plan.warps_x;
   int64_t most = 0;
   for (int h = 0; h < p.launch_heads; ++h) {
     const Window& w = p.windows[h];
     most = std::max(most, int64_t{p.batch} * w.dilation_y * w.dilation_x *
-                              divide_up(divide_up(own.height, w.dilation_y), tile_height) *
-                              divide_up(divide_up(own.width, w.dilation_x), tile_width));
+                              divide_up(divide_up(own.height, w.dilation_y), 2 * p.plan.warps) *
+                              divide_up(divide_up(own.width, w.dilation_x), kBlock));
   }
   return most;
+}
+
+// Fills in what the blocks would divide for, once the plan is made.
+inline void prepare_divisions(Params& p, bool by_key, int element_size) {
+  const Map& own = by_key ? p.keys : p.queries;
+  p.by_launch_heads = Divisor(p.launch_heads);
+  p.by_table_columns = Divisor(std::max(1, p.table_columns));
+  p.by_kernel_y = Divisor(p.windows[0].kernel_y);
+  p.by_kernel_x = Divisor(p.windows[0].kernel_x);
+  p.wide_copies = p.vector_bytes == 16;
+  for (int h = 0; h < p.launch_heads; ++h) {
+    const Window& w = p.windows[h];
+    const int64_t tiles_y = divide_up(divide_up(own.height, w.dilation_y), 2 * p.plan.warps);
+    const int64_t tiles_x = divide_up(divide_up(own.width, w.dilation_x), kBlock);
+    p.cuts[h] = {Divisor(tiles_y), Divisor(tiles_x), Divisor(w.dilation_y), Divisor(w.dilation_x), static_cast<int>(tiles_y),
+                 static_cast<uint16_t>(tiles_x)};
+    for (const auto* tensors : {&p.own, &p.staged}) {
+      for (const Rows& t : *tensors) {
+        p.wide_copies &= std::abs(t.y) * w.dilation_y * element_size <= INT32_MAX && std::abs(t.x) * w.dilation_x * element_size <= INT32_MAX;
+      }
+    }
+  }
 }
 
 // Chooses warps, stages and slots: the largest tile whose halo fits beside it, for at least two blocks on a
@@ -90,7 +112,7 @@ Plan plan_of(const Params& p, const Context& context) {
     constexpr int64_t kReserved = 1024;
     for (const int64_t limit : {(int64_t{shared_limit} - kReserved) / 2, int64_t{shared_limit}}) {
       for (const int warps : {4, 2, 1}) {
-        Plan plan{warps, 1, kBlock, 1, 1, tables_shared, 0};
+        Plan plan{warps, kBlock, 1, 1, tables_shared, 0};
         int64_t halo = 1;
         for (int h = 0; h < p.launch_heads; ++h) {
           const Window& w = p.windows[h];
@@ -123,7 +145,7 @@ uint32_t least_shared(int head_dim, std::integer_sequence<int, Dims...>) {
   uint32_t bytes = 0;
   const auto layout = [&]<int D>() {
     using K = Kernel<M, D>;
-    const Plan least{1, 1, kBlock, 1, 1, false, 0};
+    const Plan least{1, kBlock, 1, 1, false, 0};
     return SharedLayout<M, D>(least, K::kOwn, K::kStaged, K::kScalars, K::kTables, K::kTableGradient, 0).total;
   };
   ((bytes == 0 && head_dim <= Dims ? (bytes = layout.template operator()<Dims>()) : 0), ...);
@@ -141,6 +163,7 @@ void launch_padded(Params p, Context& context) {
   const int64_t most = gradient ? std::max(1, context.table_blocks / p.launch_heads) : INT32_MAX / p.launch_heads;
   if (!gradient && tiles > most) throw std::runtime_error("natten_ext: too many tiles for one launch");
   p.plan.blocks_per_head = static_cast<int>(std::min(tiles, most));
+  prepare_divisions(p, K::kByKey, sizeof(typename M::Element));
   const int64_t partials = p.plan.blocks_per_head * (p.plan.tables_shared ? 1 : p.plan.warps);
   const int64_t table = int64_t{p.table_rows} * p.table_columns;
   if (gradient) {

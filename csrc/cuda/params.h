@@ -8,8 +8,7 @@
 
 namespace natten_ext::cuda {
 
-constexpr int kMaxHeads = 128;  // per launch; the host starts another for the rest
-constexpr int kMaxStages = 3;
+constexpr int kMaxHeads = 48;  // per launch: what parameters have room for; the host starts another for the rest
 constexpr int kMaxTensors = 4;  // staged together
 constexpr int kBlock = 8;      // adjacent keys (or queries) of a row that are worked on as one
 constexpr int kWarpRows = 16;  // queries (or keys) of a warp: two rows of eight
@@ -18,6 +17,27 @@ enum class Neighborhood : int { full = 0, grid = 1, sliding = 2 };
 
 struct Window {
   uint16_t kernel_y, kernel_x, dilation_y, dilation_x;
+};
+
+// Division of numbers below 2^31 by a divisor that the host knows: a product and a shift.
+struct Divisor {
+  uint32_t magic = 0, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(int divisor) {  // on the host
+    while ((1u << shift) < static_cast<uint32_t>(divisor)) ++shift;
+    magic = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + divisor - 1) / divisor);
+  }
+  NATTEN_EXT_DEVICE int operator()(int number) const {
+    return static_cast<int>(multiply_high(2 * static_cast<uint32_t>(number), magic) >> shift);
+  }
+};
+
+// How the map of a head falls into residue classes, and these into tiles.
+struct Cut {
+  Divisor by_tiles_y, by_tiles_x, by_dilation_y, by_dilation_x;
+  int tiles_y;  // of a class
+  uint16_t tiles_x;
 };
 
 // A tensor (batch, y, x, head, channel). Strides count elements; channels are contiguous. No data: absent.
@@ -38,10 +58,10 @@ struct Map {
   int height, width, count;
 };
 
-// How a kernel cuts its work. A tile of `warps` x 16 rows is `warps_x` warps wide; the other side is staged in pieces
-// of at most `slots` rows, `stages` pieces deep.
+// How a kernel cuts its work. A tile has 16 rows for each warp; the other side is staged in pieces of at most `slots`
+// rows, `stages` (one or two) pieces deep.
 struct Plan {
-  int warps, warps_x, slots, stages;
+  int warps, slots, stages;
   int blocks_per_head;  // each works on every blocks_per_head-th tile of its head
   bool tables_shared;   // tables and their gradients fit shared memory
   uint32_t shared_bytes;
@@ -69,8 +89,13 @@ struct Params {
   void* row_numbers;     // (batch, heads, queries, numbers) in Real, see rows.h
   void* table_partials;  // (partials, launch_heads, table) in Real
   Plan plan;
+  // What `launch_padded` finds out, so that no block divides.
+  bool wide_copies;  // all staged rows allow copies of 16 bytes, and their steps on the map fit 31 bits
+  Divisor by_launch_heads, by_table_columns, by_kernel_y, by_kernel_x;  // the last two: of grid, where all heads are alike
   Window windows[kMaxHeads];
+  Cut cuts[kMaxHeads];
 };
+static_assert(sizeof(Params) <= 4096, "older drivers take no more parameters");
 
 // What a kernel computes in. Tensor: on the matrix units (float: as TF32).
 template <class ElementType, class RealType, bool Tensor>

@@ -8,8 +8,7 @@ namespace natten_ext::cuda {
 
 // Copies up to 16 bytes of a row, of which `bytes` exist; zeros after them. `width`: what the row's alignment allows.
 template <class Element>
-NATTEN_EXT_DEVICE void copy_chunk(Shared destination, const Element* source, int bytes, int width) {
-  const auto* from = reinterpret_cast<const unsigned char*>(source);
+NATTEN_EXT_DEVICE void copy_chunk(Shared destination, const unsigned char* from, int bytes, int width) {
   if (width == 16) {
     copy_async<16>(destination, from, bytes > 0);
   } else if (width == 8) {
@@ -28,55 +27,68 @@ NATTEN_EXT_DEVICE void copy_chunk(Shared destination, const Element* source, int
   }
 }
 
-// Starts copying the rows of a rectangle of a tensor, one slot after the other; zeros where the map has no row.
-template <class M, int D, class AnyTile>
-NATTEN_EXT_DEVICE void stage_rows(Shared destination, const Rows& t, const Params& p, const AnyTile& tile,
-                                  const Rectangle& r, const Map& map) {
+// Starts copying the rows of a rectangle of a tensor, one slot after the other; zeros where `exists(y, x)` says that the map
+// has no row. `whole`: it has all of them.
+template <class M, int D, class AnyTile, class Exists>
+NATTEN_EXT_DEVICE void stage_rows(Shared destination, const Rows& t, const Params& p, const AnyTile& tile, const Rectangle& r,
+                                  const SlotDivisor& by_width, bool whole, Exists exists) {
   using Element = typename M::Element;
-  constexpr int kChunk = 16 / sizeof(Element), kChunks = D / kChunk;
-  const Divisor by_width(r.width());
-  const int64_t step_y = t.y * tile.window.dilation_y, step_x = t.x * tile.window.dilation_x;
-  const int limit_y = (map.height - tile.residue_y + tile.window.dilation_y - 1) / tile.window.dilation_y;
-  const int limit_x = (map.width - tile.residue_x + tile.window.dilation_x - 1) / tile.window.dilation_x;
-  const auto* origin = static_cast<const Element*>(t.data) + tile.offset(t, r.y0, r.x0);
-  const int total = r.height() * r.width() * kChunks;
-  for (int i = thread_index(); i < total; i += block_threads()) {
-    const int slot = i / kChunks, channel = i % kChunks * kChunk;
-    const int row = by_width(slot), column = slot - row * r.width();
-    const int y = r.y0 + row, x = r.x0 + column;
-    const bool exists = y < limit_y && x < limit_x && int64_t{y} * map.width + x < map.count;
-    const int bytes = exists ? (p.head_dim - channel) * static_cast<int>(sizeof(Element)) : 0;
-    copy_chunk(destination + slot * kPitch<M, D> + channel * static_cast<uint32_t>(sizeof(Element)),
-               origin + row * step_y + column * step_x + channel, bytes, p.vector_bytes);
+  constexpr int kSize = sizeof(Element), kChunk = 16 / kSize, kChunks = D / kChunk;
+  constexpr int kAcross = kChunks < kWarp ? kChunks : kWarp;  // threads next to each other that share a row
+  const int64_t step_y = t.y * tile.window.dilation_y * kSize, step_x = t.x * tile.window.dilation_x * kSize;
+  const int first = thread_index() / kAcross, step = block_threads() / kAcross, slots = r.height() * r.width();
+  if (first >= step) return;
+  const uint32_t own = thread_index() % kAcross * 16;
+  const int bytes = p.head_dim * kSize - static_cast<int>(own);
+  const auto* origin = static_cast<const unsigned char*>(t.data) + tile.offset(t, r.y0, r.x0) * kSize + own;
+  const auto for_each_slot = [&](auto copy) {
+    for (int slot = first; slot < slots; slot += step) {
+      const int row = by_width(slot), column = slot - row * r.width();
+      NATTEN_EXT_UNROLL
+      for (int chunk = 0; chunk < kChunks * 16; chunk += kAcross * 16) copy(destination + own + slot * kPitch<M, D> + chunk, row, column, chunk);
+    }
+  };
+  if (p.wide_copies && whole) {
+    const int narrow_y = static_cast<int>(step_y), narrow_x = static_cast<int>(step_x);
+    for_each_slot([&](Shared to, int row, int column, int chunk) {
+      copy_async<16>(to, origin + int64_t{row} * narrow_y + int64_t{column} * narrow_x + chunk, chunk < bytes);
+    });
+  } else {
+    for_each_slot([&](Shared to, int row, int column, int chunk) {
+      copy_chunk<Element>(to, origin + row * step_y + column * step_x + chunk, exists(r.y0 + row, r.x0 + column) ? bytes - chunk : 0,
+                          p.vector_bytes);
+    });
   }
 }
 
 // The same for the N numbers of each row in p.row_numbers.
-template <class Real, int N, class AnyTile>
-NATTEN_EXT_DEVICE void stage_row_numbers(Shared destination, const Params& p, const AnyTile& tile, const Rectangle& r) {
+template <class Real, int N, class AnyTile, class Exists>
+NATTEN_EXT_DEVICE void stage_row_numbers(Shared destination, const Params& p, const AnyTile& tile, const Rectangle& r,
+                                         const SlotDivisor& by_width, Exists exists) {
   constexpr int kBytes = N * sizeof(Real), kChunks = kBytes / 16;
-  const Divisor by_width(r.width());
-  const int total = r.height() * r.width() * kChunks;
+  const int total = r.height() * r.width() * kChunks, step_y = p.queries.width * tile.window.dilation_y;
+  const auto* origin = static_cast<const unsigned char*>(p.row_numbers) + tile.row_index(p, r.y0, r.x0) * kBytes;
   for (int i = thread_index(); i < total; i += block_threads()) {
-    const int slot = i / kChunks, row = by_width(slot), y = r.y0 + row, x = r.x0 + slot - row * r.width();
-    const bool exists = int64_t{y} * p.queries.width + x < p.queries.count;
-    const int64_t index = exists ? tile.row_index(p, y, x) : 0;
-    copy_async<16>(destination + i * 16, static_cast<const unsigned char*>(p.row_numbers) + index * kBytes + i % kChunks * 16, exists);
+    const int slot = i / kChunks, row = by_width(slot), column = slot - row * r.width();
+    const bool valid = exists(r.y0 + row, r.x0 + column);
+    const int index = valid ? row * step_y + column * tile.window.dilation_x : 0;
+    copy_async<16>(destination + i * 16, origin + int64_t{index} * kBytes + i % kChunks * 16, valid);
   }
 }
 
 // Starts copying a tile's own rows of p.own[0] to p.own[Count - 1], as far as they are given.
 template <class M, int D, int Count, bool ByKey>
 NATTEN_EXT_DEVICE void stage_own(const SharedLayout<M, D>& shared, const Params& p, const Tile<ByKey>& tile) {
-  const Rectangle rectangle{tile.origin_y, tile.origin_y + Tile<ByKey>::tile_height(p), tile.origin_x,
-                            tile.origin_x + Tile<ByKey>::tile_width(p)};
+  const Rectangle r{tile.origin_y, tile.origin_y + Tile<ByKey>::tile_height(p), tile.origin_x, tile.origin_x + kBlock};
+  const auto exists = [&](int y, int x) { return tile.owns(y, x); };
+  const bool whole = r.x1 <= tile.own_width() && exists(r.y1 - 1, r.x1 - 1);
   NATTEN_EXT_NO_UNROLL
   for (int i = 0; i < Count; ++i) {
-    if (p.own[i].data != nullptr) stage_rows<M, D>(shared.own(i), p.own[i], p, tile, rectangle, tile.own);
+    if (p.own[i].data != nullptr) stage_rows<M, D>(shared.own(i), p.own[i], p, tile, r, SlotDivisor(kBlock), whole, exists);
   }
 }
 
-// Starts copying the keys at the places of a warp's own queries to the warp's rows of a tile; where there is none, the
+// Starts copying rows of keys at the places of a warp's own queries to the warp's rows of a tile; where there is none, the
 // nearest. `await_own_keys` ends what began.
 template <class M, int D>
 NATTEN_EXT_DEVICE void stage_own_keys(Shared destination, const Rows& keys, const Params& p, const Tile<false>& tile,
@@ -84,6 +96,7 @@ NATTEN_EXT_DEVICE void stage_own_keys(Shared destination, const Rows& keys, cons
   using Element = typename M::Element;
   constexpr int kChunk = 16 / sizeof(Element), kChunks = D / kChunk;
   const int lane = thread_index() % kWarp;
+  NATTEN_EXT_NO_UNROLL
   for (int i = lane; i < kWarpRows * kChunks; i += kWarp) {
     const int row = i / kChunks, channel = i % kChunks * kChunk;
     int y = lesser(own.y[0] + row / kBlock, tile.own_height() - 1), x = lesser(own.x - lane / 4 + row % kBlock, tile.own_width() - 1);
@@ -91,8 +104,8 @@ NATTEN_EXT_DEVICE void stage_own_keys(Shared destination, const Rows& keys, cons
       const int token = lesser(y * kBlock + x, p.keys.count - 1);
       y = token / kBlock, x = token % kBlock;
     }
-    const auto* from = static_cast<const Element*>(keys.data) + tile.offset(keys, y, x) + channel;
-    copy_chunk(destination + own.slot_of(row) * kPitch<M, D> + channel * static_cast<uint32_t>(sizeof(Element)), from,
+    const auto* from = reinterpret_cast<const unsigned char*>(static_cast<const Element*>(keys.data) + tile.offset(keys, y, x) + channel);
+    copy_chunk<Element>(destination + own.slot_of(row) * kPitch<M, D> + channel * static_cast<uint32_t>(sizeof(Element)), from,
                own.any ? (p.head_dim - channel) * static_cast<int>(sizeof(Element)) : 0, p.vector_bytes);
   }
 }
@@ -106,32 +119,35 @@ NATTEN_EXT_DEVICE void await_own_keys() {
 template <class M, int D, int Tensors, int Numbers, bool ByKey>
 NATTEN_EXT_DEVICE void stage_piece(const SharedLayout<M, D>& shared, int stage, const Params& p, const Tile<ByKey>& tile,
                                    const Rectangle& piece) {
+  const SlotDivisor by_width(piece.width());
+  // Windows lie inside the map. But the last row of a sequence may be short.
+  const auto exists = [&](int y, int x) { return y * tile.other.width + x < tile.other.count; };
+  const bool whole = exists(piece.y1 - 1, piece.x1 - 1);
   NATTEN_EXT_NO_UNROLL
   for (int i = 0; i < Tensors; ++i) {
-    if (p.staged[i].data != nullptr) stage_rows<M, D>(shared.rows(stage, i), p.staged[i], p, tile, piece, tile.other);
+    if (p.staged[i].data != nullptr) stage_rows<M, D>(shared.rows(stage, i), p.staged[i], p, tile, piece, by_width, whole, exists);
   }
-  if constexpr (Numbers > 0) stage_row_numbers<typename M::Real, Numbers>(shared.scalars(stage, 0), p, tile, piece);
+  if constexpr (Numbers > 0) stage_row_numbers<typename M::Real, Numbers>(shared.scalars(stage, 0), p, tile, piece, by_width, exists);
 }
 
 NATTEN_EXT_DEVICE void copy_async_wait_for(int pending) {
   if (pending == 0) copy_async_wait<0>();
-  else if (pending == 1) copy_async_wait<1>();
-  else copy_async_wait<2>();
+  else copy_async_wait<1>();
 }
 
 // Runs `consume(piece, stage)` on every piece while `issue(piece, stage)` starts the copies of later ones. Copies that
 // the caller has started before arrive with the first piece.
 template <class Issue, class Consume>
 NATTEN_EXT_DEVICE void for_each_piece(int count, int stages, Issue issue, Consume consume) {
-  const int ahead = stages - 1;
+  const int ahead = stages - 1;  // 0 or 1
   NATTEN_EXT_NO_UNROLL
   for (int i = -ahead; i < count; ++i) {
-    if (i + ahead < count) issue(i + ahead, (i + ahead) % stages);
+    if (i + ahead < count) issue(i + ahead, (i + ahead) & ahead);
     copy_async_commit();
     if (i < 0) continue;
     copy_async_wait_for(ahead);
     sync_block();
-    consume(i, i % stages);
+    consume(i, i & ahead);
     sync_block();  // the stage is free again
   }
 }
@@ -191,12 +207,14 @@ NATTEN_EXT_DEVICE void write_rows(const typename M::Real (&acc)[DC / 8][4], cons
     }
   }
   sync_warp();
+  const int y0 = own.y[0], x0 = own.x - lane / 4;
+  auto* origin = static_cast<Element*>(t.data) + tile.offset(t, y0, x0) + first;
+  const int64_t step_y = t.y * tile.window.dilation_y, step_x = t.x * tile.window.dilation_x;
   for (int i = lane; i < kWarpRows * kChunks; i += kWarp) {
     const int row = i / kChunks, channel = i % kChunks * kChunk;
-    const int warp_y = own.y[0], y = warp_y + row / kBlock, x = own.x - lane / 4 + row % kBlock;
     const int bytes = (p.head_dim - first - channel) * static_cast<int>(sizeof(Element));
-    if (bytes <= 0 || !tile.owns(y, x)) continue;
-    auto* to = reinterpret_cast<unsigned char*>(static_cast<Element*>(t.data) + tile.offset(t, y, x) + first + channel);
+    if (bytes <= 0 || !tile.owns(y0 + row / kBlock, x0 + row % kBlock)) continue;
+    auto* to = reinterpret_cast<unsigned char*>(origin + (row < kBlock ? 0 : step_y) + row % kBlock * step_x + channel);
     const Shared from =
         scratch + own.slot_of(row) * kPitch<M, D> + channel * static_cast<uint32_t>(sizeof(Element));
     if (p.output_vector_bytes == 16) {

@@ -36,7 +36,8 @@ struct TableReader {
       : table(t), address(at), shared(p.plan.tables_shared), head(head), columns(p.table_columns), factor(factor) {
     if (table.data == nullptr || !shared) return;
     for (int i = thread_index(); i < p.table_rows * columns; i += block_threads()) {
-      store_shared(address + i * static_cast<uint32_t>(sizeof(Real)), entry(i / columns, i % columns));
+      const int y = p.by_table_columns(i);
+      store_shared(address + i * static_cast<uint32_t>(sizeof(Real)), entry(y, i - y * columns));
     }
   }
   NATTEN_EXT_DEVICE Real entry(int y, int x) const {

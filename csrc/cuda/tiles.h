@@ -1,7 +1,7 @@
 // Which queries and keys a block, a warp and a lane work on.
 //
-// A tile is a rectangle of one residue class of one (batch, head): queries in the query-centred kernels, keys in the
-// key-centred ones. Each warp has 16 of its rows, two rows of the map by eight columns. The other side's halo, the
+// A tile is a rectangle of one residue class of one (batch, head), eight columns wide: queries in the query-centred
+// kernels, keys in the key-centred ones. Each warp has 16 of its rows, two rows of the map. The other side's halo, the
 // rectangle of all partners of the tile, is staged in pieces, and a warp walks through the part of a piece that its
 // own rows can meet, in blocks of eight adjacent positions of a map row, two blocks at a time (a Unit).
 #pragma once
@@ -13,11 +13,12 @@ namespace natten_ext::cuda {
 NATTEN_EXT_DEVICE int lesser(int a, int b) { return a < b ? a : b; }
 NATTEN_EXT_DEVICE int greater(int a, int b) { return a > b ? a : b; }
 
-// Division of small numbers by one divisor: exact while number * divisor < 2^32.
-struct Divisor {
-  uint32_t divisor, magic;
-  NATTEN_EXT_DEVICE explicit Divisor(int d) : divisor(d), magic(0xffffffffu / d + 1) {}
-  NATTEN_EXT_DEVICE int operator()(int number) const { return magic == 0 ? number : multiply_high(number, magic); }
+// A slot of a piece as row and column. Exact while slot * width < 2^20, where the magic number is less than two too large:
+// slots are 512 at most.
+struct SlotDivisor {
+  uint32_t magic;
+  NATTEN_EXT_DEVICE explicit SlotDivisor(int width) : magic(static_cast<uint32_t>(0x1p20f * reciprocal(static_cast<float>(width))) + 1) {}
+  NATTEN_EXT_DEVICE int operator()(int slot) const { return static_cast<int>(slot * magic >> 20); }
 };
 
 // One axis of a residue class. Windows start later for later queries, so partners of a range are a range.
@@ -58,35 +59,39 @@ struct Tile {
   Map own, other;  // the whole maps, undilated
 
   NATTEN_EXT_DEVICE static int count(const Params& p, int launch_head) {
-    const Window w = p.windows[launch_head];
-    const Map& own = ByKey ? p.keys : p.queries;
-    return p.batch * w.dilation_y * w.dilation_x * tiles_y(p, w, own) * tiles_x(p, w, own);
+    const Window& w = p.windows[launch_head];
+    const Cut& cut = p.cuts[launch_head];
+    return p.batch * w.dilation_y * w.dilation_x * cut.tiles_y * cut.tiles_x;
   }
 
   NATTEN_EXT_DEVICE Tile(const Params& p, int launch_head, int index)
       : head(p.first_head + launch_head),
         window(p.windows[launch_head]),
-        y(axis(p, 0, 0, 1)),
-        x(axis(p, 0, 0, 1)),
         own(ByKey ? p.keys : p.queries),
         other(ByKey ? p.queries : p.keys) {
-    const int nx = tiles_x(p, window, own), ny = tiles_y(p, window, own);
-    origin_x = index % nx * tile_width(p);
-    index /= nx;
-    origin_y = index % ny * tile_height(p);
-    index /= ny;
-    residue_x = index % window.dilation_x;
-    index /= window.dilation_x;
-    residue_y = index % window.dilation_y;
-    batch = index / window.dilation_y;
-    y = axis(p, class_size(p.queries.height, window.dilation_y, residue_y),
-             class_size(p.keys.height, window.dilation_y, residue_y), window.kernel_y);
-    x = axis(p, class_size(p.queries.width, window.dilation_x, residue_x),
-             class_size(p.keys.width, window.dilation_x, residue_x), window.kernel_x);
+    const Cut& cut = p.cuts[launch_head];
+    // Divides `index`, and returns the remainder.
+    const auto split = [&](const Divisor& by, int divisor) {
+      const int quotient = by(index), remainder = index - quotient * divisor;
+      index = quotient;
+      return remainder;
+    };
+    origin_x = split(cut.by_tiles_x, cut.tiles_x) * kBlock;
+    origin_y = split(cut.by_tiles_y, cut.tiles_y) * tile_height(p);
+    residue_x = split(cut.by_dilation_x, window.dilation_x);
+    residue_y = split(cut.by_dilation_y, window.dilation_y);
+    batch = index;
+    const auto axis = [&](int queries, int keys, int dilation, int residue, const Divisor& by_dilation, int kernel, const Divisor& by_kernel) {
+      const int offset = dilation - 1 - residue;  // positions of the class: (length - residue) / dilation, rounded up
+      const int class_keys = by_dilation(keys + offset);
+      // A window of `full` is all keys.
+      return Axis{p.neighborhood, by_dilation(queries + offset), class_keys, p.neighborhood == Neighborhood::full ? class_keys : kernel, by_kernel};
+    };
+    y = axis(p.queries.height, p.keys.height, window.dilation_y, residue_y, cut.by_dilation_y, window.kernel_y, p.by_kernel_y);
+    x = axis(p.queries.width, p.keys.width, window.dilation_x, residue_x, cut.by_dilation_x, window.kernel_x, p.by_kernel_x);
   }
 
-  NATTEN_EXT_DEVICE static int tile_height(const Params& p) { return 2 * (p.plan.warps / p.plan.warps_x); }
-  NATTEN_EXT_DEVICE static int tile_width(const Params& p) { return kBlock * p.plan.warps_x; }
+  NATTEN_EXT_DEVICE static int tile_height(const Params& p) { return 2 * p.plan.warps; }
 
   NATTEN_EXT_DEVICE int own_height() const { return ByKey ? y.keys : y.queries; }
   NATTEN_EXT_DEVICE int own_width() const { return ByKey ? x.keys : x.queries; }
@@ -94,7 +99,7 @@ struct Tile {
 
   // Whether a position of the class exists. Only undilated maps have a short last row.
   NATTEN_EXT_DEVICE bool owns(int py, int px) const {
-    return py < own_height() && px < own_width() && int64_t{py} * own.width + px < own.count;
+    return py < own_height() && px < own_width() && py * own.width + px < own.count;
   }
 
   // Partners of the own rows [y0, y1] x [x0, x1], all of which exist.
@@ -104,7 +109,7 @@ struct Tile {
   }
   NATTEN_EXT_DEVICE Rectangle halo(const Params& p) const {
     return partners(origin_y, lesser(origin_y + tile_height(p), own_height()) - 1, origin_x,
-                    lesser(origin_x + tile_width(p), own_width()) - 1);
+                    lesser(origin_x + kBlock, own_width()) - 1);
   }
 
   // Element offset of a position of the class, at channel 0.
@@ -117,36 +122,22 @@ struct Tile {
     return (int64_t{batch} * p.heads + head) * p.queries.count +
            (int64_t{py} * window.dilation_y + residue_y) * p.queries.width + int64_t{px} * window.dilation_x + residue_x;
   }
-
- private:
-  NATTEN_EXT_DEVICE static int class_size(int length, int dilation, int residue) {
-    return (length - residue + dilation - 1) / dilation;
-  }
-  NATTEN_EXT_DEVICE static int tiles_y(const Params& p, const Window& w, const Map& own) {
-    return (class_size(own.height, w.dilation_y, 0) + tile_height(p) - 1) / tile_height(p);
-  }
-  NATTEN_EXT_DEVICE static int tiles_x(const Params& p, const Window& w, const Map& own) {
-    return (class_size(own.width, w.dilation_x, 0) + tile_width(p) - 1) / tile_width(p);
-  }
-  NATTEN_EXT_DEVICE static Axis axis(const Params& p, int queries, int keys, int kernel) {
-    // A window of `full` is all keys.
-    if (p.neighborhood == Neighborhood::full) kernel = keys;
-    return {p.neighborhood, queries, keys, kernel, Divisor(kernel > 0 ? kernel : 1)};
-  }
 };
 
-// A halo cut into pieces of at most `slots` positions: several whole rows, or parts of one.
+// A halo cut into pieces of at most `slots` positions: all of it, several whole rows, or parts of one.
 struct Pieces {
   Rectangle halo;
-  int rows, columns, across, count;
+  int rows, columns, across, count = 1;
 
   NATTEN_EXT_DEVICE Pieces(const Rectangle& h, int slots) : halo(h) {
+    if (h.height() * h.width() <= slots) return;
     columns = lesser(h.width(), slots);
     rows = slots / columns;
     across = (h.width() + columns - 1) / columns;
     count = (h.height() + rows - 1) / rows * across;
   }
   NATTEN_EXT_DEVICE Rectangle piece(int index) const {
+    if (count == 1) return halo;
     const int y0 = halo.y0 + index / across * rows, x0 = halo.x0 + index % across * columns;
     return {y0, lesser(y0 + rows, halo.y1), x0, lesser(x0 + columns, halo.x1)};
   }
@@ -213,14 +204,12 @@ struct OwnRows {
   Rectangle partners;  // of all rows of the warp
   int start_y[2], start_x;  // windows of the lane's queries; not used by keys
   bool narrow;  // all windows of the warp are at most eight wide, and at no border: key - query + kernel / 2 is 0 to 7
-  int first_slot, tile_width;  // of the warp in the tile, which is stored row by row
+  int first_slot;  // of the warp in the tile, which is stored row by row
 
-  NATTEN_EXT_DEVICE OwnRows(const Params& p, const Tile<ByKey>& tile) {
+  NATTEN_EXT_DEVICE explicit OwnRows(const Tile<ByKey>& tile) {
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    const int warp_y = warp / p.plan.warps_x * 2, warp_x = warp % p.plan.warps_x * kBlock;
-    tile_width = Tile<ByKey>::tile_width(p);
-    first_slot = warp_y * tile_width + warp_x;
-    const int y0 = tile.origin_y + warp_y, x0 = tile.origin_x + warp_x;
+    first_slot = warp * kWarpRows;
+    const int y0 = tile.origin_y + 2 * warp, x0 = tile.origin_x;
     any = tile.owns(y0, x0);
     x = x0 + lane / 4;
     for (int h = 0; h < 2; ++h) {
@@ -238,7 +227,7 @@ struct OwnRows {
   }
 
   // Slot of row 0 to 15 of the warp in the tile.
-  NATTEN_EXT_DEVICE int slot_of(int row) const { return first_slot + row / kBlock * tile_width + row % kBlock; }
+  NATTEN_EXT_DEVICE int slot_of(int row) const { return first_slot + row; }
 };
 
 }  // namespace natten_ext::cuda
