@@ -102,8 +102,8 @@ struct Launcher {
   }
 
   void* allocate(size_t bytes) {
-    const int64_t size = static_cast<int64_t>(bytes);
-    workspace.push_back(torch::stable::new_empty(like, {&size, 1}, torch::headeronly::ScalarType::Byte));
+    const auto byte = torch::headeronly::ScalarType::Byte;
+    workspace.push_back(operators::new_result(like, {static_cast<int64_t>(bytes)}, byte));
     void* data = workspace.back().mutable_data_ptr();
     note_workspace(context, data, bytes);
     return data;
