@@ -27,23 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-if __package__ in (
-    None,
-    "",
-):  # run as a file: import the package from the tree, and no module by its bare name
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from tqdm import tqdm
 
 from benchmarks.candidates import PEER_NAMES, Candidate, find_candidates
 from benchmarks.environment import describe_environment, limit_memory, load_average
-from benchmarks.figures import figures_block
+from benchmarks.figures import figures_block, figures_to_reach
 from benchmarks.floors import measure_rates
 from benchmarks.precision import PRECISIONS, use_precision
 from benchmarks.problem import ORDERS
-from benchmarks.report import LEGEND, figures_to_reach, shape_block, write_json
-from benchmarks.runner import Options, Row, run
+from benchmarks.record import Record
+from benchmarks.report import LEGEND, heading, order_block
+from benchmarks.runner import Options, run
 from benchmarks.shapes import SHAPES
 from benchmarks.suites import DEFAULT_DTYPE, SUITES
 
@@ -54,33 +48,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--suite", choices=SUITES, default=None, help="default: gpu where there is one, else cpu")
-    add(
-        "--shape",
-        action="append",
-        metavar="NAME",
-        help="only this shape (repeatable), scaled as in the suite",
-    )
-    add(
-        "--backend",
-        action="append",
-        metavar="NAME",
-        help="only this backend of ours (repeatable); default: all",
-    )
+    add("--shape", action="append", metavar="NAME", help="only this shape (repeatable), scaled as in the suite")
+    add("--backend", action="append", metavar="NAME", help="only this backend of ours (repeatable); default: all")
     add("--peers", default=",".join(PEER_NAMES), metavar="LIST", help=f"of {','.join(PEER_NAMES)}; or none")
-    add(
-        "--dtype",
-        choices=PRECISIONS,
-        default=None,
-        help="tf32: float32 on the matrix units; default: float32 in cpu and smoke, bfloat16 in gpu",
-    )
+    help = "tf32: float32 on the matrix units; default: float32 in cpu and smoke, bfloat16 in gpu"
+    add("--dtype", choices=PRECISIONS, default=None, help=help)
     add("--order", action="append", choices=ORDERS, help="repeatable; default: all")
     add("--device", default=None, help="default: cuda in suite gpu, else cpu")
     add("--threads", type=int, default=None, help="CPU threads; default: at most 2 in suite cpu, else torch's")
-    add("--repeats", type=int, default=15, help="rounds (default 15)")
+    add("--repeats", type=int, default=15, help="rounds (default 15); 0: only check")
     add("--budget", type=float, default=1.0, help="seconds of timing per candidate and cell (default 1)")
     add("--alone", action="store_true", help="also time each order's operator alone (in the JSON)")
     add("--no-memory", action="store_true", help="skip the memory measurements")
-    add("--json", type=Path, metavar="FILE", help="write everything there, raw samples included")
+    add("--json", type=Path, metavar="FILE", help="write everything there, all samples included")
     add("--plot", type=Path, metavar="FILE", help="draw the ratios and the memory")
     add("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
@@ -93,7 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: torch finds no CUDA device")
     if options.dtype == "tf32" and not options.device.startswith("cuda"):
         parser.error("--dtype tf32 is a mode of NVIDIA's matrix units; give --device cuda")
-    for name, least in (("threads", 1), ("repeats", 1), ("budget", 0)):
+    for name, least in (("threads", 1), ("repeats", 0), ("budget", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name} must be at least {least}, got {value}")
@@ -126,7 +106,9 @@ def _run(options: argparse.Namespace, dtype: torch.dtype, extra: tuple[Candidate
     if device.type == "cpu":
         limit_memory()
 
-    environment = describe_environment(device, dtype)
+    record = Record(describe_environment(device, dtype), options.dtype)
+    record.more["arguments"] = {k: str(v) for k, v in vars(options).items() if k != "shapes" and v is not None}
+    environment = record.environment
     samples = 2 if options.suite == "smoke" else 12
     rates = measure_rates(device, dtype, samples)
     where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
@@ -136,36 +118,34 @@ def _run(options: argparse.Namespace, dtype: torch.dtype, extra: tuple[Candidate
     for name, state in environment["backends"].items():
         if state != "available":
             print(f"backend {name}: cannot: {state}")
-    print(f"\n{LEGEND}\n", flush=True)
+    print(f"\n{LEGEND}", flush=True)
 
-    rows: list[Row] = []
     settings = Options(
         device, options.dtype, tuple(o for o in ORDERS if o in (options.order or ORDERS)),
         options.repeats, options.budget, not options.no_memory, not options.quiet, alone=options.alone,
     )  # fmt: skip
-    named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "shapes"}
-    for shape, new_rows in run(options.shapes, candidates, settings, rates):
-        rows += new_rows
-        tqdm.write(shape_block(shape, new_rows), file=sys.stdout)
+    printed = None
+    for shape, rows in run(options.shapes, candidates, settings, rates):
+        record.add(rows, rates)
+        tqdm.write(order_block(rows) if shape is printed else f"{heading(shape)}\n{order_block(rows)}", file=sys.stdout)
+        printed = shape
         sys.stdout.flush()
         if options.json:
-            write_json(options.json, environment, named, rates, rows)
-    rates = rates.best(measure_rates(device, dtype, samples))
-    for row in rows:
-        row.relate(rates, dtype.itemsize)
-    print(f"rates, best of start and end (for the percentages from here on, and in the JSON): {rates}")
+            record.write(options.json)
+    record.add([], measure_rates(device, dtype, samples))
+    print(f"\nrates, best of start and end (for the percentages from here on, and in the JSON): {record.rates}")
     environment["load_average_after"] = load_average()
     if options.json:
-        write_json(options.json, environment, named, rates, rows)
-    if options.suite == "cpu" and device.type == "cpu":
-        print(figures_block(figures_to_reach(rows)))
+        record.write(options.json)
+    if options.suite != "smoke":
+        print(figures_block(figures_to_reach(record)))
     if options.plot:
         from benchmarks.plot import draw
 
-        draw([row.to_dict() for row in rows], environment, options.plot)
-    failed = [row for row in rows if row.failed]
+        draw(record, options.plot)
+    failed = [row for row in record.rows if row.failed]
     for row in failed:
-        print(f"FAILED: {row.candidate} on {row.shape.name}, {row.order}: {row.reason}", file=sys.stderr)
+        print(f"FAILED: {row.describe()}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,21 +1,20 @@
-"""Everything that needs a GPU, in one command that ends in time: build, tests, sanitizers, benchmark.
+"""Everything that needs a GPU, in one command that ends in time.
 
-    python -m benchmarks.gpu_check --out results/
+    python -m benchmarks.gpu_check --out DIR
 
-Parts, in this order:
+Stages, in this order (``benchmarks.gpu.stages``):
 
-- ``build``: load the compiled libraries, or build them in the tree;
-- ``environment``: GPU, driver, torch, Triton, CUDA, commit, and which of our backends can run (always done);
-- ``tests``: the operator tests on the device, for every GPU backend that is present;
-- ``repeat``: 100 runs of each problem, bitwise the same;
-- ``capture``: torch.compile, CUDA graphs, streams and devices;
-- ``sanitizer``: compute-sanitizer's memcheck and racecheck on a small set, where it is installed;
-- ``bench``: suite ``gpu`` with peers, in every precision and order, most wanted first; then the figures to reach.
+- ``load``: the compiled libraries load and have code for this GPU; driver, clocks, tools (always done);
+- ``contact``: our backends on seven named shapes, every order, against float64, then timed;
+- ``counters``: Nsight Compute on the CUDA kernels;
+- ``sanitizer``: compute-sanitizer's memcheck and racecheck over odd little shapes;
+- ``tests``: the operator tests on the device;
+- ``repeat``: tests that only a GPU can run: repeated runs, CUDA graphs, streams, torch.compile;
+- ``peers``: plain PyTorch, SDPA, FlexAttention and NATTEN beside ours, on three shapes.
 
-A part works in processes of its own: what fails, hangs or breaks the GPU's context is reported, and the rest goes on.
-The time (``--minutes``) is shared out; what does not fit is listed as not run. DIR gets ``gpu_check.json``,
-``gpu_check.md`` and ``gpu_check.log``; the first two are whole at any time, so a killed run keeps what it measured.
-Nothing is fetched from a network. ``--device cpu`` tries all of this in small on a machine without a GPU.
+Each works in processes of its own, with a limit: what fails, hangs or breaks a GPU's context is reported, and the rest
+goes on. DIR gets ``gpu_check.json``, ``gpu_check.md`` and ``logs/``; the first two are whole at any time, so a killed
+run keeps what it measured. Nothing is fetched from a network. ``--device cpu`` tries it in small, without a GPU.
 
 Exit status: 0; 1 if something is wrong or failed; 2 for arguments that make no sense; 130 if interrupted. What did not
 fit in the time is no failure.
@@ -27,22 +26,21 @@ import argparse
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.gpu.child import ROOT, stop
-from benchmarks.gpu.document import JSON_NAME, LOG_NAME, PAGE_NAME, Document
-from benchmarks.gpu.parts import FAILED, NOT_RUN, OUT_OF_TIME, PARTS, Part, Run
+from benchmarks import tables
+from benchmarks.figures import figures_block, figures_to_reach
+from benchmarks.gpu.processes import OUT_OF_TIME, kill_all
+from benchmarks.gpu.stages import STAGES, NotRunError, Run, Stage
+from benchmarks.record import Record
 from benchmarks.shapes import SHAPES
-from benchmarks.suites import PEER_NAMES
 
-PRECISIONS = ("bfloat16", "float16", "float32", "tf32")
-RESERVE = 4.0  # seconds for the last words
-LOG_SIZE = 200_000  # bytes of each child's log that are kept
+NOT_RUN, RUNNING, OK, FAILED = "not run", "running", "ok", "failed"
+LEAST = 2.0  # seconds below which no stage is worth starting
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,141 +48,126 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    names = [part.name for part in PARTS]
     add("--out", type=Path, required=True, metavar="DIR", help="made if need be; earlier results there are replaced")
     add("--minutes", type=float, default=8.0, help="time for everything (default 8)")
-    add("--parts", default=",".join(names), metavar="LIST", help=f"of {','.join(names)} (default: all)")
-    add("--device", default="cuda", help="cuda (default; CUDA_VISIBLE_DEVICES chooses), or cpu: everything in small")
+    add("--stages", default=",".join(STAGES), metavar="LIST", help=f"of {','.join(STAGES)} (default: all)")
+    add("--device", default="cuda", choices=("cuda", "cpu"), help="CUDA_VISIBLE_DEVICES chooses; cpu: in small")
     add("--backend", action="append", metavar="NAME", help="only this backend (repeatable); default: all that can run")
-    add("--precision", action="append", choices=PRECISIONS, help="repeatable; default: all that the device has")
-    add("--shape", action="append", choices=SHAPES, metavar="NAME", help="benchmark only this shape (repeatable)")
-    add("--peers", default=",".join(PEER_NAMES), metavar="LIST", help=f"of {','.join(PEER_NAMES)} (default: all)")
+    add("--shape", action="append", choices=SHAPES, metavar="NAME", help="in contact only this shape (repeatable)")
+    add("--peers", default="naive,sdpa,flex,natten", metavar="LIST", help="as in attn_bench")
     add("--tests", nargs="+", default=["tests/natten_ext"], metavar="PATH", help="what pytest is given")
-    add("--processes", type=int, default=None, help="for tests and compilation (default: cores less 2, at most 12)")
+    add("--processes", type=int, default=min(12, max(1, (os.cpu_count() or 1) - 2)), help="of pytest")
     add("--commit", default="", help="of this tree, where it is not a git checkout")
     options = parser.parse_args(arguments)
-    options.parts = options.parts.split(",")
-    for name in options.parts:
-        if name not in names:
-            parser.error(f"--parts must be among {', '.join(names)}; got {name!r}")
-    options.peers = [name for name in options.peers.split(",") if name]
-    for name in options.peers:
-        if name not in PEER_NAMES:
-            parser.error(f"--peers must be among {', '.join(PEER_NAMES)}; got {name!r}")
+    options.stages = options.stages.split(",")
+    for name in options.stages:
+        if name not in STAGES:
+            parser.error(f"--stages must be among {', '.join(STAGES)}; got {name!r}")
     if options.minutes <= 0:
         parser.error(f"--minutes must be more than 0, got {options.minutes:g}")
-    if options.device not in ("cuda", "cpu"):
-        parser.error(f"--device must be cuda or cpu, got {options.device!r} (CUDA_VISIBLE_DEVICES chooses among GPUs)")
-    options.small = options.device == "cpu"
-    if options.processes is None:
-        options.processes = min(12, max(1, (os.cpu_count() or 1) - 2))
     if options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}")
-    if options.precision is None:
-        options.precision = ["float32", "bfloat16"] if options.small else list(PRECISIONS)
     return options
 
 
-def main(arguments: list[str] | None = None, parts: tuple[Part, ...] = PARTS) -> int:
-    """Run the check; returns the exit status. ``parts`` are given by tests."""
+def main(
+    arguments: list[str] | None = None, stages: dict[str, tuple[Callable[[Run, Stage], None], float]] = STAGES
+) -> int:
+    """Run the check; returns the exit status. ``stages`` are given by tests."""
     options = parse(arguments)
-    end = time.monotonic() + 60 * options.minutes - RESERVE
-    described = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    document = Document(options.out, arguments=described, commit=options.commit or _commit())
-    folder = Path(tempfile.mkdtemp(prefix="gpu_check-"))
+    end = time.monotonic() + 60 * options.minutes
+    described = {name: str(value) for name, value in vars(options).items() if value is not None}
+    entries = {name: {"status": NOT_RUN} for name in stages if name in options.stages or name == "load"}
+    record = Record({}, "float32" if options.device == "cpu" else "bfloat16")
+    record.more |= {"arguments": described, "stages": entries, "finished": False}
+    shutil.rmtree(options.out / "logs", ignore_errors=True)
+
+    def save() -> None:
+        record.write(options.out / "gpu_check.json")
+        (options.out / "gpu_check.md").write_text(page(record))
+
+    run = Run(options, record, options.out / "logs", save, [])
+    run.logs.mkdir(parents=True)
     before = signal.signal(signal.SIGTERM, _interrupt)
-    chosen = [part for part in parts if part.name in options.parts or part.name == "environment"]
-    for part in chosen:
-        document.data["parts"][part.name] = {"status": NOT_RUN, "reason": "the run did not get there"}
-    document.save()
     try:
-        for number, part in enumerate(chosen):
-            _run_part(part, chosen[number:], options, document, folder, end)
-        document.data["finished"] = True
+        for name, entry in entries.items():
+            work, seconds = stages[name]
+            _run_stage(name, work, min(seconds, end - time.monotonic()), entry, run)
+        record.more["finished"] = True
     except KeyboardInterrupt:
-        stop()
         print("interrupted", flush=True)
         return 130
     finally:
-        for entry in document.data["parts"].values():
-            if entry["status"] == "running":
-                entry["status"], entry["reason"] = FAILED, "interrupted"
-        document.save()
-        _keep_logs(folder, options.out / LOG_NAME)
-        shutil.rmtree(folder, ignore_errors=True)
+        kill_all()
+        for entry in entries.values():
+            if entry["status"] == RUNNING:
+                entry |= {"status": FAILED, "reason": "interrupted"}
+        save()
         signal.signal(signal.SIGTERM, before)
-    print(_last_words(document))
-    print(f"\nwritten: {options.out / JSON_NAME}, {PAGE_NAME}, {LOG_NAME}")
-    return 1 if any(part["status"] == FAILED for part in document.data["parts"].values()) else 0
+    print(figures_block(figures_to_reach(record)))
+    print(f"\nwritten: {options.out / 'gpu_check.json'}, gpu_check.md, logs/")
+    return 1 if any(entry["status"] == FAILED for entry in entries.values()) else 0
 
 
-def _run_part(
-    part: Part, rest: list[Part], options: argparse.Namespace, document: Document, folder: Path, end: float
-) -> None:
-    """Give a part its share of the time that is left; whatever it does, this returns."""
-    left = end - time.monotonic()
-    limit = min(left, max(part.floor, part.least, left * part.share / sum(p.share for p in rest)))
-    entry = document.data["parts"][part.name]
-    backends = options.backend or document.data["parts"].get("environment", {}).get("backends", [])
-    if part.needs_backend and not backends:
-        entry["reason"] = f"no backend of ours can run on {options.device} (see the part environment)"
-    elif left < part.least:
+def _run_stage(name: str, work: Callable[[Run, Stage], None], seconds: float, entry: dict, run: Run) -> None:
+    """Whatever the stage does, this returns."""
+    begin = time.monotonic()
+    if seconds < LEAST:
         entry["reason"] = OUT_OF_TIME
+    elif name != "load" and not run.backends:
+        entry["reason"] = f"no backend of ours can run on {run.options.device}"
     else:
-        entry |= {"status": "running", "reason": "", "limit": round(limit, 1)}
-        print(f"{part.name}: up to {entry['limit']:.0f} s of the {left:.0f} s that are left", flush=True)
-        begin = time.monotonic()
-        (folder / part.name).mkdir()
-        run = Run(
-            options.device, list(backends), options.precision, document, folder / part.name, begin + entry["limit"],
-            options.small, "smoke" if options.small else "gpu", options.shape, options.peers, options.processes,
-            options.tests, entry,
-        )  # fmt: skip
+        print(f"{name}: up to {seconds:.0f} s", flush=True)
+        entry["status"] = RUNNING
+        run.save()
         try:
-            entry["status"] = part.run(run)
-        except Exception as error:  # a part that is broken must not take the others along
-            entry["status"], entry["reason"] = FAILED, f"{type(error).__name__}: {error}"
-            (folder / part.name / "part.log").write_text(traceback.format_exc())
+            work(run, Stage(begin + seconds, entry))
+            late = entry.get("reason", "").startswith(OUT_OF_TIME)
+            entry["status"] = FAILED if entry.get("failures") else OUT_OF_TIME if late else OK
+        except NotRunError as error:
+            entry |= {"status": NOT_RUN, "reason": str(error)}
+        except Exception as error:  # a stage that is broken must not take the others along
+            entry |= {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
         entry["seconds"] = round(time.monotonic() - begin, 1)
-        if entry["status"] == OUT_OF_TIME and not entry["reason"]:
-            entry["reason"] = f"its {entry['limit']:.0f} s were over before all was done"
-    document.save()
-    print(f"{part.name}: {_outcome(entry)}", flush=True)
+    run.save()
+    print(f"{name}: {'; '.join(filter(None, (entry['status'], _what(entry), entry.get('reason'))))}", flush=True)
     for failure in entry.get("failures", [])[:20]:
         print(f"    {failure}", flush=True)
 
 
-def _outcome(entry: dict) -> str:
-    words = [entry["status"], entry.get("summary", ""), entry.get("reason", "")]
-    return "; ".join(word for word in words if word)
+def _what(entry: dict) -> str:
+    found = [f"{backend}: {tables.counts_line(counts)}" for backend, counts in entry.get("found", {}).items()]
+    return "; ".join([*filter(None, [entry.get("summary")]), *found])
 
 
-def _last_words(document: Document) -> str:
-    lines = ["", "Parts"]
-    lines += [f"  {name:<12} {_outcome(entry)}" for name, entry in document.data["parts"].items()]
-    verdicts = {True: "met", False: "MISSED", None: "-"}
-    figures = [f for f in document.data["figures"] if f["value"] is not None]
-    lines += ["", "Figures to reach" if figures else "No figure to reach was measured."]
-    lines += [f"  {verdicts[f['met']]:<7}{f['backend']:<7}{f['name']}, {f['target']}: {f['text']}" for f in figures]
-    return "\n".join(lines)
-
-
-def _keep_logs(folder: Path, target: Path) -> None:
-    """All children's logs in one file, each cut to its end."""
-    with open(target, "wb") as output:
-        for log in sorted(folder.glob("*/*.log"), key=lambda path: path.stat().st_mtime):
-            output.write(f"\n===== {log.relative_to(folder)}\n".encode())
-            with open(log, "rb") as source:
-                source.seek(max(0, log.stat().st_size - LOG_SIZE))
-                shutil.copyfileobj(source, output)
-
-
-def _commit() -> str:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip()
+def page(record: Record) -> str:
+    """What a reader wants first: what ran, what failed, figures, then times. Every number is from the record."""
+    told = record.environment
+    names = ("gpu", "driver", "commit", "date", "torch", "cuda", "python", "clock", "max_clock", "power_limit")
+    machine = [(name, told[name]) for name in names if told.get(name)]
+    machine += [(name, version) for name, version in told.get("packages", {}).items()]
+    lines = [
+        (name, entry["status"], entry.get("seconds", ""), _what(entry), entry.get("reason", ""))
+        for name, entry in record.more["stages"].items()
+    ]
+    failures = [f"- {n}: {text}" for n, entry in record.more["stages"].items() for text in entry.get("failures", ())]
+    sections = {
+        "gpu_check": "" if record.more["finished"] else "**This run did not end: below is what it had then.**",
+        "Machine": tables.table(("", ""), machine),
+        "Stages": tables.table(("stage", "status", "s", "what", "why"), lines),
+    }
+    if failures:
+        sections["What is wrong"] = "\n".join(failures)
+    if record.rates:
+        sections |= {
+            "Figures to reach": tables.figures_table(record),
+            f"Operators alone, {record.precision}": tables.operators_table(record),
+            "Whole steps, time over ours": tables.steps_table(record),
+            "Rates measured in this run": str(record.rates),
+        }
+    title, *others = (f"# {title}\n\n{text}".strip() for title, text in sections.items())
+    return "\n\n#".join([title, *others]) + "\n"
 
 
 def _interrupt(*_: object) -> None:

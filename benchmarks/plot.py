@@ -1,13 +1,11 @@
 """The figure: how much faster than naive, and how much memory, by shape and order.
 
-Redraw from a result: ``python -m benchmarks.plot result.json figure.png``; of gpu_check's, with a precision behind it
-(bfloat16 where there is none).
+Redraw from a result: ``python -m benchmarks.plot result.json figure.png``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
+
+from .record import Record, Row
 
 ORDERS = {"forward": "forward", "backward": "forward + backward", "double": "gradient penalty (second order)"}
 OPERATORS = {"forward": "forward", "backward": "backward alone", "double": "double backward alone"}
@@ -36,17 +36,15 @@ PEERS = {
 NAIVE, GOAL, LINE = "#9a9a9a", "#b03a2e", "#444444"
 SMALLEST = 1e-3  # drawn for ratios of memory below it: nothing that can be measured
 
-Row = dict[str, Any]
-
 
 class Result:
-    """Rows of a result (``Row.to_dict``) with the places of their bars."""
+    """Rows of a record with the places of their bars."""
 
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = {(row["shape"], row["order"], row["candidate"]): row for row in rows}
-        self.shapes = list(dict.fromkeys(row["shape"] for row in rows))
-        self.orders = [order for order in ORDERS if any(row["order"] == order for row in rows)]
-        self.backends = list(dict.fromkeys(row["candidate"] for row in rows if row["group"] == "ours"))
+    def __init__(self, record: Record) -> None:
+        self.rows = {(row.shape.name, row.order, row.candidate): row for row in record.rows}
+        self.shapes = list(record.shapes)
+        self.orders = [order for order in ORDERS if any(row.order == order for row in record.rows)]
+        self.backends = record.ours
         self.bar = 0.8 / len(self.orders)
 
     def of(self, candidate: str) -> Iterator[tuple[float, str, Row]]:
@@ -58,9 +56,9 @@ class Result:
                     yield x + (i - (len(self.orders) - 1) / 2) * self.bar, order, row
 
 
-def draw(rows: list[Row], environment: dict[str, Any], path: Path) -> None:
+def draw(record: Record, path: Path) -> None:
     """One column for each of our backends (or for naive alone): speed above, memory below."""
-    result = Result(rows)
+    result, environment = Result(record), record.environment
     backends = result.backends or ["naive"]
     width = max(8.0, 1.5 + 0.8 * len(result.shapes))
     figure, axes = plt.subplots(
@@ -79,18 +77,18 @@ def draw(rows: list[Row], environment: dict[str, Any], path: Path) -> None:
 def _draw_speed(axis: Axes, result: Result, backend: str) -> None:
     handles = [Patch(color=COLORS[order], label=ORDERS[order]) for order in result.orders]
     for place, order, row in result.of(backend):
-        if row["ratio"]:
-            axis.bar(place, row["ratio"] - 1, result.bar * 0.92, bottom=1, color=COLORS[order])
-            above = row["ratio"] >= 1
+        if row.ratio:
+            axis.bar(place, row.ratio - 1, result.bar * 0.92, bottom=1, color=COLORS[order])
+            above = row.ratio >= 1
             axis.annotate(
-                f"{row['ratio']:.1f}", (place, row["ratio"]), (0, 2 if above else -2), textcoords="offset points",
+                f"{row.ratio:.1f}", (place, row.ratio), (0, 2 if above else -2), textcoords="offset points",
                 ha="center", va="bottom" if above else "top", fontsize=6, color=LINE,
             )  # fmt: skip
     for peer, (mark, color) in PEERS.items():
         drawn = False
         for place, _, row in result.of(peer):
-            if row["ratio"]:
-                axis.plot(place, row["ratio"], mark, color=color, markeredgecolor="white", markersize=7, zorder=3)
+            if row.ratio:
+                axis.plot(place, row.ratio, mark, color=color, markeredgecolor="white", markersize=7, zorder=3)
                 drawn = True
         if drawn:
             handles.append(Line2D([], [], marker=mark, color=color, linestyle="none", label=peer))
@@ -101,13 +99,13 @@ def _draw_speed(axis: Axes, result: Result, backend: str) -> None:
 
 
 def _draw_memory(axis: Axes, result: Result, backend: str) -> None:
-    naive = {(row["shape"], order): row for _, order, row in result.of("naive")}
+    naive = {(row.shape.name, order): row for _, order, row in result.of("naive")}
     for place, order, row in result.of(backend):
-        other = naive.get((row["shape"], order))
-        heights = [max(SMALLEST, r["memory"]["ratio"]) for r in (row, other) if r and r["memory"]]
-        if row["memory"]:
+        other = naive.get((row.shape.name, order))
+        heights = [max(SMALLEST, r.memory.ratio) for r in (row, other) if r and r.memory]
+        if row.memory:
             axis.plot(place, heights[0], "o", color=COLORS[order], markersize=7, zorder=3)
-        if other and other["memory"]:
+        if other and other.memory:
             axis.plot(place, heights[-1], "_", color=NAIVE, markersize=9, markeredgewidth=2.5, zorder=2)
         if len(heights) == 2:
             axis.plot([place, place], heights, color=NAIVE, linewidth=0.8, zorder=1)
@@ -140,13 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     parser.add_argument("figure", type=Path)
-    parser.add_argument("precision", nargs="?", default="bfloat16", help="of gpu_check's result")
     options = parser.parse_args()
-    result = json.loads(options.result.read_text())
-    rows = result["rows"]
-    if rows and "precision" in rows[0]:  # of gpu_check
-        rows = [row for row in rows if (row["precision"], row["pass"]) == (options.precision, "quick")]
-    draw(rows, result["environment"], options.figure)
+    draw(Record.read(options.result), options.figure)
 
 
 if __name__ == "__main__":

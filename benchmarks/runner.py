@@ -6,27 +6,27 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from .candidates import Candidate
 from .check import Expected, compare, expect
-from .floors import Rates, stage_floor, step_floor, step_fmas
-from .memory import CudaAllocator, Memory, measure
+from .floors import Rates
+from .memory import CudaAllocator, measure
 from .memory_worker import MemoryWorker
 from .precision import PRECISIONS
 from .problem import STEPS, Attend, CannotError, Inputs, make_inputs, operator_alone
+from .record import Row, relate
 from .shapes import Shape
-from .suites import how_scaled
-from .timing import CpuClock, CudaClock, Timing, make_clock, time_in_turns
+from .timing import CpuClock, CudaClock, make_clock, time_in_turns
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to run. ``budget`` is the seconds of timing that one candidate may take per shape and order.
+    """How to run. ``budget`` is the seconds of timing that one candidate may take per shape and order; without
+    ``repeats`` results are checked alone.
 
     ``precision`` is a name in ``benchmarks.precision``; whoever calls ``run`` is to be inside its ``use_precision``.
     ``alone``: also time each order's operator alone.
@@ -50,71 +50,10 @@ Note = Callable[[str, str], None]
 """Told what is being done: an activity ("check", "time", ...) and the candidate's name, before each."""
 
 
-@dataclass
-class Row:
-    """One candidate on one shape and order.
-
-    ``status`` is "ok", "unchecked" (the float64 reference did not fit), "wrong" or "cannot"; ``reason`` says why.
-    ``ratio`` is the fastest naive form's time over this one's. ``host`` is the time in which Python queues a step on
-    a GPU; ``alone`` and ``alone_percent`` are the time of the order's operator alone and its floor over it.
-    """
-
-    shape: Shape
-    order: str
-    candidate: str
-    group: str
-    status: str = "ok"
-    reason: str = ""
-    errors: dict[str, float] = field(default_factory=dict)
-    timing: Timing | None = None
-    ratio: float | None = None
-    floor: float = 0.0
-    bound: str = ""
-    floor_percent: float | None = None
-    fma_percent: float | None = None
-    host: float | None = None
-    alone: Timing | None = None
-    alone_floor: float = 0.0
-    alone_bound: str = ""
-    alone_percent: float | None = None
-    alone_reason: str = ""
-    memory: Memory | None = None
-    memory_reason: str = ""
-
-    @property
-    def failed(self) -> bool:
-        """Whether this is ours and did not give the right result."""
-        return self.group == "ours" and self.status in ("wrong", "cannot")
-
-    def relate(self, rates: Rates, itemsize: int) -> None:
-        """Fill in the floor and the percentages of the floor and of the multiply-add rate."""
-        self.floor, self.bound = step_floor(self.shape, self.order, itemsize, rates)
-        if self.timing is not None:
-            self.floor_percent = 100 * self.floor / self.timing.median
-            self.fma_percent = 100 * step_fmas(self.shape, self.order) / rates.fmas / self.timing.median
-        if self.alone is not None:
-            self.alone_floor, self.alone_bound = stage_floor(self.shape, self.order, itemsize, rates)
-            self.alone_percent = 100 * self.alone_floor / self.alone.median
-
-    def to_dict(self) -> dict[str, Any]:
-        row = {k: v for k, v in vars(self).items() if k not in ("shape", "timing", "alone", "memory")}
-        return row | {
-            "shape": self.shape.name,
-            "problem": self.shape.to_dict(),
-            "scaled": how_scaled(self.shape),
-            "median": self.timing and self.timing.median,
-            "spread": self.timing and self.timing.spread,
-            "samples": self.timing and self.timing.samples,
-            "sample_count": self.timing and len(self.timing.samples),
-            "alone": self.alone and self.alone.median,
-            "memory": self.memory and self.memory.to_dict(),
-        }
-
-
 def run(
     shapes: list[Shape], candidates: list[Candidate], options: Options, rates: Rates
 ) -> Iterator[tuple[Shape, list[Row]]]:
-    """Yield every shape with its rows as soon as they are known."""
+    """Yield every shape with the rows of one order, as soon as they are known."""
     clock = make_clock(options.device)
     steps = sum(sum(c.covers(s) for c in candidates) for s in shapes) * len(options.orders)
     with (
@@ -126,46 +65,28 @@ def run(
             compiling = [(c.name, s) for s in shapes for c in candidates if c.compiles and c.covers(s)]
             worker.measure_ahead([(name, shape, options.dtype, options.orders[0]) for name, shape in compiling])
         for shape in shapes:
+            gc.collect()
+            gc.freeze()  # libraries' objects, of which a compiler brings more later: garbage is collected after checks
+            covering = [c for c in candidates if c.covers(shape)]
+            inputs = make_inputs(shape, options.dtype, options.device)
+            attends = {candidate.name: _prepare(candidate, shape, options) for candidate in covering}
 
             def note(activity: str, candidate: str, shape: Shape = shape) -> None:
                 bar.set_postfix_str(f"{shape.name}: {activity} {candidate}")
 
-            rows: list[Row] = []
-            for of_order in run_shape(shape, candidates, options, rates, clock, worker, note):
-                rows += of_order
-                bar.update(len(of_order))
-            yield shape, rows
-
-
-def run_shape(
-    shape: Shape,
-    candidates: list[Candidate],
-    options: Options,
-    rates: Rates,
-    clock: CpuClock | CudaClock,
-    worker: MemoryWorker | None,
-    note: Note,
-) -> Iterator[list[Row]]:
-    """Yield the rows of each order as soon as they are known; ``worker`` is only needed for memory on a CPU."""
-    gc.collect()
-    gc.freeze()  # libraries' objects, of which a compiler brings more later: garbage is collected after every check
-    covering = [c for c in candidates if c.covers(shape)]
-    note("inputs", "")
-    inputs = make_inputs(shape, options.dtype, options.device)
-    attends = {}
-    for candidate in covering:
-        note("prepare", candidate.name)
-        attends[candidate.name] = _prepare(candidate, shape, options)
-    for order in options.orders:
-        cell = _Cell(shape, order, inputs, covering, attends, options, note)
-        cell.check(clock)
-        cell.time(clock)
-        if options.alone:
-            cell.time_alone(clock)
-        if options.memory:
-            cell.measure_memory(worker)
-        cell.relate(rates)
-        yield list(cell.rows.values())
+            for order in options.orders:
+                cell = _Cell(shape, order, inputs, covering, attends, options, note)
+                cell.check(clock)
+                if options.repeats:
+                    cell.time(clock)
+                    if options.alone:
+                        cell.time_alone(clock)
+                    if options.memory:
+                        cell.measure_memory(worker)
+                rows = list(cell.rows.values())
+                relate(rows, rates, options.dtype.itemsize)
+                bar.update(len(rows))
+                yield shape, rows
 
 
 def _prepare(candidate: Candidate, shape: Shape, options: Options) -> Attend | str:
@@ -216,6 +137,8 @@ class _Cell:
             except Exception as error:  # as above
                 row.status, row.reason = "cannot", one_line(error)
                 _free()
+                if self.options.device.type == "cuda":
+                    torch.cuda.synchronize(self.options.device)  # raises where every later call would fail as well
                 continue
             if isinstance(clock, CpuClock) and not self.candidates[name].compiles:
                 self._already[name] = time.perf_counter() - begin
@@ -223,8 +146,8 @@ class _Cell:
             if isinstance(expected, str):
                 row.status, row.reason = "unchecked", expected
             else:
-                row.errors, row.reason = compare(results, expected, self.options.precision)
-                row.status = "wrong" if row.reason else "ok"
+                errors, row.reason = compare(results, expected, self.options.precision)
+                row.error, row.status = max(errors.values(), default=None), "wrong" if row.reason else "ok"
             del results
         self._expected.clear()
         _free()
@@ -271,7 +194,7 @@ class _Cell:
         step, attend, inputs = STEPS[self.order], self.attends[name], self.inputs_of(name)
         return lambda: step(attend, inputs)
 
-    def measure_memory(self, worker: MemoryWorker | None) -> None:
+    def measure_memory(self, worker: MemoryWorker) -> None:
         for name, row in self.rows.items():
             if row.timing is None or (row.group == "naive" and name != "naive" and row.timing.hopeless):
                 continue
@@ -285,14 +208,6 @@ class _Cell:
             except (CannotError, RuntimeError) as error:
                 row.memory_reason = one_line(error)
                 _free()
-
-    def relate(self, rates: Rates) -> None:
-        """Ratio to the fastest naive form, and shares of the rates."""
-        naive = [row.timing.median for row in self.rows.values() if row.group == "naive" and row.timing]
-        for row in self.rows.values():
-            if row.timing and naive:
-                row.ratio = min(naive) / row.timing.median
-            row.relate(rates, self.options.dtype.itemsize)
 
 
 def _free() -> None:

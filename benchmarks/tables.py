@@ -7,61 +7,64 @@
 A page says where a table stands and what it is made from, in two comments that begin their lines; what is between
 them is replaced:
 
-    <!-- table: KIND FILE [ARGUMENT ...] -->
+    <!-- table: KIND FILE -->
     <!-- end of table -->
 
 FILE is a path or a pattern relative to the repository. Kinds:
 
-- ``cpu-speed``: ours over the fastest naive form and memory, by shape (of an attn_bench result);
-- ``cpu-figures``: the figures to reach of an attn_bench result;
-- ``cpu-peers``: which library gives which derivatives of which shape, and why not the others (of an attn_bench result);
-- ``gpu-ran``: for each GPU backend, where it last ran and what passed (of all gpu_check results of a pattern);
-- ``gpu-figures``: the figures to reach of a gpu_check result;
-- ``gpu-speed``: operators alone, with percent of the floor; ARGUMENT: a precision;
-- ``gpu-peers``: whole steps beside other libraries; ARGUMENT: a precision.
+- ``speed``: ours over the fastest naive form and memory, by shape;
+- ``operators``: ours, each operator alone, with percent of the floor;
+- ``steps``: whole steps, the time of naive and of other libraries over that of our fastest backend;
+- ``figures``: the figures to reach;
+- ``orders``: which library gives which derivatives of which shape, and why not the others;
+- ``ran``: for each GPU backend, where it last ran and what passed (of all gpu_check results of a pattern).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.markdown import figures_table, peers_table, speed_table, table, tests_line
-from benchmarks.shapes import Shape
+from .figures import figures_to_reach
+from .problem import ORDERS
+from .record import Record, Row
+from .shapes import Shape
+from .suites import how_scaled
 
 ROOT = Path(__file__).resolve().parent.parent
 # At the start of a line: an indented example is none.
 MARKED = re.compile(r"^(<!-- table: ([^\n]*?) -->\n)(.*?)^(<!-- end of table -->)", re.DOTALL | re.MULTILINE)
 OPENING = re.compile(r"^<!-- table: ", re.MULTILINE)
 
-ORDERS = ("forward", "backward", "double")
 GPU_BACKENDS = ("triton", "cuda")
-RAN_HEADER = (
-    "backend", "commit", "GPU", "date", "torch, triton", "operator tests", "repeated runs", "compile, graphs, streams",
-    "found by sanitizer",
-)  # fmt: skip
+# Stages of gpu_check that count something by backend.
+FOUND = {
+    "tests": "operator tests",
+    "repeat": "graphs, streams, compile, repeats",
+    "sanitizer": "found by sanitizer",
+}
 
-Data = dict[str, Any]
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A markdown table."""
+    header = list(header)
+    cells = [[str(value).replace("|", "\\|").replace("\n", " ") for value in line] for line in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells))
 
 
-def cpu_speed(data: Data) -> str:
-    """One line for each shape; the memory of naive is that of the reference backend."""
-    rows = {(row["shape"], row["order"], row["candidate"]): row for row in data["rows"]}
-    ours = list(dict.fromkeys(row["candidate"] for row in data["rows"] if row["group"] == "ours"))
+def speed_table(record: Record) -> str:
+    """One line for each shape and backend; the memory of naive is that of the reference backend."""
     lines = []
-    for name in dict.fromkeys(row["shape"] for row in data["rows"]):
-        label = _label(data, name)
-        for backend in ours:
-            mine = [rows.get((name, order, backend)) for order in ORDERS]
-            naive = [rows.get((name, order, "naive")) for order in ORDERS]
+    for name, shape in record.shapes.items():
+        for backend in record.ours:
+            mine, naive = ([record.cells.get((name, o), {}).get(c) for o in ORDERS] for c in (backend, "naive"))
             lines.append((
-                label if len(ours) == 1 else f"{label}, {backend}",
-                " / ".join(_ratio(row) for row in mine),
+                _label(shape) if len(record.ours) == 1 else f"{_label(shape)}, {backend}",
+                " / ".join(_number(row and row.ratio) for row in mine),
                 " / ".join(_memory(row, ".2f") for row in mine),
                 " / ".join(_memory(row, ".0f") for row in naive),
             ))  # fmt: skip
@@ -69,102 +72,124 @@ def cpu_speed(data: Data) -> str:
     return table(header, lines)
 
 
-def cpu_peers(data: Data) -> str:
+def operators_table(record: Record) -> str:
+    """Our backends: microseconds of each operator alone and percent of its floor."""
+
+    def alone(row: Row | None) -> str:
+        return f"{1e6 * row.alone.median:.0f} ({row.alone_percent:.0f}%)" if row and row.alone else "-"
+
+    lines = []
+    for name, shape in record.shapes.items():
+        scaled = how_scaled(shape)
+        cells = [record.cells.get((name, order), {}) for order in ORDERS]
+        times = [" / ".join(alone(cell.get(backend)) for cell in cells) for backend in record.ours]
+        lines.append((name, shape.describe() + (f" ({scaled})" if scaled != "as it is" else ""), *times))
+    header = [f"{name}: forward / backward / double backward, us (percent of the floor)" for name in record.ours]
+    return table(("shape", "problem", *header), lines)
+
+
+def steps_table(record: Record) -> str:
+    """Whole steps: the time of every other candidate over that of our fastest backend."""
+    peers = [name for name in record.candidates if name not in record.ours and not name.startswith("naive")]
+    lines = []
+    for (name, order), cell in record.cells.items():
+        mine = [cell[backend] for backend in record.ours if backend in cell and cell[backend].timing]
+        best = min(mine, key=lambda row: row.timing.median, default=None)
+        if best is None:
+            lines.append((name, order, *["-"] * (3 + len(peers))))
+            continue
+        median = best.timing.median
+        ratios = [row.timing.median / median if (row := cell.get(p)) and row.timing else None for p in peers]
+        time = f"{best.candidate} {1e6 * median:.0f}"
+        lines.append((name, order, time, _memory(best, ".2f"), _number(best.ratio), *map(_number, ratios)))
+    return table(("shape", "step", "ours, us", "memory beyond / returned", "fastest naive", *peers), lines)
+
+
+def figures_table(record: Record) -> str:
+    """Met or missed, for every figure."""
+    verdict = {True: "met", False: "**missed**", None: "not measured"}
+    rows = [(verdict[f.met], f.backend, f.name, f.target, f.text) for f in figures_to_reach(record)]
+    return table(("", "backend", "figure", "goal", "measured"), rows)
+
+
+def orders_table(record: Record) -> str:
     """The orders in which each library gave the right result, by shape; then the reasons of those that did not."""
-    found = {(row["shape"], row["candidate"], row["order"]): row for row in data["rows"] if row["group"] != "naive"}
-    candidates = list(dict.fromkeys(candidate for _, candidate, _ in found))
+    candidates = [name for name in record.candidates if not name.startswith("naive")]
     reasons: dict[str, dict[str, None]] = {}  # the orders that each stands for
     lines = []
-    for name in dict.fromkeys(shape for shape, _, _ in found):
+    for name, shape in record.shapes.items():
         cells = []
         for candidate in candidates:
-            rows = {order: found[name, candidate, order] for order in ORDERS}
-            right = [order for order, row in rows.items() if row["status"] == "ok"]
+            rows = [record.cells[name, order][candidate] for order in ORDERS]
+            right = [row.order for row in rows if row.status == "ok"]
             cells.append("all" if len(right) == len(ORDERS) else ", ".join(right) or "no")
-            for order, row in rows.items():
-                if row["status"] != "ok":
-                    reasons.setdefault(f"{candidate}: {row['reason']}", {})[order] = None
-        lines.append((_label(data, name), *cells))
+            for row in rows:
+                if row.status != "ok":
+                    reasons.setdefault(f"{candidate}: {row.reason}", {})[row.order] = None
+        lines.append((_label(shape), *cells))
     why = "\n".join(f"- {reason.rstrip('.')} ({', '.join(orders)})" for reason, orders in reasons.items())
     return f"{table(('shape', *candidates), lines)}\n\n{why}\n"
 
 
-def gpu_ran(documents: list[Data]) -> str:
+def ran_table(records: list[Record]) -> str:
     """The newest commit of each backend on each GPU, from all runs at that commit; "not yet" where there is none."""
-    runs: dict[tuple[str, str], Data] = {}
-    for data in sorted(documents, key=lambda data: data["environment"].get("date", "")):
-        if "gpu" not in data["environment"]:
-            continue
-        key = data["environment"]["gpu"], data["commit"]
-        ran = {name: part for name, part in data["parts"].items() if part["status"] != "not run"}
-        earlier = runs.pop(key, {"parts": {}})  # popped, so that the newest stands last
-        runs[key] = {**data, "parts": {**earlier["parts"], **ran}}
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in sorted(records, key=lambda record: record.environment["date"]):
+        told, stages = record.environment, record.more["stages"]
+        run = runs.pop((told["gpu"], told["commit"]), {"backends": [], "found": {}})  # popped: the newest stands last
+        found = {n: {**run["found"].get(n, {}), **stages.get(n, {}).get("found", {})} for n in FOUND}
+        backends = [*run["backends"], *stages["load"].get("backends", [])]
+        runs[told["gpu"], told["commit"]] = {"told": told, "backends": backends, "found": found}
     lines = []
     for backend in GPU_BACKENDS:
-        newest = {
-            gpu: data
-            for (gpu, _), data in runs.items()
-            if backend in data["parts"].get("environment", {}).get("backends", ())
-        }
-        for gpu, data in newest.items():
-            environment, parts = data["environment"], data["parts"]
-            versions = f"{environment['torch']}, {environment['packages'].get('triton', 'none')}"
-            tests = tests_line(parts.get("tests", {}), backend)
-            others = [_results_of(data, part, backend) for part in ("repeat", "capture", "sanitizer")]
-            lines.append((f"`{backend}`", data["commit"][:10], gpu, environment["date"][:10], versions, tests, *others))
+        newest = {gpu: run for (gpu, _), run in runs.items() if backend in run["backends"]}
+        for gpu, run in newest.items():
+            told = run["told"]
+            versions = f"{told['torch']}, {told['packages'].get('triton', 'none')}"
+            cells = [counts_line(run["found"][name].get(backend, {})) for name in FOUND]
+            lines.append((f"`{backend}`", told["commit"][:10], gpu, told["date"][:10], versions, *cells))
         if not newest:
-            lines.append((f"`{backend}`", "", "not yet run on a GPU", *[""] * 6))
-    return table(RAN_HEADER, lines)
+            lines.append((f"`{backend}`", "", "not yet run on a GPU", *[""] * 5))
+    return table(("backend", "commit", "GPU", "date", "torch, triton", *FOUND.values()), lines)
 
 
-def _results_of(data: Data, name: str, backend: str) -> str:
-    part = data["parts"].get(name)
-    if part is None:
-        return "not run"
-    if name == "sanitizer":
-        tools = {
-            key.split(",")[0]: value for key, value in part.get("tools", {}).items() if key.endswith(f" {backend}")
-        }
-        return ", ".join(f"{name} {'?' if t['problems'] is None else t['problems']}" for name, t in tools.items())
-    results = [r for r in part.get("results", ()) if r[1] == backend]
-    failed = sum(r[4] not in ("ok", "cannot") for r in results)
-    return f"{sum(r[4] == 'ok' for r in results)} ok" + (f", **{failed} failed**" if failed else "")
+def counts_line(counts: dict[str, Any]) -> str:
+    """For example "2279 passed, 40 failed"; a question mark for what did not end."""
+    return ", ".join(f"{'?' if count is None else count} {name}" for name, count in counts.items()) or "not run"
 
 
-def _label(data: Data, name: str) -> str:
-    problem = Shape.from_dict(next(row["problem"] for row in data["rows"] if row["shape"] == name))
-    return f"{name} ({problem.describe().replace(',', ', ')})"
+def _label(shape: Shape) -> str:
+    return f"{shape.name} ({shape.describe().replace(',', ', ')})"
 
 
-def _ratio(row: Data | None) -> str:
-    return f"{row['ratio']:.1f}" if row and row["ratio"] else "-"
+def _memory(row: Row | None, form: str) -> str:
+    return format(row.memory.ratio, form) if row and row.memory else "-"
 
 
-def _memory(row: Data | None, form: str) -> str:
-    return format(row["memory"]["ratio"], form) if row and row["memory"] else "-"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
-ONE_FILE: dict[str, Callable[..., str]] = {
-    "cpu-speed": cpu_speed,
-    "cpu-figures": figures_table,
-    "cpu-peers": cpu_peers,
-    "gpu-figures": figures_table,
-    "gpu-speed": speed_table,
-    "gpu-peers": peers_table,
+ONE_FILE: dict[str, Callable[[Record], str]] = {
+    "speed": speed_table,
+    "operators": operators_table,
+    "steps": steps_table,
+    "figures": figures_table,
+    "orders": orders_table,
 }
 
 
 def make(description: str, root: Path = ROOT) -> str:
     """The table that a comment describes. Raises ValueError for an unknown kind, or where there is no such file."""
-    kind, pattern, *arguments = description.split()
+    kind, _, pattern = description.partition(" ")
     paths = sorted(root.glob(pattern))
-    if kind == "gpu-ran":
-        return gpu_ran([json.loads(path.read_text()) for path in paths])
+    if kind == "ran":
+        return ran_table([record for path in paths if "gpu" in (record := Record.read(path)).environment])
     if kind not in ONE_FILE:
-        raise ValueError(f"the kind of a table must be one of {', '.join((*ONE_FILE, 'gpu-ran'))}, got {kind!r}")
+        raise ValueError(f"the kind of a table must be one of {', '.join((*ONE_FILE, 'ran'))}, got {kind!r}")
     if len(paths) != 1:
         raise ValueError(f"table {kind}: {pattern!r} must be one file, it is {len(paths)}")
-    return ONE_FILE[kind](json.loads(paths[0].read_text()), *arguments)
+    return ONE_FILE[kind](Record.read(paths[0]))
 
 
 def rewrite(text: str, root: Path = ROOT) -> str:

@@ -1,7 +1,8 @@
-"""What all tests share: the import path of the helpers, one thread, repeatable random numbers."""
+"""What all tests share: the import path of the helpers, one thread, repeatable random numbers, broken GPU contexts."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds (compilers, subprocesses)")
+    config.addinivalue_line("markers", "gpu: needs a GPU")
     # Threads that spin at barriers make small operators a hundred times slower on a busy machine. Tests of threading
     # ask for theirs, see the fixture `threads`.
     torch.set_num_threads(1)
@@ -39,3 +41,18 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """End a worker of pytest-xdist whose CUDA context is broken, once the test is reported: xdist starts another.
+
+    After an illegal access every later call fails, and would be reported as another test's failure.
+    """
+    result = yield
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    return result

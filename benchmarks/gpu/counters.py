@@ -25,7 +25,7 @@ from benchmarks.candidates import ours
 from benchmarks.problem import STEPS, make_inputs
 from benchmarks.shapes import SHAPES
 
-from .child import ROOT
+from .processes import ROOT
 
 # Of Nsight Compute: which names it knows depends on its version, so whole sections stand beside those that must be.
 SECTIONS = (

@@ -1,6 +1,5 @@
 """The command, end to end."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,47 +9,48 @@ import pytest
 from benchmarks import attn_bench
 from benchmarks.candidates import Candidate
 from benchmarks.problem import ORDERS
+from benchmarks.record import Record
 from benchmarks.suites import SUITES
 
 ROOT = Path(attn_bench.__file__).resolve().parent.parent
 SMOKE = ["--suite", "smoke", "--quiet", "--threads", "1", "--repeats", "1", "--budget", "0"]
 
 
-def command(*arguments, module=True):
-    entry = ["-m", "benchmarks.attn_bench"] if module else ["benchmarks/attn_bench.py"]
-    return subprocess.run([sys.executable, *entry, *arguments], cwd=ROOT, capture_output=True, text=True)
+def command(*arguments):
+    run = [sys.executable, "-m", "benchmarks.attn_bench", *arguments]
+    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_smoke_suite_end_to_end(tmp_path):
     result, figure = tmp_path / "result.json", tmp_path / "figure.png"
     done = command(*SMOKE, "--peers", "naive,sdpa,natten", "--json", str(result), "--plot", str(figure))
     assert done.returncode == 0, done.stderr + done.stdout
-    document = json.loads(result.read_text())
-    assert {"torch", "cpu", "threads", "commit", "packages", "backends"} <= set(document["environment"])
-    assert document["arguments"]["suite"] == "smoke"
-    assert set(document["rates"]) == {"fmas", "exps", "bytes"}
-    rows = {(row["shape"], row["order"], row["candidate"]): row for row in document["rows"]}
+    record = Record.read(result)
+    assert {"torch", "cpu", "threads", "commit", "packages", "backends"} <= set(record.environment)
+    assert (record.more["arguments"]["suite"], record.precision) == ("smoke", "float32")
+    assert record.rates.fmas > 0
+    rows = {(*row.cell, row.candidate): row for row in record.rows}
     for shape in SUITES["smoke"]:
         for order in ORDERS:
             naive = rows[shape.name, order, "naive"]
-            assert naive["status"] == "ok"
-            assert len(naive["samples"]) == naive["sample_count"] == 1
-            assert naive["memory"]["step"] > 0
-            assert rows[shape.name, order, "sdpa-math"]["status"] == "ok"
-        assert "is not implemented" in rows[shape.name, "double", "sdpa"]["reason"] or shape.table
+            assert naive.status == "ok"
+            assert len(naive.timing.samples) == 1
+            assert naive.memory.step > 0
+            assert rows[shape.name, order, "sdpa-math"].status == "ok"
+        assert "is not implemented" in rows[shape.name, "double", "sdpa"].reason or shape.table
         assert shape.name in done.stdout
     for row in rows.values():
-        assert row["status"] == "ok" or (row["group"] == "peer" and row["reason"])
-        if row["group"] == "ours":
-            assert row["status"] == "ok"
+        assert row.status == "ok" or (row.group == "peer" and row.reason)
     assert figure.stat().st_size > 10_000
 
 
-def test_runs_as_a_file():
-    done = command(*SMOKE, "--shape", "cifar-d2", "--order", "forward", "--peers", "naive", "--no-memory", module=False)
-    assert done.returncode == 0, done.stderr
-    assert "cifar-d2" in done.stdout
-    assert "backward" not in done.stdout.split("cifar-d2")[1]
+def test_without_repeats_results_are_only_checked(tmp_path, capsys):
+    arguments = ["--shape", "cifar-d2", "--order", "forward", "--peers", "naive", "--json", str(tmp_path / "x.json")]
+    assert attn_bench.main([*SMOKE, "--repeats", "0", *arguments]) == 0
+    assert {(row.order, row.status, row.timing, row.memory) for row in Record.read(tmp_path / "x.json").rows} == {
+        ("forward", "ok", None, None)
+    }
+    assert "right, not timed" in capsys.readouterr().out
 
 
 def test_a_wrong_backend_is_printed_and_fails(capsys):
@@ -71,7 +71,7 @@ def test_a_wrong_backend_is_printed_and_fails(capsys):
         (["--shape", "nat-7"], "--shape must be one of"),
         (["--backend", "abacus"], "--backend must be among"),
         (["--peers", "abacus"], "--peers must be among"),
-        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--repeats", "-1"], "--repeats must be at least 0, got -1"),
         (["--order", "third"], "invalid choice: 'third'"),
         (["--suite", "large"], "invalid choice: 'large'"),
     ],

@@ -1,7 +1,8 @@
-"""gpu_check as a whole: parts that fail, hang or don't fit, a run that is killed, and everything in small on a CPU."""
+"""gpu_check: stages that fail, hang or don't fit, a run that is killed, and everything in small on a CPU."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,105 +12,75 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_check, tools
-from benchmarks.gpu import parts
-from benchmarks.gpu.child import OUT_OF_TIME, ROOT, Ended, run_limited
-from benchmarks.gpu.parts import FAILED, NOT_RUN, OK, PARTS, Part, Run
+from benchmarks.gpu import stages as real
+from benchmarks.gpu.processes import OUT_OF_TIME, ROOT, Process
+from benchmarks.gpu.stages import OUR_KERNELS, NotRunError
+from benchmarks.record import Record
 
 
-def result(folder: Path) -> dict:
-    return json.loads((folder / "gpu_check.json").read_text())
+def load(run, stage):
+    run.backends[:] = ["triton"]
 
 
-def environment(run):
-    run.found["backends"] = ["triton"]
-    run.document.data["commit"] = "abc"
-    return OK
+def good(run, stage):
+    stage.entry["summary"] = "all good"
 
 
-def good(run):
-    run.found["summary"] = "all good"
-    return OK
+def raises(run, stage):
+    stage.fail("half of it", "was fine")
+    raise RuntimeError("broken stage")
 
 
-def raises(run):
-    run.found["failures"] = ["half of it was fine"]
-    raise RuntimeError("broken part")
+def hangs(run, stage):
+    process = Process([sys.executable, "-c", "import time; time.sleep(600)"], run.logs / "x.log")
+    stage.fail("sleeper", process.wait(stage.deadline - time.monotonic()).reason)
 
 
-def hangs(run):
-    ended = run_limited([sys.executable, "-c", "import time; time.sleep(600)"], run.left, run.folder / "x.log")
-    return OUT_OF_TIME if ended.status is None else OK
-
-
-def fake(name, run, share=1.0, least=0.0, needs_backend=True):
-    return Part(name, run, share, least, needs_backend)
-
-
-ENVIRONMENT = fake("environment", environment, needs_backend=False)
+def cannot(run, stage):
+    raise NotRunError("no such tool")
 
 
 @pytest.fixture
 def check(tmp_path):
-    def run(*parts, minutes=0.2, arguments=()):
-        names = {part.name for part in PARTS}
-        assert all(part.name in names for part in parts)
-        chosen = ",".join(part.name for part in parts)
-        options = ["--out", str(tmp_path), "--minutes", str(minutes), "--parts", chosen, *arguments]
-        return gpu_check.main(options, (ENVIRONMENT, *parts)), result(tmp_path)
+    def run(minutes=0.2, load=load, **stages):
+        made = {"load": (load, 60), **{name: (work, 60) for name, work in stages.items()}}
+        arguments = ["--out", str(tmp_path), "--minutes", str(minutes), "--stages", ",".join(stages)]
+        return gpu_check.main(arguments, made), Record.read(tmp_path / "gpu_check.json").more["stages"]
 
     return run
 
 
-def test_a_part_that_fails_takes_none_along(check, tmp_path, capsys):
-    status, data = check(fake("build", raises), fake("tests", good))
+def test_a_stage_that_fails_takes_none_along(check, tmp_path):
+    status, stages = check(contact=raises, counters=cannot, tests=good)
     assert status == 1
-    build, tests = data["parts"]["build"], data["parts"]["tests"]
-    assert (build["status"], build["reason"]) == (FAILED, "RuntimeError: broken part")
-    assert (tests["status"], tests["summary"]) == (OK, "all good")
-    assert data["finished"]
-    assert "half of it was fine" in (tmp_path / "gpu_check.md").read_text()
-    assert "Traceback" in (tmp_path / "gpu_check.log").read_text()
-    assert "build: failed; RuntimeError: broken part" in capsys.readouterr().out
+    assert (stages["contact"]["status"], stages["contact"]["reason"]) == ("failed", "RuntimeError: broken stage")
+    assert (stages["counters"]["status"], stages["counters"]["reason"]) == ("not run", "no such tool")
+    assert (stages["tests"]["status"], stages["tests"]["summary"]) == ("ok", "all good")
+    assert "- contact: half of it: was fine" in (tmp_path / "gpu_check.md").read_text()
 
 
-def test_a_part_that_hangs_gets_its_share_alone(check):
+def test_what_hangs_is_ended_and_what_does_not_fit_is_listed(check):
     begin = time.monotonic()
-    status, data = check(fake("tests", hangs), fake("bench", good), minutes=0.15)
+    status, stages = check(minutes=0.07, tests=hangs, peers=good)
     assert time.monotonic() - begin < 60  # not the 600 s of what hangs
-    tests = data["parts"]["tests"]
-    assert (tests["status"], tests["reason"]) == (
-        OUT_OF_TIME,
-        f"its {tests['limit']:.0f} s were over before all was done",
-    )
-    assert tests["limit"] <= 2.6  # half of what is left of nine seconds less the reserve
-    assert data["parts"]["bench"]["status"] == OK
+    assert (stages["tests"]["status"], stages["tests"]["reason"]) == (OUT_OF_TIME, "out of time: sleeper")
+    assert (stages["peers"]["status"], stages["peers"]["reason"]) == ("not run", OUT_OF_TIME)
     assert status == 0
 
 
-def test_parts_that_do_not_fit_are_listed(check):
-    _, data = check(fake("tests", good, least=5), fake("bench", good, least=100), minutes=0.2)
-    assert data["parts"]["tests"]["status"] == OK
-    assert (data["parts"]["bench"]["status"], data["parts"]["bench"]["reason"]) == (NOT_RUN, OUT_OF_TIME)
-
-
-def test_without_a_backend_there_is_nothing_to_check(tmp_path):
-    blind = fake("environment", lambda run: FAILED, needs_backend=False)
-    arguments = ["--out", str(tmp_path), "--parts", "tests"]
-    assert gpu_check.main(arguments, (blind, fake("tests", good))) == 1
-    assert "no backend of ours can run on cuda" in result(tmp_path)["parts"]["tests"]["reason"]
-    assert gpu_check.main([*arguments, "--backend", "cuda"], (blind, fake("tests", good))) == 1
-    assert result(tmp_path)["parts"]["tests"]["status"] == OK
+def test_without_a_backend_there_is_nothing_to_check(check):
+    _, stages = check(load=good, tests=good)
+    assert stages["tests"] == {"status": "not run", "reason": "no backend of ours can run on cuda"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "tests,dance"], "got 'dance'"),
+        (["--stages", "tests,dance"], "got 'dance'"),
         (["--minutes", "0"], "--minutes must be more than 0, got 0"),
-        (["--device", "cuda:1"], "--device must be cuda or cpu, got 'cuda:1' (CUDA_VISIBLE_DEVICES"),
         (["--processes", "0"], "--processes must be at least 1, got 0"),
+        (["--device", "cuda:1"], "invalid choice: 'cuda:1'"),
         (["--shape", "nat-7"], "invalid choice: 'nat-7'"),
-        (["--precision", "float64"], "invalid choice: 'float64'"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, tmp_path, capsys):
@@ -120,48 +91,64 @@ def test_bad_arguments_are_named(arguments, message, tmp_path, capsys):
 
 
 KILLED = """
-import sys, time
+import sys
 from benchmarks import gpu_check
-from benchmarks.gpu.child import run_limited
-from benchmarks.gpu.parts import OK, Part
+from benchmarks.gpu.processes import Process
 
-def environment(run):
-    run.found["backends"] = ["triton"]
-    return OK
+def load(run, stage):
+    run.backends[:] = ["triton"]
 
-def bench(run):
-    run.document.data["rates"] = {"bfloat16": {"fmas": 1.0, "exps": 1.0, "bytes": 1.0}}
-    run.document.save()
-    run_limited([sys.executable, "-c", "import time; time.sleep(600)"], 600, run.folder / "x.log")
-    return OK
+def peers(run, stage):
+    stage.entry["summary"] = "half"
+    process = Process([sys.executable, "-c", "import time; time.sleep(600)"], run.logs / "x.log")
+    run.record.environment["sleeper"] = process._process.pid
+    run.save()
+    process.wait(600)
 
-parts = Part("environment", environment, 1, 0, False), Part("bench", bench, 1, 0)
-sys.exit(gpu_check.main(["--out", sys.argv[1], "--parts", "bench"], parts))
+sys.exit(gpu_check.main(["--out", sys.argv[1], "--stages", "peers"], {"load": (load, 60), "peers": (peers, 600)}))
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_keeps_what_it_measured(how, tmp_path):
+def test_a_killed_run_keeps_what_it_found(how, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (tmp_path / "gpu_check.json").exists() and result(tmp_path)["rates"]:
-            break
+    file, deadline = tmp_path / "gpu_check.json", time.monotonic() + 60
+    while time.monotonic() < deadline and not (file.exists() and Record.read(file).environment):
         time.sleep(0.02)
     os.kill(process.pid, how)
     process.wait()
-    data = result(tmp_path)
-    assert data["rates"]["bfloat16"]["bytes"] == 1.0
-    assert not data["finished"]
+    record = Record.read(file)
+    stage, sleeper = record.more["stages"]["peers"], record.environment["sleeper"]
+    assert (stage["summary"], record.more["finished"]) == ("half", False)
     assert "This run did not end" in (tmp_path / "gpu_check.md").read_text()
     if how == signal.SIGTERM:
-        assert process.returncode == 130
-        assert (data["parts"]["bench"]["status"], data["parts"]["bench"]["reason"]) == (FAILED, "interrupted")
+        assert (process.returncode, stage["status"], stage["reason"]) == (130, "failed", "interrupted")
+        assert not Path(f"/proc/{sleeper}").exists()
+    else:
+        os.kill(sleeper, signal.SIGKILL)
 
 
-FAILING_TESTS = """
+def test_how_a_process_ended(tmp_path):
+    def run(program, seconds=60):
+        return Process([sys.executable, "-c", program], tmp_path / "log").wait(seconds)
+
+    assert run("print('fine')").reason == ""
+    assert run("print('last words'); raise SystemExit(7)").reason == "exit status 7: last words"
+    assert run("import os; os.abort()").reason == "killed by SIGABRT: (no output)"
+    # Interrupted first, so that it can write down what it has; all that it started ends with it.
+    program = "import subprocess, sys\np = subprocess.Popen(['sleep', '600'])\nprint(p.pid, flush=True)\n"
+    ended = run(program + "try: p.wait()\nexcept KeyboardInterrupt: print('written', flush=True)", 2)
+    assert (ended.status, ended.reason) == (None, OUT_OF_TIME)
+    if ended.output:  # this machine was quick enough to start Python
+        pid, last = ended.output.split()
+        assert last == "written"
+        deadline = time.monotonic() + 10
+        while (path := Path(f"/proc/{pid}/stat")).exists() and path.read_text().split()[2] != "Z":
+            assert time.monotonic() < deadline
+
+
+SUITE = """
 import os, pytest, torch
-import natten_ext
 
 @pytest.mark.parametrize("number", range(3))
 def test_passes(target, number):
@@ -176,93 +163,147 @@ def test_skips(target):
 def test_takes_the_process_along(target):
     os.abort()
 
-def test_after_that(target):
-    pass
+def test_breaks_the_context(target, monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access")
+    torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), broken
+    raise RuntimeError("illegal access")
+
+def test_hangs(target):
+    import time
+    time.sleep(600)
+
+def test_after_all_that(target):
+    assert not torch.cuda.is_initialized()
 
 def test_of_no_backend():
     raise RuntimeError("not an operator test")
+
+@pytest.mark.gpu
+def test_on_a_gpu(target):
+    pass
 """
 
-FAKE_SANITIZER = """#!/bin/sh
-# compute-sanitizer --tool NAME --error-exitcode N --report-api-errors no --target-processes X COMMAND...
+TOOLS = {
+    # compute-sanitizer --tool NAME --error-exitcode N --report-api-errors no --target-processes X COMMAND...
+    "compute-sanitizer": """#!/bin/sh
 tool=$2; shift 8
 if [ $tool = memcheck ]; then "$@" || exit $?; echo "========= ERROR SUMMARY: 0 errors"; exit 0; fi
 echo "========= Error: Race reported between Write access and Read access"
 echo "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"; exit 86
-"""
+""",
+    # Two launches of one kernel; the second stands outside of the range that names the shape.
+    "ncu": """#!/bin/sh
+while [ "$1" != --log-file ]; do shift; done
+cat > "$2" <<'END'
+==PROF== Connected
+"ID","Kernel Name","Grid Size","NVTX","smsp__inst_executed.sum","gpu__time_duration.sum"
+"","","","","inst","ns"
+"0","Forward","(8, 1, 1)","shape=nat-256","1,234","5000"
+"1","Forward","(4, 1, 1)","","10","2500"
+END
+""",
+}
 
 
 def test_everything_in_small_on_a_cpu(tmp_path, monkeypatch):
-    """All real parts but the build, with a test-suite that has failures and a sanitizer that finds something."""
-    suite = tmp_path / "suite"
+    """All stages, with a test-suite that has failures of every kind, and tools that are made up."""
+    suite, bin_ = tmp_path / "suite", tmp_path / "bin"
     suite.mkdir()
-    (suite / "test_made_up.py").write_text(FAILING_TESTS)
+    bin_.mkdir()
+    (suite / "test_made_up.py").write_text(SUITE)
     (suite / "test_not_python.py").write_text("def (")
-    conftest = (ROOT / "tests" / "natten_ext" / "conftest.py").read_text()
-    helpers = str(ROOT / "tests" / "natten_ext")
-    (suite / "conftest.py").write_text(
-        conftest.replace("import os\n", f"import os, sys\nsys.path[:0] = [{helpers!r}]\n")
+    imports = (
+        "import sys\nsys.path.insert(0, {!r})\nfrom conftest_of_all import *\nfrom conftest_of_operators import *\n"
     )
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "compute-sanitizer").write_text(FAKE_SANITIZER)
-    (tools / "compute-sanitizer").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    (suite / "conftest.py").write_text(imports.format(str(suite)))
+    for name, folder in (("all", "tests"), ("operators", "tests/natten_ext")):
+        (suite / f"conftest_of_{name}.py").symlink_to(ROOT / folder / "conftest.py")
+    for name, text in TOOLS.items():
+        (bin_ / name).write_text(text)
+        (bin_ / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(bin_), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["--out", str(tmp_path / "out"), "--device", "cpu", "--minutes", "12", "--processes", "1",
-                 "--parts", "tests,repeat,sanitizer,bench", "--backend", "cpu", "--precision", "float32",
-                 "--shape", "cifar-d2", "--tests", str(suite)]  # fmt: skip
+    monkeypatch.setattr("benchmarks.gpu.stages.TEST_LIMIT", 3)
+    out = tmp_path / "out"
+    arguments = ["--out", str(out), "--device", "cpu", "--minutes", "12", "--processes", "1", "--backend", "cpu",
+                 "--peers", "naive,sdpa", "--tests", str(suite)]  # fmt: skip
     assert gpu_check.main(arguments) == 1
-    data = result(tmp_path / "out")
-    assert data["finished"]
-    assert data["environment"]["torch"] and data["backends"]["float32"]["cpu"] == ""
+    record = Record.read(out / "gpu_check.json")
+    stages = record.more["stages"]
+    assert record.more["finished"] and record.environment["torch"]
+    assert {name: stage["status"] for name, stage in stages.items()} == {
+        "load": "ok", "contact": "ok", "counters": "ok", "sanitizer": "failed", "tests": "failed", "repeat": "failed",
+        "peers": "ok",
+    }  # fmt: skip
 
-    tests = data["parts"]["tests"]
-    counts = {"collected": 7, "passed": 4, "failed": 2, "skipped": 1, "lost": 1, "not_run": 0}
-    assert tests["backends"]["cpu"] == counts  # of the seven operator tests; one failure is the file that is not Python
-    assert any("one is not two" in failure for failure in tests["failures"])
-    assert any("along[cpu-on-cpu]: killed by SIGABRT: Fatal Python error" in f for f in tests["failures"])
+    assert stages["tests"]["found"]["cpu"] == {"passed": 4, "failed": 5, "skipped": 1}
+    failures = "\n".join(stages["tests"]["failures"])
+    for told in ("fails.*one is not two", "along.*crashed", "context.*illegal access", "hangs.*crashed", "not_python"):
+        assert re.search(told, failures), told
+    assert "no backend" not in failures
+    assert stages["repeat"]["found"]["cpu"] == {"passed": 1, "failed": 1}  # the file that is not Python
 
-    repeat = data["parts"]["repeat"]
-    assert repeat["status"] == OK
-    assert repeat["results"][0][:3] == ["repeat", "cpu", "float32"]
-
-    sanitizer = data["parts"]["sanitizer"]
-    assert sanitizer["status"] == FAILED
-    assert sanitizer["tools"]["memcheck, cpu"]["problems"] == 0
-    assert sanitizer["tools"]["racecheck, cpu"]["problems"] == 2
-    assert sanitizer["failures"] == [
-        "racecheck, cpu: 2 problems; first: Error: Race reported between Write access and Read access"
+    assert stages["sanitizer"]["found"]["cpu"] == {"memcheck errors": 0, "racecheck hazards": 2}
+    assert stages["sanitizer"]["failures"] == [
+        "cpu, 2 racecheck hazards: Error: Race reported between Write access and Read access"
     ]
+    launches = json.loads((out / "counters.json").read_text())["launches"]
+    assert [(launch["shape"], launch["instructions"]) for launch in launches] == [("nat-256", 1234), ("nat-256", 10)]
 
-    assert data["parts"]["bench"]["status"] == OK
-    rows = {(row["order"], row["candidate"]): row for row in data["rows"]}
-    assert {order for order, _ in rows} == {"forward", "backward", "double"}
     for order in ("forward", "backward", "double"):
-        row = rows[order, "cpu"]
-        assert (row["status"], row["precision"], row["pass"]) == ("ok", "float32", "quick")
-        assert row["alone"] > 0 and row["alone_percent"] > 0 and row["median"] > 0
-        assert rows[order, "sdpa-math"]["status"] == "ok"
-    assert set(data["rates"]) == {"float32"}
-    assert data["cells_not_run"] == []
-    page = (tmp_path / "out" / "gpu_check.md").read_text()
-    assert "| cifar-d2 | forward | cpu " in page
+        cell = record.cells["cifar-d2", order]
+        assert cell["cpu"].status == "ok" and cell["cpu"].alone_percent > 0 and cell["cpu"].ratio > 0
+        assert cell["sdpa-math"].status == "ok"
+    assert "| cifar-d2 | forward | cpu " in (out / "gpu_check.md").read_text()
 
 
-@pytest.mark.parametrize("loads", [True, False])
-def test_kernels_that_do_not_load_are_built_again(monkeypatch, tmp_path, loads):
-    """A library that is there but does not load is no reason not to build: importing the package does not load it."""
-    commands = []
+def test_a_backend_that_breaks_costs_its_own_orders_alone(tmp_path, monkeypatch):
+    """A process that dies in the double backward: what it checked before is timed, and the other backend's all."""
 
-    def run_limited(command, limit, log, environment=None):
-        commands.append(" ".join(command))
-        return Ended(1 if "_not_loaded" in commands[-1] and not loads else 0, 0.0, "")
+    def bench(run, name, backends, shape, more):
+        return [sys.executable, "-c", FAKE_BENCH, run.logs / f"{name}.json", ",".join(backends), *map(str, more)]
 
-    monkeypatch.setattr(parts, "run_limited", run_limited)
-    monkeypatch.setattr(parts.shutil, "which", lambda name: name)
-    run = Run("cuda", [], [], None, tmp_path, time.monotonic() + 60, False, "gpu", None, [], 1, [])
-    assert parts.build(run) == OK
-    assert any("build_ext" in command for command in commands) == (not loads)
+    monkeypatch.setattr(real, "_bench", bench)
+    monkeypatch.setattr(real, "AHEAD", FAKE_BENCH)
+
+    def load(run, stage):
+        run.backends[:] = ["cuda", "triton"]
+
+    arguments = ["--out", str(tmp_path / "out"), "--stages", "contact", "--shape", "nat-64"]
+    assert gpu_check.main(arguments, {"load": (load, 60), "contact": (real.contact, 60)}) == 1
+    record = Record.read(tmp_path / "out" / "gpu_check.json")
+    timed = {(row.candidate, row.order) for row in record.rows if row.timing}
+    orders = ("forward", "backward", "double")
+    assert timed == {*(("cuda", order) for order in orders), *(("triton", order) for order in orders[:2])}
+    (failure,) = record.more["stages"]["contact"]["failures"]
+    assert failure.startswith("triton on nat-64, double: killed by SIGSEGV")
+
+
+FAKE_BENCH = """
+import os, sys
+from pathlib import Path
+from benchmarks.floors import Rates
+from benchmarks.record import Record, Row
+from benchmarks.shapes import SHAPES
+from benchmarks.timing import Timing
+_, path, backends, *more = sys.argv
+check, record = "--repeats" in more, Record({}, "bfloat16")
+asked = [more[i + 1] for i, word in enumerate(more) if word == "--order"] or ["forward", "backward", "double"]
+for order in asked:
+    for backend in backends.split(","):
+        if order == "double" and backend == "triton":
+            os.kill(os.getpid(), 11)
+        timing = {} if check else {"timing": Timing([1e-3])}
+        record.add([Row(SHAPES["nat-64"], order, backend, "ours", **timing)], Rates(1e14, 1e12, 1e12))
+        record.write(Path(path))
+"""
+
+
+def test_the_sanitizer_filters_kernels_that_are_there():
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.*"))
+    for kernel in OUR_KERNELS:
+        assert re.search(rf"^NATTEN_EXT_KERNEL.* {kernel}\(", sources, re.MULTILINE), kernel
 
 
 def test_nvidia_smi_is_asked_about_the_visible_gpu(monkeypatch, tmp_path):

@@ -1,25 +1,78 @@
-"""Tables of the docs are made from results, and are up to date."""
+"""Tables of the docs are made from results, and are up to date; what is written is what is read."""
 
 import json
 
 import pytest
-from made_up import document
 
 from benchmarks import tables
-from benchmarks.gpu.figures import figures_to_reach
+from benchmarks.floors import Rates
+from benchmarks.memory import Memory
+from benchmarks.problem import ORDERS
+from benchmarks.record import Record, Row
 from benchmarks.shapes import SHAPES
+from benchmarks.timing import Timing
 
 CPU_RESULT = "benchmarks/results/cpu_epyc_2threads.json"
+ENVIRONMENT = {"gpu": "NVIDIA H100", "commit": "0123456789abcdef", "date": "2026-11-30T10:00:00+00:00",
+               "torch": "2.11.0+cu130", "packages": {"triton": "3.6.0"}}  # fmt: skip
+STAGES = {
+    "load": {"backends": ["triton", "cuda"]},
+    "tests": {"found": {"triton": {"passed": 9, "skipped": 1}, "cuda": {"passed": 8, "failed": 1, "not run": 1}}},
+    "sanitizer": {"found": {"cuda": {"memcheck errors": 0, "racecheck hazards": None}}},
+}
+
+
+def row(shape, order, candidate, group, seconds, **more):
+    return Row(SHAPES[shape], order, candidate, group, timing=Timing([seconds] * 3), **more)
+
+
+def record(date="2026-11-30", stages=STAGES, commit=ENVIRONMENT["commit"]):
+    """cuda 1 ms, triton 1.5 ms, their operators alone half of that; a peer 6 ms, which can't do the double backward."""
+    made = Record(
+        {**ENVIRONMENT, "date": f"{date}T10:00:00+00:00", "commit": commit}, "bfloat16", more={"stages": stages}
+    )
+    rows = []
+    for shape in ("nat-64", "nat-1024"):
+        for order in ORDERS:
+            for backend, seconds in (("triton", 1.5e-3), ("cuda", 1e-3)):
+                alone = Timing([seconds / 2])
+                rows.append(
+                    row(shape, order, backend, "ours", seconds, alone=alone, memory=Memory(20, 100, 150), host=1e-4)
+                )
+            rows.append(row(shape, order, "naive", "naive", 6e-3, error=1e-3))
+            if order == "double":
+                rows.append(Row(SHAPES[shape], order, "flex", "peer", "cannot", "no derivative"))
+            else:
+                rows.append(row(shape, order, "flex", "peer", 4.5e-3))
+    made.add(rows, Rates(4e14, 3.7e12, 3e12))
+    return made
 
 
 @pytest.fixture
 def root(tmp_path):
-    data = document()
-    data["figures"] = [vars(figure) for figure in figures_to_reach(data["rows"])]
-    (tmp_path / "gpu_h100.json").write_text(json.dumps(data))
-    older = {**data, "commit": "old", "environment": {**data["environment"], "date": "2026-11-29T10:00:00+00:00"}}
-    (tmp_path / "gpu_old.json").write_text(json.dumps(older))
+    record().write(tmp_path / "gpu_h100.json")
+    record("2026-11-29", commit="old").write(tmp_path / "gpu_old.json")
     return tmp_path
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    made = record()
+    made.write(tmp_path / "x.json")
+    assert Record.read(tmp_path / "x.json") == made
+    text = (tmp_path / "x.json").read_text()
+    assert sum(line.startswith('{"shape"') for line in text.splitlines()) == len(made.rows)
+    Record({}, "float32").write(tmp_path / "x.json")
+    assert Record.read(tmp_path / "x.json").rows == []
+
+
+def test_added_rows_replace_those_of_the_same_cell_and_are_related_anew():
+    made = record()
+    count = len(made.rows)
+    made.add([row("nat-64", "forward", "naive", "naive", 2e-3)], Rates(1.0, 1e15, 1.0))
+    assert len(made.rows) == count
+    assert made.cells["nat-64", "forward"]["cuda"].ratio == pytest.approx(2)
+    assert made.cells["nat-64", "backward"]["cuda"].ratio == pytest.approx(6)
+    assert made.rates == Rates(4e14, 1e15, 3e12)
 
 
 def page(*descriptions):
@@ -30,60 +83,59 @@ def test_the_pages_of_this_repository_are_up_to_date(capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr()
 
 
-def test_the_table_of_the_readme():
+def test_ratios_of_the_file_that_docs_show():
     data = json.loads((tables.ROOT / CPU_RESULT).read_text())
-    first = data["rows"][0]
-    line = next(line for line in tables.cpu_speed(data).splitlines() if line.startswith(f"| {first['shape']} ("))
-    ratios = [f"{r['ratio']:.1f}" for r in data["rows"] if (r["shape"], r["candidate"]) == (first["shape"], "cpu")]
-    assert line.split(" | ")[1] == " / ".join(ratios)
+    times = {
+        (r["candidate"], r["order"]): sorted(r["timing"])[len(r["timing"]) // 2] for r in data["rows"]
+        if r["shape"] == "vitgan-d" and len(r.get("timing", ())) % 2
+    }  # fmt: skip
+    line = next(x for x in tables.make(f"speed {CPU_RESULT}").splitlines() if x.startswith("| vitgan-d ("))
+    forward = line.split(" | ")[1].split(" / ")[0]
+    assert forward == f"{times['naive', 'forward'] / times['cpu', 'forward']:.1f}"
 
 
 def test_only_what_is_between_the_comments_changes(root):
-    made = tables.rewrite(page("gpu-figures gpu_h100.json", "gpu-speed gpu_h100.json bfloat16"), root)
+    made = tables.rewrite(page("figures gpu_h100.json", "operators gpu_h100.json"), root)
     assert made.count("before\n<!-- table: ") == made.count("<!-- end of table -->\nafter") == 2
     assert "old" not in made
-    assert "| met | triton | forward, percent of the floor, nat-128 to nat-1024, least | >= 60 | 70% on nat-128" in made
+    assert "| met | triton | backward: FlexAttention / ours, least | >= 2 | 3.00x on nat-64, of 2 |" in made
+    assert "| nat-64 | 8,64x64,16,32 | 750 (" in made
     assert tables.rewrite(made, root) == made
 
 
 def test_what_has_run_on_a_gpu(root):
-    lines = tables.make("gpu-ran gpu_*.json", root).splitlines()
+    lines = tables.make("ran gpu_*.json", root).splitlines()
+    start = "0123456789 | NVIDIA H100 | 2026-11-30 | 2.11.0+cu130, 3.6.0"
     assert lines[2:] == [
-        "| `triton` | 0123456789 | NVIDIA H100 | 2026-11-30 | 2.11.0+cu130, 3.6.0 | 9 passed, 1 skipped | 1 ok"
-        " | not run | memcheck 0, racecheck 2 |",
-        "| `cuda` | 0123456789 | NVIDIA H100 | 2026-11-30 | 2.11.0+cu130, 3.6.0 | 8 passed, 1 failed, 1 not run"
-        " | 0 ok, **1 failed** | not run | memcheck ? |",
+        f"| `triton` | {start} | 9 passed, 1 skipped | not run | not run |",
+        f"| `cuda` | {start} | 8 passed, 1 failed, 1 not run | not run | 0 memcheck errors, ? racecheck hazards |",
     ]
     # A second run at the same commit adds to the first.
-    second = {**json.loads((root / "gpu_h100.json").read_text()), "parts": {
-        "environment": {"status": "ok", "backends": ["triton", "cuda"]}, "tests": {"status": "not run"},
-        "capture": {"status": "ok", "results": [["graphs", "triton", "bfloat16", "nat-16", "ok", ""]] * 2},
-    }}  # fmt: skip
-    second["environment"]["date"] = "2026-12-01T10:00:00+00:00"
-    (root / "gpu_second.json").write_text(json.dumps(second))
-    assert "| 2026-12-01 | 2.11.0+cu130, 3.6.0 | 9 passed, 1 skipped | 1 ok | 2 ok |" in tables.make(
-        "gpu-ran gpu_*.json", root
-    )
-    never = tables.make("gpu-ran nothing_*.json", root)
-    assert never.count("not yet run on a GPU") == 2
+    stages = {
+        "load": {"backends": ["triton"]},
+        "tests": {"status": "not run"},
+        "repeat": {"found": {"triton": {"passed": 2}}},
+    }
+    record("2026-12-01", stages).write(root / "gpu_second.json")
+    made = tables.make("ran gpu_*.json", root)
+    assert "| 2026-12-01 | 2.11.0+cu130, 3.6.0 | 9 passed, 1 skipped | 2 passed | not run |" in made
+    assert "| 8 passed, 1 failed, 1 not run | not run |" in made
+    assert tables.make("ran nothing_*.json", root).count("not yet run on a GPU") == 2
 
 
-def test_peers(root):
-    line = next(
-        x for x in tables.make("gpu-peers gpu_h100.json bfloat16", root).splitlines() if "| nat-64 | double" in x
-    )
-    assert line == "| nat-64 | double | cuda 1000 | 0.20 | 6.0 | - | 20.0 | - | - |"
+def test_steps_beside_other_libraries(root):
+    lines = tables.make("steps gpu_h100.json", root).splitlines()
+    assert lines[0] == "| shape | step | ours, us | memory beyond / returned | fastest naive | flex |"
+    assert lines[2] == "| nat-64 | forward | cuda 1000 | 0.20 | 6.0 | 4.5 |"
+    assert lines[4] == "| nat-64 | double | cuda 1000 | 0.20 | 6.0 | - |"
 
 
 def test_what_each_library_can_do():
-    def row(candidate, order, status, reason=""):
-        made = {"shape": "nat-16", "candidate": candidate, "order": order, "status": status, "reason": reason}
-        return {**made, "group": "ours" if candidate == "cpu" else "peer", "problem": SHAPES["nat-16"].to_dict()}
-
-    rows = [row("cpu", order, "ok") for order in tables.ORDERS]
-    rows += [row("sdpa", "forward", "ok"), row("sdpa", "backward", "wrong", "off by 2"), row("sdpa", "double", "ok")]
-    rows += [row("flex", order, "cannot", "no CPU.") for order in tables.ORDERS]
-    assert tables.cpu_peers({"rows": rows}).splitlines()[2:] == [
+    rows = [row("nat-16", order, "cpu", "ours", 1.0) for order in ORDERS]
+    for order, status, reason in (("forward", "ok", ""), ("backward", "wrong", "off by 2"), ("double", "ok", "")):
+        rows.append(Row(SHAPES["nat-16"], order, "sdpa", "peer", status, reason))
+    rows += [Row(SHAPES["nat-16"], order, "flex", "peer", "cannot", "no CPU.") for order in ORDERS]
+    assert tables.orders_table(Record({}, "float32", rows=rows)).splitlines()[2:] == [
         "| nat-16 (8, 16x16, 16, 32) | all | forward, double | no |",
         "",
         "- sdpa: off by 2 (backward)",
@@ -94,10 +146,10 @@ def test_what_each_library_can_do():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (page("gpu-dance gpu_h100.json"), "got 'gpu-dance'"),
-        (page("gpu-figures gpu_*.json"), "'gpu_\\*.json' must be one file, it is 2"),
-        (page("gpu-figures none.json"), "must be one file, it is 0"),
-        ("<!-- table: gpu-ran x.json -->\nno end", "has no '<!-- end of table -->'"),
+        (page("dance gpu_h100.json"), "got 'dance'"),
+        (page("figures gpu_*.json"), "'gpu_\\*.json' must be one file, it is 2"),
+        (page("figures none.json"), "must be one file, it is 0"),
+        ("<!-- table: ran x.json -->\nno end", "has no '<!-- end of table -->'"),
     ],
 )
 def test_comments_that_make_no_sense(root, text, message):
@@ -107,12 +159,12 @@ def test_comments_that_make_no_sense(root, text, message):
 
 def test_check_changes_nothing(tmp_path, capsys):
     stale = tmp_path / "page.md"
-    stale.write_text(page(f"cpu-speed {CPU_RESULT}"))
+    stale.write_text(page(f"speed {CPU_RESULT}"))
     before = stale.read_text()
     assert tables.main(["--check", str(stale)]) == 1
     assert (stale.read_text(), "out of date" in capsys.readouterr().out) == (before, True)
     assert tables.main([str(stale)]) == 0
     assert "| nat-16 (" in stale.read_text()
     assert tables.main(["--check", str(stale)]) == 0
-    stale.write_text(page("gpu-figures none.json"))
+    stale.write_text(page("figures none.json"))
     assert tables.main([str(stale)]) == 2

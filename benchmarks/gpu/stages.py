@@ -1,0 +1,298 @@
+"""The stages of a gpu_check. Each works in processes of its own, until its deadline, and says what it found.
+
+A stage fills in ``Stage.entry``: ``summary`` (one line), ``failures`` (one line each), ``found`` (counts by backend).
+It may raise: gpu_check reports that and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.problem import ORDERS
+from benchmarks.record import Record
+
+from .processes import OUT_OF_TIME, Process, left
+
+CONTACT = ("nat-64", "nat-256", "nat-1024", "church-g5", "cifar-d1", "vitgan-d", "l2-4k")
+COUNTED = ("nat-256", "church-g5", "l2-4k")
+BESIDE_PEERS = ("nat-64", "church-g5", "vitgan-d")
+TEST_LIMIT = 60  # seconds of one test, compilation of its kernels included
+SANITIZER_STATUS = 86
+# What the tools print at the end.
+SANITIZERS = {
+    "memcheck errors": r"ERROR SUMMARY: (\d+) error",
+    "racecheck hazards": r"RACECHECK SUMMARY: (\d+) hazard",
+}
+# racecheck instruments these alone: it takes minutes for torch's.
+OUR_KERNELS = ("attention_kernel", "reduce_tables")
+# Imports while another process measures, and begins when it is told to.
+AHEAD = "import sys; from benchmarks.attn_bench import main; sys.stdin.readline(); sys.exit(main())"
+
+
+class NotRunError(Exception):
+    """A stage can't run here; the message is the reason."""
+
+
+@dataclass
+class Run:
+    """What the stages share. ``save`` writes everything down; ``backends`` are those that can run."""
+
+    options: argparse.Namespace
+    record: Record
+    logs: Path
+    save: Callable[[], None]
+    backends: list[str]
+
+    @property
+    def small(self) -> bool:
+        """Everything in small, to try it without a GPU."""
+        return self.options.device == "cpu"
+
+
+@dataclass
+class Stage:
+    """What one stage gets: until when (``time.monotonic``), and where to say what it found."""
+
+    deadline: float
+    entry: dict[str, Any]
+
+    def fail(self, what: str, reason: str) -> None:
+        """Note a failure; running out of time is none."""
+        if reason == OUT_OF_TIME:
+            self.entry["reason"] = f"{OUT_OF_TIME}: {what}"
+        elif reason:
+            self.entry.setdefault("failures", []).append(f"{what}: {reason}")
+
+
+def load(run: Run, stage: Stage) -> None:
+    """Backends that run here, with code for this GPU; driver, clocks and tools."""
+    out = run.logs / "load.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.load", "--device", run.options.device, "--out", out]
+    ended = _start(run, "load", command, {"CUDA_DISABLE_PTX_JIT": "1"}).wait(left(stage.deadline))
+    stage.fail("load", ended.reason)
+    if not out.exists():
+        return
+    told = json.loads(out.read_text())
+    environment = run.record.environment = told["environment"]
+    environment["commit"] = run.options.commit or environment["commit"]
+    for name, reason in told["launched"].items():
+        stage.fail(name, reason)
+    wanted = run.options.backend or list(told["launched"])
+    run.backends[:] = [name for name, reason in told["launched"].items() if not reason and name in wanted]
+    for name in set(run.options.backend or ()) - set(told["launched"]):
+        stage.fail(name, environment["backends"].get(name, "no such backend"))
+    stage.entry["backends"] = run.backends
+    states = [f"{name}: {environment['backends'].get(name)}" for name in ("cuda", "triton")]
+    stage.entry["summary"] = f"can run: {', '.join(run.backends) or 'none'} ({', '.join(states)})"
+
+
+def contact(run: Run, stage: Stage) -> None:
+    """Our backends on the named shapes: checked, one process for each, side by side; then timed, shape by shape.
+
+    The check compiles Triton's kernels; what it finds wrong, or what takes its process along, is not timed.
+    """
+    shapes = run.options.shape or (("cifar-d2",) if run.small else CONTACT)
+    jobs: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for backend in run.backends:
+        only_check = ("--repeats", 0, "--peers", "none")
+        names = {shape: f"check-{backend}-{shape}" for shape in shapes}
+        processes = [
+            _start(run, name, _bench(run, name, [backend], shape, only_check)) for shape, name in names.items()
+        ]
+        for (shape, name), process in zip(names.items(), processes, strict=True):
+            ended, rows = process.wait(left(stage.deadline)), _take(run, name)
+            if len(rows) < len(ORDERS):
+                stage.fail(f"{backend} on {shape}, {ORDERS[len(rows)]}", ended.reason)
+            if orders := tuple(row.order for row in rows if row.status != "wrong"):
+                jobs.setdefault((shape, orders), []).append(backend)
+    commands = {}
+    for (shape, orders), backends in jobs.items():
+        name = f"time-{'-'.join(backends)}-{shape}"
+        command = _bench(run, name, backends, shape, ("--peers", "none", *_words("--order", orders)))
+        commands[name] = [sys.executable, "-c", AHEAD, *command[3:]], len(backends) * len(orders)
+    waiting: list[Process] = []
+    for number, (name, (_, rows)) in enumerate(commands.items()):
+        for ahead in list(commands)[number + len(waiting) : number + 2]:
+            waiting.append(_start(run, ahead, commands[ahead][0]))
+        process = waiting.pop(0)
+        process.release()
+        ended = process.wait(left(stage.deadline))
+        if len(_take(run, name)) < rows:
+            stage.fail(name, ended.reason)
+    _judge(run, stage)
+
+
+def peers(run: Run, stage: Stage) -> None:
+    """Plain PyTorch, SDPA's kernels, FlexAttention and NATTEN beside ours; a process for each shape."""
+    for shape in ("cifar-d2",) if run.small else BESIDE_PEERS:
+        name = f"peers-{shape}"
+        process = _start(run, name, _bench(run, name, run.backends, shape, ("--peers", run.options.peers)))
+        ended = process.wait(left(stage.deadline))
+        if not {row.order for row in _take(run, name)} >= set(ORDERS):
+            stage.fail(name, ended.reason)
+    _judge(run, stage)
+
+
+def _bench(run: Run, name: str, backends: list[str], shape: str, more: tuple[object, ...]) -> list[str]:
+    small = ("--suite", "smoke", "--repeats", 1, "--budget", 0, "--no-memory", "--threads", 1)
+    how = small if run.small else ("--suite", "gpu", "--repeats", 25, "--budget", 0.3)
+    device, precision = run.options.device, run.record.precision
+    return [
+        sys.executable, "-m", "benchmarks.attn_bench", *how, "--device", device, "--dtype", precision, "--alone",
+        "--quiet", "--shape", shape, *_words("--backend", backends), "--json", run.logs / f"{name}.json", *more,
+    ]  # fmt: skip
+
+
+def _start(run: Run, name: str, command: list[str], environment: dict[str, str] | None = None) -> Process:
+    return Process(command, run.logs / f"{name}.log", environment)
+
+
+def _words(option: str, values: object) -> list[str]:
+    return [word for value in values for word in (option, value)]
+
+
+def _take(run: Run, name: str) -> list[Any]:
+    """The rows that a process of attn_bench left behind, which join the others."""
+    path = run.logs / f"{name}.json"
+    if not path.exists():
+        return []
+    found = Record.read(path)
+    if found.rows:
+        run.record.add(found.rows, found.rates)
+        run.save()
+    return found.rows
+
+
+def _judge(run: Run, stage: Stage) -> None:
+    rows = [row for row in run.record.rows if row.group == "ours"]
+    for row in rows:
+        if row.failed:
+            stage.fail(f"{row.candidate} on {row.shape.name}, {row.order}", f"{row.status}: {row.reason}")
+    stage.entry["summary"] = f"{sum(row.timing is not None for row in rows)} of {len(rows)} steps of ours timed"
+
+
+def counters(run: Run, stage: Stage) -> None:
+    """Nsight Compute on the CUDA kernels; see ``benchmarks.gpu.counters``."""
+    if "cuda" not in run.backends and not run.small:
+        raise NotRunError("the backend cuda can't run")
+    if shutil.which("ncu") is None:
+        raise NotRunError("ncu is not on the path")
+    out = run.options.out / "counters.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.counters", "--backend", "cuda", "--out", out]
+    ended = _start(run, "counters", [*command, *_words("--shape", COUNTED)]).wait(left(stage.deadline))
+    stage.fail("ncu", ended.reason)
+    if not ended.reason:
+        stage.entry["summary"] = ended.output.strip().splitlines()[-1]
+
+
+def sanitizer(run: Run, stage: Stage) -> None:
+    """compute-sanitizer's memcheck and racecheck over odd little shapes."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        raise NotRunError("compute-sanitizer is not on the path")
+    found = stage.entry["found"] = {}
+    for backend in sorted(run.backends):  # cuda before triton, which is compiled under the sanitizer
+        kernels = [f"kernel_substring={kernel}" for kernel in OUR_KERNELS] if backend == "cuda" else []
+        only = {"memcheck": ([], []), "racecheck": (_words("--kernel-name", kernels), ["--smallest"])}
+        for name, pattern in SANITIZERS.items():
+            which = name.split()[0]
+            command = [
+                tool, "--tool", which, "--error-exitcode", SANITIZER_STATUS, "--report-api-errors", "no",
+                "--target-processes", "application-only", *only[which][0],
+                sys.executable, "-m", "benchmarks.gpu.odd_shapes", "--backend", backend,
+                "--device", run.options.device, *only[which][1],
+            ]  # fmt: skip
+            # Each tensor an allocation of its own, so that an access beyond it is seen.
+            process = _start(run, f"{which}-{backend}", command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+            ended = process.wait(left(stage.deadline))
+            numbers = [int(number) for number in re.findall(pattern, ended.output)]
+            found.setdefault(backend, {})[name] = sum(numbers) if numbers else None
+            wrong = [line for line in ended.output.splitlines() if re.search(r", \w+\d\d: (?!right)", line)]
+            for line in wrong:
+                stage.fail(f"{backend} under {which}", line)
+            if sum(numbers):
+                stage.fail(f"{backend}, {sum(numbers)} {name}", _first_problem(ended.output))
+            elif not numbers or (ended.status and not wrong):
+                stage.fail(f"{backend}, {name}", ended.reason or "no summary")
+            run.save()
+
+
+def _first_problem(output: str) -> str:
+    lines = [line.lstrip("= ").strip() for line in output.splitlines() if line.startswith("=========")]
+    return next((line for line in lines if re.search(r"Invalid|hazard|Error|Race|Uninit", line)), "(see the log)")
+
+
+def tests(run: Run, stage: Stage) -> None:
+    """The operator tests on the device; cuda before triton, whose kernels take long to compile."""
+    _pytest(run, stage, "tests", "not gpu")
+
+
+def repeat(run: Run, stage: Stage) -> None:
+    """Tests that only a GPU can run: repeatability of large problems, CUDA graphs, streams, devices, torch.compile."""
+    _pytest(run, stage, "repeat", "gpu")
+
+
+def _pytest(run: Run, stage: Stage, name: str, marker: str) -> None:
+    found = stage.entry["found"] = {}
+    slowest: list[tuple[float, str]] = []
+    for backend in sorted(run.backends):
+        xml = run.logs / f"{name}-{backend}.xml"
+        target = f"{backend}-on-{run.options.device}"
+        command = [
+            sys.executable, "-m", "pytest", *run.options.tests, "-m", marker, "-k", target, "-q", "--tb=short",
+            "-p", "no:cacheprovider", "-n", run.options.processes, "--dist", "worksteal", "--timeout", TEST_LIMIT,
+            "--timeout-method", "thread", "--continue-on-collection-errors", f"--junitxml={xml}",
+        ]  # fmt: skip
+        environment = {"NATTEN_EXT_TEST_BACKENDS": backend, "NATTEN_EXT_TEST_DEVICES": run.options.device}
+        ended = _start(run, f"{name}-{backend}", command, environment).wait(left(stage.deadline))
+        outcomes = read_junit(xml) if xml.exists() else {}
+        counts = found[backend] = Counter(outcome for outcome, _, _ in outcomes.values())
+        collected = re.search(r"workers? \[(\d+) items?\]", ended.output)
+        if collected and (missing := int(collected[1]) - sum(counts.values())) > 0:
+            counts["not run"] = missing
+        for test, (outcome, reason, seconds) in outcomes.items():
+            slowest.append((seconds, test))
+            if outcome == "failed":
+                stage.fail(test, reason)
+        if ended.status not in (0, 1) or not outcomes:
+            stage.fail(backend, ended.reason or "no test ran")
+        run.save()
+    stage.entry["slowest"] = [f"{seconds:.1f} s {test}" for seconds, test in sorted(slowest, reverse=True)[:5]]
+
+
+def read_junit(path: Path) -> dict[str, tuple[str, str, float]]:
+    """Outcome ("passed", "failed" or "skipped"), reason and seconds of each test.
+
+    A worker that ends behind a failed test makes xdist report that test once more; what was said first stays.
+    """
+    found: dict[str, tuple[str, str, float]] = {}
+    for case in ElementTree.parse(path).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}".lstrip(":")
+        problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        outcome = "passed" if problem is None else "skipped" if problem.tag == "skipped" else "failed"
+        reason = "" if problem is None else (problem.get("message") or problem.text or "").strip().split("\n")[0][:300]
+        if found.get(name, ("passed",))[0] != "failed":
+            found[name] = outcome, reason, float(case.get("time") or 0)
+    return found
+
+
+STAGES: dict[str, tuple[Callable[[Run, Stage], None], float]] = {
+    "load": (load, 30),
+    "contact": (contact, 90),
+    "counters": (counters, 120),
+    "sanitizer": (sanitizer, 60),
+    "tests": (tests, 150),
+    "repeat": (repeat, 60),
+    "peers": (peers, 600),
+}
+"""In this order; seconds that each may take. What one does not use goes to the later ones."""
