@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--budget", type=float, default=1.0, help="seconds of timing per candidate and cell (default 1)")
     add("--alone", action="store_true", help="also time each order's operator alone (in the JSON)")
     add("--no-memory", action="store_true", help="skip the memory measurements")
-    add("--json", type=Path, metavar="FILE", help="write everything there, all samples included")
+    add("--json", type=Path, metavar="FILE", help="write everything there, with the quartiles of each time")
     add("--plot", type=Path, metavar="FILE", help="draw the ratios and the memory")
     add("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)

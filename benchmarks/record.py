@@ -7,6 +7,7 @@ computed from that when it is read, by the same code that computed them when it 
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .shapes import Shape
 from .timing import Timing
 
 DIGITS = 6  # of a time in the file
+SAMPLES = 5  # of a time in the file, at most: of more, the quartiles with the least and the largest
 
 
 @dataclass
@@ -157,7 +159,10 @@ def _to_dict(row: Row) -> dict[str, Any]:
     data |= {name: float(f"{value:.2g}") for name in ("error", "host") if (value := getattr(row, name)) is not None}
     for name in ("timing", "alone"):
         if timing := getattr(row, name):
-            data[name] = [float(f"{sample:.{DIGITS}g}") for sample in timing.samples]
+            samples = timing.samples
+            if len(samples) > SAMPLES:
+                samples = [min(samples), *statistics.quantiles(samples, n=4, method="inclusive"), max(samples)]
+            data[name] = [float(f"{sample:.{DIGITS}g}") for sample in samples]
     if row.memory:
         data["memory"] = [row.memory.beyond, row.memory.returned, row.memory.step]
     return data

@@ -32,7 +32,7 @@ from typing import Any
 from .figures import figures_to_reach
 from .problem import ORDERS
 from .record import Record, Row
-from .shapes import Shape
+from .shapes import SHAPES, Shape
 from .suites import how_scaled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +79,8 @@ def operators_table(record: Record) -> str:
         return f"{1e6 * row.alone.median:.0f} ({row.alone_percent:.0f}%)" if row and row.alone else "-"
 
     lines = []
-    for name, shape in record.shapes.items():
+    for name in _in_order(record):
+        shape = record.shapes[name]
         scaled = how_scaled(shape)
         cells = [record.cells.get((name, order), {}) for order in ORDERS]
         times = [" / ".join(alone(cell.get(backend)) for cell in cells) for backend in record.ours]
@@ -92,7 +93,8 @@ def steps_table(record: Record) -> str:
     """Whole steps: the time of every other candidate over that of our fastest backend."""
     peers = [name for name in record.candidates if name not in record.ours and not name.startswith("naive")]
     lines = []
-    for (name, order), cell in record.cells.items():
+    for name, order in ((name, order) for name in _in_order(record) for order in ORDERS):
+        cell = record.cells.get((name, order), {})
         mine = [cell[backend] for backend in record.ours if backend in cell and cell[backend].timing]
         best = min(mine, key=lambda row: row.timing.median, default=None)
         if best is None:
@@ -156,6 +158,11 @@ def ran_table(records: list[Record]) -> str:
 def counts_line(counts: dict[str, Any]) -> str:
     """For example "2279 passed, 40 failed"; a question mark for what did not end."""
     return ", ".join(f"{'?' if count is None else count} {name}" for name, count in counts.items()) or "not run"
+
+
+def _in_order(record: Record) -> list[str]:
+    """The shapes of a record as ``benchmarks/shapes.py`` lists them, whatever was measured first."""
+    return [name for name in SHAPES if name in record.shapes]
 
 
 def _label(shape: Shape) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT_OF_TIME = "out of time"
-GRACE = 5.0  # seconds to write down what there is after an interrupt
+GRACE = 15.0  # seconds to write down what there is after an interrupt; pytest's workers take up to ten
 
 _running: set[Process] = set()
 

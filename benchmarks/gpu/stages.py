@@ -27,6 +27,7 @@ CONTACT = ("nat-64", "nat-256", "nat-1024", "church-g5", "cifar-d1", "vitgan-d",
 COUNTED = ("nat-256", "church-g5", "l2-4k")
 BESIDE_PEERS = ("nat-64", "church-g5", "vitgan-d")
 TEST_LIMIT = 60  # seconds of one test, compilation of its kernels included
+TEST_END = 8  # seconds in which pytest-xdist ends, after which it is interrupted
 SANITIZER_STATUS = 86
 # What the tools print at the end.
 SANITIZERS = {
@@ -249,9 +250,10 @@ def _pytest(run: Run, stage: Stage, name: str, marker: str) -> None:
         xml = run.logs / f"{name}-{backend}.xml"
         target = f"{backend}-on-{run.options.device}"
         command = [
-            sys.executable, "-m", "pytest", *run.options.tests, "-m", marker, "-k", target, "-q", "--tb=short",
+            sys.executable, "-m", "pytest", *run.options.tests, "-m", marker, "-k", target, "-v", "--tb=short",
             "-p", "no:cacheprovider", "-n", run.options.processes, "--dist", "worksteal", "--timeout", TEST_LIMIT,
-            "--timeout-method", "thread", "--continue-on-collection-errors", f"--junitxml={xml}",
+            "--timeout-method", "thread", "--session-timeout", max(1, left(stage.deadline) - TEST_END),
+            "--continue-on-collection-errors", f"--junitxml={xml}",
         ]  # fmt: skip
         environment = {"NATTEN_EXT_TEST_BACKENDS": backend, "NATTEN_EXT_TEST_DEVICES": run.options.device}
         ended = _start(run, f"{name}-{backend}", command, environment).wait(left(stage.deadline))
@@ -264,7 +266,9 @@ def _pytest(run: Run, stage: Stage, name: str, marker: str) -> None:
             slowest.append((seconds, test))
             if outcome == "failed":
                 stage.fail(test, reason)
-        if ended.status not in (0, 1) or not outcomes:
+        if "session-timeout" in ended.output:
+            stage.fail(backend, OUT_OF_TIME)
+        elif ended.status not in (0, 1) or not outcomes:
             stage.fail(backend, ended.reason or "no test ran")
         run.save()
     stage.entry["slowest"] = [f"{seconds:.1f} s {test}" for seconds, test in sorted(slowest, reverse=True)[:5]]

@@ -300,6 +300,25 @@ for order in asked:
 """
 
 
+def test_tests_that_take_too_long_are_counted_as_far_as_they_went(tmp_path):
+    slow = "import pytest, time\n@pytest.mark.parametrize('n', range(200))\ndef test_x(target, n): time.sleep(0.5)\n"
+    (tmp_path / "test_slow.py").write_text(slow)
+    (tmp_path / "conftest.py").write_text(
+        "import pytest\n@pytest.fixture(params=['cpu-on-cpu'])\ndef target(request): pass\n"
+    )
+    options = ["--out", str(tmp_path / "out"), "--device", "cpu", "--processes", "2", "--tests", str(tmp_path)]
+
+    def load(run, stage):
+        run.backends[:] = ["cpu"]
+
+    seconds = real.TEST_END + 5
+    gpu_check.main([*options, "--stages", "tests"], {"load": (load, 60), "tests": (real.tests, seconds)})
+    stage = Record.read(tmp_path / "out" / "gpu_check.json").more["stages"]["tests"]
+    assert stage["status"] == OUT_OF_TIME, stage
+    counts = stage["found"]["cpu"]
+    assert counts["passed"] + counts["not run"] == 200
+
+
 def test_the_sanitizer_filters_kernels_that_are_there():
     sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.*"))
     for kernel in OUR_KERNELS:

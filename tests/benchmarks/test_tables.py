@@ -61,6 +61,13 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert Record.read(tmp_path / "x.json") == made
     text = (tmp_path / "x.json").read_text()
     assert sum(line.startswith('{"shape"') for line in text.splitlines()) == len(made.rows)
+    # Of many samples the quartiles are kept, and with them median and spread.
+    many = Record(ENVIRONMENT, "bfloat16")
+    many.add([row("nat-64", "forward", "cuda", "ours", 1.0)], made.rates)
+    many.rows[0].timing = Timing([1.0, 9.0, 2.0, 4.0, 3.0, 7.0, 5.0, 8.0, 6.0])
+    many.write(tmp_path / "x.json")
+    read = Record.read(tmp_path / "x.json").rows[0].timing
+    assert (read.samples, read.median, read.spread) == ([1, 3, 5, 7, 9], 5, many.rows[0].timing.spread)
     Record({}, "float32").write(tmp_path / "x.json")
     assert Record.read(tmp_path / "x.json").rows == []
 
