@@ -235,15 +235,15 @@ def _first_problem(output: str) -> str:
 
 def tests(run: Run, stage: Stage) -> None:
     """The operator tests on the device; cuda before triton, whose kernels take long to compile."""
-    _pytest(run, stage, "tests", "not gpu")
+    _pytest(run, stage, "tests", "not gpu", run.options.processes)
 
 
 def repeat(run: Run, stage: Stage) -> None:
     """Tests that only a GPU can run: repeatability of large problems, CUDA graphs, streams, devices, torch.compile."""
-    _pytest(run, stage, "repeat", "gpu")
+    _pytest(run, stage, "repeat", "gpu", min(4, run.options.processes))  # more would wait for the device
 
 
-def _pytest(run: Run, stage: Stage, name: str, marker: str) -> None:
+def _pytest(run: Run, stage: Stage, name: str, marker: str, processes: int) -> None:
     found = stage.entry["found"] = {}
     slowest: list[tuple[float, str]] = []
     for backend in sorted(run.backends):
@@ -251,7 +251,7 @@ def _pytest(run: Run, stage: Stage, name: str, marker: str) -> None:
         target = f"{backend}-on-{run.options.device}"
         command = [
             sys.executable, "-m", "pytest", *run.options.tests, "-m", marker, "-k", target, "-v", "--tb=short",
-            "-p", "no:cacheprovider", "-n", run.options.processes, "--dist", "worksteal", "--timeout", TEST_LIMIT,
+            "-p", "no:cacheprovider", "-n", processes, "--dist", "worksteal", "--timeout", TEST_LIMIT,
             "--timeout-method", "thread", "--session-timeout", max(1, left(stage.deadline) - TEST_END),
             "--continue-on-collection-errors", f"--junitxml={xml}",
         ]  # fmt: skip

@@ -1,10 +1,12 @@
 """The check tells right from wrong, and what raises or drops derivatives is caught."""
 
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks import runner
 from benchmarks.candidates import Candidate, all_candidates, find_candidates
 from benchmarks.check import ALL_HEADS, CHUNK, compare, expect
 from benchmarks.floors import Rates
@@ -12,6 +14,7 @@ from benchmarks.problem import ORDERS, STEPS, CannotError, make_inputs
 from benchmarks.runner import Options, one_line, run
 from benchmarks.shapes import SHAPES
 from benchmarks.suites import SUITES
+from benchmarks.timing import CpuClock
 
 CPU = torch.device("cpu")
 RATES = Rates(1e10, 1e9, 1e10)
@@ -112,6 +115,20 @@ def test_flaws_are_seen(kind, order, status, reason):
     (row,) = rows_of(broken_attend(kind), SMOKE[1], order)
     assert (row.status, row.timing, row.failed) == (status, None, True)
     assert reason in row.reason
+
+
+def test_a_broken_cuda_context_is_not_blamed_on_the_next_candidate(monkeypatch):
+    def broken(device):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    shape, candidate = SMOKE[1], broken_attend("that raises")
+    attends = {candidate.name: candidate.prepare(shape, CPU, torch.float32)}
+    inputs = make_inputs(shape, torch.float32, CPU)
+    options = Options(types.SimpleNamespace(type="cuda"), "float32", ("forward",))
+    cell = runner._Cell(shape, "forward", inputs, [candidate], attends, options, lambda activity, name: None)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        cell.check(CpuClock())
 
 
 def test_detached_first_gradients_are_called_a_missing_second_derivative():

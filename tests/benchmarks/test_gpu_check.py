@@ -169,12 +169,12 @@ def test_breaks_the_context(target, monkeypatch):
     torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), broken
     raise RuntimeError("illegal access")
 
+def test_after_that(target):
+    assert not torch.cuda.is_initialized()
+
 def test_hangs(target):
     import time
     time.sleep(600)
-
-def test_after_all_that(target):
-    assert not torch.cuda.is_initialized()
 
 def test_of_no_backend():
     raise RuntimeError("not an operator test")
