@@ -15,7 +15,7 @@ export NATTEN_EXT_CUDA ?= $(if $(wildcard /dev/nvidia0),,0)
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-SOURCES := setup.py setup_cuda.py pyproject.toml natten_ext/version.py $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py pyproject.toml natten_ext/version.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo test bench install clean
 

@@ -2,13 +2,18 @@
 
 Three shared objects: ``natten_ext/libnatten_ext_cpu.so``, the CPU kernels on LibTorch's stable ABI (any Python, torch
 2.11 and later), compiled once per instruction set; ``natten_ext/libnatten_ext_cuda.so``, the same for GPUs, where there
-is an nvcc (setup_cuda.py); and ``natten_ext/_C``, a small pybind11 module.
+is an nvcc; and ``natten_ext/_C``, a small pybind11 module.
+
+Environment variables: ``CXX`` and ``MAX_JOBS`` as usual; ``NATTEN_EXT_CUDA`` 0 leaves the CUDA kernels out and 1 makes
+a missing nvcc an error; ``TORCH_CUDA_ARCH_LIST`` lists compute capabilities as torch does ("8.0;9.0+PTX");
+``CUDA_HOME`` is where CUDA is.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,13 +25,18 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-sys.path.insert(0, str(ROOT))  # a build backend does not run in this folder
 
-import setup_cuda  # noqa: E402
-
-CPU_KERNELS = ("forward", "backward", "double_backward")
+KERNELS = ("forward", "backward", "double_backward")
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 MINIMUM_TORCH = (2, 11)
+
+CUDA_SOURCE = ROOT / "csrc" / "cuda"
+CUDA_MODES = ("HalfMode", "BfloatMode", "Tf32Mode", "FloatMode", "DoubleMode")  # csrc/cuda/params.h
+CUDA_LIBRARY = "libnatten_ext_cuda.so"
+CUDA_RESOURCES = "cuda_resources.txt"  # what ptxas said of every kernel
+CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
+# Where no GPU is visible: runs on every GPU from 8.0 on; after 8.x the driver compiles it at first use.
+DEFAULT_CAPABILITIES = "8.0+PTX"
 
 
 def instruction_sets() -> dict[str, tuple[int, list[str]]]:
@@ -128,6 +138,100 @@ class NinjaFile:
         return output
 
 
+def find_nvcc() -> str | None:
+    """Path of nvcc, or None where the cuda backend is not to be built; says so in one line."""
+    wanted = os.environ.get("NATTEN_EXT_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"NATTEN_EXT_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        print("natten_ext: NATTEN_EXT_CUDA=0, so the cuda backend is not built")
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, map(shutil.which, candidates)), None)
+    if nvcc is None and wanted == "1":
+        raise SystemExit("natten_ext: NATTEN_EXT_CUDA=1, but there is no nvcc in CUDA_HOME, PATH or /usr/local/cuda")
+    if nvcc is None:
+        print("natten_ext: no nvcc in CUDA_HOME, PATH or /usr/local/cuda, so the cuda backend is not built")
+    return nvcc
+
+
+def capabilities(torch) -> str:
+    """``TORCH_CUDA_ARCH_LIST``, else those of the GPUs of this machine, else ``DEFAULT_CAPABILITIES``."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    if torch.cuda.is_available():
+        pairs = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+        found = [f"{major}.{minor}" for major, minor in sorted(pairs)]
+        if set(found) <= set(CAPABILITIES):  # an older GPU can't run the kernels, a newer one can from PTX
+            return ";".join(found)
+    return DEFAULT_CAPABILITIES
+
+
+def architecture_flags(capability_list: str) -> list[str]:
+    """nvcc's flags for a list like "8.0;9.0+PTX"."""
+    flags = []
+    for entry in filter(None, re.split(r"[;,\s]+", capability_list)):
+        number, ptx = entry.removesuffix("+PTX"), entry.endswith("+PTX")
+        if number not in CAPABILITIES:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: {entry!r} is not one of {', '.join(CAPABILITIES)}, with or without +PTX"
+            )
+        code = number.replace(".", "")
+        flags.append(f"-gencode=arch=compute_{code},code=sm_{code}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{code},code=compute_{code}")
+    if not flags:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST: no compute capability in {capability_list!r}")
+    return flags
+
+
+def kernel_flags(mode: str) -> list[str]:
+    """nvcc's flags for one kernel file in one mode, without the architectures. ptxas reports resources."""
+    options = ["-fPIC", "-fvisibility=hidden"]
+    return ["-std=c++20", "-O3", *(f"-Xcompiler={o}" for o in options), "-Xptxas=-v", f"-DNATTEN_EXT_MODE={mode}"]
+
+
+def add_cuda_library(file: NinjaFile, nvcc: str, build: Path, package: Path, torch) -> None:
+    """Adds the statements that build the cuda backend to a ninja file."""
+    file.lines += [
+        f"nvcc = {nvcc}",
+        "rule compile_cuda",
+        "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link_cuda",
+        "  command = $nvcc -shared $in $flags -o $out",
+        "  description = link $out",
+        "rule resources",
+        "  command = cat $logs > $out",
+    ]
+    architectures = architecture_flags(capabilities(torch))
+    folder = Path(torch.__file__).parent
+    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{folder / 'include'}", "-x=cu", "-DUSE_CUDA"]
+    flags = [flag for flag in kernel_flags("BfloatMode") if not flag.startswith("-DNATTEN_EXT_MODE")]
+    library = file.statement(
+        "compile_cuda", build / "cuda_library.o", [CUDA_SOURCE / "library.cpp"], flags + torch_flags
+    )
+    kernels = [
+        file.statement(
+            "compile_cuda",
+            build / f"cuda_{kernel}_{mode}.o",
+            [CUDA_SOURCE / f"{kernel}.cu"],
+            kernel_flags(mode) + architectures,
+        )
+        for kernel in KERNELS[::-1]  # the longest first
+        for mode in CUDA_MODES
+    ]
+    # libtorch.so is what brings libtorch_cuda.so at load time, also where the torch at hand has none to link to. With
+    # --as-needed, the default of many compilers, a library is dropped in which the linker finds nothing.
+    libraries = [f"-L{folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-ltorch", "-lc10"]
+    file.statement("link_cuda", package / CUDA_LIBRARY, [library, *kernels], libraries)
+    file.statement("resources", package / CUDA_RESOURCES, kernels, [])
+    file.lines.append(f"  logs = {' '.join(f'{kernel}.log' for kernel in kernels)}")
+
+
 class BuildWithNinja(build_ext):
     """Builds the shared objects in one ninja run and puts them into the package."""
 
@@ -144,10 +248,10 @@ class BuildWithNinja(build_ext):
         self._cpu_library(file, build, package / "libnatten_ext_cpu.so", Path(torch.__file__).parent)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         self._bindings(file, build, package / f"_C{suffix}", pybind11.get_include(), torch.__version__)
-        if nvcc := setup_cuda.find_nvcc():
-            setup_cuda.add_library(file, nvcc, build, package, torch, TORCH_TARGET_VERSION)
+        if nvcc := find_nvcc():
+            add_cuda_library(file, nvcc, build, package, torch)
         else:  # what an earlier build left here, of other sources, would be loaded
-            for left in (setup_cuda.LIBRARY, setup_cuda.RESOURCES):
+            for left in (CUDA_LIBRARY, CUDA_RESOURCES):
                 (package / left).unlink(missing_ok=True)
         (build / "build.ninja").write_text("\n".join(file.lines) + "\n")
         command = ninja_command(build)
@@ -158,7 +262,7 @@ class BuildWithNinja(build_ext):
 
     def get_outputs(self):
         package = Path(self.build_lib) / "natten_ext"
-        return [str(path) for pattern in ("*.so", setup_cuda.RESOURCES) for path in package.glob(pattern)]
+        return [str(path) for pattern in ("*.so", CUDA_RESOURCES) for path in package.glob(pattern)]
 
     @staticmethod
     def _cpu_library(file: NinjaFile, build: Path, output: Path, torch: Path) -> None:
@@ -183,7 +287,7 @@ class BuildWithNinja(build_ext):
         objects = [file.statement("compile", library, [source / "library.cpp"], common + torch_flags)]
         for name, (vector_bytes, flags) in sets.items():
             macros = [f"-DNATTEN_EXT_ISA={name}", f"-DNATTEN_EXT_VECTOR_BYTES={vector_bytes}"]
-            for kernel in CPU_KERNELS:
+            for kernel in KERNELS:
                 target = build / f"{kernel}_{name}.o"
                 objects.append(file.statement("compile", target, [source / f"{kernel}.cpp"], common + flags + macros))
         libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]

@@ -19,7 +19,7 @@ CHUNK = {"cpu": 1 << 25, "cuda": 1 << 29}
 
 # Largest error of a result relative to the reference's root mean square (as "rms") and to its largest entry (as
 # "max"), by precision and order. Plain PyTorch stays below a third of these; they tell wrong from right, not good from
-# better: tests/natten_ext holds the error budgets.
+# better: tests/operators holds the error budgets.
 _LIMITS: dict[str, dict[str, float]] = {
     "float64": {"forward": 1e-12, "backward": 1e-11, "double": 1e-10},
     "float32": {"forward": 1e-5, "backward": 3e-5, "double": 2e-4},

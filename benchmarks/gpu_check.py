@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--backend", action="append", metavar="NAME", help="only this backend (repeatable); default: all that can run")
     add("--shape", action="append", choices=SHAPES, metavar="NAME", help="in contact only this shape (repeatable)")
     add("--peers", default="naive,sdpa,flex,natten", metavar="LIST", help="as in attn_bench")
-    add("--tests", nargs="+", default=["tests/natten_ext"], metavar="PATH", help="what pytest is given")
+    add("--tests", nargs="+", default=["tests/operators"], metavar="PATH", help="what pytest is given")
     add("--processes", type=int, default=min(12, max(1, (os.cpu_count() or 1) - 2)), help="of pytest")
     add("--commit", default="", help="of this tree, where it is not a git checkout")
     options = parser.parse_args(arguments)

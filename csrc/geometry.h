@@ -1,5 +1,5 @@
 // Which keys a query attends, on one axis: the one C++ definition, shared by every compiled backend.
-// The Python twin is natten_ext/geometry.py; tests/natten_ext holds the two together.
+// The Python twin is natten_ext/geometry.py; tests/operators holds the two together.
 #pragma once
 
 #include <cstdint>

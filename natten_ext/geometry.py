@@ -1,6 +1,6 @@
 """Which keys a query attends: the one Python definition of every neighborhood.
 
-The C++ twin is ``csrc/geometry.h``; ``tests/natten_ext/test_geometry.py`` holds the two together.
+The C++ twin is ``csrc/geometry.h``; ``tests/operators/test_geometry.py`` holds the two together.
 """
 
 from __future__ import annotations

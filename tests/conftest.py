@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-HERE = Path(__file__).resolve().parent
-
-# With tests/ on the path, the folder tests/natten_ext could pass for a namespace package of the name under test.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
-sys.path.insert(0, str(HERE / "natten_ext"))
-
 if not torch.cuda.is_available():
-    import interpreter  # of Triton's kernels; before anything imports Triton
+    from tests.operators import interpreter  # of Triton's kernels; before anything imports Triton
 
     interpreter.use()
 

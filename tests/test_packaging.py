@@ -13,24 +13,13 @@ from pathlib import Path
 import pytest
 from setuptools import Distribution
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import setup
 
-import setup  # noqa: E402
-import setup_cuda  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 FOLDERS = ("natten_ext", "gans", "csrc", "benchmarks", "tests", "docs")
-FILES = (
-    "CONTRIBUTING.md",
-    "LICENSE",
-    "MANIFEST.in",
-    "Makefile",
-    "README.md",
-    "pyproject.toml",
-    "setup.py",
-    "setup_cuda.py",
-)
-BUILT = ("*.so", setup_cuda.RESOURCES, "*.pyc", "__pycache__")
+FILES = ("CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py")
+BUILT = ("*.so", setup.CUDA_RESOURCES, "*.pyc", "__pycache__")
 MADE_BY_SETUPTOOLS = ("PKG-INFO", "setup.cfg", "natten_ext.egg-info/")
 
 SETUPTOOLS = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
@@ -61,7 +50,7 @@ def tree(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns(*BUILT))
     for name in FILES:
         shutil.copy(ROOT / name, tree)
-    for name in ("_C.cpython-37m-darwin.so", "libnatten_ext_cpu.so", setup_cuda.LIBRARY, setup_cuda.RESOURCES):
+    for name in ("_C.cpython-37m-darwin.so", "libnatten_ext_cpu.so", setup.CUDA_LIBRARY, setup.CUDA_RESOURCES):
         (tree / "natten_ext" / name).write_text("left by another build")
     return tree
 
@@ -108,7 +97,7 @@ def test_a_build_without_cuda_removes_the_library_of_one_with_it(monkeypatch, tm
     monkeypatch.setattr(setup, "ninja_command", lambda folder: ["true"])
     package = tmp_path / "lib" / "natten_ext"
     package.mkdir(parents=True)
-    for name in (setup_cuda.LIBRARY, setup_cuda.RESOURCES, "libnatten_ext_cpu.so"):
+    for name in (setup.CUDA_LIBRARY, setup.CUDA_RESOURCES, "libnatten_ext_cpu.so"):
         (package / name).touch()
     command = setup.BuildWithNinja(Distribution())
     command.build_temp, command.build_lib = str(tmp_path / "temp"), str(tmp_path / "lib")

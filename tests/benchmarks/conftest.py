@@ -1,13 +1,6 @@
-"""The benchmarks are not installed: they are imported from the tree."""
-
-import sys
-from pathlib import Path
+"""What the tests of the benchmarks share."""
 
 import pytest
-
-ROOT = str(Path(__file__).resolve().parents[2])
-if ROOT not in sys.path:
-    sys.path.insert(0, ROOT)
 
 
 @pytest.fixture(autouse=True)

@@ -217,7 +217,7 @@ def test_everything_in_small_on_a_cpu(tmp_path, monkeypatch):
         "import sys\nsys.path.insert(0, {!r})\nfrom conftest_of_all import *\nfrom conftest_of_operators import *\n"
     )
     (suite / "conftest.py").write_text(imports.format(str(suite)))
-    for name, folder in (("all", "tests"), ("operators", "tests/natten_ext")):
+    for name, folder in (("all", "tests"), ("operators", "tests/operators")):
         (suite / f"conftest_of_{name}.py").symlink_to(ROOT / folder / "conftest.py")
     for name, text in TOOLS.items():
         (bin_ / name).write_text(text)

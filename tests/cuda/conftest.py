@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "natten_ext"))
-
 if not torch.cuda.is_available():
-    import emulator
+    from tests.cuda import emulator
 
     emulator.use()

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from cases import Case, Inputs, cotangents_of, derivatives, forward, grad_output_of, inputs_of
+
+from tests.operators.cases import Case, Inputs, cotangents_of, derivatives, forward, grad_output_of, inputs_of
 
 SHARED_LIMIT = 99 * 1024
 TABLE_BLOCKS = 2048

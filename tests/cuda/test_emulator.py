@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+import setup
 
-import setup  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 FAULTS = {
     "none": "",

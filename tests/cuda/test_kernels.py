@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import emulated
 import pytest
 import torch
-from budget import assert_equal_to_rounding, assert_same_bits
-from cases import (
+
+import natten_ext
+from tests.cuda import emulated
+from tests.operators.budget import assert_equal_to_rounding, assert_same_bits
+from tests.operators.cases import (
     Case,
     cotangents_of,
     derivatives,
@@ -17,8 +19,6 @@ from cases import (
     magnitude,
     oracle_derivatives,
 )
-
-import natten_ext
 
 pytestmark = pytest.mark.skipif(
     not any(status.name == "cuda" and status.available for status in natten_ext.list_backends()),

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+import setup
 from benchmarks.kernels import cuda_resources
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import setup  # noqa: E402
-import setup_cuda  # noqa: E402
 
 CAPABILITIES = ("8.0", "9.0", "10.0")
 
@@ -33,15 +29,15 @@ JOBS += [("forward", "BfloatMode", capability) for capability in CAPABILITIES]
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> list[cuda_resources.Kernel]:
     """The kernels of ``JOBS``."""
-    nvcc = setup_cuda.find_nvcc()
+    nvcc = setup.find_nvcc()
     if nvcc is None:
         pytest.skip("there is no nvcc")
     folder = tmp_path_factory.mktemp("cuda")
 
     def compile_one(job: tuple[str, str, str]) -> str:
         kernel, mode, capability = job
-        flags = [*setup_cuda.kernel_flags(mode), *setup_cuda.architecture_flags(capability)]
-        source, to = setup_cuda.SOURCE / f"{kernel}.cu", folder / f"{kernel}{mode}{capability}.o"
+        flags = [*setup.kernel_flags(mode), *setup.architecture_flags(capability)]
+        source, to = setup.CUDA_SOURCE / f"{kernel}.cu", folder / f"{kernel}{mode}{capability}.o"
         command = [nvcc, *flags, "-c", str(source), "-o", str(to)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -95,15 +91,15 @@ def test_a_missing_report_is_an_error(tmp_path, capsys):
 
 
 def test_architecture_lists():
-    assert setup_cuda.architecture_flags("8.0;9.0+PTX") == [
+    assert setup.architecture_flags("8.0;9.0+PTX") == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
     with pytest.raises(SystemExit, match=r"'7.5' is not one of 8.0"):
-        setup_cuda.architecture_flags("7.5 8.0")
+        setup.architecture_flags("7.5 8.0")
     with pytest.raises(SystemExit, match="no compute capability"):
-        setup_cuda.architecture_flags(" ")
+        setup.architecture_flags(" ")
 
 
 @pytest.mark.parametrize(
@@ -115,14 +111,14 @@ def test_capabilities_are_those_of_the_gpus(monkeypatch, gpus, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
-    assert setup_cuda.capabilities(torch) == expected
-    assert setup_cuda.architecture_flags(expected)
+    assert setup.capabilities(torch) == expected
+    assert setup.architecture_flags(expected)
 
 
 def test_the_library_asks_for_all_of_torch(tmp_path):
     """Linked by a torch without CUDA too: libtorch.so is what finds CUDA's symbols where the library is loaded."""
     file = setup.NinjaFile("c++")
-    setup_cuda.add_library(file, "nvcc", tmp_path, tmp_path, torch, setup.TORCH_TARGET_VERSION)
+    setup.add_cuda_library(file, "nvcc", tmp_path, tmp_path, torch)
     link = next(i for i, line in enumerate(file.lines) if ": link_cuda " in line)
     flags = file.lines[link + 1].split()
     assert flags.index("-Xlinker=--no-as-needed") < flags.index("-ltorch")
@@ -130,13 +126,13 @@ def test_the_library_asks_for_all_of_torch(tmp_path):
 
 def test_leaving_the_kernels_out_and_asking_for_them(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("NATTEN_EXT_CUDA", "0")
-    assert setup_cuda.find_nvcc() is None and "NATTEN_EXT_CUDA=0" in capsys.readouterr().out
-    monkeypatch.setattr(setup_cuda.shutil, "which", lambda name: None)
+    assert setup.find_nvcc() is None and "NATTEN_EXT_CUDA=0" in capsys.readouterr().out
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
     monkeypatch.setenv("NATTEN_EXT_CUDA", "1")
     with pytest.raises(SystemExit, match="there is no nvcc"):
-        setup_cuda.find_nvcc()
+        setup.find_nvcc()
     monkeypatch.delenv("NATTEN_EXT_CUDA")
-    assert setup_cuda.find_nvcc() is None and len(capsys.readouterr().out.splitlines()) == 1
+    assert setup.find_nvcc() is None and len(capsys.readouterr().out.splitlines()) == 1
     monkeypatch.setenv("NATTEN_EXT_CUDA", "yes")
     with pytest.raises(SystemExit, match="must be 0 or 1, got 'yes'"):
-        setup_cuda.find_nvcc()
+        setup.find_nvcc()

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import cotangents_of, derivatives, find, forward, grad_output_of, inputs_of
 from torch import Tensor
 
 import natten_ext
 from natten_ext import compat
+from tests.operators.cases import cotangents_of, derivatives, find, forward, grad_output_of, inputs_of
 
 SOME = [
     find("full-self-9", score="l2"),

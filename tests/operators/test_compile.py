@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Inputs, find, forward, grad_output_of, inputs_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import natten_ext
 from natten_ext.backends import choice
 from natten_ext.backends.support import asked_once
 from natten_ext.geometry import Full, Grid, Neighborhood
+from tests.operators.cases import Inputs, find, forward, grad_output_of, inputs_of
 
 OPCHECK_CASES = [
     (find("full-self-9"), Full()),

@@ -6,11 +6,20 @@ import inspect
 
 import pytest
 import torch
-from cases import CASES, Case, cotangents_of, derivatives, find, grad_output_of, inputs_of, oracle_derivatives
-from oracle import sliding_neighbors
 
 import natten_ext
 from natten_ext import compat
+from tests.operators.cases import (
+    CASES,
+    Case,
+    cotangents_of,
+    derivatives,
+    find,
+    grad_output_of,
+    inputs_of,
+    oracle_derivatives,
+)
+from tests.operators.oracle import sliding_neighbors
 
 # NATTEN has one kernel and one dilation for all heads.
 NATTEN_CASES = [

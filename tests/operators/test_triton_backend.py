@@ -8,12 +8,20 @@ import threading
 
 import pytest
 import torch
-from budget import assert_equal_to_rounding
-from cases import cotangents_of, derivatives, find, forward, grad_output_of, inputs_of, oracle_derivatives
-from interpreter import environment_without_interpreter
 
 import natten_ext
 from natten_ext.backends.triton import backend
+from tests.operators.budget import assert_equal_to_rounding
+from tests.operators.cases import (
+    cotangents_of,
+    derivatives,
+    find,
+    forward,
+    grad_output_of,
+    inputs_of,
+    oracle_derivatives,
+)
+from tests.operators.interpreter import environment_without_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

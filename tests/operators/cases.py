@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 
-import oracle
 import torch
 from torch import Tensor
 
 import natten_ext
+from tests.operators import oracle
 
 Pair = tuple[int, int]
 Size = int | Pair

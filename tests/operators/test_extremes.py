@@ -7,9 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, cotangents_of, derivatives, find, forward, grad_output_of, inputs_of, oracle_derivatives
 
 import natten_ext
+from tests.operators.cases import (
+    Case,
+    cotangents_of,
+    derivatives,
+    find,
+    forward,
+    grad_output_of,
+    inputs_of,
+    oracle_derivatives,
+)
 
 SOME = [
     find("full-self-9"),

@@ -8,9 +8,10 @@ sensitivity of the weights to the rounding of scores: rounding errors are of tha
 from __future__ import annotations
 
 import torch
-from cases import Case, Inputs, arguments_of
-from oracle import pair_tables
 from torch import Tensor
+
+from tests.operators.cases import Case, Inputs, arguments_of
+from tests.operators.oracle import pair_tables
 
 
 def plain_formulas(case: Case, inputs: Inputs, grad_output: Tensor, cotangents: Inputs, dtype: torch.dtype) -> Inputs:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-import emulator
 import pytest
 import torch
-from cases import Case
+
+from tests.cuda import emulator
+from tests.operators.cases import Case
 
 if not torch.cuda.is_available():
     emulator.use()

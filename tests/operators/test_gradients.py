@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import TINY, Case, forward, inputs_of
 from torch.autograd import gradcheck, gradgradcheck
+
+from tests.operators.cases import TINY, Case, forward, inputs_of
 
 
 def function_of(case: Case, backend: str, device: str):

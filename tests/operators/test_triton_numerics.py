@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
-from budget import largest_error
-from cases import (
+
+from natten_ext.backends.triton import backend
+from tests.operators.budget import largest_error
+from tests.operators.cases import (
     Case,
     cotangents_of,
     derivatives,
@@ -17,8 +19,6 @@ from cases import (
     magnitude,
     oracle_derivatives,
 )
-
-from natten_ext.backends.triton import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = Case("edge-grid", "grid", (1, 4, 6, 1, 8), window=(2, 3), bias=True, small=True)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from budget import assert_equal_to_rounding
-from cases import Case, Inputs, cotangents_of, derivatives, find, forward, grad_output_of, inputs_of
-from layouts import LAYOUTS
 from torch import Tensor
+
+from tests.operators.budget import assert_equal_to_rounding
+from tests.operators.cases import Case, Inputs, cotangents_of, derivatives, find, forward, grad_output_of, inputs_of
+from tests.operators.layouts import LAYOUTS
 
 LAYOUT_CASES = [
     find("full-self-9"),

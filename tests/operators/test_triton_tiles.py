@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import product
 
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.operators import oracle
 
 pytest.importorskip("triton")
 

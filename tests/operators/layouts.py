@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from cases import Inputs
+
+from tests.operators.cases import Inputs
 
 
 def packed(inputs: Inputs) -> Inputs:

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from cases import Inputs, magnitude, ulp
 from torch import Tensor
+
+from tests.operators.cases import Inputs, magnitude, ulp
 
 
 def largest_error(result: Tensor, truth: Tensor) -> float:

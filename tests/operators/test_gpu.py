@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budget import assert_same_bits, assert_within_budget
-from cases import (
+
+from tests.operators.budget import assert_same_bits, assert_within_budget
+from tests.operators.cases import (
     Case,
     Inputs,
     cotangents_of,
@@ -15,7 +16,7 @@ from cases import (
     inputs_of,
     oracle_derivatives,
 )
-from formulas import terms
+from tests.operators.formulas import terms
 
 pytestmark = pytest.mark.gpu
 

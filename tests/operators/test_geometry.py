@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natten_ext import geometry
+from tests.operators import oracle
 
 axes = st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(0, 30)).map(
     lambda t: (t[0] * t[1] + t[2], t[0], t[1])

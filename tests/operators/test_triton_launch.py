@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from interpreter import environment_without_interpreter
+
+from tests.operators.interpreter import environment_without_interpreter
 
 pytest.importorskip("triton")
 
@@ -19,9 +20,13 @@ KERNELS = (
 
 @pytest.mark.slow
 def test_every_kernel_gets_the_parameters_it_was_compiled_for(tmp_path):
-    script = Path(__file__).with_name("pretend_driver.py")
-    environment = environment_without_interpreter() | {"PYTHONPATH": str(script.parents[2])}
-    done = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.operators.pretend_driver", tmp_path],
+        cwd=Path(__file__).parents[2],
+        env=environment_without_interpreter(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     count, *kernels = done.stdout.split()
     assert tuple(kernels) == KERNELS and int(count) >= 3 * (1 + 2 + 2 + 2)

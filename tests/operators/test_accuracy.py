@@ -6,8 +6,10 @@ from functools import cache
 
 import pytest
 import torch
-from budget import assert_equal_to_rounding, assert_within_budget
-from cases import (
+
+import natten_ext
+from tests.operators.budget import assert_equal_to_rounding, assert_within_budget
+from tests.operators.cases import (
     CASES,
     Case,
     Inputs,
@@ -20,9 +22,7 @@ from cases import (
     nonempty_subsets,
     oracle_derivatives,
 )
-from formulas import plain_formulas, terms
-
-import natten_ext
+from tests.operators.formulas import plain_formulas, terms
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

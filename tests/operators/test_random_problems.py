@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budget import assert_equal_to_rounding
-from cases import Case, cotangents_of, derivatives, forward, grad_output_of, inputs_of, oracle_derivatives
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS
+
+from tests.operators.budget import assert_equal_to_rounding
+from tests.operators.cases import (
+    Case,
+    cotangents_of,
+    derivatives,
+    forward,
+    grad_output_of,
+    inputs_of,
+    oracle_derivatives,
+)
+from tests.operators.layouts import LAYOUTS
 
 
 @st.composite

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budget import assert_same_bits
-from cases import CASES, Case, Inputs, cotangents_of, derivatives, find, forward, grad_output_of, inputs_of
+
+from tests.operators.budget import assert_same_bits
+from tests.operators.cases import (
+    CASES,
+    Case,
+    Inputs,
+    cotangents_of,
+    derivatives,
+    find,
+    forward,
+    grad_output_of,
+    inputs_of,
+)
 
 THREADED = [case for case in CASES if not case.tied] + [case for case in CASES if case.tied][:6]
 

@@ -15,8 +15,10 @@ from functools import cache
 
 import pytest
 import torch
-from budget import largest_error
-from cases import (
+
+import natten_ext
+from tests.operators.budget import largest_error
+from tests.operators.cases import (
     Case,
     Inputs,
     arguments_of,
@@ -29,8 +31,6 @@ from cases import (
     oracle_derivatives,
     ulp,
 )
-
-import natten_ext
 
 # Backend -> problems and dtypes (by the first words) that it does not solve well enough yet.
 NOT_YET: dict[str, set[str]] = {

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Case, arguments_of, find, inputs_of
-from oracle import pair_tables
 
 import natten_ext
+from tests.operators.cases import CASES, Case, arguments_of, find, inputs_of
+from tests.operators.oracle import pair_tables
 
 # One of each neighborhood, score and table; every problem whose maps or kernels are peculiar.
 WEIGHT_CASES = [case for case in CASES if case.small and case.shape[0]]

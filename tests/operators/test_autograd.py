@@ -6,8 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from budget import assert_equal_to_rounding
-from cases import (
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import natten_ext
+from natten_ext import geometry
+from tests.operators.budget import assert_equal_to_rounding
+from tests.operators.cases import (
     Case,
     Inputs,
     arguments_of,
@@ -21,12 +27,6 @@ from cases import (
     oracle_derivatives,
     oracle_forward,
 )
-from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
-
-import natten_ext
-from natten_ext import geometry
 
 SOME = [
     find("full-self-9"),

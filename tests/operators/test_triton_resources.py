@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import environment_without_interpreter
+
+from tests.operators.interpreter import environment_without_interpreter
 
 pytest.importorskip("triton")
 
