@@ -59,6 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--processes", type=int, default=min(12, max(1, (os.cpu_count() or 1) - 2)), help="of pytest")
     add("--commit", default="", help="of this tree, where it is not a git checkout")
     options = parser.parse_args(arguments)
+    options.out = options.out.resolve()  # the stages' processes run in the repository's root
     options.stages = options.stages.split(",")
     for name in options.stages:
         if name not in STAGES:

@@ -13,13 +13,13 @@ import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.problem import ORDERS
-from benchmarks.record import Record
+from benchmarks.record import Record, Row
 
 from .processes import OUT_OF_TIME, Process, left
 
@@ -130,18 +130,19 @@ def contact(run: Run, stage: Stage) -> None:
         ended = process.wait(left(stage.deadline))
         if len(_take(run, name)) < rows:
             stage.fail(name, ended.reason)
-    _judge(run, stage)
+    _judge(run, stage, shapes)
 
 
 def peers(run: Run, stage: Stage) -> None:
     """Plain PyTorch, SDPA's kernels, FlexAttention and NATTEN beside ours; a process for each shape."""
-    for shape in ("cifar-d2",) if run.small else BESIDE_PEERS:
+    shapes = ("cifar-d2",) if run.small else BESIDE_PEERS
+    for shape in shapes:
         name = f"peers-{shape}"
         process = _start(run, name, _bench(run, name, run.backends, shape, ("--peers", run.options.peers)))
         ended = process.wait(left(stage.deadline))
         if not {row.order for row in _take(run, name)} >= set(ORDERS):
             stage.fail(name, ended.reason)
-    _judge(run, stage)
+    _judge(run, stage, shapes)
 
 
 def _bench(run: Run, name: str, backends: list[str], shape: str, more: tuple[object, ...]) -> list[str]:
@@ -158,11 +159,11 @@ def _start(run: Run, name: str, command: list[str], environment: dict[str, str] 
     return Process(command, run.logs / f"{name}.log", environment)
 
 
-def _words(option: str, values: object) -> list[str]:
+def _words(option: str, values: Iterable[object]) -> list[object]:
     return [word for value in values for word in (option, value)]
 
 
-def _take(run: Run, name: str) -> list[Any]:
+def _take(run: Run, name: str) -> list[Row]:
     """The rows that a process of attn_bench left behind, which join the others."""
     path = run.logs / f"{name}.json"
     if not path.exists():
@@ -174,8 +175,8 @@ def _take(run: Run, name: str) -> list[Any]:
     return found.rows
 
 
-def _judge(run: Run, stage: Stage) -> None:
-    rows = [row for row in run.record.rows if row.group == "ours"]
+def _judge(run: Run, stage: Stage, shapes: Iterable[str]) -> None:
+    rows = [row for row in run.record.rows if row.group == "ours" and row.shape.name in shapes]
     for row in rows:
         if row.failed:
             stage.fail(f"{row.candidate} on {row.shape.name}, {row.order}", f"{row.status}: {row.reason}")
