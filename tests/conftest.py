@@ -1,4 +1,4 @@
-"""What all tests share: the import path of the helpers, one thread, repeatable random numbers, broken GPU contexts."""
+"""What all tests share: one thread, repeatable random numbers, broken GPU contexts."""
 
 from __future__ import annotations
 
