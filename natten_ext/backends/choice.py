@@ -136,9 +136,9 @@ def _gpu_order(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[st
     """The GPU backends, the faster one first.
 
     As measured on an H100 in bfloat16 on the named shapes (docs/gpu.md), and taken for other GPUs and dtypes until they
-    are: ``triton`` takes 0.3 to 0.8 times the time of ``cuda`` where every query of a window attends all of it, with
-    heads of more than 16 channels in windows; ``cuda`` 0.5 to 1.1 times that of ``triton`` elsewhere. In float64, for
-    gradient checks, only ``cuda`` ran all of its tests there.
+    are. In geometric means of steps by head_dim, ``triton`` takes 0.3 to 0.8 times the time of ``cuda`` for full
+    attention and for windows with heads of more than 16 channels; elsewhere ``cuda`` takes 0.5 to 1.1 times that of
+    ``triton``. In float64, for gradient checks, only ``cuda`` ran all of its tests there.
     """
     dense = neighborhood == "full" or (neighborhood == "grid" and head_dim > 16)
     return ("triton", "cuda") if dense and dtype != torch.float64 else ("cuda", "triton")
