@@ -27,16 +27,10 @@ from benchmarks.shapes import SHAPES
 
 from .processes import ROOT
 
-# Of Nsight Compute: which names it knows depends on its version, so whole sections stand beside those that must be.
+# Of Nsight Compute: which names of KEPT it knows depends on its version, so whole sections are asked for as well.
 SECTIONS = (
     "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats",
     "Occupancy", "LaunchStats",
-)  # fmt: skip
-METRICS = (
-    "smsp__inst_executed.sum", "smsp__issue_active.avg.pct_of_peak_sustained_active", "smsp__cycles_active.avg",
-    "smsp__inst_executed_pipe_alu.sum", "smsp__inst_executed_pipe_fma.sum", "smsp__inst_executed_pipe_fmaheavy.sum",
-    "smsp__inst_executed_pipe_xu.sum", "smsp__inst_executed_pipe_tensor.sum", "smsp__inst_executed_pipe_lsu.sum",
-    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum", "lts__t_bytes.sum", "dram__bytes.sum", "gpu__time_duration.sum",
 )  # fmt: skip
 _STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 STALLS = (
@@ -62,7 +56,7 @@ KEPT = {
     "dram_bytes": "dram__bytes.sum",
     **{f"stalled_{reason}": _STALL.format(reason) for reason in STALLS},
 }
-"""What is written of each launch; stalls are warps per issued instruction."""
+"""What is asked for and written of each launch; stalls are warps per issued instruction."""
 
 KERNELS = {
     "cuda": "regex:Forward|Backward|reduce_tables",
@@ -91,7 +85,7 @@ def profile(backend: str, shapes: list[str], log: Path) -> str:
         return "ncu is not on the path"
     child = [sys.executable, "-m", "benchmarks.gpu.counters", "--child", "--backend", backend]
     child += [word for name in shapes for word in ("--shape", name)]
-    wanted = [["--metrics", ",".join(METRICS)], []]  # without, if one of them is unknown
+    wanted = [["--metrics", ",".join(KEPT.values())], []]  # without, if one of them is unknown
     for metrics in wanted:
         command = [
             ncu, "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log), "--clock-control", "none",
