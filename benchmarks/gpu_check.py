@@ -36,6 +36,7 @@ from benchmarks import tables
 from benchmarks.figures import figures_block, figures_to_reach
 from benchmarks.gpu.processes import OUT_OF_TIME, kill_all
 from benchmarks.gpu.stages import STAGES, NotRunError, Run, Stage
+from benchmarks.precision import PRECISIONS
 from benchmarks.record import Record
 from benchmarks.shapes import SHAPES
 
@@ -52,6 +53,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=8.0, help="time for everything (default 8)")
     add("--stages", default=",".join(STAGES), metavar="LIST", help=f"of {','.join(STAGES)} (default: all)")
     add("--device", default="cuda", choices=("cuda", "cpu"), help="CUDA_VISIBLE_DEVICES chooses; cpu: in small")
+    help = "of contact and peers (default: bfloat16; float32 with --device cpu)"
+    add("--dtype", choices=PRECISIONS, default=None, help=help)
     add("--backend", action="append", metavar="NAME", help="only this backend (repeatable); default: all that can run")
     add("--shape", action="append", choices=SHAPES, metavar="NAME", help="in contact only this shape (repeatable)")
     add("--peers", default="naive,sdpa,flex,natten", metavar="LIST", help="as in attn_bench")
@@ -59,6 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--processes", type=int, default=min(12, max(1, (os.cpu_count() or 1) - 2)), help="of pytest")
     add("--commit", default="", help="of this tree, where it is not a git checkout")
     options = parser.parse_args(arguments)
+    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     options.out = options.out.resolve()  # the stages' processes run in the repository's root
     options.stages = options.stages.split(",")
     for name in options.stages:
@@ -79,7 +83,7 @@ def main(
     end = time.monotonic() + 60 * options.minutes
     described = {name: str(value) for name, value in vars(options).items() if value is not None}
     entries = {name: {"status": NOT_RUN} for name in stages if name in options.stages or name == "load"}
-    record = Record({}, "float32" if options.device == "cpu" else "bfloat16")
+    record = Record({}, options.dtype)
     record.more |= {"arguments": described, "stages": entries, "finished": False}
     shutil.rmtree(options.out / "logs", ignore_errors=True)
 

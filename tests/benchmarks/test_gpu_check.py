@@ -227,9 +227,10 @@ def test_everything_in_small_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.gpu.stages.TEST_LIMIT", 3)
     out = tmp_path / "out"
     arguments = ["--out", str(out), "--device", "cpu", "--minutes", "12", "--processes", "1", "--backend", "cpu",
-                 "--peers", "naive,sdpa", "--tests", str(suite)]  # fmt: skip
+                 "--peers", "naive,sdpa", "--tests", str(suite), "--dtype", "bfloat16"]  # fmt: skip
     assert gpu_check.main(arguments) == 1
     record = Record.read(out / "gpu_check.json")
+    assert record.precision == json.loads((out / "logs/check-cpu-cifar-d2.json").read_text())["precision"] == "bfloat16"
     stages = record.more["stages"]
     assert record.more["finished"] and record.environment["torch"]
     assert {name: stage["status"] for name, stage in stages.items()} == {
