@@ -109,7 +109,7 @@ def _run(options: argparse.Namespace, dtype: torch.dtype, extra: tuple[Candidate
     record = Record(describe_environment(device, dtype), options.dtype)
     record.more["arguments"] = {k: str(v) for k, v in vars(options).items() if k != "shapes" and v is not None}
     environment = record.environment
-    samples = 2 if options.suite == "smoke" else 12
+    samples = 2 if options.suite == "smoke" or not options.repeats else 12
     rates = measure_rates(device, dtype, samples)
     where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
     print(f"suite {options.suite}, {options.dtype}, {where}, torch {environment['torch']}")

@@ -57,6 +57,17 @@ class Process:
             self._process.stdin.write(b"\n")
             self._process.stdin.flush()
 
+    def wait_for(self, line: str, seconds: float) -> bool:
+        """Wait until it has printed a line; False if it ended without, or ``seconds`` are over."""
+        end = time.monotonic() + seconds
+        while True:
+            running = self._process.poll() is None
+            if line in self.log.read_text(errors="replace").splitlines():
+                return running
+            if not running or time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+
     def wait(self, seconds: float) -> Ended:
         """Wait for its end; after ``seconds`` it is interrupted, and killed if that does not end it soon."""
         status = None

@@ -36,8 +36,18 @@ SANITIZERS = {
 }
 # racecheck instruments these alone: it takes minutes for torch's.
 OUR_KERNELS = ("attention_kernel", "reduce_tables")
-# Imports while another process measures, and begins when it is told to.
-AHEAD = "import sys; from benchmarks.attn_bench import main; sys.stdin.readline(); sys.exit(main())"
+# Two runs of attn_bench in one process: the first checks, the second measures once it is told to go on.
+CHECKED = "checked: waiting"
+CHECK_THEN_TIME = f"""
+import json, sys
+from benchmarks.attn_bench import main
+check, time = map(json.loads, sys.argv[1:])
+main(check)
+print({CHECKED!r}, flush=True)
+sys.stdin.readline()
+sys.exit(main(time))
+"""
+CHECKING = 0.6  # of contact's time at most: the rest is for timing what is right
 
 
 class NotRunError(Exception):
@@ -98,39 +108,39 @@ def load(run: Run, stage: Stage) -> None:
 
 
 def contact(run: Run, stage: Stage) -> None:
-    """Our backends on the named shapes: checked, one process for each, side by side; then timed, shape by shape.
+    """Our backends on the named shapes: all checked side by side, which compiles Triton's kernels; then timed, one
+    after the other, in the same processes.
 
-    The check compiles Triton's kernels; what it finds wrong, or what takes its process along, is not timed.
+    What takes its process along costs that backend, shape and order: the orders before it get a process of their own.
     """
     shapes = run.options.shape or (("cifar-d2",) if run.small else CONTACT)
-    jobs: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for backend in run.backends:
-        only_check = ("--repeats", 0, "--peers", "none")
-        names = {shape: f"check-{backend}-{shape}" for shape in shapes}
-        processes = [
-            _start(run, name, _bench(run, name, [backend], shape, only_check)) for shape, name in names.items()
-        ]
-        for (shape, name), process in zip(names.items(), processes, strict=True):
-            ended, rows = process.wait(left(stage.deadline)), _take(run, name)
+    checked_by = stage.deadline - (1 - CHECKING) * left(stage.deadline)
+    processes = {
+        (shape, backend): _contact(run, backend, shape, ORDERS) for shape in shapes for backend in run.backends
+    }
+    for (shape, backend), process in list(processes.items()):
+        if not process.wait_for(CHECKED, left(checked_by)):
+            ended, rows = process.wait(0), _take(run, f"check-{backend}-{shape}")
             if len(rows) < len(ORDERS):
                 stage.fail(f"{backend} on {shape}, {ORDERS[len(rows)]}", ended.reason)
-            if orders := tuple(row.order for row in rows if row.status != "wrong"):
-                jobs.setdefault((shape, orders), []).append(backend)
-    commands = {}
-    for (shape, orders), backends in jobs.items():
-        name = f"time-{'-'.join(backends)}-{shape}"
-        command = _bench(run, name, backends, shape, ("--peers", "none", *_words("--order", orders)))
-        commands[name] = [sys.executable, "-c", AHEAD, *command[3:]], len(backends) * len(orders)
-    waiting: list[Process] = []
-    for number, (name, (_, rows)) in enumerate(commands.items()):
-        for ahead in list(commands)[number + len(waiting) : number + 2]:
-            waiting.append(_start(run, ahead, commands[ahead][0]))
-        process = waiting.pop(0)
+            del processes[shape, backend]
+            if rows and ended.status is not None:
+                again = processes[shape, backend] = _contact(run, backend, shape, [row.order for row in rows])
+                again.wait_for(CHECKED, left(checked_by))
+    for (shape, backend), process in processes.items():
         process.release()
-        ended = process.wait(left(stage.deadline))
-        if len(_take(run, name)) < rows:
-            stage.fail(name, ended.reason)
+        ended, rows = process.wait(left(stage.deadline)), _take(run, f"time-{backend}-{shape}")
+        if not rows or ended.status is None or ended.status < 0:
+            stage.fail(f"timing {backend} on {shape}", ended.reason)
     _judge(run, stage, shapes)
+
+
+def _contact(run: Run, backend: str, shape: str, orders: Iterable[str]) -> Process:
+    """Checks a backend on a shape, says ``CHECKED`` and waits to be released; then times what was right."""
+    name, more = f"{backend}-{shape}", ("--peers", "none", *_words("--order", orders))
+    check = _bench(run, f"check-{name}", [backend], shape, (*more, "--repeats", 0))
+    time = _bench(run, f"time-{name}", [backend], shape, more)
+    return _start(run, name, [sys.executable, "-c", CHECK_THEN_TIME, json.dumps(check), json.dumps(time)])
 
 
 def peers(run: Run, stage: Stage) -> None:
@@ -138,7 +148,8 @@ def peers(run: Run, stage: Stage) -> None:
     shapes = ("cifar-d2",) if run.small else BESIDE_PEERS
     for shape in shapes:
         name = f"peers-{shape}"
-        process = _start(run, name, _bench(run, name, run.backends, shape, ("--peers", run.options.peers)))
+        arguments = _bench(run, name, run.backends, shape, ("--peers", run.options.peers))
+        process = _start(run, name, [sys.executable, "-m", "benchmarks.attn_bench", *arguments])
         ended = process.wait(left(stage.deadline))
         if not {row.order for row in _take(run, name)} >= set(ORDERS):
             stage.fail(name, ended.reason)
@@ -146,13 +157,14 @@ def peers(run: Run, stage: Stage) -> None:
 
 
 def _bench(run: Run, name: str, backends: list[str], shape: str, more: tuple[object, ...]) -> list[str]:
+    """Arguments of attn_bench, which leaves its record in the logs as NAME.json."""
     small = ("--suite", "smoke", "--repeats", 1, "--budget", 0, "--no-memory", "--threads", 1)
     how = small if run.small else ("--suite", "gpu", "--repeats", 25, "--budget", 0.3)
-    device, precision = run.options.device, run.record.precision
-    return [
-        sys.executable, "-m", "benchmarks.attn_bench", *how, "--device", device, "--dtype", precision, "--alone",
-        "--quiet", "--shape", shape, *_words("--backend", backends), "--json", run.logs / f"{name}.json", *more,
-    ]  # fmt: skip
+    arguments = (
+        *how, "--device", run.options.device, "--dtype", run.record.precision, "--alone", "--quiet", "--shape", shape,
+        *_words("--backend", backends), "--json", run.logs / f"{name}.json", *more,
+    )  # fmt: skip
+    return list(map(str, arguments))
 
 
 def _start(run: Run, name: str, command: list[str], environment: dict[str, str] | None = None) -> Process:

@@ -262,11 +262,7 @@ def test_everything_in_small_on_a_cpu(tmp_path, monkeypatch):
 def test_a_backend_that_breaks_costs_its_own_orders_alone(tmp_path, monkeypatch):
     """A process that dies in the double backward: what it checked before is timed, and the other backend's all."""
 
-    def bench(run, name, backends, shape, more):
-        return [sys.executable, "-c", FAKE_BENCH, run.logs / f"{name}.json", ",".join(backends), *map(str, more)]
-
-    monkeypatch.setattr(real, "_bench", bench)
-    monkeypatch.setattr(real, "AHEAD", FAKE_BENCH)
+    monkeypatch.setattr(real, "CHECK_THEN_TIME", FAKE_BENCH + real.CHECK_THEN_TIME.replace(IMPORT, ""))
 
     def load(run, stage):
         run.backends[:] = ["cuda", "triton"]
@@ -281,18 +277,19 @@ def test_a_backend_that_breaks_costs_its_own_orders_alone(tmp_path, monkeypatch)
     assert failure.startswith("triton on nat-64, double: killed by SIGSEGV")
 
 
+IMPORT = "from benchmarks.attn_bench import main"
 FAKE_BENCH = """
-import os, sys
+import os
 from pathlib import Path
 from benchmarks.floors import Rates
 from benchmarks.record import Record, Row
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import Timing
-_, path, backends, *more = sys.argv
-check, record = "--repeats" in more, Record({}, "bfloat16")
-asked = [more[i + 1] for i, word in enumerate(more) if word == "--order"] or ["forward", "backward", "double"]
-for order in asked:
-    for backend in backends.split(","):
+def main(arguments):
+    given = lambda name: [arguments[i + 1] for i, word in enumerate(arguments) if word == name]
+    (path,), (backend,) = given("--json"), given("--backend")
+    check, record = given("--repeats")[-1] == "0", Record({}, "bfloat16")
+    for order in given("--order"):
         if order == "double" and backend == "triton":
             os.kill(os.getpid(), 11)
         timing = {} if check else {"timing": Timing([1e-3])}
