@@ -17,6 +17,7 @@ from .checks import (
     scale_of,
 )
 from .geometry import AnyNeighborhood, Full
+from .operators import OPERATORS
 from .recording import record
 
 
@@ -168,5 +169,6 @@ def run(
     record(name, query, key, bias, neighborhood, score, scale)
     if name == "reference":
         return reference.attention(query, key, value, bias, neighborhood, score, scale)
-    output, _ = torch.ops.natten_ext.attention(query, key, value, bias, neighborhood.encode(), score, scale, name)
+    forward = OPERATORS[name].forward
+    output, _ = forward(query, key, value, bias, neighborhood.encode(), score == "l2", scale)
     return output

@@ -9,6 +9,7 @@ import torch
 
 from natten_ext import geometry
 from natten_ext.backends.triton import backward, double_backward, forward
+from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, FORWARD
 
 ORDERS = ("forward", "backward", "double")
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
@@ -37,12 +38,13 @@ def run_orders(shape: Any, dtype: torch.dtype, device: str, orders: Iterable[str
     batch, *tokens, heads, head_dim = shape.query_shape
     row_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     lse = torch.empty((2, batch, heads, *tokens), dtype=row_dtype, device=device)
-    choices = neighborhood_of(shape).encode(), shape.score, head_dim**-0.5
+    choices = neighborhood_of(shape).encode(), shape.score == "l2", head_dim**-0.5
     inputs = query, key, value, bias
     needs = [True, True, True, bias is not None]
     if "forward" in orders:
-        forward.forward(*inputs, *choices)
+        forward.forward(FORWARD.operands(*inputs, *choices))
     if "backward" in orders:
-        backward.backward(query, *inputs, query, lse, *choices, needs)
+        backward.backward(BACKWARD.operands(query, *inputs, query, lse, *choices, needs))
     if "double" in orders:
-        double_backward.double_backward(*inputs, query, *inputs, query, lse, *choices, [True, *needs])
+        operands = DOUBLE_BACKWARD.operands(*inputs, query, *inputs, query, lse, *choices, [True, *needs])
+        double_backward.double_backward(operands)

@@ -1,9 +1,4 @@
-// The `cpu` backend as torch sees it: operators on the stable ABI, which check operands, allocate results, and
-// call the kernels of the best instruction set of this machine.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// The `cpu` backend: the operators of operators.h, with the kernels of the best instruction set of this machine.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -13,9 +8,7 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../operators.h"
@@ -24,11 +17,12 @@
 
 namespace natten_ext {
 
-#define NATTEN_EXT_DECLARE(isa)             \
-  namespace isa {                           \
-  void forward(const Arguments&);           \
-  void backward(const Arguments&);          \
-  void double_backward(const Arguments&);   \
+#define NATTEN_EXT_DECLARE(isa)                                   \
+  namespace isa {                                                 \
+  void forward(const Arguments&);                                 \
+  void backward(const Arguments&);                                \
+  void double_backward(const Arguments&);                         \
+  constexpr Kernels kernels{forward, backward, double_backward};  \
   }
 NATTEN_EXT_DECLARE(baseline)
 #if defined(NATTEN_EXT_X86)
@@ -37,8 +31,6 @@ NATTEN_EXT_DECLARE(avx512)
 #endif
 
 namespace {
-
-using torch::stable::Tensor;
 
 #if defined(NATTEN_EXT_X86)
 // Conversions of float16, which not every compiler's __builtin_cpu_supports knows by name.
@@ -62,10 +54,10 @@ std::vector<Variant> variants() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  result.push_back({"avx512", avx512, {avx512::forward, avx512::backward, avx512::double_backward}});
-  result.push_back({"avx2", avx2, {avx2::forward, avx2::backward, avx2::double_backward}});
+  result.push_back({"avx512", avx512, avx512::kernels});
+  result.push_back({"avx2", avx2, avx2::kernels});
 #endif
-  result.push_back({"baseline", true, {baseline::forward, baseline::backward, baseline::double_backward}});
+  result.push_back({"baseline", true, baseline::kernels});
   return result;
 }
 
@@ -106,36 +98,14 @@ void prefer_huge_pages([[maybe_unused]] const Tensor& t) {
 }
 
 struct CpuBackend {
+  explicit CpuBackend(const Tensor&) {}
   const char* device = "the CPU";
   bool holds(const Tensor& t) const { return t.is_cpu(); }
-  bool takes(DType) const { return true; }
   void allocated(Tensor& t) const { prefer_huge_pages(t); }
   void forward(const Arguments& a) const { variant().kernels.forward(a); }
   void backward(const Arguments& a) const { variant().kernels.backward(a); }
   void double_backward(const Arguments& a) const { variant().kernels.double_backward(a); }
 };
-
-std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
-                                   std::vector<int64_t> neighborhood, bool l2, double scale) {
-  return operators::forward(CpuBackend{}, query, key, value, bias, neighborhood, l2, scale);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,
-                                                    std::optional<Tensor> bias, Tensor output, Tensor lse,
-                                                    std::vector<int64_t> neighborhood, bool l2, double scale,
-                                                    int64_t needs) {
-  return operators::backward(CpuBackend{}, grad_output, query, key, value, bias, output, lse, neighborhood, l2, scale,
-                             needs);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
-    std::optional<Tensor> cot_query, std::optional<Tensor> cot_key, std::optional<Tensor> cot_value,
-    std::optional<Tensor> cot_bias, Tensor grad_output, Tensor query, Tensor key, Tensor value,
-    std::optional<Tensor> bias, Tensor output, Tensor lse, std::vector<int64_t> neighborhood, bool l2, double scale,
-    int64_t needs) {
-  return operators::double_backward(CpuBackend{}, cot_query, cot_key, cot_value, cot_bias, grad_output, query, key,
-                                    value, bias, output, lse, neighborhood, l2, scale, needs);
-}
 
 std::string instruction_set() { return variant().name; }
 
@@ -164,15 +134,12 @@ void parallel_tasks(int64_t count, void (*worker)(void*, int64_t (*)(void*), voi
 }  // namespace natten_ext
 
 STABLE_TORCH_LIBRARY(natten_ext_cpu, m) {
-  natten_ext::operators::define(m);
   m.def("instruction_set() -> str");
   m.def("release_working_memory() -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(natten_ext_cpu, CompositeExplicitAutograd, m) {
-  m.impl("forward", TORCH_BOX(&natten_ext::forward));
-  m.impl("backward", TORCH_BOX(&natten_ext::backward));
-  m.impl("double_backward", TORCH_BOX(&natten_ext::double_backward));
+  natten_ext::Operators<natten_ext::CpuBackend>::implement(m);
   m.impl("instruction_set", TORCH_BOX(&natten_ext::instruction_set));
   m.impl("release_working_memory", TORCH_BOX(&natten_ext::release_working_memory));
 }

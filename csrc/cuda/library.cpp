@@ -14,11 +14,9 @@
 namespace natten_ext::cuda {
 namespace {
 
-using torch::stable::Tensor;
-
 // The last row of a sequence's map may be short: see params.h.
 Map sequence_map(int64_t tokens) {
-  operators::require(tokens <= INT32_MAX - kBlock, "a sequence may have at most 2^31 - 9 tokens");
+  require(tokens <= INT32_MAX - kBlock, "a sequence may have at most 2^31 - 9 tokens");
   return {static_cast<int>((tokens + kBlock - 1) / kBlock), kBlock, static_cast<int>(tokens)};
 }
 
@@ -61,13 +59,13 @@ struct Launcher {
     params.head_dim = static_cast<int>(p.head_dim);
     params.l2 = p.l2;
     params.scale = p.dot_scale();
-    operators::require(p.batch <= INT32_MAX && p.heads <= INT32_MAX, "batch and heads must be less than 2^31");
+    require(p.batch <= INT32_MAX && p.heads <= INT32_MAX, "batch and heads must be less than 2^31");
     if (sequence) {
       params.queries = sequence_map(p.width);
       params.keys = sequence_map(p.key_width);
     } else {
-      operators::require(p.height <= UINT16_MAX && p.width <= UINT16_MAX, "height and width must be at most 65535");
-      operators::require(p.height * p.width <= INT32_MAX, "a map may have at most 2^31 - 1 positions");
+      require(p.height <= UINT16_MAX && p.width <= UINT16_MAX, "height and width must be at most 65535");
+      require(p.height * p.width <= INT32_MAX, "a map may have at most 2^31 - 1 positions");
       params.queries = params.keys = {static_cast<int>(p.height), static_cast<int>(p.width),
                                       static_cast<int>(p.height * p.width)};
     }
@@ -103,7 +101,7 @@ struct Launcher {
 
   void* allocate(size_t bytes) {
     const auto byte = torch::headeronly::ScalarType::Byte;
-    workspace.push_back(operators::new_result(like, {static_cast<int64_t>(bytes)}, byte));
+    workspace.push_back(new_result(like, {static_cast<int64_t>(bytes)}, byte));
     void* data = workspace.back().mutable_data_ptr();
     note_workspace(context, data, bytes);
     return data;
@@ -214,8 +212,9 @@ std::tuple<int64_t, int64_t> shared_memory(std::string dtype, int64_t head_dim, 
 }
 
 struct CudaBackend {
-  bool tf32;
-  Tensor like;
+  const DeviceScope scope;
+  const Tensor like;
+  const bool tf32;
   const char* device =
 #if defined(NATTEN_EXT_EMULATOR)
       "the CPU, where CUDA is emulated";
@@ -223,8 +222,9 @@ struct CudaBackend {
       "a CUDA device";
 #endif
 
+  CudaBackend(const Tensor& query, bool tf32) : scope(query), like(query), tf32(tf32) {}
+
   bool holds(const Tensor& t) const { return on_device(t) && t.get_device_index() == like.get_device_index(); }
-  bool takes(DType) const { return true; }
   void allocated(Tensor& t) const { poison(t); }
 
   void forward(const Arguments& a) const {
@@ -253,31 +253,6 @@ struct CudaBackend {
   }
 };
 
-std::tuple<Tensor, Tensor> run_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
-                                   std::vector<int64_t> neighborhood, bool l2, double scale, bool tf32) {
-  const DeviceScope scope(query);
-  return operators::forward(CudaBackend{tf32, query}, query, key, value, bias, neighborhood, l2, scale);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,
-                                                    std::optional<Tensor> bias, Tensor output, Tensor lse,
-                                                    std::vector<int64_t> neighborhood, bool l2, double scale,
-                                                    int64_t needs, bool tf32) {
-  const DeviceScope scope(query);
-  return operators::backward(CudaBackend{tf32, query}, grad_output, query, key, value, bias, output, lse, neighborhood,
-                             l2, scale, needs);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_double_backward(
-    std::optional<Tensor> cot_query, std::optional<Tensor> cot_key, std::optional<Tensor> cot_value,
-    std::optional<Tensor> cot_bias, Tensor grad_output, Tensor query, Tensor key, Tensor value,
-    std::optional<Tensor> bias, Tensor output, Tensor lse, std::vector<int64_t> neighborhood, bool l2, double scale,
-    int64_t needs, bool tf32) {
-  const DeviceScope scope(query);
-  return operators::double_backward(CudaBackend{tf32, query}, cot_query, cot_key, cot_value, cot_bias, grad_output,
-                                    query, key, value, bias, output, lse, neighborhood, l2, scale, needs);
-}
-
 #if defined(NATTEN_EXT_EMULATOR)
 void configure(int64_t order, std::string dropped_site, int64_t shared_limit, int64_t table_blocks) {
   emulator::configure(static_cast<int>(order), dropped_site);
@@ -291,7 +266,6 @@ std::string sites() { return emulator::sites(); }
 }  // namespace natten_ext::cuda
 
 STABLE_TORCH_LIBRARY(natten_ext_cuda, m) {
-  natten_ext::operators::define(m, ", bool tf32");
   m.def("shared_memory(str dtype, int head_dim, int device) -> (int, int)");
 #if defined(NATTEN_EXT_EMULATOR)
   m.def("configure(int order, str dropped_site, int shared_limit, int table_blocks) -> ()");
@@ -301,9 +275,7 @@ STABLE_TORCH_LIBRARY(natten_ext_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(natten_ext_cuda, CompositeExplicitAutograd, m) {
   m.impl("shared_memory", TORCH_BOX(&natten_ext::cuda::shared_memory));
-  m.impl("forward", TORCH_BOX(&natten_ext::cuda::run_forward));
-  m.impl("backward", TORCH_BOX(&natten_ext::cuda::run_backward));
-  m.impl("double_backward", TORCH_BOX(&natten_ext::cuda::run_double_backward));
+  natten_ext::Operators<natten_ext::cuda::CudaBackend, bool>::implement(m, "_kernels");
 #if defined(NATTEN_EXT_EMULATOR)
   m.impl("configure", TORCH_BOX(&natten_ext::cuda::configure));
   m.impl("sites", TORCH_BOX(&natten_ext::cuda::sites));

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .support import bits_of, cannot_take
+from .support import cannot_take
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -18,48 +18,14 @@ if not _library.exists():
     )
 torch.ops.load_library(_library)
 
+run = None  # csrc/cpu/library.cpp registers the kernels
+
 
 def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """Why this backend can't run a problem; empty if it can."""
     if device_type not in ("cpu", "meta"):
         return f"device must be cpu, got {device_type}"
     return cannot_take(dtype, DTYPES, head_dim)
-
-
-def forward(query, key, value, bias, neighborhood, score, scale):
-    """``(output, lse)``; see ``natten_ext.operators``."""
-    return torch.ops.natten_ext_cpu.forward(query, key, value, bias, neighborhood, score == "l2", scale)
-
-
-def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
-    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.operators``."""
-    return torch.ops.natten_ext_cpu.backward(
-        grad_output, query, key, value, bias, output, lse, neighborhood, score == "l2", scale, bits_of(needs)
-    )
-
-
-def double_backward(
-    cot_query,
-    cot_key,
-    cot_value,
-    cot_bias,
-    grad_output,
-    query,
-    key,
-    value,
-    bias,
-    output,
-    lse,
-    neighborhood,
-    score,
-    scale,
-    needs,
-):
-    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.operators``."""
-    return torch.ops.natten_ext_cpu.double_backward(
-        cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
-        neighborhood, score == "l2", scale, bits_of(needs),
-    )  # fmt: skip
 
 
 def instruction_set() -> str:

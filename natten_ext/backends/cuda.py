@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..orders import ORDERS, Order
 from .origin import about_origin
-from .support import MAX_HEAD_DIM, asked_once, bits_of, cannot_take, cannot_use_gpu
+from .support import MAX_HEAD_DIM, asked_once, cannot_take, cannot_use_gpu
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 EMULATOR_VARIABLE = "NATTEN_EXT_CUDA_EMULATOR"
 
 _library = Path(__file__).parents[1] / "libnatten_ext_cuda.so"
+
+# The library has operators of its own, csrc/cuda/library.cpp, for what `run` adds to the operands.
+_compiled = torch.ops.natten_ext_cuda
+for _order in ORDERS:
+    torch.library.define(f"natten_ext_cuda::{_order.name}_kernels", _order.schema(tf32=bool))
 
 
 def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
@@ -43,63 +50,19 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     return ""
 
 
-def forward(query, key, value, bias, neighborhood, score, scale):
-    """``(output, lse)``; see ``natten_ext.operators``."""
-    query, key = _near_zero(query, key, score)
-    return _run("forward", query, key, value, bias, neighborhood, score == "l2", scale, _tf32(query))
-
-
-def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
-    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.operators``."""
-    query, key = _near_zero(query, key, score)
-    return _run(
-        "backward",
-        grad_output,
-        query,
-        key,
-        value,
-        bias,
-        output,
-        lse,
-        neighborhood,
-        score == "l2",
-        scale,
-        bits_of(needs),
-        _tf32(query),
-    )
-
-
-def double_backward(
-    cot_query,
-    cot_key,
-    cot_value,
-    cot_bias,
-    grad_output,
-    query,
-    key,
-    value,
-    bias,
-    output,
-    lse,
-    neighborhood,
-    score,
-    scale,
-    needs,
-):
-    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.operators``."""
-    query, key = _near_zero(query, key, score)
-    return _run(
-        "double_backward", cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
-        neighborhood, score == "l2", scale, bits_of(needs), _tf32(query),
-    )  # fmt: skip
-
-
-def _run(order: str, *arguments):
-    """A compiled operator; RuntimeError where there is none."""
+def run(order: Order, operands: Any) -> tuple[torch.Tensor, ...]:
+    """The results of an order; RuntimeError where there are no kernels."""
     if reason := _not_loaded():
         raise RuntimeError(f"backend 'cuda' cannot run this: {reason}")
+    query, key = operands.query, operands.key
+    # l2 scores need vectors near zero: far from it, their products would cancel. Those of bfloat16 are sums of 16-bit
+    # numbers in float32, which lose nothing.
+    if operands.l2 and query.dtype != torch.bfloat16:
+        query, key = about_origin(query, key)
+    # Whether torch lets float32 matrix products run in TF32 on the tensor cores.
+    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     try:
-        return getattr(torch.ops.natten_ext_cuda, order)(*arguments)
+        return getattr(_compiled, f"{order.name}_kernels")(*operands._replace(query=query, key=key), tf32)
     except RuntimeError as error:
         # What passes the stable ABI is a RuntimeError; callers catch torch's own kind, to try a smaller batch.
         if "out of memory" in str(error):
@@ -110,28 +73,15 @@ def _run(order: str, *arguments):
 @torch.compiler.assume_constant_result
 def _shared_limit(device: int) -> int:
     """Bytes of shared memory that a GPU gives a block; tests change those of the emulated one."""
-    return torch.ops.natten_ext_cuda.shared_memory("float32", 1, device)[1]
+    return _compiled.shared_memory("float32", 1, device)[1]
 
 
 @asked_once
 def _most_channels(dtype: torch.dtype, limit: int) -> int:
     """The largest head_dim whose blocks, of all orders, need no more than ``limit`` bytes of shared memory; 0: none."""
     name = str(dtype).removeprefix("torch.")
-    needed = (torch.ops.natten_ext_cuda.shared_memory(name, d, 0)[0] for d in range(1, MAX_HEAD_DIM + 1))
+    needed = (_compiled.shared_memory(name, d, 0)[0] for d in range(1, MAX_HEAD_DIM + 1))
     return sum(bytes_needed <= limit for bytes_needed in needed)
-
-
-def _near_zero(query: torch.Tensor, key: torch.Tensor, score: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query and key as l2 scores need them: far from zero, their products would cancel.
-
-    Those of bfloat16 are sums of 16-bit numbers in float32, which lose nothing.
-    """
-    return about_origin(query, key) if score == "l2" and query.dtype != torch.bfloat16 else (query, key)
-
-
-def _tf32(query: torch.Tensor) -> bool:
-    """Whether torch lets float32 matrix products run in TF32 on the tensor cores."""
-    return query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _emulator() -> str | None:

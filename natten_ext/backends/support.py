@@ -59,8 +59,3 @@ def _no_gpu() -> str:
 @asked_once
 def capability_of(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-def bits_of(needs: Sequence[bool]) -> int:
-    """One bit per gradient, as the compiled operators take ``needs`` (csrc/operators.h)."""
-    return sum(1 << position for position, need in enumerate(needs) if need)

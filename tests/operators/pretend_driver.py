@@ -25,6 +25,7 @@ from benchmarks.kernels import triton_resources as resources
 from natten_ext.backends.triton import backward, configs, double_backward, forward
 from natten_ext.backends.triton.launch import recorded_launches
 from natten_ext.geometry import Full, Grid, Neighborhood
+from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, FORWARD
 
 
 def load(folder: Path) -> ctypes.CDLL:
@@ -92,14 +93,14 @@ def attend(neighborhood: Any, shape: tuple[int, ...], table: tuple[int, ...] | N
     query = torch.randn(*shape[:-1], 3 * shape[-1] + 1, dtype=torch.bfloat16)[..., 1 : shape[-1] + 1]
     bias = None if table is None else torch.randn(table)
     inputs = query, key, value, bias
-    choices = neighborhood.encode(), score, 0.3
+    choices = neighborhood.encode(), score == "l2", 0.3
     needs = [True, True, True, bias is not None]
-    output, lse = forward.forward(*inputs, *choices)
-    backward.backward(grad, *inputs, output, lse, *choices, needs)
-    double_backward.double_backward(*inputs, grad, *inputs, output, lse, *choices, [True, *needs])
-    double_backward.double_backward(
-        query, None, value, None, grad, *inputs, output, lse, *choices, [True, False, True, False, False]
-    )
+    output, lse = forward.forward(FORWARD.operands(*inputs, *choices))
+    rest = grad, *inputs, output, lse, *choices
+    backward.backward(BACKWARD.operands(*rest, needs))
+    double_backward.double_backward(DOUBLE_BACKWARD.operands(*inputs, *rest, [True, *needs]))
+    some = DOUBLE_BACKWARD.operands(query, None, value, None, *rest, [True, False, True, False, False])
+    double_backward.double_backward(some)
 
 
 def main(folder: Path) -> None:

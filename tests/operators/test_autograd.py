@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import natten_ext
 from natten_ext import geometry
+from natten_ext.operators import OPERATORS
 from tests.operators.budget import assert_equal_to_rounding
 from tests.operators.cases import (
     Case,
@@ -497,13 +498,13 @@ def test_a_tangent_anywhere_raises(target, case, name, recorded):
 def test_a_tangent_in_a_direct_call_of_an_operator_raises(target, case):
     """Operators, not only the functions, refuse tangents: no gradient is recorded here."""
     inputs = inputs_of(case, torch.float32, target.device)
-    choices = [geometry.Grid(case.window).encode(), case.score, 0.5]
-    needs, operators = [True] * 4, torch.ops.natten_ext
-    output, lse = operators.attention(*inputs.values(), *choices, target.backend)
+    choices = [geometry.Grid(case.window).encode(), case.score == "l2", 0.5]
+    needs, operators = [True] * 4, OPERATORS[target.backend]
+    output, lse = operators.forward(*inputs.values(), *choices)
     arguments = {
-        "attention": [*inputs.values(), *choices],
-        "attention_backward": [output, *inputs.values(), output, lse, *choices, needs],
-        "attention_double_backward": [
+        "forward": [*inputs.values(), *choices],
+        "backward": [output, *inputs.values(), output, lse, *choices, needs],
+        "double_backward": [
             *inputs.values(), output, *inputs.values(), output, lse, *choices, [True, *needs]
         ],
     }  # fmt: skip
@@ -514,7 +515,7 @@ def test_a_tangent_in_a_direct_call_of_an_operator_raises(target, case):
             with forward_ad.dual_level():
                 dual = forward_ad.make_dual(argument, torch.ones_like(argument))
                 with pytest.raises(RuntimeError, match="forward-mode derivatives"):
-                    getattr(operators, name)(*given[:position], dual, *given[position + 1 :], target.backend)
+                    getattr(operators, name)(*given[:position], dual, *given[position + 1 :])
 
 
 @pytest.mark.cases(SOME)

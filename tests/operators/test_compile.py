@@ -10,6 +10,7 @@ import natten_ext
 from natten_ext.backends import choice
 from natten_ext.backends.support import asked_once
 from natten_ext.geometry import Full, Grid, Neighborhood
+from natten_ext.operators import OPERATORS
 from tests.operators.cases import Inputs, find, forward, grad_output_of, inputs_of
 
 OPCHECK_CASES = [
@@ -32,7 +33,7 @@ COMPILED = [
 def operator_arguments(case, neighborhood, target, dtype=torch.float32) -> tuple:
     inputs = inputs_of(case, dtype, target.device)
     tensors = [inputs["query"], inputs["key"], inputs["value"], inputs.get("bias")]
-    return tensors, (neighborhood.encode(), case.score, case.effective_scale)
+    return tensors, (neighborhood.encode(), case.score == "l2", case.effective_scale)
 
 
 @pytest.mark.parametrize("problem", OPCHECK_CASES, ids=lambda problem: str(problem[0]))
@@ -41,24 +42,24 @@ def test_opcheck(target, problem):
     case, neighborhood = problem
     target.skip_unless_can(torch.float32, case.head_dim)
     tensors, choices = operator_arguments(case, neighborhood, target)
-    ops = torch.ops.natten_ext
+    ops = OPERATORS[target.backend]
 
     def leaves(tensors) -> list:
         return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
 
-    torch.library.opcheck(ops.attention.default, (*leaves(tensors), *choices, target.backend))
+    torch.library.opcheck(ops.forward.default, (*leaves(tensors), *choices))
 
-    output, lse = ops.attention(*tensors, *choices, target.backend)
+    output, lse = ops.forward(*tensors, *choices)
     (grad_output,) = leaves([torch.randn_like(output)])
     needs = [True, True, True, tensors[3] is not None]
-    backward = (grad_output, *leaves(tensors), output, lse, *choices, needs, target.backend)
-    torch.library.opcheck(ops.attention_backward.default, backward)
+    backward = (grad_output, *leaves(tensors), output, lse, *choices, needs)
+    torch.library.opcheck(ops.backward.default, backward)
 
     # The third derivative is an error by design, so nothing here requires grad.
     cotangents = [None if t is None else torch.randn_like(t) for t in tensors]
     for given in (cotangents, [cotangents[0], None, cotangents[2], None]):
-        double = (*given, grad_output.detach(), *tensors, output, lse, *choices, [True, *needs], target.backend)
-        torch.library.opcheck(ops.attention_double_backward.default, double)
+        double = (*given, grad_output.detach(), *tensors, output, lse, *choices, [True, *needs])
+        torch.library.opcheck(ops.double_backward.default, double)
 
 
 @pytest.mark.parametrize("needs", [[True, False, False, False], [False, True, False, True], [False] * 4], ids=str)
@@ -66,19 +67,15 @@ def test_opcheck_with_part_of_the_gradients(target, needs):
     case, neighborhood = OPCHECK_CASES[3]
     target.skip_unless_can(torch.float32, case.head_dim)
     tensors, choices = operator_arguments(case, neighborhood, target)
-    output, lse = torch.ops.natten_ext.attention(*tensors, *choices, target.backend)
+    ops = OPERATORS[target.backend]
+    output, lse = ops.forward(*tensors, *choices)
     arguments = (torch.randn_like(output), *tensors, output, lse, *choices)
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.natten_ext.attention_backward.default, (*arguments, needs, target.backend), test_utils=utils
-    )
+    torch.library.opcheck(ops.backward.default, (*arguments, needs), test_utils=utils)
     cotangents = [torch.randn_like(t) if need else None for t, need in zip(tensors, needs, strict=True)]
     for double_needs in ([False, *needs], [True, *needs]):
-        torch.library.opcheck(
-            torch.ops.natten_ext.attention_double_backward.default,
-            (*cotangents, *arguments, double_needs, target.backend),
-            test_utils=utils,
-        )
+        double = (*cotangents, *arguments, double_needs)
+        torch.library.opcheck(ops.double_backward.default, double, test_utils=utils)
 
 
 @pytest.mark.cases(COMPILED)

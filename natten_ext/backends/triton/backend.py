@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ...orders import Order
 from ..support import asked_once, cannot_take, cannot_use_gpu
-from .operands import OPERANDS, check_operands
+from .operands import check_operands
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -30,27 +31,13 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     return cannot_take(dtype, DTYPES, head_dim)
 
 
-def forward(*arguments):
-    """``(output, lse)``; see ``natten_ext.operators``."""
-    return _run("forward", arguments)
-
-
-def backward(*arguments):
-    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.operators``."""
-    return _run("backward", arguments)
-
-
-def double_backward(*arguments):
-    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.operators``."""
-    return _run("double_backward", arguments)
-
-
-def _run(order: str, arguments: tuple[Any, ...]):
-    check_operands(order, arguments)
-    query = arguments[OPERANDS[order].index("query")]
+def run(order: Order, operands: Any) -> tuple[torch.Tensor, ...]:
+    """The results of an order; RuntimeError where it can't run."""
+    check_operands(operands)
+    query = operands.query
     if reason := cannot_run(query.device.type, query.dtype, query.shape[-1]):
         raise RuntimeError(f"backend 'triton' cannot run this: {reason}")
-    return getattr(importlib.import_module(f".{order}", __package__), order)(*arguments)
+    return getattr(importlib.import_module(f".{order.name}", __package__), order.name)(operands)
 
 
 def _interpreted() -> bool:

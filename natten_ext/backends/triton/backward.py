@@ -138,14 +138,16 @@ def backward_key_kernel(
     store_rows(grad_value, batch, head, lattice, place, dv, S)
 
 
-def backward(grad_output, query, key, value, bias, output, lse, neighborhood, score, scale, needs):
-    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.operators``."""
-    launch = Launch(query, key, bias, neighborhood, score, scale)
+def backward(operands):
+    """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.orders``."""
+    query, key, value = operands.query, operands.key, operands.value
+    lse, needs = operands.lse, operands.needs
+    launch = Launch(operands)
     grad_query, grad_key, grad_value, grad_bias = None, None, None, None
     if not any(needs):
         return asked(query, (None,) * 4, needs)
     q, k, terms = launch.query, launch.key, score_terms(launch)
-    do, v, out = (rows_of(tensor) for tensor in (grad_output, value, output))
+    do, v, out = (rows_of(tensor) for tensor in (operands.grad_output, value, operands.output))
     row_means = lse.new_empty(launch.row_shape)
     dq = None
     if needs[0]:
@@ -159,5 +161,5 @@ def backward(grad_output, query, key, value, bias, output, lse, neighborhood, sc
         dk, dv = rows_of(grad_key), rows_of(grad_value)
         launch.run(backward_key_kernel, "backward_key", KEY, do, q, k, terms, v, *lse, row_means, dk, dv, launch.table)
     if needs[3]:
-        grad_bias = table_gradient(launch, "table", bias, (None,) * 5, do, q, k, terms, v, lse, row_means)
+        grad_bias = table_gradient(launch, "table", operands.bias, (None,) * 5, do, q, k, terms, v, lse, row_means)
     return asked(query, (grad_query, grad_key, grad_value, grad_bias), needs)

@@ -216,21 +216,20 @@ def double_key_kernel(
     store_rows(grad_value, batch, head, lattice, place, dv, S)
 
 
-def double_backward(
-    cot_query, cot_key, cot_value, cot_bias, grad_output, query, key, value, bias, output, lse,
-    neighborhood, score, scale, needs,
-):  # fmt: skip
-    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.operators``."""
+def double_backward(operands):
+    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.orders``."""
+    query, key, value = operands.query, operands.key, operands.value
+    lse, needs = operands.lse, operands.needs
     if not any(needs):
         return asked(query, (None,) * 5, needs)
-    launch = Launch(query, key, bias, neighborhood, score, scale)
-    cot_bias = None if cot_bias is None else cot_bias.contiguous()
-    gq, gk, gv = (rows_of(tensor) for tensor in (cot_query, cot_key, cot_value))
+    launch = Launch(operands)
+    cot_bias = None if operands.cot_bias is None else operands.cot_bias.contiguous()
+    gq, gk, gv = (rows_of(tensor) for tensor in (operands.cot_query, operands.cot_key, operands.cot_value))
     cots = gq, gk, x_terms(launch, gq, gk), gv, cot_bias
-    do, v, out = (rows_of(tensor) for tensor in (grad_output, value, output))
+    do, v, out = (rows_of(tensor) for tensor in (operands.grad_output, value, operands.output))
     maps = do, launch.query, launch.key, score_terms(launch), v
     means, x_means, offsets = (lse.new_empty(launch.row_shape) for _ in range(3))
-    grad_grad_output = grad_output.new_empty(grad_output.shape)
+    grad_grad_output = query.new_empty(query.shape)
     grad_query = query.new_empty(query.shape) if needs[1] else None
     launch.run(
         double_query_kernel, "double_query", QUERY, *cots, *maps, out, *lse, means, x_means, offsets,
@@ -244,5 +243,5 @@ def double_backward(
             rows_of(grad_key), rows_of(grad_value), launch.table,
         )  # fmt: skip
     if needs[4]:
-        grad_bias = table_gradient(launch, "double_table", bias, cots, *maps, lse, means, x_means, offsets)
+        grad_bias = table_gradient(launch, "double_table", operands.bias, cots, *maps, lse, means, x_means, offsets)
     return asked(query, (grad_grad_output, grad_query, grad_key, grad_value, grad_bias), needs)

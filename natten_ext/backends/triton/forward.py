@@ -77,11 +77,12 @@ def forward_kernel(
     tl.store(log_sum + numbers, tl.log2(total), mask=place.valid)
 
 
-def forward(query, key, value, bias, neighborhood, score, scale):
-    """``(output, lse)``; see ``natten_ext.operators``."""
-    launch = Launch(query, key, bias, neighborhood, score, scale)
+def forward(operands):
+    """``(output, lse)``; see ``natten_ext.orders``."""
+    launch = Launch(operands)
+    query = operands.query
     output = query.new_empty(query.shape)
     lse = query.new_empty((2, *launch.row_shape), dtype=launch.accumulate)
-    maps = launch.query, launch.key, score_terms(launch), rows_of(value), rows_of(output)
+    maps = launch.query, launch.key, score_terms(launch), rows_of(operands.value), rows_of(output)
     launch.run(forward_kernel, "forward", QUERY, *maps, *lse, launch.table)
     return output, lse

@@ -53,6 +53,9 @@ def rows_of(tensor: torch.Tensor | None) -> Rows | None:
     """Address and strides of a map or a sequence, for a kernel."""
     if tensor is None:
         return None
+    # Kernels want contiguous channels; anything else (say an expanded gradient) is copied.
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        tensor = tensor.contiguous()
     if tensor.dim() == 4:
         batch, tokens, heads, _ = tensor.stride()
         return Rows(tensor, batch, 0, tokens, heads)
@@ -114,21 +117,15 @@ def full_precision(dtype: torch.dtype) -> bool:
 class Launch:
     """One problem on one device, and how to run a kernel of any pass on it."""
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        bias: torch.Tensor | None,
-        neighborhood: Sequence[int],
-        score: str,
-        scale: float,
-    ) -> None:
-        self.problem: Problem = problem_of(neighborhood, query, key)
+    def __init__(self, operands: Any) -> None:
+        """Of the operands of any order (``natten_ext.orders``)."""
+        query, key, bias = operands.query, operands.key, operands.bias
+        self.problem: Problem = problem_of(operands.neighborhood, query, key)
         self.device = query.device
         self.dtype = query.dtype
-        self.l2 = score == "l2"
+        self.l2 = operands.l2
         # -s|q-k|^2 is 2s q.k - s|k|^2 and a constant per query.
-        self.scale = 2 * scale if self.l2 else scale
+        self.scale = 2 * operands.scale if self.l2 else operands.scale
         # Sums of products of bfloat16 lose nothing in float32.
         if self.l2 and self.dtype != torch.bfloat16:
             query, key = about_origin(query, key)

@@ -14,29 +14,17 @@ import torch
 
 from ...checks import check_dense, grid_of, neighborhood_of
 from ...geometry import FULL, GRID, NEIGHBORHOOD, AnyNeighborhood, Full
+from ...orders import INPUTS
 
-_COMMON = ("query", "key", "value", "bias")
-OPERANDS = {
-    "forward": _COMMON,
-    "backward": ("grad_output", *_COMMON, "output", "lse"),
-    "double_backward": ("cot_query", "cot_key", "cot_value", "cot_bias", "grad_output", *_COMMON, "output", "lse"),
-}
-"""The first arguments of each order; the neighborhood's code follows."""
-
-_LIKE = {
-    "value": "key", "grad_output": "query", "output": "query",
-    "cot_query": "query", "cot_key": "key", "cot_value": "value", "cot_bias": "bias",
-}  # fmt: skip
+_LIKE = {"value": "key", "grad_output": "query", "output": "query"} | {f"cot_{name}": name for name in INPUTS}
 
 
-def check_operands(order: str, arguments: Sequence[Any]) -> None:
-    """Raise TypeError or ValueError unless the operands fit each other and the neighborhood."""
-    names = OPERANDS[order]
-    operands, code = dict(zip(names, arguments, strict=False)), arguments[len(names)]
-    given = {name: tensor for name, tensor in operands.items() if tensor is not None}
+def check_operands(operands: Any) -> None:
+    """Raise TypeError or ValueError unless the operands of an order fit each other and the neighborhood."""
+    given = {name: value for name, value in operands._asdict().items() if isinstance(value, torch.Tensor)}
     for name, tensor in given.items():
         check_dense(name, tensor)
-    query, key, bias = operands["query"], operands["key"], operands["bias"]
+    query, key, bias, code = operands.query, operands.key, operands.bias, operands.neighborhood
     dims = 4 if tuple(code) == (FULL,) else 5
     if query.dim() != dims or key.dim() != dims:
         raise ValueError(f"query and key must have {dims} dimensions for neighborhood code {list(code)}")
@@ -54,14 +42,14 @@ def check_operands(order: str, arguments: Sequence[Any]) -> None:
         _require("bias", bias, table, dtype, query.device)
     for name, tensor in given.items():
         if name in _LIKE:
-            like = operands[_LIKE[name]]
+            like = getattr(operands, _LIKE[name])
             if like is None:
                 raise ValueError(f"{name} must be absent where {_LIKE[name]} is")
             _require(name, tensor, like.shape, like.dtype, like.device)
-    if "lse" in operands:
+    if "lse" in given:
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        _require("lse", operands["lse"], (2, batch, heads, *tokens), dtype, query.device)
-        if not operands["lse"].is_contiguous():
+        _require("lse", operands.lse, (2, batch, heads, *tokens), dtype, query.device)
+        if not operands.lse.is_contiguous():
             raise ValueError("lse must be contiguous")
 
 

@@ -1,0 +1,71 @@
+"""The orders of differentiation: what each takes and gives, written here for Python and in csrc/operators.h for C++.
+
+Tensors are sequences ``(batch, tokens, heads, head_dim)`` or maps ``(batch, height, width, heads, head_dim)``, tables
+``(heads, rows, columns)``. The formulas are in docs/double_backward.md.
+
+``lse`` is each row's log-sum-exp in two parts ``(2, batch, heads, *tokens)``, in the units of the kernels: the score,
+times log2(e), from which weights were counted (``base``, about the largest), and log2 of the sum of those weights
+(``log_sum``). Added up they would round: scores of 1e5 would leave float32 weights two digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+INPUTS = {"query": Tensor, "key": Tensor, "value": Tensor, "bias": Tensor | None}
+"""What the output is differentiated by."""
+RESULTS = {"output": Tensor, "lse": Tensor}
+CHOICES = {"neighborhood": list[int], "l2": bool, "scale": float}
+"""The integer code of ``natten_ext.geometry``, whether the score is "l2" rather than "dot", the factor of the score."""
+
+# `l2` is no string because the stable ABI, as of torch 2.13, loses the memory of every string that it hands to C++.
+_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[int]: "int[]", list[bool]: "bool[]", bool: "bool", float: "float",
+}  # fmt: skip
+
+
+class Order:
+    """An operator of every fused backend: ``natten_ext_cpu::backward`` and so on.
+
+    ``operands`` is a named tuple of its arguments. ``results`` names the tensors that it returns; where ``needs`` does
+    not ask for one, an empty tensor is in its place.
+    """
+
+    def __init__(self, name: str, operands: dict[str, Any], results: Sequence[str]) -> None:
+        self.name = name
+        self.types = operands
+        self.operands = NamedTuple("Operands", operands.items())
+        self.results = tuple(results)
+
+    def schema(self, **more: type) -> str:
+        """As torch declares operators; ``more`` are arguments after the operands."""
+        arguments = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in (self.types | more).items())
+        return f"({arguments}) -> ({', '.join(f'Tensor {name}' for name in self.results)})"
+
+    def checked(self, arguments: Sequence[Any]) -> Any:
+        """The operands, by name; TypeError or ValueError for what torch lets through and no backend can take."""
+        operands = self.operands(*arguments)
+        for (name, kind), operand in zip(self.types.items(), operands, strict=True):
+            if kind is Tensor and operand is None:
+                raise TypeError(f"{name} must be a tensor, got None")
+        if "needs" in self.types and len(operands.needs) != len(self.results):
+            raise ValueError(
+                f"needs must have {len(self.results)} entries, one per gradient, got {len(operands.needs)}"
+            )
+        return operands
+
+
+_GRADIENTS = [f"grad_{name}" for name in INPUTS]
+
+FORWARD = Order("forward", INPUTS | CHOICES, RESULTS)
+BACKWARD = Order("backward", {"grad_output": Tensor} | INPUTS | RESULTS | CHOICES | {"needs": list[bool]}, _GRADIENTS)
+# Cotangents belong to the gradients of the backward; one is absent where its gradient was not used.
+DOUBLE_BACKWARD = Order(
+    "double_backward",
+    {f"cot_{name}": Tensor | None for name in INPUTS} | BACKWARD.types,
+    ["grad_grad_output", *_GRADIENTS],
+)
+ORDERS = (FORWARD, BACKWARD, DOUBLE_BACKWARD)
