@@ -37,7 +37,7 @@ from benchmarks.figures import figures_block, figures_to_reach
 from benchmarks.gpu.processes import OUT_OF_TIME, kill_all
 from benchmarks.gpu.stages import STAGES, NotRunError, Run, Stage
 from benchmarks.precision import PRECISIONS
-from benchmarks.record import Record
+from benchmarks.record import Record, write_whole
 from benchmarks.shapes import SHAPES
 
 NOT_RUN, RUNNING, OK, FAILED = "not run", "running", "ok", "failed"
@@ -89,7 +89,7 @@ def main(
 
     def save() -> None:
         record.write(options.out / "gpu_check.json")
-        (options.out / "gpu_check.md").write_text(page(record))
+        write_whole(options.out / "gpu_check.md", page(record))
 
     run = Run(options, record, options.out / "logs", save, [])
     run.logs.mkdir(parents=True)

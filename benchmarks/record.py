@@ -126,17 +126,13 @@ class Record:
         relate(self.rows, self.rates, PRECISIONS[self.precision].itemsize)
 
     def write(self, path: Path) -> None:
-        """Whole or not at all."""
         rates = self.rates and self.rates.to_dict()
         head = {**self.more, "environment": self.environment, "precision": self.precision, "rates": rates}
         text = json.dumps(head, indent=1).removesuffix("\n}")
         lists = {"shapes": [s.to_dict() for s in self.shapes.values()], "rows": map(_to_dict, self.rows)}
         for name, values in lists.items():
             text += f',\n "{name}": [' + ",".join(f"\n{json.dumps(value)}" for value in values) + "]"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text + "\n}\n")
-        partial.replace(path)
+        write_whole(path, text + "\n}\n")
 
     @staticmethod
     def read(path: Path) -> Record:
@@ -147,6 +143,14 @@ class Record:
         if rates:
             record.add(rows, Rates(**rates))
         return record
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all, whenever the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _to_dict(row: Row) -> dict[str, Any]:
