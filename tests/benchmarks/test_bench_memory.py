@@ -14,10 +14,10 @@ from benchmarks.memory import WORKER_ENVIRONMENT, Memory, size_of
 from benchmarks.memory_worker import ROOT, MemoryWorker
 from benchmarks.problem import CannotError
 from benchmarks.shapes import SHAPES
+from tests.benchmarks.known_memory import SCRATCH
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 
-SCRATCH = 48 << 20
 NOISE = 1 << 20
 
 
@@ -25,8 +25,9 @@ NOISE = 1 << 20
 def known():
     """Answers of known_memory.py."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("known_memory.py"))],
-        env={**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "tests.benchmarks.known_memory"],
+        cwd=ROOT,
+        env={**os.environ, **WORKER_ENVIRONMENT},
         capture_output=True,
         text=True,
         check=True,

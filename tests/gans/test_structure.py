@@ -37,7 +37,8 @@ def test_folders_import_what_stands_above_them():
 def test_no_name_twice():
     # gans/demo.py is what `python -m gans.demo` starts: the command of that name.
     names = Counter(path.name for path in FILES if path.name != "__init__.py" and path != ROOT / "demo.py")
-    names += Counter(path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py")
+    tests = Path(__file__).parent.rglob("*.py")
+    names += Counter(path.name for path in tests if path.name not in ("__init__.py", "conftest.py"))
     assert [name for name, count in names.items() if count > 1] == []
 
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from style_generators import CONFIGS, generator_of
 from torch import nn
 
 import natten_ext
 from gans.losses.path_length import PathLengthLoss, PathLengthLossConfig, path_lengths
+from tests.gans.style_generators import CONFIGS, generator_of
 
 
 class Slopes(nn.Module):

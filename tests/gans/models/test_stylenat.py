@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from style_generators import CONFIGS, generator_of
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +14,7 @@ from gans.models.stylenat import Generator, dilation_of_heads
 from gans.models.stylenat_layers import AdaptiveInstanceNorm, ImageNetNormalization, LevelUp, fir_blur, fir_upsample
 from gans.recipes.named import preset
 from natten_ext import compat
+from tests.gans.style_generators import CONFIGS, generator_of
 
 TINY = CONFIGS["stylenat"]
 

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from style_generators import CONFIGS, generator_of
 
 from gans.commands.generators import latents, render, to_codes
+from tests.gans.style_generators import CONFIGS, generator_of
 
 
 @pytest.fixture(params=CONFIGS)
