@@ -203,6 +203,11 @@ def oracle_derivatives(
     return derivatives(lambda leaves: oracle_forward(case, leaves, expanded), *arguments, order=order)
 
 
+def on(target, tensors: Inputs) -> Inputs:
+    """These tensors on a target's device."""
+    return {name: tensor.to(target.device) for name, tensor in tensors.items()}
+
+
 def nonempty_subsets(names: Iterable[str]) -> list[tuple[str, ...]]:
     names = list(names)
     return list(chain.from_iterable(combinations(names, size) for size in range(1, len(names) + 1)))
@@ -311,6 +316,15 @@ def find(name: str, **fields) -> Case:
     """The case of this name, with some fields replaced."""
     case = next(case for case in CASES + TINY if case.name == name)
     return replace(case, **fields)
+
+
+ONE_OF_EACH = [
+    find("full-self-9"),
+    find("grid-6x10-w3x5", score="l2", bias=True),
+    find("na-7x9-k3", bias=True),
+    find("na-11x9-per-head", score="l2", bias=True),
+]
+"""For tests of what does not depend on sizes: each neighborhood, both scores, with a table and without."""
 
 
 def magnitude(tensors: Iterable[Tensor]) -> float:
