@@ -50,6 +50,10 @@ class RenderArguments:
     backend: str | None = None
     """Attention backend of natten_ext; None leaves its choice."""
 
+    def __post_init__(self) -> None:
+        if self.scale < 1:
+            raise ValueError(f"scale is {self.scale}; it must be at least 1")
+
     def load_generator(self) -> nn.Module:
         return load_generator(self.checkpoint, choose_device(self.device), self.weights)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +50,12 @@ class InterpolateArguments(RenderArguments):
     """Where to interpolate: z, or w for a generator with a mapping network."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.scale < 1 or self.fps <= 0 or self.sheet_columns < 2:
-            raise ValueError(
-                f"steps ({self.steps}) and scale ({self.scale}) must be at least 1, fps ({self.fps}) positive and "
-                f"sheet_columns ({self.sheet_columns}) at least 2"
-            )
+        super().__post_init__()
+        for name, least in (("steps", 1), ("sheet_columns", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"fps is {self.fps}; it must be positive and finite")
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

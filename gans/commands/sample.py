@@ -40,10 +40,9 @@ class SampleArguments(RenderArguments):
     """Images in a row of the grid; 0 for a square."""
 
     def __post_init__(self) -> None:
-        if self.scale < 1 or self.columns < 0:
-            raise ValueError(
-                f"scale ({self.scale}) must be at least 1, and columns ({self.columns}) cannot be negative"
-            )
+        super().__post_init__()
+        if self.columns < 0:
+            raise ValueError(f"columns is {self.columns}; it cannot be negative")
 
 
 def run(arguments: list[str]) -> None:

@@ -40,10 +40,6 @@ class StyleMixingArguments(RenderArguments):
     """The generator's blocks that follow the column's seed, such as 0-3; 0 is the first one. None is the first four, or
     half of them where there are fewer than eight."""
 
-    def __post_init__(self) -> None:
-        if self.scale < 1:
-            raise ValueError(f"scale is {self.scale}; it must be at least 1")
-
 
 def mixed_styles(rows: Tensor, columns: Tensor, blocks: Sequence[int], count: int) -> Tensor:
     """w of every image of the table for each of `count` blocks, `(1 + R, 1 + C, count, D)`.

@@ -123,7 +123,8 @@ def test_sample_refuses(checkpoint, tmp_path, capsys):
         (["--checkpoint", checkpoint, *out, "--truncation", "0.5"], "needs a mapping network"),
         (["--checkpoint", checkpoint, *out, "--truncation", "1.5"], "must be in [0, 1]"),
         (["--checkpoint", checkpoint, *out, "--batch", "0"], "batch is 0"),
-        (["--checkpoint", checkpoint, *out, "--scale", "0"], "scale (0)"),
+        (["--checkpoint", checkpoint, *out, "--scale", "0"], "scale is 0"),
+        (["--checkpoint", checkpoint, *out, "--columns", "-1"], "columns is -1"),
         (["--checkpoint", checkpoint, *out, "--device", "nothing"], "device is 'nothing'"),
     ):
         assert message in error(capsys, "sample", *arguments)
@@ -164,7 +165,10 @@ def test_interpolate(checkpoint, tmp_path, capsys):
         (["--out", str(out), "--seeds", "7"], "needs at least two"),
         (["--out", "x.png"], "must end in .gif"),
         (["--out", str(out), "--space", "w"], "space w needs a mapping network"),
-        (["--out", str(out), "--steps", "0"], "steps (0)"),
+        (["--out", str(out), "--steps", "0"], "steps is 0"),
+        (["--out", str(out), "--sheet-columns", "1"], "sheet_columns is 1"),
+        (["--out", str(out), "--scale", "0"], "scale is 0"),
+        (["--out", str(out), "--fps", "nan"], "fps is nan"),
     ):
         assert message in error(capsys, *arguments, *extra)
 

@@ -83,6 +83,12 @@ def test_refusals(tmp_path, capsys, more, message):
     assert message in capsys.readouterr().err
 
 
+def test_the_scale_is_checked_while_arguments_are_parsed(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(tmp_path, tmp_path / "x.png", "--scale", "0")
+    assert "scale is 0; it must be at least 1" in capsys.readouterr().err
+
+
 def test_no_mapping_network(tmp_path, capsys, tiny):
     save(tiny.generator, tmp_path / "checkpoint")
     assert command(tmp_path / "checkpoint", tmp_path / "x.png") == 1
