@@ -62,8 +62,9 @@ def l2_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """``attention`` with the score -|q-k|^2. A layer is Lipschitz with it if query and key are one projection (tied),
-    which its values pass through as well.
+    """``attention`` with the score -|q-k|^2: ``softmax_j(-scale * |q_i - k_j|^2) v_j``.
+
+    A layer is Lipschitz with it if query and key are one projection (tied), which its values pass through as well.
 
     Distances are taken about a vector amid the keys, so it costs nothing that all vectors lie far from zero; clusters
     far from each other do cost digits (docs/kernels.md, known limits).

@@ -33,7 +33,7 @@ class LossConfig:
     drift: float = 1e-3
     """Weight of the squared mean score of real images, TransGAN's epsilon term; 0 gives the paper's plain WGAN-GP."""
     r1: float = 0.0
-    """gamma of R1: gamma / 2 times the mean squared gradient norm at real images."""
+    """gamma of R1: gamma / 2 times the mean squared gradient norm at real images (`zero_centered_penalty`)."""
     r2: float = 0.0
     """gamma of R2: the same at generated images."""
     penalty_every: int = 1

@@ -49,10 +49,11 @@ def gradient_penalty(discriminator: Network, real: Tensor, fake: Tensor, target:
 
 
 def zero_centered_penalty(discriminator: Network, images: Tensor) -> Tensor:
-    """E[|grad D(x)|_2^2]: R1 where the images are real, R2 where they are generated.
+    """The R1 penalty of real images, the R2 penalty of generated ones: E[|grad D(x)|_2^2].
 
     Source: "Which Training Methods for GANs do actually Converge?", Mescheder et al. 2018, arXiv 1801.04406,
-    equations 9 and 10 (there with the factor gamma / 2). Computed exactly, not by finite differences.
+    equations 9 (R1) and 10 (R2), there with the factor gamma / 2, which is `LossConfig.r1` and `r2`. Computed exactly,
+    not by finite differences.
     """
     return _input_gradient(discriminator, images).square().sum(1).mean()
 
