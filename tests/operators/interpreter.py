@@ -44,13 +44,14 @@ def _patch_once(patch_lang):
 
     class Scope:
         def __init__(self, inner, module: int) -> None:
-            self.inner, self.module = inner, module
+            self.inner = inner
             active.add(module)
             # Its own conversion to an integer is an error from numpy 2.4 on.
             language.tensor.__index__ = lambda tensor: tensor.handle.data.item()
 
         def restore(self) -> None:
-            active.discard(self.module)
+            # Only the outermost does, and with it what calls from other modules patched.
+            active.clear()
             self.inner.restore()
 
     def patch(function):

@@ -14,6 +14,7 @@ from natten_ext.backends.triton import backend
 from natten_ext.orders import FORWARD
 from tests.operators.budget import assert_equal_to_rounding
 from tests.operators.cases import (
+    Case,
     cotangents_of,
     derivatives,
     find,
@@ -97,6 +98,33 @@ def test_several_tiles_and_blocks(case):
     configs = pytest.importorskip("natten_ext.backends.triton.configs")
     with configs.forced(configs.Config(16, 16, 4, 1)):
         check(case)
+
+
+WHOLE = [
+    Case("whole-grid", "grid", (2, 8, 16, 2, 8), window=(8, 8), bias=True),
+    Case("whole-grid-l2", "grid", (1, 4, 16, 1, 8), window=(4, 8), score="l2"),
+    Case("whole-full", "full", (1, 32, 1, 8), score="l2"),
+]
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=str)
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "rest"])
+def test_tiles_that_fit_and_that_do_not(case, whole, monkeypatch):
+    """Where tiles and blocks fit, nothing is masked; masks change nothing there."""
+    launch = pytest.importorskip("natten_ext.backends.triton.launch")
+    statics = []
+    start = launch.Launch.start
+
+    def recorded(self, kernel, programs, arguments, config, **constants):
+        if "S" in constants:
+            statics.append(constants["S"])
+            constants["S"] = constants["S"]._replace(whole=whole)
+        return start(self, kernel, programs, arguments, config, **constants)
+
+    monkeypatch.setattr(launch.Launch, "start", recorded)
+    with launch.configs.forced(launch.configs.Config(16, 16, 4, 1)):
+        check(case)
+    assert len(statics) >= 5 and all(static.whole for static in statics)
 
 
 def test_streamed_channels():

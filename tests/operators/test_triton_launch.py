@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 KERNELS = (
     "backward_key_kernel", "backward_query_kernel", "double_key_kernel", "double_query_kernel", "forward_kernel",
-    "row_terms_kernel", "table_shares_kernel", "table_sum_kernel",
+    "padded_table_kernel", "row_terms_kernel", "table_parts_kernel", "table_shares_kernel", "table_sum_kernel",
 )  # fmt: skip
 
 

@@ -87,15 +87,35 @@ def test_tiles_hold_every_pair(problem, owner, sizes):
 @pytest.mark.parametrize("problem", PROBLEMS[2:], ids=lambda problem: str(problem.window))
 @pytest.mark.parametrize("sizes", [(64, 32), (16, 16)], ids=str)
 def test_displacements_hold_every_pair(problem, sizes):
-    """The table's gradient meets every pair, at exactly one displacement."""
+    """The table's gradient meets every pair, in one visit of a tile at one displacement."""
     tiles = tiling(problem, *sizes, QUERY)
-    ranges = displacements(problem, tiles)
-    for _, *lattice in problem.lattices(tiles.packed):
-        for axis, own, block, (first, count, shift) in zip(lattice, tiles.own, tiles.block, ranges, strict=True):
-            for query, key in axis_pairs(axis):
-                index = (key - (query // own * own + shift)) // block
-                assert first <= index < first + count
+    places = displacements(problem, tiles)
+    for head in range(problem.heads):
+        of_head = [place for place in places if place.head == head]
+        on_axes = {place.vertical for place in of_head}, {place.horizontal for place in of_head}
+        assert len(of_head) == len(on_axes[0]) * len(on_axes[1])
+        axes = problem.axes(head, tiles.packed)
+        for lattice, own, block, displaced in zip(axes, tiles.own, tiles.block, on_axes, strict=True):
+            for query, key in set().union(*map(axis_pairs, lattice)):
+                met = [
+                    place
+                    for place in displaced
+                    if place.first <= query // own < place.first + place.tiles
+                    and 0 <= key - query // own * own - place.start < block
+                ]
+                assert len(met) == 1
     assert problem.pairs() <= displaced_pairs(problem, tiles)
+
+
+def test_displacements_are_few():
+    """Tiles of 8 x 8 see 14 x 14 keys of a window of 7 x 7: two blocks on each axis, one where the map is one tile."""
+    problem = _problem_of(tuple(Neighborhood(((7, 7),) * 2, ((1, 1), (8, 8))).encode()), (2, 64, 64, 2, 32), 64)
+    tiles = tiling(problem, 64, 64, QUERY)
+    assert tiles.own == tiles.block == (8, 8)
+    visits = {}
+    for place in displacements(problem, tiles):
+        visits.setdefault(place.head, []).append(place.visits)
+    assert sum(visits[0]) <= (7 * 2 + 1 + 1) ** 2 * 4 and visits[1] == [64]
 
 
 @pytest.mark.parametrize("head_dim", range(1, 257))

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .geometry import SIZES, empty, own_place, own_tile
+from .geometry import FULL, SIZES, empty, own_place, own_tile
 from .launch import Launch
 from .problem import KEY, QUERY
-from .tiles import Rows, Terms, key_numbers, load_rows, row_numbers, row_sums
+from .tiles import Rows, Terms, first_row, load_rows, row_index, row_sums, store_column
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -31,11 +31,10 @@ def row_terms_kernel(
     place = own_place(box, S)
     a = load_rows(first, batch, head, lattice, place, S)
     b = load_rows(second, batch, head, lattice, place, S)
-    if KEYS:
-        numbers = key_numbers(batch, head, heads, height, width, lattice, place, S)
-    else:
-        numbers = row_numbers(batch, head, heads, height, width, lattice, place)
-    tl.store(terms + numbers, row_sums(a, b, OWN, S) * FACTOR, mask=place.valid)
+    if KEYS and S.kind == FULL:
+        width = lattice.keys_x
+    first = first_row(batch, head, heads, height, width)
+    store_column(terms + first, row_index(width, lattice, place), place.valid, row_sums(a, b, OWN, S) * FACTOR)
 
 
 def _terms(launch: Launch, first: Rows | None, second: Rows, factor: float, owner: str) -> torch.Tensor:

@@ -18,6 +18,7 @@ from .geometry import (
     block_place,
     empty,
     keys_of,
+    not_beyond,
     own_keys,
     own_place,
     own_tile,
@@ -25,23 +26,26 @@ from .geometry import (
 )
 from .launch import Launch, asked, rows_of
 from .problem import KEY, QUERY
+from .row_numbers import FIRST, SECOND, RowNumbers, SecondNumbers, load_numbers, load_second_numbers, store_numbers
 from .scores import (
-    cot_scores,
-    logits,
+    logits_and_x,
     pair_products,
     per_key,
     per_query,
     second_score_gradient,
-    table_centre,
+    weights_of_queries,
 )
 from .table_gradient import table_gradient
+from .tables import head_table, padded_table
 from .tiles import (
     add_totals,
     add_weighted,
+    first_row,
+    load_column,
     load_rows,
     number,
     rounded,
-    row_numbers,
+    row_index,
     row_products,
     scaled,
     store_rows,
@@ -50,13 +54,14 @@ from .tiles import (
     wide,
     zero_rows,
     zero_totals,
+    zeros,
 )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def double_query_kernel(
     cot_query, cot_key, x_terms, cot_value, cot_table, grad_output, query, key, score_terms, value, output,
-    base, log_sum, row_means, row_x_means, row_offsets, grad_grad_output, grad_query, table, members,
+    base, log_sum, numbers, grad_grad_output, grad_query, table, members,
     scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
@@ -68,76 +73,76 @@ def double_query_kernel(
         return
     scale = number(scale, S)
     if table is not None:
-        table = table_centre(table, head, table_rows, table_columns)
+        table = head_table(table, head, table_rows, table_columns)
     if cot_table is not None:
-        cot_table = table_centre(cot_table, head, table_rows, table_columns)
+        cot_table = head_table(cot_table, head, table_rows, table_columns, 2)
     place = own_place(box, S)
-    queries = as_queries(place, lattice, table_columns, 1, S)
-    numbers = row_numbers(batch, head, heads, height, width, lattice, place)
-    origin = tl.load(base + numbers, mask=place.valid, other=0.0)[:, None]
-    spread = tl.load(log_sum + numbers, mask=place.valid, other=0.0)[:, None]
+    queries = as_queries(place, box, lattice, 1, S)
+    first = first_row(batch, head, heads, height, width)
+    index = row_index(width, lattice, place)
+    origin = load_column(base + first, index, place.valid)
+    spread = load_column(log_sum + first, index, place.valid)
     q = load_rows(query, batch, head, lattice, place, S)
-    q_term = per_query(score_terms, numbers, place.valid, 1, S)
-    q_x_term = per_query(x_terms, numbers, place.valid, 1, S)
+    q_term = per_query(score_terms, first, index, place.valid, S)
+    q_x_term = per_query(x_terms, first, index, place.valid, S)
     do = load_rows(grad_output, batch, head, lattice, place, S)
     gq = load_rows(cot_query, batch, head, lattice, place, S) if cot_query is not None else None
     reach = keys_of(box, lattice, S)
 
     # From the rounded O, D is near enough to be subtracted from dP; the rest follows from the sums.
-    near_mean = row_products(do, load_rows(output, batch, head, lattice, place, S), OWN, S)
-    rest = tl.zeros((OWN,), S.accumulate)
-    x_mean = tl.zeros((OWN,), S.accumulate)
-    offset = tl.zeros((OWN,), S.accumulate)
+    near_d = row_products(do, load_rows(output, batch, head, lattice, place, S), OWN, S)
+    rest = zeros(OWN, 1, S.accumulate)
+    r = zeros(OWN, 1, S.accumulate)
+    t = zeros(OWN, 1, S.accumulate)
     for block in tl.range(block_count(reach, S), disable_licm=S.streamed or wide(S.chunks)):
         there = block_place(reach, block, S)
-        keys = as_keys(there, table_columns, 0)
+        keys = as_keys(there, 0)
         k = load_rows(key, batch, head, lattice, there, S)
         v = load_rows(value, batch, head, lattice, there, S)
         gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
         gv = load_rows(cot_value, batch, head, lattice, there, S) if cot_value is not None else None
-        k_term = per_key(score_terms, batch, head, heads, height, width, lattice, there, reach, 0, S)
-        k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, there, reach, 0, S)
-        scores = logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, False, S)
+        k_term = per_key(score_terms, batch, head, heads, height, width, lattice, there, 0, S)
+        k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, there, 0, S)
+        scores, x = logits_and_x(
+            q, k, q_term, k_term, gq, gk, q_x_term, k_x_term, queries, keys, table, cot_table, scale, lattice, False, S
+        )
         weights = tl.exp2(scores - origin - spread)
-        x = cot_scores(q, gq, k, gk, q_x_term, k_x_term, cot_table, queries, keys, scale, lattice, False, S)
-        d_weights = pair_products(do, v, False, S) - near_mean[:, None]
-        rest += tl.sum(weights * d_weights, 1)
-        x_mean += tl.sum(weights * x, 1)
+        d_weights = pair_products(do, v, False, S) - near_d
+        rest += tl.sum(weights * d_weights, 1, keep_dims=True)
+        r += tl.sum(weights * x, 1, keep_dims=True)
         inner = x * d_weights
         if gv is not None:
             inner += pair_products(do, gv, False, S)
-        offset += tl.sum(weights * inner, 1)
-    mean = near_mean + rest
-    offset -= x_mean * rest
-    tl.store(row_means + numbers, mean, mask=place.valid)
-    tl.store(row_x_means + numbers, x_mean, mask=place.valid)
-    tl.store(row_offsets + numbers, offset, mask=place.valid)
+        t += tl.sum(weights * inner, 1, keep_dims=True)
+    d = near_d + rest
+    t -= r * rest
+    store_numbers(numbers, first, index, place.valid, RowNumbers(origin, spread, d, q_term), 0, SECOND, S)
+    store_numbers(numbers, first, index, place.valid, SecondNumbers(r, t, q_x_term), FIRST, SECOND, S)
 
     d_do = zero_rows(OWN, S)
     dq = zero_rows(OWN, S)
     rest = zero_totals(OWN, S)
     for block in tl.range(block_count(reach, S), disable_licm=S.streamed or wide(S.chunks)):
         there = block_place(reach, block, S)
-        keys = as_keys(there, table_columns, 0)
+        keys = as_keys(there, 0)
         k = load_rows(key, batch, head, lattice, there, S)
         v = load_rows(value, batch, head, lattice, there, S)
         gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
         gv = load_rows(cot_value, batch, head, lattice, there, S) if cot_value is not None else None
-        k_term = per_key(score_terms, batch, head, heads, height, width, lattice, there, reach, 0, S)
-        k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, there, reach, 0, S)
-        scores = logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, False, S)
-        weights = tl.exp2(scores - origin - spread)
-        x = (
-            cot_scores(q, gq, k, gk, q_x_term, k_x_term, cot_table, queries, keys, scale, lattice, False, S)
-            - x_mean[:, None]
+        k_term = per_key(score_terms, batch, head, heads, height, width, lattice, there, 0, S)
+        k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, there, 0, S)
+        scores, x = logits_and_x(
+            q, k, q_term, k_term, gq, gk, q_x_term, k_x_term, queries, keys, table, cot_table, scale, lattice, False, S
         )
+        weights = tl.exp2(scores - origin - spread)
+        x -= r
         d_do = add_weighted(d_do, rounded(weights * x, v, S), v, S)
         if gv is not None:
             d_do = add_weighted(d_do, rounded(weights, gv, S), gv, S)
         if grad_query is not None:
-            d_weights = pair_products(do, v, False, S) - mean[:, None]
+            d_weights = pair_products(do, v, False, S) - d
             g = pair_products(do, gv, False, S) if gv is not None else None
-            d_scores = rounded(second_score_gradient(weights, x, d_weights, g, offset[:, None]), k, S)
+            d_scores = rounded(second_score_gradient(weights, x, d_weights, g, t), k, S)
             dq = add_weighted(dq, d_scores, k, S)
             rest = add_totals(rest, d_scores, S)
             if gk is not None:
@@ -152,7 +157,7 @@ def double_query_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def double_key_kernel(
     cot_query, cot_key, x_terms, cot_value, cot_table, grad_output, query, key, score_terms, value,
-    base, log_sum, row_means, row_x_means, row_offsets, grad_key, grad_value, table, members,
+    numbers, grad_key, grad_value, table, members,
     scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
@@ -163,17 +168,18 @@ def double_key_kernel(
         return
     scale = number(scale, S)
     if table is not None:
-        table = table_centre(table, head, table_rows, table_columns)
+        table = head_table(table, head, table_rows, table_columns)
     if cot_table is not None:
-        cot_table = table_centre(cot_table, head, table_rows, table_columns)
+        cot_table = head_table(cot_table, head, table_rows, table_columns, 2)
     place = own_place(box, S)
-    keys = as_keys(place, table_columns, 1)
+    keys = as_keys(place, 1)
+    first = first_row(batch, head, heads, height, width)
     k = load_rows(key, batch, head, lattice, place, S)
     v = load_rows(value, batch, head, lattice, place, S)
     gk = load_rows(cot_key, batch, head, lattice, place, S) if cot_key is not None else None
     gv = load_rows(cot_value, batch, head, lattice, place, S) if cot_value is not None else None
-    k_term = per_key(score_terms, batch, head, heads, height, width, lattice, place, box, 1, S)
-    k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, place, box, 1, S)
+    k_term = per_key(score_terms, batch, head, heads, height, width, lattice, place, 1, S)
+    k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, place, 1, S)
     dk = zero_rows(OWN, S)
     dv = zero_rows(OWN, S)
     d_terms = zero_totals(OWN, S)
@@ -181,26 +187,23 @@ def double_key_kernel(
     reach = queries_of(box, lattice, S)
     for block in tl.range(block_count(reach, S), disable_licm=S.streamed or wide(S.chunks)):
         there = block_place(reach, block, S)
-        queries = as_queries(there, lattice, table_columns, 0, S)
-        numbers = row_numbers(batch, head, heads, height, width, lattice, there)
-        origin = tl.load(base + numbers, mask=there.valid, other=0.0)[None, :]
-        spread = tl.load(log_sum + numbers, mask=there.valid, other=0.0)[None, :]
-        mean = tl.load(row_means + numbers, mask=there.valid, other=0.0)[None, :]
-        x_mean = tl.load(row_x_means + numbers, mask=there.valid, other=0.0)[None, :]
-        offset = tl.load(row_offsets + numbers, mask=there.valid, other=0.0)[None, :]
-        q_term = per_query(score_terms, numbers, there.valid, 0, S)
-        q_x_term = per_query(x_terms, numbers, there.valid, 0, S)
+        queries = as_queries(there, reach, lattice, 0, S)
+        index = row_index(width, lattice, not_beyond(there, reach, S))
+        row = load_numbers(numbers, first, index, SECOND, 0, S)
+        second = load_second_numbers(numbers, first, index, 0, S)
         q = load_rows(query, batch, head, lattice, there, S)
         gq = load_rows(cot_query, batch, head, lattice, there, S) if cot_query is not None else None
         do = load_rows(grad_output, batch, head, lattice, there, S)
-        scores = logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, True, S)
-        weights = tl.exp2(scores - origin - spread)
-        x = cot_scores(q, gq, k, gk, q_x_term, k_x_term, cot_table, queries, keys, scale, lattice, True, S)
-        x -= x_mean
+        scores, x = logits_and_x(
+            q, k, row.term, k_term, gq, gk, second.term, k_x_term, queries, keys, table, cot_table, scale, lattice,
+            True, S,
+        )  # fmt: skip
+        weights = weights_of_queries(scores, row, table, there, S)
+        x -= second.r
         dv = add_weighted(dv, rounded(weights * x, do, S), do, S)
-        d_weights = pair_products(do, v, True, S) - mean
+        d_weights = pair_products(do, v, True, S) - row.d
         g = pair_products(do, gv, True, S) if gv is not None else None
-        d_scores = rounded(second_score_gradient(weights, x, d_weights, g, offset), q, S)
+        d_scores = rounded(second_score_gradient(weights, x, d_weights, g, second.t), q, S)
         dk = add_weighted(dk, d_scores, q, S)
         first_d_scores = rounded(weights * d_weights, q, S)
         if gq is not None:
@@ -223,25 +226,25 @@ def double_backward(operands):
     if not any(needs):
         return asked(query, (None,) * 5, needs)
     launch = Launch(operands)
-    cot_bias = None if operands.cot_bias is None else operands.cot_bias.contiguous()
+    table = padded_table(launch, operands.cot_bias)
+    cot_table = None if operands.cot_bias is None else table
     gq, gk, gv = (rows_of(tensor) for tensor in (operands.cot_query, operands.cot_key, operands.cot_value))
-    cots = gq, gk, x_terms(launch, gq, gk), gv, cot_bias
+    cots = gq, gk, x_terms(launch, gq, gk), gv, cot_table
     do, v, out = (rows_of(tensor) for tensor in (operands.grad_output, value, operands.output))
     maps = do, launch.query, launch.key, score_terms(launch), v
-    means, x_means, offsets = (lse.new_empty(launch.row_shape) for _ in range(3))
+    numbers = lse.new_empty((*launch.row_shape, SECOND.value))
     grad_grad_output = query.new_empty(query.shape)
     grad_query = query.new_empty(query.shape) if needs[1] else None
     launch.run(
-        double_query_kernel, "double_query", QUERY, *cots, *maps, out, *lse, means, x_means, offsets,
-        rows_of(grad_grad_output), rows_of(grad_query) if needs[1] else None, launch.table,
+        double_query_kernel, "double_query", QUERY, *cots, *maps, out, *lse, numbers,
+        rows_of(grad_grad_output), rows_of(grad_query) if needs[1] else None, table,
     )  # fmt: skip
     grad_key, grad_value, grad_bias = None, None, None
     if needs[2] or needs[3]:
         grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
         launch.run(
-            double_key_kernel, "double_key", KEY, *cots, *maps, *lse, means, x_means, offsets,
-            rows_of(grad_key), rows_of(grad_value), launch.table,
+            double_key_kernel, "double_key", KEY, *cots, *maps, numbers, rows_of(grad_key), rows_of(grad_value), table
         )  # fmt: skip
     if needs[4]:
-        grad_bias = table_gradient(launch, "double_table", operands.bias, cots, *maps, lse, means, x_means, offsets)
+        grad_bias = table_gradient(launch, "double_table", table, cots, maps, numbers)
     return asked(query, (grad_grad_output, grad_query, grad_key, grad_value, grad_bias), needs)

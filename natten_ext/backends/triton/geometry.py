@@ -53,57 +53,78 @@ class Place(NamedTuple):
     valid: object
 
 
+class Window(NamedTuple):
+    """Window and step of a head, and how many lattices there are on each axis."""
+
+    y: object
+    x: object
+    step_y: object
+    step_x: object
+    rows: object
+    columns: object
+
+
+@triton.jit
+def window_of(head, members, height, width, window_y, window_x, S: tl.constexpr):
+    if S.kind == NEIGHBORHOOD:
+        member = members + head * 4
+        step_y = tl.load(member + 2)
+        step_x = tl.load(member + 3)
+        return Window(tl.load(member), tl.load(member + 1), step_y, step_x, step_y, step_x)
+    elif S.kind == GRID and not S.packed:
+        return Window(window_y, window_x, 1, 1, height // window_y, width // window_x)
+    else:
+        return Window(window_y, window_x, 1, 1, 1, 1)
+
+
+@triton.jit
+def lattice_at(row, column, window, height, width, S: tl.constexpr):
+    """The lattice of one residue class, or one window."""
+    origin_y = row
+    origin_x = column
+    queries_y = height
+    queries_x = width
+    if S.kind == NEIGHBORHOOD:
+        queries_y = height // window.step_y + (row < height % window.step_y).to(tl.int32)
+        queries_x = width // window.step_x + (column < width % window.step_x).to(tl.int32)
+    elif S.kind == GRID and not S.packed:
+        origin_y = row * window.y
+        origin_x = column * window.x
+        queries_y = window.y
+        queries_x = window.x
+    keys_x = queries_x
+    if S.kind == FULL:
+        keys_x = window.x
+    return Lattice(
+        origin_y, origin_x, window.step_y, window.step_x, queries_y, queries_x, queries_y, keys_x, window.y, window.x
+    )  # fmt: skip
+
+
+@triton.jit
+def tile_box(lattice, tile_y, tile_x, KEYS: tl.constexpr, S: tl.constexpr):
+    """Queries (or, with KEYS, keys) of a tile, none if the lattice has no such tile."""
+    low_y = tile_y * S.own_h
+    low_x = tile_x * S.own_w
+    high_y = tl.minimum(low_y + S.own_h, lattice.keys_y if KEYS else lattice.queries_y)
+    high_x = tl.minimum(low_x + S.own_w, lattice.keys_x if KEYS else lattice.queries_x)
+    return Box(low_y, low_x, high_y, high_x)
+
+
 @triton.jit
 def locate(tile, head, members, height, width, window_y, window_x, KEYS: tl.constexpr, S: tl.constexpr):
     """Lattice of a program's tile, and the box of queries (or, with KEYS, of keys) in it, empty if there is none."""
-    step_y = 1
-    step_x = 1
+    window = window_of(head, members, height, width, window_y, window_x, S)
+    across_x = width
     if S.kind == NEIGHBORHOOD:
-        window_y = tl.load(members + head * 4)
-        window_x = tl.load(members + head * 4 + 1)
-        step_y = tl.load(members + head * 4 + 2)
-        step_x = tl.load(members + head * 4 + 3)
-        across_x = tl.cdiv(width, step_x)
-        columns = step_x
-        instances = step_y * step_x
-    elif S.kind == GRID and not S.packed:
+        across_x = tl.cdiv(width, window.step_x)
+    elif (S.kind == GRID and not S.packed) or (S.kind == FULL and KEYS):
         across_x = window_x
-        columns = width // window_x
-        instances = height // window_y * columns
-    else:
-        across_x = window_x if KEYS and S.kind == FULL else width
-        columns = 1
-        instances = 1
     tiles_x = tl.cdiv(across_x, S.own_w)
+    instances = window.rows * window.columns
     instance = tile % instances
     part = tile // instances
-    row = instance // columns
-    column = instance % columns
-    if S.kind == NEIGHBORHOOD:
-        origin_y = row
-        origin_x = column
-        queries_y = tl.cdiv(height - row, step_y)
-        queries_x = tl.cdiv(width - column, step_x)
-    elif S.kind == GRID and not S.packed:
-        origin_y = row * window_y
-        origin_x = column * window_x
-        queries_y = window_y
-        queries_x = window_x
-    else:
-        origin_y = row
-        origin_x = column
-        queries_y = height
-        queries_x = width
-    keys_y = queries_y
-    keys_x = queries_x
-    if S.kind == FULL:
-        keys_x = window_x
-    lattice = Lattice(origin_y, origin_x, step_y, step_x, queries_y, queries_x, keys_y, keys_x, window_y, window_x)
-    low_y = part // tiles_x * S.own_h
-    low_x = part % tiles_x * S.own_w
-    high_y = tl.minimum(low_y + S.own_h, keys_y if KEYS else queries_y)
-    high_x = tl.minimum(low_x + S.own_w, keys_x if KEYS else queries_x)
-    return lattice, Box(low_y, low_x, high_y, high_x)
+    lattice = lattice_at(instance // window.columns, instance % window.columns, window, height, width, S)
+    return lattice, tile_box(lattice, part // tiles_x, part % tiles_x, KEYS, S)
 
 
 @triton.jit
@@ -127,7 +148,7 @@ def window_start(query, length, window, S: tl.constexpr):
     """First key that a query sees on one axis."""
     if S.kind == NEIGHBORHOOD:
         return tl.maximum(tl.minimum(query - window // 2, length - window), 0)
-    elif S.kind == GRID:
+    elif S.packed:
         return query // window * window
     else:
         return query * 0
@@ -168,18 +189,46 @@ def queries_of(box, lattice, S: tl.constexpr):
 
 
 @triton.jit
-def own_place(box, S: tl.constexpr):
-    """Places of a program's own tile."""
-    element = tl.arange(0, S.own_h * S.own_w)
-    y = box.low_y + element // S.own_w
-    x = box.low_x + element % S.own_w
-    return Place(y, x, (y < box.high_y) & (x < box.high_x))
+def place_in(box, y, x, S: tl.constexpr):
+    """The positions, valid up to the end of a box."""
+    if S.whole:
+        return Place(y, x, tl.full(y.shape, True, tl.int1))
+    else:
+        return Place(y, x, (y < box.high_y) & (x < box.high_x))
 
 
 @triton.jit
-def not_beyond(place, box):
+def in_keys(y, x, lattice, S: tl.constexpr):
+    """The positions, valid where they are a key's."""
+    if S.whole:
+        return Place(y, x, tl.full(y.shape, True, tl.int1))
+    else:
+        return Place(y, x, within(y, 0, lattice.keys_y) & within(x, 0, lattice.keys_x))
+
+
+@triton.jit
+def own_place(box, S: tl.constexpr):
+    """Places of a program's own tile."""
+    element = tl.arange(0, S.own_h * S.own_w)
+    return place_in(box, box.low_y + element // S.own_w, box.low_x + element % S.own_w, S)
+
+
+@triton.jit
+def not_beyond(place, box, S: tl.constexpr):
     """The places, those beyond the box moved to its last row and column."""
+    if S.whole:
+        return place
     return Place(tl.minimum(place.y, box.high_y - 1), tl.minimum(place.x, box.high_x - 1), place.valid)
+
+
+@triton.jit
+def in_lattice(place, lattice, S: tl.constexpr):
+    """The places, those that are no key's moved to one that is."""
+    if S.whole:
+        return place
+    y = tl.minimum(tl.maximum(place.y, 0), lattice.keys_y - 1)
+    x = tl.minimum(tl.maximum(place.x, 0), lattice.keys_x - 1)
+    return Place(y, x, place.valid)
 
 
 @triton.jit
@@ -206,54 +255,50 @@ def block_place(box, block, S: tl.constexpr):
     columns = block_columns(box, S)
     y = box.low_y + block // columns * S.block_h + element // S.block_w
     x = box.low_x + block % columns * S.block_w + element % S.block_w
-    return Place(y, x, (y < box.high_y) & (x < box.high_x))
+    return place_in(box, y, x, S)
 
 
 class Queries(NamedTuple):
     """What decides which keys a query sees, laid out along one axis of the scores."""
 
-    valid: object
+    y: object
+    x: object
     start_y: object
     start_x: object
-    cell: object  # index of the position in a map as wide as the table
 
 
 class Keys(NamedTuple):
     valid: object
     y: object
     x: object
-    cell: object
 
 
 @triton.jit
-def as_queries(place, lattice, table_columns, AXIS: tl.constexpr, S: tl.constexpr):
-    """Queries along axis 1 - AXIS of the scores."""
-    start_y = window_start(place.y, lattice.queries_y, lattice.window_y, S)
-    start_x = window_start(place.x, lattice.queries_x, lattice.window_x, S)
+def as_queries(place, box, lattice, AXIS: tl.constexpr, S: tl.constexpr):
+    """Queries along axis 1 - AXIS of the scores. Those beyond the box see nothing."""
+    start_y = tl.where(place.y < box.high_y, window_start(place.y, lattice.queries_y, lattice.window_y, S), FAR)
+    start_x = tl.where(place.x < box.high_x, window_start(place.x, lattice.queries_x, lattice.window_x, S), FAR)
     return Queries(
-        tl.expand_dims(place.valid, AXIS),
-        tl.expand_dims(tl.where(place.valid, start_y, FAR), AXIS),
-        tl.expand_dims(start_x, AXIS),
-        tl.expand_dims(place.y * table_columns + place.x, AXIS),
-    )
-
-
-@triton.jit
-def as_keys(place, table_columns, AXIS: tl.constexpr):
-    """Keys along axis 1 - AXIS of the scores."""
-    return Keys(
-        tl.expand_dims(place.valid, AXIS),
         tl.expand_dims(place.y, AXIS),
         tl.expand_dims(place.x, AXIS),
-        tl.expand_dims(place.y * table_columns + place.x, AXIS),
+        tl.expand_dims(start_y, AXIS),
+        tl.expand_dims(start_x, AXIS),
     )
 
 
 @triton.jit
-def visible(queries, keys, lattice, S: tl.constexpr):
+def as_keys(place, AXIS: tl.constexpr):
+    """Keys along axis 1 - AXIS of the scores."""
+    return Keys(tl.expand_dims(place.valid, AXIS), tl.expand_dims(place.y, AXIS), tl.expand_dims(place.x, AXIS))
+
+
+@triton.jit
+def within(key, start, window):
+    """Whether keys are in windows, on one axis."""
+    return (key - start).to(tl.uint32, bitcast=True) < window.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def visible(queries, keys, lattice):
     """Which query sees which key."""
-    if S.exact:  # every query of the lattice sees every key
-        return queries.valid & keys.valid
-    down = keys.y - queries.start_y
-    right = keys.x - queries.start_x
-    return (down >= 0) & (down < lattice.window_y) & (right >= 0) & (right < lattice.window_x)
+    return within(keys.y, queries.start_y, lattice.window_y) & within(keys.x, queries.start_x, lattice.window_x)

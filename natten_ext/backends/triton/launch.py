@@ -98,15 +98,20 @@ def chunks_of(head_dim: int, chunk: int = 0) -> tuple[int, ...]:
     return tuple(widths)
 
 
-@functools.lru_cache(maxsize=1024)
-def _members_on(device: torch.device, members: tuple[tuple[int, int, int, int], ...]) -> torch.Tensor:
-    """Kernels and dilations of the heads on a device.
+def made_on(device: torch.device, numbers: Sequence[Any]) -> torch.Tensor:
+    """Integers on a device, to keep.
 
     Made in a thread of its own. torch.compile(mode="reduce-overhead") has what the calling thread allocates while it
     warms up in the memory of a CUDA graph, where nothing may be kept: it raises an error if something is.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(torch.tensor, members, dtype=torch.int32, device=device).result()
+        return thread.submit(torch.tensor, numbers, dtype=torch.int32, device=device).result()
+
+
+@functools.lru_cache(maxsize=1024)
+def _members_on(device: torch.device, members: tuple[tuple[int, int, int, int], ...]) -> torch.Tensor:
+    """Kernels and dilations of the heads."""
+    return made_on(device, members)
 
 
 def full_precision(dtype: torch.dtype) -> bool:
@@ -130,7 +135,7 @@ class Launch:
         if self.l2 and self.dtype != torch.bfloat16:
             query, key = about_origin(query, key)
         self.query, self.key = rows_of(query), rows_of(key)
-        self.table = None if bias is None else bias.contiguous()
+        self.table = bias
         self.table_shape = (1, 1) if bias is None else tuple(bias.shape[1:])
         self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
         batch, *tokens, heads, _ = query.shape
@@ -144,10 +149,12 @@ class Launch:
         config = configs.lookup(self.device, step, problem.shape_class, self.dtype, full, problem.head_dim)
         tiles = tiling(problem, config.own, config.block, owner)
         config = configs.fitted(config, tiles.own[0] * tiles.own[1])
+        exact = problem.kind == FULL or (problem.kind == GRID and not tiles.packed)
         static = Static(
             kind=problem.kind,
             packed=tiles.packed,
-            exact=problem.kind == FULL or (problem.kind == GRID and not tiles.packed),
+            exact=exact,
+            whole=exact and problem.fits(tiles, owner),
             l2=self.l2,
             head_dim=problem.head_dim,
             align=1,

@@ -8,8 +8,10 @@ one line of tokens of full attention) in which a query at position p sees the ke
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -48,15 +50,6 @@ class Axis:
         if self.kind == GRID:
             return query // self.window * self.window
         return min(max(query - self.window // 2, 0), self.queries - self.window)
-
-    def displaced_blocks(self, own: int, block: int, first: int, count: int, shift: int) -> int:
-        """Blocks at the given displacements (see ``displacements``) that hold keys which their tile sees."""
-        total = 0
-        for tile in range(0, self.queries, own):
-            low, high = self.keys_of(tile, min(tile + own, self.queries) - 1)
-            starts = (tile + shift + index * block for index in range(first, first + count))
-            total += sum(start < high and start + block > low for start in starts)
-        return total
 
     def blocks(self, own: int, block: int, owner: str) -> int:
         """Blocks that all tiles of ``own`` queries (or keys) of one lattice walk over, on this axis."""
@@ -132,6 +125,16 @@ class Problem:
             return [(self.height, self.width) if packed else self.window]
         return [(-(-self.height // m[2]), -(-self.width // m[3])) for m in self.members]
 
+    def axes(self, head: int, packed: bool) -> tuple[list[Axis], list[Axis]]:
+        """The different vertical and horizontal axes of a head's lattices."""
+        if self.kind != NEIGHBORHOOD:
+            return [self._dense(0, packed)[1]], [self._dense(1, packed)[1]]
+        member = self.members[head]
+        rows, columns = (
+            self._classes(size, member[i], member[2 + i]) for i, size in enumerate((self.height, self.width))
+        )
+        return [axis for _, axis in rows], [axis for _, axis in columns]
+
     def instances(self, packed: bool) -> list[int]:
         """Lattices of every head (one entry where all heads are alike)."""
         if self.kind == NEIGHBORHOOD:
@@ -139,6 +142,12 @@ class Problem:
         if self.kind == GRID and not packed:
             return [(self.height // self.window[0]) * (self.width // self.window[1])]
         return [1]
+
+    def fits(self, tiles: Tiling, owner: str) -> bool:
+        """Whether lattices are divided into whole tiles and blocks, and tiles into whole blocks."""
+        owned, other = (self.longest(tiles.packed, side)[0] for side in (owner, KEY if owner == QUERY else QUERY))
+        sizes = zip(owned, other, tiles.own, tiles.block, strict=True)
+        return all(a % own == b % block == own % block == 0 for a, b, own, block in sizes)
 
     def pairs(self) -> int:
         """Pairs of a query and a key that it sees, over all heads of one image."""
@@ -236,41 +245,69 @@ def _power(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def displacements(problem: Problem, tiles: Tiling) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Where blocks of keys can lie relative to tiles of queries, for each axis: (first, count, shift).
+class Displaced(NamedTuple):
+    """Blocks at one place relative to their tiles, on one axis."""
 
-    The blocks at ``shift + index * extent`` from the tile's first query, for ``count`` indices from ``first``, hold
-    every key that a query of the tile may see.
-    """
-    longest = problem.longest(tiles.packed, QUERY)
-    windows = [m[:2] for m in problem.members] or [problem.window]
-    results = []
-    for axis in (0, 1):
-        own, block = tiles.own[axis], tiles.block[axis]
-        low = high = 0
-        for lattice, window in zip(longest, windows, strict=True):
-            last_tile = (lattice[axis] - 1) // own * own
-            low = min(low, -min(window[axis] - 1, last_tile))
-            high = max(high, min(own + window[axis] - 2, lattice[axis] - 1))
-        # Away from borders, a neighborhood's blocks start with its windows.
-        shift = 0
-        if problem.kind == NEIGHBORHOOD:
-            shift = max(low, -(max(window[axis] for window in windows) // 2))
-        first = (low - shift) // block
-        results.append((first, (high - shift) // block - first + 1, shift))
-    return results[0], results[1]
+    start: int
+    """First position of a block from the first of its tile."""
+    first: int
+    """First tile that sees keys of such a block."""
+    tiles: int
+    """How many tiles from there on may see some."""
+
+
+class Displacement(NamedTuple):
+    """Blocks of keys at one place relative to tiles of queries, for one head."""
+
+    head: int
+    vertical: Displaced
+    horizontal: Displaced
+    lattices: int
+
+    @property
+    def visits(self) -> int:
+        """Tiles of one image."""
+        return self.lattices * self.vertical.tiles * self.horizontal.tiles
+
+
+@functools.lru_cache(maxsize=4096)
+def displacements(problem: Problem, tiles: Tiling) -> tuple[Displacement, ...]:
+    """Where blocks of keys lie relative to tiles of queries: together they hold every pair, and each pair once."""
+    results: list[Displacement] = []
+    instances = problem.instances(tiles.packed)
+    for head in range(problem.heads):
+        places = [
+            _displaced(axes, own, block)
+            for axes, own, block in zip(problem.axes(head, tiles.packed), tiles.own, tiles.block, strict=True)
+        ]
+        lattices = instances[head if len(instances) > 1 else 0]
+        results += [Displacement(head, *pair, lattices) for pair in itertools.product(*places)]
+    return tuple(results)
+
+
+def _displaced(axes: Sequence[Axis], own: int, block: int) -> list[Displaced]:
+    """All blocks that tiles of the axes see keys of, aligned so that they are as few as possible."""
+    reaches: dict[IntPair, list[int]] = {}  # relative to the tile: which tiles
+    for axis in axes:
+        for tile, first in enumerate(range(0, axis.queries, own)):
+            low, high = axis.keys_of(first, min(first + own, axis.queries) - 1)
+            reaches.setdefault((low - first, high - first), []).append(tile)
+
+    def seen(shift: int) -> dict[int, list[int]]:
+        blocks: dict[int, list[int]] = {}
+        for (low, high), seeing in reaches.items():
+            for index in range((low - shift) // block, (high - 1 - shift) // block + 1):
+                blocks.setdefault(shift + index * block, []).extend(seeing)
+        return blocks
+
+    fewest = min((seen(shift) for shift in range(block)), key=lambda blocks: sum(map(len, blocks.values())))
+    return [Displaced(start, min(seeing), max(seeing) - min(seeing) + 1) for start, seeing in sorted(fewest.items())]
 
 
 def displaced_pairs(problem: Problem, tiles: Tiling) -> int:
     """Pairs of a query and a key that the gradient of the table computes for one image, masked ones included."""
-    (first_y, count_y, shift_y), (first_x, count_x, shift_x) = displacements(problem, tiles)
-    blocks = sum(
-        number
-        * vertical.displaced_blocks(tiles.own[0], tiles.block[0], first_y, count_y, shift_y)
-        * horizontal.displaced_blocks(tiles.own[1], tiles.block[1], first_x, count_x, shift_x)
-        for number, vertical, horizontal in problem.lattices(tiles.packed)
-    )
-    return blocks * tiles.own[0] * tiles.own[1] * tiles.block[0] * tiles.block[1]
+    visits = sum(displacement.visits for displacement in displacements(problem, tiles))
+    return visits * tiles.own[0] * tiles.own[1] * tiles.block[0] * tiles.block[1]
 
 
 def offset_extent(own: int, block: int) -> int:

@@ -9,37 +9,45 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .geometry import not_beyond, visible
-from .tiles import LOG2E, add_product, add_saturated, key_numbers, product
-
-
-@triton.jit
-def table_entries(table, queries, keys, see, S: tl.constexpr):
-    """Entries of a relative position table, for every pair; ``table`` is the address of the offset zero."""
-    return tl.load(table + (keys.cell - queries.cell), mask=see, other=0.0).to(S.accumulate)
-
-
-@triton.jit
-def table_centre(table, head, table_rows, table_columns):
-    """Address of the offset zero in a head's table."""
-    return table + head * (table_rows * table_columns) + table_rows // 2 * table_columns + table_columns // 2
+from .geometry import FULL, in_lattice, visible
+from .tables import entries_of, entry_pairs_of
+from .tiles import LOG2E, add_product, add_saturated, first_row, load_column, product, row_index
 
 
 @triton.jit
 def logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, KEYS: tl.constexpr, S: tl.constexpr):
     """Scores times log2(e); minus infinity where a query does not see a key. Keys run along axis 0 with KEYS.
 
-    ``q_term`` and ``k_term`` are what the score l2 adds to products. Entries of the table may be as large as numbers
-    get: times log2(e) they saturate, and stay finite.
+    ``q_term`` and ``k_term`` are what the score l2 adds to products. What queries and keys that do not exist get along
+    axis 0 is any number: their results go nowhere.
     """
+    products = _score_products(q, k, q_term, k_term, KEYS, S)
+    if table is not None:
+        return add_saturated(entries_of(table, queries, keys, lattice, S), products, scale * LOG2E, S)
+    else:
+        scores = products * (scale * LOG2E)
+        if not S.exact:
+            scores = tl.where(visible(queries, keys, lattice), scores, float("-inf"))
+        elif not (KEYS or S.whole):
+            scores = tl.where(keys.valid, scores, float("-inf"))
+        return scores
+
+
+@triton.jit
+def _score_products(q, k, q_term, k_term, KEYS: tl.constexpr, S: tl.constexpr):
     products = pair_products(q, k, KEYS, S)
     if S.l2:
         products = products + k_term + q_term
-    scores = products * (scale * LOG2E)
-    see = visible(queries, keys, lattice, S)
-    if table is not None:
-        scores = add_saturated(scores, table_entries(table, queries, keys, see, S), LOG2E, S)
-    return tl.where(see, scores, float("-inf"))
+    return products
+
+
+@triton.jit
+def weights_of_queries(scores, row, table, place, S: tl.constexpr):
+    """Weights where queries run along axis 1; zero for those that do not exist, if ``logits`` has not seen to it."""
+    log_sum = row.log_sum
+    if S.exact and table is None and not S.whole:
+        log_sum = tl.where(place.valid[None, :], log_sum, float("inf"))
+    return tl.exp2(scores - row.base - log_sum)
 
 
 @triton.jit
@@ -54,32 +62,48 @@ def pair_products(of_queries, of_keys, KEYS: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def per_query(terms, numbers, valid, AXIS: tl.constexpr, S: tl.constexpr):
-    """Terms of queries (``distances.py``) along axis 1 - AXIS of the scores; for ``dot`` there are none."""
+def per_query(terms, first, index, valid, S: tl.constexpr):
+    """Terms of the tile's queries (``distances.py``), as a column; for ``dot`` there are none."""
     if S.l2:
-        return tl.expand_dims(tl.load(terms.of_queries + numbers, mask=valid, other=0.0), AXIS)
+        return load_column(terms.of_queries + first, index, valid)
     else:
         return tl.zeros((1, 1), S.accumulate)
 
 
 @triton.jit
-def per_key(terms, batch, head, heads, height, width, lattice, place, box, AXIS: tl.constexpr, S: tl.constexpr):
-    """Terms of keys likewise. Beyond the box it is that of a key in it: a mask takes more instructions."""
+def per_key(terms, batch, head, heads, height, width, lattice, place, AXIS: tl.constexpr, S: tl.constexpr):
+    """Terms of keys along axis 1 - AXIS. Of one that is not there it is another's: a mask takes more instructions."""
     if S.l2:
-        numbers = key_numbers(batch, head, heads, height, width, lattice, not_beyond(place, box), S)
-        return tl.expand_dims(tl.load(terms.of_keys + numbers), AXIS)
+        if S.kind == FULL:
+            width = lattice.keys_x
+        index = row_index(width, lattice, in_lattice(place, lattice, S))
+        first = first_row(batch, head, heads, height, width)
+        return tl.expand_dims(tl.load(terms.of_keys + first + index), AXIS)
     else:
         return tl.zeros((1, 1), S.accumulate)
 
 
 @triton.jit
-def cot_scores(
-    q, cot_q, k, cot_k, q_term, k_term, cot_table, queries, keys, scale, lattice, KEYS: tl.constexpr, S: tl.constexpr
-):
-    """X = scale * (gQ.K + Q.gK) + gbias: the cotangent of dS (docs/double_backward.md). Cotangents may be None.
+def logits_and_x(
+    q, k, q_term, k_term, cot_q, cot_k, q_x_term, k_x_term, queries, keys, table, cot_table, scale, lattice,
+    KEYS: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """The ``logits``, and X = scale * (gQ.K + Q.gK) + gbias, the cotangent of dS (docs/double_backward.md).
 
-    ``q_term`` and ``k_term`` are what the score l2 adds to products.
+    Cotangents may be None. ``cot_table`` has both tables.
     """
+    x = _x_products(q, cot_q, k, cot_k, q_x_term, k_x_term, KEYS, S)
+    if cot_table is None:
+        return logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, KEYS, S), x * scale
+    else:
+        products = _score_products(q, k, q_term, k_term, KEYS, S)
+        entries, cot_entries = entry_pairs_of(cot_table, queries, keys, lattice, S)
+        scores = add_saturated(entries, products, scale * LOG2E, S)
+        return scores, tl.fma(x, scale + tl.zeros((1, 1), S.accumulate), cot_entries)
+
+
+@triton.jit
+def _x_products(q, cot_q, k, cot_k, q_term, k_term, KEYS: tl.constexpr, S: tl.constexpr):
     OWN: tl.constexpr = S.own_h * S.own_w
     BLOCK: tl.constexpr = S.block_h * S.block_w
     x = tl.zeros((OWN, BLOCK), S.accumulate)
@@ -89,9 +113,6 @@ def cot_scores(
         x = add_product(x, cot_k, q, S) if KEYS else add_product(x, q, cot_k, S)
     if S.l2:
         x = x + k_term + q_term
-    x = x * scale
-    if cot_table is not None:
-        x += table_entries(cot_table, queries, keys, visible(queries, keys, lattice, S), S)
     return x
 
 

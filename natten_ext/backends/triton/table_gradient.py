@@ -1,37 +1,48 @@
 """The gradient of a relative position table: sums of score gradients over equal offsets, in a fixed order.
 
-A program owns one displacement of a block of keys from a tile of queries, and goes through a share of all tiles. So
+A program owns a block of keys at one place relative to its tile of queries, and visits tiles of many images. So
 every element of its [tile, block] accumulator stands for one offset throughout, and stays in registers; at the end
-it is summed over equal offsets. A second kernel sums the programs' results. Used by the backward and the double
+it is summed over equal offsets. Two small kernels sum the programs' results. Used by the backward and the double
 backward.
 """
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
 from .configs import Config
-from .geometry import SIZES, Box, Place, as_keys, as_queries, empty, keys_of, locate, own_place
-from .problem import QUERY, displacements, offset_extent
-from .scores import (
-    cot_scores,
-    logits,
-    pair_products,
-    per_key,
-    per_query,
-    second_score_gradient,
-    table_centre,
+from .geometry import (
+    SIZES,
+    as_keys,
+    as_queries,
+    in_keys,
+    lattice_at,
+    not_beyond,
+    own_place,
+    tile_box,
+    window_of,
 )
-from .tiles import load_rows, number, row_numbers, wide
+from .launch import made_on
+from .problem import QUERY, Problem, Tiling, displacements, offset_extent
+from .row_numbers import FIRST, SECOND, load_numbers, load_second_numbers
+from .scores import logits, logits_and_x, pair_products, per_key, second_score_gradient
+from .tables import head_table
+from .tiles import first_row, load_rows, number, row_index, wide
 
-# Programs at most, unless there are more displacements. Fixed, so that sums have one order on every GPU.
-MAX_PROGRAMS = 1024
+# Fixed, so that sums have one order on every GPU: programs that a GPU is full with; tiles that a program visits, unless
+# there would be more programs than may be.
+FULL = 2048
+VISITS = 64
+MAX_PROGRAMS = 8192
 
-RANGES = ("items", "shares", "first_y", "first_x", "count_y", "count_x", "shift_y", "shift_x")
-EXTENTS = ("own_h", "own_w", "block_h", "block_w", "offset_rows", "offset_columns")
+EXTENTS = ("own_h", "own_w", "offset_rows", "offset_columns", "heads", "table_rows", "table_columns")
 
 SUM_WIDTH = 32
+SUM_AT_ONCE = 16
 SUM_CONFIG = Config(own=1, block=SUM_WIDTH, warps=1, stages=1)
 
 _offsets = triton.constexpr_function(offset_extent)
@@ -58,95 +69,124 @@ def _sum_equal_offsets(pairs, S: tl.constexpr):
     return tl.sum(tl.where(exists[:, None], pairs, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=SIZES + RANGES)
+@triton.jit(do_not_specialize=SIZES)
 def table_shares_kernel(
-    cot_query, cot_key, x_terms, cot_value, cot_table, grad_output, query, key, score_terms, value, base, log_sum,
-    row_means, row_x_means, row_offsets, sums, items, shares, first_y, first_x, count_y, count_x, shift_y, shift_x,
+    cot_query, cot_key, x_terms, cot_value, cot_table, grad_output, query, key, score_terms, value, numbers, sums, work,
     table, members, scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
-    S: tl.constexpr,
+    SECOND_ORDER: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """One program's sums. Its offsets are those of a block at ``shift + (first + row or column) * block``."""
+    """One program's sums over its visits, which ``work`` lists (see ``_work_on``)."""
     OWN: tl.constexpr = S.own_h * S.own_w
     BLOCK: tl.constexpr = S.block_h * S.block_w
     ROWS: tl.constexpr = _offsets(S.own_h, S.block_h)
     COLUMNS: tl.constexpr = _offsets(S.own_w, S.block_w)
-    program = tl.program_id(0)
-    head = program % heads
-    displacement = program // heads % (count_y * count_x)
-    share = program // heads // (count_y * count_x)
-    down = shift_y + (first_y + displacement // count_x) * S.block_h
-    right = shift_x + (first_x + displacement % count_x) * S.block_w
+    COUNT: tl.constexpr = SECOND if SECOND_ORDER else FIRST
+    work += tl.program_id(0) * 10
+    head = tl.load(work)
+    visit = tl.load(work + 1)
+    visits = tl.load(work + 2)
+    down = tl.load(work + 3)
+    first_y = tl.load(work + 4)
+    last_y = first_y + tl.load(work + 5)
+    right = tl.load(work + 6)
+    first_x = tl.load(work + 7)
+    last_x = first_x + tl.load(work + 8)
+    slot = tl.load(work + 9)
+    window = window_of(head, members, height, width, window_y, window_x, S)
     scale = number(scale, S)
-    table = table_centre(table, head, table_rows, table_columns)
+    table = head_table(table, head, table_rows, table_columns)
     if cot_table is not None:
-        cot_table = table_centre(cot_table, head, table_rows, table_columns)
+        cot_table = head_table(cot_table, head, table_rows, table_columns, 2)
+
+    # Visits go along the tiles of a lattice, then over the lattices, then over images.
+    tile_x = first_x + visit % (last_x - first_x)
+    visit = visit // (last_x - first_x)
+    tile_y = first_y + visit % (last_y - first_y)
+    visit = visit // (last_y - first_y)
+    column = visit % window.columns
+    visit = visit // window.columns
+    row = visit % window.rows
+    batch = visit // window.rows
 
     pairs = tl.zeros((OWN, BLOCK), S.accumulate)
     element = tl.arange(0, BLOCK)
-    each = tl.cdiv(items, shares)
-    first, last = share * each, tl.minimum((share + 1) * each, items)
-    for item in tl.range(first, last, disable_licm=wide(S.chunks) and not S.streamed):
-        batch = item // tiles
-        lattice, box = locate(item % tiles, head, members, height, width, window_y, window_x, False, S)
-        reach = keys_of(box, lattice, S)
-        block = Box(
-            tl.maximum(box.low_y + down, reach.low_y),
-            tl.maximum(box.low_x + right, reach.low_x),
-            tl.minimum(box.low_y + down + S.block_h, reach.high_y),
-            tl.minimum(box.low_x + right + S.block_w, reach.high_x),
-        )
-        if not (empty(box) | empty(block)):
-            place = own_place(box, S)
-            queries = as_queries(place, lattice, table_columns, 1, S)
-            y = box.low_y + down + element // S.block_w
-            x = box.low_x + right + element % S.block_w
-            inside = (y >= block.low_y) & (y < block.high_y) & (x >= block.low_x) & (x < block.high_x)
-            there = Place(y, x, inside)
-            near = Place(tl.maximum(y, block.low_y), tl.maximum(x, block.low_x), inside)
-            keys = as_keys(there, table_columns, 0)
-            numbers = row_numbers(batch, head, heads, height, width, lattice, place)
-            origin = tl.load(base + numbers, mask=place.valid, other=0.0)[:, None]
-            spread = tl.load(log_sum + numbers, mask=place.valid, other=0.0)[:, None]
-            mean = tl.load(row_means + numbers, mask=place.valid, other=0.0)[:, None]
-            q = load_rows(query, batch, head, lattice, place, S)
-            q_term = per_query(score_terms, numbers, place.valid, 1, S)
-            k = load_rows(key, batch, head, lattice, there, S)
-            k_term = per_key(score_terms, batch, head, heads, height, width, lattice, near, block, 0, S)
-            scores = logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, False, S)
-            weights = tl.exp2(scores - origin - spread)
+    for _ in tl.range(visits, disable_licm=wide(S.chunks) and not S.streamed):
+        lattice = lattice_at(row, column, window, height, width, S)
+        box = tile_box(lattice, tile_y, tile_x, False, S)
+        place = own_place(box, S)
+        queries = as_queries(place, box, lattice, 1, S)
+        y = box.low_y + down + element // S.block_w
+        x = box.low_x + right + element % S.block_w
+        there = in_keys(y, x, lattice, S)
+        keys = as_keys(there, 0)
+        first = first_row(batch, head, heads, height, width)
+        index = row_index(width, lattice, not_beyond(place, box, S))
+        seen = load_numbers(numbers, first, index, COUNT, 1, S)
+        q = load_rows(query, batch, head, lattice, place, S)
+        k = load_rows(key, batch, head, lattice, there, S)
+        k_term = per_key(score_terms, batch, head, heads, height, width, lattice, there, 0, S)
+        if SECOND_ORDER:
+            second = load_second_numbers(numbers, first, index, 1, S)
+            gq = load_rows(cot_query, batch, head, lattice, place, S) if cot_query is not None else None
+            gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
+            k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, there, 0, S)
+            scores, x = logits_and_x(
+                q, k, seen.term, k_term, gq, gk, second.term, k_x_term, queries, keys, table, cot_table, scale, lattice,
+                False, S,
+            )  # fmt: skip
+            weights = tl.exp2(scores - seen.base - seen.log_sum)
             do = load_rows(grad_output, batch, head, lattice, place, S)
             v = load_rows(value, batch, head, lattice, there, S)
-            d_weights = pair_products(do, v, False, S) - mean
-            if row_x_means is None:
-                pairs += weights * d_weights
-            else:
-                x_mean = tl.load(row_x_means + numbers, mask=place.valid, other=0.0)[:, None]
-                offset = tl.load(row_offsets + numbers, mask=place.valid, other=0.0)[:, None]
-                gq = load_rows(cot_query, batch, head, lattice, place, S) if cot_query is not None else None
-                gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
-                q_x_term = per_query(x_terms, numbers, place.valid, 1, S)
-                k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, near, block, 0, S)
-                x = (
-                    cot_scores(q, gq, k, gk, q_x_term, k_x_term, cot_table, queries, keys, scale, lattice, False, S)
-                    - x_mean
-                )
-                g = None
-                if cot_value is not None:
-                    g = pair_products(do, load_rows(cot_value, batch, head, lattice, there, S), False, S)
-                pairs += second_score_gradient(weights, x, d_weights, g, offset)
+            d_weights = pair_products(do, v, False, S) - seen.d
+            g = None
+            if cot_value is not None:
+                g = pair_products(do, load_rows(cot_value, batch, head, lattice, there, S), False, S)
+            pairs += second_score_gradient(weights, x - second.r, d_weights, g, second.t)
+        else:
+            scores = logits(q, k, seen.term, k_term, queries, keys, table, scale, lattice, False, S)
+            weights = tl.exp2(scores - seen.base - seen.log_sum)
+            do = load_rows(grad_output, batch, head, lattice, place, S)
+            v = load_rows(value, batch, head, lattice, there, S)
+            pairs += weights * (pair_products(do, v, False, S) - seen.d)
 
-    here = sums + program.to(tl.int64) * (COLUMNS * ROWS)
+        tile_x += 1
+        tile_y += (tile_x == last_x).to(tl.int32)
+        tile_x = tl.where(tile_x == last_x, first_x, tile_x)
+        column += (tile_y == last_y).to(tl.int32)
+        tile_y = tl.where(tile_y == last_y, first_y, tile_y)
+        row += (column == window.columns).to(tl.int32)
+        column = tl.where(column == window.columns, 0, column)
+        batch += (row == window.rows).to(tl.int32)
+        row = tl.where(row == window.rows, 0, row)
+
+    here = sums + slot.to(tl.int64) * (COLUMNS * ROWS)
     index = tl.arange(0, COLUMNS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
     tl.store(here + index, _sum_equal_offsets(pairs, S))
 
 
-@triton.jit(do_not_specialize=(*RANGES, *EXTENTS, "heads", "table_rows", "table_columns"))
+@triton.jit
+def table_parts_kernel(sums, parts, groups, SIZE: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr):
+    """``WIDTH`` sums of one displacement: of all its programs, in a fixed order."""
+    program = tl.program_id(0)
+    group = program // (SIZE // WIDTH)
+    first = tl.load(groups + group * 4)
+    last = tl.load(groups + group * 4 + 1)
+    element = program % (SIZE // WIDTH) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((AT_ONCE, WIDTH), sums.dtype.element_ty)
+    for start in range(first, last, AT_ONCE):
+        one = start + tl.arange(0, AT_ONCE)
+        addresses = sums + one.to(tl.int64)[:, None] * SIZE + element[None, :]
+        total += tl.load(addresses, mask=(one < last)[:, None], other=0.0)
+    tl.store(parts + group * SIZE + element, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=EXTENTS)
 def table_sum_kernel(
-    sums, grad_table, items, shares, first_y, first_x, count_y, count_x, shift_y, shift_x,
-    own_h, own_w, block_h, block_w, offset_rows, offset_columns, heads, table_rows, table_columns,
+    parts, grad_table, groups, first_groups,
+    own_h, own_w, offset_rows, offset_columns, heads, table_rows, table_columns,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """``WIDTH`` entries of a head's table in one row: the sums of all programs over shares and displacements, in order.
+    """``WIDTH`` entries of a head's table in one row: sums over all displacements, in order.
 
     It takes little time, so it is compiled once for all tiles.
     """
@@ -154,16 +194,12 @@ def table_sum_kernel(
     head = program % heads
     row = program // heads % table_rows
     column = program // heads // table_rows * WIDTH + tl.arange(0, WIDTH)
-    total = tl.zeros((WIDTH,), sums.dtype.element_ty)
-    for part in range(shares * count_y * count_x):
-        displacement = part % (count_y * count_x)
-        down = shift_y + (first_y + displacement // count_x) * block_h
-        right = shift_x + (first_x + displacement % count_x) * block_w
-        y = row - table_rows // 2 - down + own_h - 1
-        x = column - table_columns // 2 - right + own_w - 1
+    total = tl.zeros((WIDTH,), parts.dtype.element_ty)
+    for group in range(tl.load(first_groups + head), tl.load(first_groups + head + 1)):
+        y = row - table_rows // 2 - tl.load(groups + group * 4 + 2) + own_h - 1
+        x = column - table_columns // 2 - tl.load(groups + group * 4 + 3) + own_w - 1
         there = (y >= 0) & (y < offset_rows) & (x >= 0) & (x < offset_columns) & (column < table_columns)
-        here = sums + (part * heads + head).to(tl.int64) * (offset_columns * offset_rows)
-        total += tl.load(here + x * offset_rows + y, mask=there, other=0.0)
+        total += tl.load(parts + (group * offset_columns + x) * offset_rows + y, mask=there, other=0.0)
     tl.store(
         grad_table + (head * table_rows + row) * table_columns + column,
         total.to(grad_table.dtype.element_ty),
@@ -171,27 +207,48 @@ def table_sum_kernel(
     )
 
 
-def table_gradient(launch, step, bias, cotangents, do, q, k, terms, v, lse, means, x_means=None, offsets=None):
-    """Gradient of the table: of the second order if ``x_means`` and ``offsets`` (r and t) are given."""
+@functools.lru_cache(maxsize=256)
+def _work_on(device: torch.device, problem: Problem, tiles: Tiling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """On a device: a row for every program, a row for every displacement, and the first of these of every head.
+
+    A program's are head, first visit, visits, for each axis where the block starts from the tile, first tile and tiles,
+    and where its sums go. Programs that visit the same tiles run at about the same time, for these to be in the cache.
+    A displacement's are the place of its first program's sums, the one after its last, and where the block starts.
+    """
+    places = displacements(problem, tiles)
+    total = sum(place.visits for place in places) * problem.batch
+    share = max(min(VISITS, -(-total // FULL)), -(-total // MAX_PROGRAMS))
+    programs, groups, first_groups = [], [], [0] * (problem.heads + 1)
+    for place in places:
+        visits = place.visits * problem.batch
+        first = len(programs)
+        for visit in range(0, visits, share):
+            row = place.head, visit, min(share, visits - visit), *place.vertical, *place.horizontal, len(programs)
+            programs.append((visit / visits, row))
+        groups.append((first, len(programs), place.vertical.start, place.horizontal.start))
+        first_groups[place.head + 1] = len(groups)
+    work = [row for _, row in sorted(programs, key=lambda program: program[0])]
+    return made_on(device, work), made_on(device, groups), made_on(device, first_groups)
+
+
+def table_gradient(launch, step, table, cotangents, maps, numbers):
+    """Gradient of the table, of which ``table`` is the padded copy: of the second order if the rows' numbers are."""
+    bias = launch.table
     problem = launch.problem
     static, tiles, config = launch.static(step, QUERY)
-    items = tiles.tiles * problem.batch
-    if items == 0:
+    if problem.batch * problem.queries == 0:
         return bias.new_zeros(bias.shape)
-    (first_y, count_y, shift_y), (first_x, count_x, shift_x) = displacements(problem, tiles)
-    shares = max(1, min(items, MAX_PROGRAMS // (problem.heads * count_y * count_x)))
-    if static.interpreted:
-        shares = min(shares, 2)
-    ranges = items, shares, first_y, first_x, count_y, count_x, shift_y, shift_x
-    programs = shares * count_y * count_x * problem.heads
-    extents = *tiles.own, *tiles.block, *(offset_extent(*pair) for pair in zip(tiles.own, tiles.block, strict=True))
-    sums = lse.new_empty((programs, extents[-2] * extents[-1]))
-    maps = *cotangents, do, q, k, terms, v
-    arguments = *maps, *lse, means, x_means, offsets, sums, *ranges, launch.table, *launch.sizes(tiles.tiles)
-    launch.start(table_shares_kernel, programs, arguments, config, S=static)
+    work, groups, first_groups = _work_on(launch.device, problem, tiles)
+    rows, columns = (offset_extent(*pair) for pair in zip(tiles.own, tiles.block, strict=True))
+    sums = numbers.new_empty((work.shape[0], columns * rows))
+    arguments = *cotangents, *maps, numbers, sums, work, table, *launch.sizes(tiles.tiles)
+    second = numbers.shape[-1] == SECOND.value
+    launch.start(table_shares_kernel, len(sums), arguments, config, SECOND_ORDER=second, S=static)
+    parts = numbers.new_empty((groups.shape[0], columns * rows))
+    constants = {"SIZE": columns * rows, "WIDTH": SUM_WIDTH, "AT_ONCE": SUM_AT_ONCE}
+    launch.start(table_parts_kernel, parts.numel() // SUM_WIDTH, (sums, parts, groups), SUM_CONFIG, **constants)
     grad = bias.new_empty(bias.shape)
-    heads, rows, columns = bias.shape
-    parts = -(-columns // SUM_WIDTH)
-    arguments = sums, grad, *ranges, *extents, heads, rows, columns
-    launch.start(table_sum_kernel, heads * rows * parts, arguments, SUM_CONFIG, WIDTH=SUM_WIDTH)
+    extents = *tiles.own, rows, columns, *bias.shape
+    programs = bias.shape[0] * bias.shape[1] * -(-bias.shape[2] // SUM_WIDTH)
+    launch.start(table_sum_kernel, programs, (parts, grad, groups, first_groups, *extents), SUM_CONFIG, WIDTH=SUM_WIDTH)
     return grad

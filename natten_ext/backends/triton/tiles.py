@@ -12,8 +12,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .geometry import FULL
-
 LOG2E = tl.constexpr(1.4426950408889634)
 TOTALS = tl.constexpr(16)  # columns of totals: the narrowest product
 
@@ -24,6 +22,7 @@ class Static(NamedTuple):
     kind: int
     packed: bool  # windows of a grid share one lattice
     exact: bool  # every query of a lattice sees every key
+    whole: bool  # and tiles and blocks fit the lattice: nothing is masked
     l2: bool
     head_dim: int
     align: int  # what all strides are multiples of
@@ -122,22 +121,21 @@ def dot(a, b, total, S: tl.constexpr):
 
 
 @triton.constexpr_function
-def _largest(dtype):
+def largest(dtype):
     return 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
 
 
 @triton.jit
 def add_saturated(total, x, factor, S: tl.constexpr):
-    """total + x * factor; where that overflows, the largest number. Infinite terms stay infinite.
+    """total + x * factor, element by element; where that overflows, the largest number. Infinite terms stay infinite.
 
     Rounding toward zero does that in one instruction (which the interpreter does not have).
     """
-    factor = tl.full((1, 1), factor, S.accumulate)
+    factor = factor + tl.zeros((1, 1), S.accumulate)
     if S.interpreted:
         result = tl.fma(x, factor, total)
         overflow = (tl.abs(result) == float("inf")) & (tl.abs(x) < float("inf")) & (tl.abs(total) < float("inf"))
-        largest = tl.where(result > 0, _largest(S.accumulate), -_largest(S.accumulate))
-        return tl.where(overflow, largest, result)
+        return tl.where(overflow, tl.where(result > 0, largest(S.accumulate), -largest(S.accumulate)), result)
     elif S.accumulate == tl.float64:
         return tl.inline_asm_elementwise(
             "fma.rz.f64 $0, $1, $2, $3;", "=d,d,d,d", [x, factor, total], tl.float64, True, 1
@@ -240,8 +238,8 @@ def add_totals(totals, weights, S: tl.constexpr):
 
 @triton.jit
 def totals_of(totals):
-    """One number per row; columns are alike."""
-    return tl.max(totals, 1)
+    """A column; those of the totals are alike."""
+    return tl.max(totals, 1, keep_dims=True)
 
 
 @triton.jit
@@ -256,19 +254,21 @@ def add_weighted(rows, weights, operand, S: tl.constexpr):
 
 @triton.jit
 def row_sums(a, b, HEIGHT: tl.constexpr, S: tl.constexpr):
-    """Sum over the channels of a * b, per row."""
-    total = tl.zeros((HEIGHT,), S.accumulate)
+    """Sum over the channels of a * b, as a column."""
+    total = zeros(HEIGHT, 1, S.accumulate)
     for index in tl.static_range(len(S.chunks)):
-        total += tl.sum(chunk_of(a, index, S).to(S.accumulate) * chunk_of(b, index, S).to(S.accumulate), 1)
+        total += tl.sum(
+            chunk_of(a, index, S).to(S.accumulate) * chunk_of(b, index, S).to(S.accumulate), 1, keep_dims=True
+        )
     return total
 
 
 @triton.jit
 def row_products(a, b, HEIGHT: tl.constexpr, S: tl.constexpr):
-    """Sum over the channels of a * b, per row, with the roundings of ``product``."""
+    """Sum over the channels of a * b, as a column, with the roundings of ``product``."""
     index = tl.arange(0, HEIGHT)
     pairs = product(a, b, HEIGHT, HEIGHT, S)
-    return tl.sum(tl.where(index[:, None] == index[None, :], pairs, 0.0), 1)
+    return tl.sum(tl.where(index[:, None] == index[None, :], pairs, 0.0), 1, keep_dims=True)
 
 
 @triton.jit
@@ -284,20 +284,28 @@ def store_rows(rows, batch, head, lattice, place, values, S: tl.constexpr):
 
 
 @triton.jit
-def row_numbers(batch, head, heads, height, width, lattice, place):
-    """Index of every place in a tensor ``(batch, heads, height, width)`` of one number per row."""
-    image = batch.to(tl.int64) * heads + head
-    y = lattice.origin_y + place.y * lattice.step_y
-    x = lattice.origin_x + place.x * lattice.step_x
-    return (image * height + y) * width + x
+def first_row(batch, head, heads, height, width):
+    """Index of an image's and head's first row in a tensor ``(batch, heads, height, width)`` of numbers per row."""
+    return (batch.to(tl.int64) * heads + head) * height * width
 
 
 @triton.jit
-def key_numbers(batch, head, heads, height, width, lattice, place, S: tl.constexpr):
-    """The same for keys; ``width`` is that of the map of queries."""
-    if S.kind == FULL:
-        width = lattice.keys_x
-    return row_numbers(batch, head, heads, height, width, lattice, place)
+def row_index(width, lattice, place):
+    """Index of every place's row beyond the first."""
+    y = lattice.origin_y + place.y * lattice.step_y
+    x = lattice.origin_x + place.x * lattice.step_x
+    return y * width + x
+
+
+@triton.jit
+def load_column(numbers, index, valid):
+    """Numbers of rows, as a column; zero for rows that do not exist."""
+    return tl.load(numbers + index, mask=valid, other=0.0)[:, None]
+
+
+@triton.jit
+def store_column(numbers, index, valid, column):
+    tl.store(numbers + index[:, None], column, mask=valid[:, None])
 
 
 @triton.jit
@@ -311,9 +319,9 @@ def scaled(rows, factor, S: tl.constexpr):
 
 @triton.jit
 def subtract_scaled(rows, factor, operand, S: tl.constexpr):
-    """rows - factor * operand, with a factor per row."""
+    """rows - factor * operand; ``factor`` is a column."""
     results = ()
     for index in tl.static_range(len(S.chunks)):
         chunk = chunk_of(operand, index, S).to(S.accumulate)
-        results = results + (rows[index] - factor[:, None] * chunk,)
+        results = results + (rows[index] - factor * chunk,)
     return results

@@ -1,0 +1,137 @@
+"""Relative position tables as the kernels read them: one number per pair, and no mask.
+
+A table is copied once per pass into the dtype of sums, with a row and a column more for what a query does not see. So
+the entry of a pair is one load that needs no condition, and its mask as well.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import Config
+from .geometry import within
+from .launch import Launch
+from .tiles import LOG2E, largest
+
+WIDTH = 64
+CONFIG = Config(own=1, block=WIDTH, warps=1, stages=1)
+
+
+@triton.jit(do_not_specialize=("heads", "table_rows", "table_columns"))
+def padded_table_kernel(table, cot_table, padded, heads, table_rows, table_columns, WIDTH: tl.constexpr):
+    """``WIDTH`` entries of a row of a head's table, or of the row below, and of the column beside.
+
+    Entries are times log2(e), at most the largest number, and minus infinity outside. Beside each is that of the
+    cotangent of the table's gradient, if there is one, which is zero outside.
+    """
+    TYPE: tl.constexpr = padded.dtype.element_ty
+    program = tl.program_id(0)
+    head = program % heads
+    row = program // heads % (table_rows + 1)
+    column = program // heads // (table_rows + 1) * WIDTH + tl.arange(0, WIDTH)
+    inside = (row < table_rows) & (column < table_columns)
+    source = (head * table_rows + row) * table_columns + column
+    target = (head * (table_rows + 1) + row) * (table_columns + 1) + column
+    entries = tl.load(table + source, mask=inside, other=0.0).to(TYPE)
+    scaled = entries * LOG2E
+    overflow = (tl.abs(scaled) == float("inf")) & (tl.abs(entries) < float("inf"))
+    scaled = tl.where(overflow, tl.where(entries > 0, largest(TYPE), -largest(TYPE)), scaled)
+    scaled = tl.where(inside, scaled, float("-inf"))
+    if cot_table is None:
+        tl.store(padded + target, scaled, mask=column <= table_columns)
+    else:
+        cot_entries = tl.load(cot_table + source, mask=inside, other=0.0).to(TYPE)
+        tl.store(padded + 2 * target, scaled, mask=column <= table_columns)
+        tl.store(padded + 2 * target + 1, cot_entries, mask=column <= table_columns)
+
+
+def padded_table(launch: Launch, cot_table: torch.Tensor | None = None) -> torch.Tensor | None:
+    """The problem's table as kernels read it (see ``padded_table_kernel``); None for none."""
+    table = launch.table
+    if table is None:
+        return None
+    heads, rows, columns = table.shape
+    paired = () if cot_table is None else (2,)
+    padded = table.new_empty((heads, rows + 1, columns + 1, *paired), dtype=launch.accumulate)
+    programs = heads * (rows + 1) * -(-(columns + 1) // WIDTH)
+    cot_table = None if cot_table is None else cot_table.contiguous()
+    arguments = table.contiguous(), cot_table, padded, *table.shape
+    launch.start(padded_table_kernel, programs, arguments, CONFIG, WIDTH=WIDTH)
+    return padded
+
+
+class Table(NamedTuple):
+    """A head's padded table: address of the offset zero, width, and how far from there the padding is."""
+
+    centre: object
+    width: object
+    below: object
+    beside: object
+
+
+@triton.jit
+def head_table(padded, head, rows, columns, COUNT: tl.constexpr = 1):
+    """The table of a head, with ``COUNT`` numbers per entry."""
+    width = columns + 1
+    centre = padded + ((head * (rows + 1) + rows // 2) * width + columns // 2) * COUNT
+    return Table(centre, width, (rows - rows // 2) * width, columns - columns // 2)
+
+
+@triton.jit
+def _place_of(table, queries, keys, lattice, S: tl.constexpr):
+    """Where the entry of every pair lies, from the centre."""
+    if S.whole:
+        return (keys.y * table.width + keys.x) - (queries.y * table.width + queries.x)
+    row = tl.where(within(keys.y, queries.start_y, lattice.window_y), (keys.y - queries.y) * table.width, table.below)
+    column = tl.where(within(keys.x, queries.start_x, lattice.window_x), keys.x - queries.x, table.beside)
+    return row + column
+
+
+@triton.jit
+def entries_of(table, queries, keys, lattice, S: tl.constexpr):
+    """Entries for every pair.
+
+    The load is written as what it is on the device, an operation on each element: of others Triton chooses the layout,
+    and moves the results to that of the products through shared memory.
+    """
+    addresses = table.centre + _place_of(table, queries, keys, lattice, S)
+    if S.interpreted:
+        return tl.load(addresses)
+    elif S.accumulate == tl.float64:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f64 $0, [$1];", "=d,l", [addresses.to(tl.int64)], tl.float64, True, 1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [addresses.to(tl.int64)], tl.float32, True, 1
+        )
+
+
+@triton.jit
+def entry_pairs_of(table, queries, keys, lattice, S: tl.constexpr):
+    """Likewise entries of a table and of the cotangent beside it."""
+    addresses = table.centre + _place_of(table, queries, keys, lattice, S) * 2
+    if S.interpreted:
+        return tl.load(addresses), tl.load(addresses + 1)
+    elif S.accumulate == tl.float64:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v2.f64 {$0, $1}, [$2];",
+            "=d,=d,l",
+            [addresses.to(tl.int64)],
+            (tl.float64, tl.float64),
+            True,
+            1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v2.f32 {$0, $1}, [$2];",
+            "=f,=f,l",
+            [addresses.to(tl.int64)],
+            (tl.float32, tl.float32),
+            True,
+            1,
+        )
