@@ -1,4 +1,4 @@
-"""Forward-mode derivatives: fused backends refuse a tangent anywhere; ``reference`` mixes all modes."""
+"""Tangents of the attention, and every mix of two derivatives that forward mode takes part in."""
 
 from __future__ import annotations
 
@@ -10,67 +10,157 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import natten_ext
-from natten_ext import geometry
-from natten_ext.operators import OPERATORS
+from tests.operators.budget import assert_equal_to_rounding
 from tests.operators.cases import (
     ONE_OF_EACH,
+    TINY,
+    Case,
     Inputs,
     arguments_of,
     cotangents_of,
+    derivatives,
+    find,
     forward,
     grad_output_of,
     inputs_of,
+    nonempty_subsets,
     oracle_forward,
 )
 
-OPERANDS = ["query", "key", "value", "bias", "grad_output", "cot_query", "cot_key", "cot_value", "cot_bias"]
+SOME = [
+    find("full-self-9"),
+    find("full-cross-13x29", score="l2"),
+    find("grid-6x10-w3x5", score="l2", bias=True),
+    find("na-7x9-k3", bias=True),
+    find("na-8x6-k4"),
+    find("na-11x9-per-head", score="l2", bias=True),
+    find("grid-batch-0", bias=True),
+]
+SOME += [case for case in TINY if case.bias]
 
 
-@pytest.mark.cases(ONE_OF_EACH[1:3])
-@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "not-recorded"])
-@pytest.mark.parametrize("name", OPERANDS)
-def test_a_tangent_anywhere_raises(target, case, name, recorded):
-    """In every operand of every order, whether or not a gradient of the result is recorded."""
+def on(target, tensors: Inputs) -> Inputs:
+    return {name: tensor.to(target.device) for name, tensor in tensors.items()}
+
+
+def tangent_of(function, inputs: Inputs, tangents: Inputs) -> Tensor | None:
+    """Forward mode; of what has no tangent, there is none."""
+    with forward_ad.dual_level():
+        duals = {n: forward_ad.make_dual(x, tangents[n]) if n in tangents else x for n, x in inputs.items()}
+        return forward_ad.unpack_dual(function(duals)).tangent
+
+
+def true_tangent(case: Case, inputs: Inputs, tangents: Inputs) -> Tensor:
+    """J t of the oracle, by reverse mode twice: the derivative by y of <t, J^T y>."""
+    zeros = grad_output_of(case, inputs["query"]).mul(0)
+    return derivatives(lambda leaves: oracle_forward(case, leaves), inputs, zeros, tangents)["dd_grad_output"]
+
+
+@pytest.mark.cases(SOME)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tangents_of_every_subset_of_inputs(any_target, case, requires_grad):
+    any_target.skip_unless_can(torch.float64, case.head_dim)
+    inputs = inputs_of(case)
+    tangents = cotangents_of(case, inputs)
+    for names in nonempty_subsets(inputs)[:: 4 if any_target.slow else 1]:
+        given = {name: tangents[name] for name in names}
+        there = {n: x.requires_grad_(requires_grad) for n, x in on(any_target, inputs).items()}
+        result = tangent_of(lambda x: forward(case, x, any_target.backend), there, on(any_target, given))
+        assert result.requires_grad == requires_grad
+        assert_equal_to_rounding({"t": result.detach()}, {"t": true_tangent(case, inputs, given)}, 1e-12)
+
+
+@pytest.mark.cases(SOME)
+def test_no_tangent_without_one(target, case):
     inputs = inputs_of(case, torch.float32, target.device)
-    leaves = {n: t.requires_grad_(recorded or name.startswith(("grad", "cot"))) for n, t in inputs.items()}
-    given = {"grad_output": grad_output_of(case, inputs["query"].detach())}
-    given |= {f"cot_{n}": t for n, t in cotangents_of(case, inputs).items()}
-
-    def derivatives_with_a_tangent() -> None:
-        operands = leaves | given
-        operands[name] = forward_ad.make_dual(operands[name], torch.ones_like(operands[name]))
-        output = forward(case, {n: operands[n] for n in leaves}, target.backend)
-        more = recorded or name.startswith("cot")
-        first = torch.autograd.grad(output, list(leaves.values()), operands["grad_output"], create_graph=more)
-        cotangents = [operands[f"cot_{n}"] for n in leaves]
-        torch.autograd.grad(first, list(leaves.values()), cotangents, create_graph=recorded)
-
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode derivatives"):
-        derivatives_with_a_tangent()
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(forward(case, inputs, target.backend)).tangent is None
 
 
-@pytest.mark.cases(ONE_OF_EACH[1:2])
-def test_a_tangent_in_a_direct_call_of_an_operator_raises(target, case):
-    """Operators, not only the functions, refuse tangents: no gradient is recorded here."""
+def second_order(case: Case, inputs: Inputs, grad_output: Tensor, tangents: Inputs) -> Inputs:
+    """Of <y, J t>, by reverse mode over reverse mode of the oracle: its gradients in the inputs, t and y."""
+    second = derivatives(lambda leaves: oracle_forward(case, leaves), inputs, grad_output, tangents)
+    return (
+        {f"in {n}": second[f"dd_{n}"] for n in inputs}
+        | {f"in t {n}": second[f"d_{n}"] for n in tangents}
+        | {"in y": second["dd_grad_output"]}
+    )
+
+
+@pytest.mark.cases(SOME)
+def test_reverse_over_forward(any_target, case):
+    any_target.skip_unless_can(torch.float64, case.head_dim)
+    inputs = inputs_of(case)
+    tangents, y = cotangents_of(case, inputs), grad_output_of(case, inputs["query"])
+    for names in nonempty_subsets(inputs)[:: -5 if any_target.slow else -3]:
+        chosen = {name: tangents[name] for name in names}
+        leaves = {n: x.requires_grad_() for n, x in on(any_target, {n: x.clone() for n, x in inputs.items()}).items()}
+        directions = {n: x.requires_grad_() for n, x in on(any_target, chosen).items()}
+        weights = y.to(any_target.device).requires_grad_()
+        slope = (tangent_of(lambda x: forward(case, x, any_target.backend), leaves, directions) * weights).sum()
+        wanted = [*leaves.values(), *directions.values(), weights]
+        labels = [*(f"in {n}" for n in leaves), *(f"in t {n}" for n in directions), "in y"]
+        grads = torch.autograd.grad(slope, wanted, materialize_grads=True)
+        results = dict(zip(labels, grads, strict=True))
+        for tensor in (*tangents.values(), y):
+            tensor.requires_grad_(False)
+        assert_equal_to_rounding(results, second_order(case, inputs, y, chosen), 1e-12)
+
+
+@pytest.mark.cases(SOME)
+@pytest.mark.parametrize("along", ["inputs", "grad_output", "both"])
+def test_forward_over_reverse(any_target, case, along):
+    """Tangents of the gradients, along tangents of the inputs and of the incoming gradient."""
+    any_target.skip_unless_can(torch.float64, case.head_dim)
+    inputs = inputs_of(case)
+    tangents, y = cotangents_of(case, inputs), grad_output_of(case, inputs["query"])
+    s = cotangents_of(case, {"y": y})["y"]
+    there = {n: x.requires_grad_() for n, x in on(any_target, {n: x.clone() for n, x in inputs.items()}).items()}
+    with forward_ad.dual_level():
+        moved = along != "grad_output"
+        duals = {n: forward_ad.make_dual(x, tangents[n].to(x.device)) if moved else x for n, x in there.items()}
+        weights = y.to(any_target.device)
+        if along != "inputs":
+            weights = forward_ad.make_dual(weights, s.to(any_target.device))
+        output = forward(case, duals, any_target.backend)
+        grads = torch.autograd.grad(output, list(duals.values()), weights)
+        results = {n: forward_ad.unpack_dual(g).tangent for n, g in zip(inputs, grads, strict=True)}
+    zeros = {n: torch.zeros_like(x) for n, x in inputs.items()}
+    by_inputs = second_order(case, inputs, y, tangents if moved else zeros)
+    by_y = derivatives(lambda leaves: oracle_forward(case, leaves), inputs, s, order=1)
+    true = {n: by_inputs[f"in {n}"] + (by_y[f"d_{n}"] if along != "inputs" else 0) for n in inputs}
+    assert_equal_to_rounding(results, true, 1e-12)
+
+
+@pytest.mark.cases(SOME[2:4])
+def test_a_third_derivative_and_forward_over_forward_raise(target, case):
     inputs = inputs_of(case, torch.float32, target.device)
-    choices = [geometry.Grid(case.window).encode(), case.score == "l2", 0.5]
-    needs, operators = [True] * 4, OPERATORS[target.backend]
-    output, lse = operators.forward(*inputs.values(), *choices)
-    arguments = {
-        "forward": [*inputs.values(), *choices],
-        "backward": [output, *inputs.values(), output, lse, *choices, needs],
-        "double_backward": [
-            *inputs.values(), output, *inputs.values(), output, lse, *choices, [True, *needs]
-        ],
-    }  # fmt: skip
-    for name, given in arguments.items():
-        for position, argument in enumerate(given):
-            if not isinstance(argument, Tensor):
-                continue
-            with forward_ad.dual_level():
-                dual = forward_ad.make_dual(argument, torch.ones_like(argument))
-                with pytest.raises(RuntimeError, match="forward-mode derivatives"):
-                    getattr(operators, name)(*given[:position], dual, *given[position + 1 :])
+    query, t = inputs["query"], torch.ones_like(inputs["query"])
+
+    def f(query: Tensor) -> Tensor:
+        return forward(case, inputs | {"query": query}, target.backend).sin().sum()
+
+    func = torch.func
+    for message, mixed in {
+        "forward mode over forward mode": lambda q: func.jvp(lambda q: func.jvp(f, (q,), (t,))[1], (q,), (t,)),
+        "third derivative.*reference": lambda q: func.jvp(func.grad(lambda q: func.grad(f)(q).sin().sum()), (q,), (t,)),
+        "the third derivative": lambda q: func.grad(lambda q: func.jvp(func.grad(f), (q,), (t,))[1].sin().sum())(q),
+        "third": lambda q: func.grad(lambda q: func.grad(lambda q: func.grad(f)(q).sin().sum())(q).sin().sum())(q),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            mixed(query)
+
+
+@pytest.mark.cases(SOME[2:4])
+def test_tangents_in_half_precision(any_target, case):
+    any_target.skip_unless_can(torch.bfloat16, case.head_dim)
+    inputs = {n: x.bfloat16() for n, x in inputs_of(case).items()}
+    tangents = {n: x.bfloat16() for n, x in cotangents_of(case, inputs).items()}
+    there = on(any_target, inputs), on(any_target, tangents)
+    result = tangent_of(lambda x: forward(case, x, any_target.backend), *there)
+    assert result.dtype == torch.bfloat16
+    true = true_tangent(case, *({n: x.double() for n, x in y.items()} for y in (inputs, tangents)))
+    assert (result.cpu().double() - true).norm() <= 0.02 * true.norm()
 
 
 def reverse_over_reverse(loss, point: list[Tensor], direction: list[Tensor]) -> list[Tensor]:

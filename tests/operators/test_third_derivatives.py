@@ -1,4 +1,4 @@
-"""Third derivatives: fused backends refuse them, whatever is asked for; ``reference`` has them."""
+"""Third derivatives: fused backends refuse what they lack; ``reference`` has them all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tests.operators.cases import (
     ONE_OF_EACH,
-    Case,
     Inputs,
     cotangents_of,
     forward,
@@ -18,31 +17,50 @@ from tests.operators.cases import (
 )
 
 
-def second_derivatives(case: Case, target, leaves: Inputs) -> tuple[Inputs, list[Tensor]]:
+def second_derivatives(attend, inputs: Inputs, y: Tensor, cotangents: Inputs) -> tuple[Inputs, Inputs]:
     """Second derivatives with a graph, and everything that they depend on."""
-    grad_output = grad_output_of(case, leaves["query"].detach()).requires_grad_()
-    cotangents = {n: t.requires_grad_() for n, t in cotangents_of(case, leaves).items()}
-    output = forward(case, leaves, target.backend)
-    first = torch.autograd.grad(output, list(leaves.values()), grad_output, create_graph=True)
-    names = [*leaves, "grad_output"]
-    second = torch.autograd.grad(
-        first, [*leaves.values(), grad_output], [cotangents[name] for name in leaves], create_graph=True
-    )
-    sources = [*leaves.values(), grad_output, *cotangents.values()]
-    return dict(zip(names, second, strict=True)), sources
+    leaves, y = {n: t.clone().requires_grad_() for n, t in inputs.items()}, y.clone().requires_grad_()
+    given = {n: t.clone().requires_grad_() for n, t in cotangents.items()}
+    first = torch.autograd.grad(attend(leaves), list(leaves.values()), y, create_graph=True)
+    sources = leaves | {"grad_output": y}
+    second = torch.autograd.grad(first, list(sources.values()), list(given.values()), create_graph=True)
+    return dict(zip(sources, second, strict=True)), sources | {f"cot_{n}": t for n, t in given.items()}
 
 
 @pytest.mark.cases(ONE_OF_EACH)
 def test_a_third_derivative_raises(target, case):
-    """Whatever is differentiated with respect to whatever, and `allow_unused` does not turn it into None."""
-    leaves = {n: t.requires_grad_() for n, t in inputs_of(case, torch.float32, target.device).items()}
-    second, sources = second_derivatives(case, target, leaves)
-    for result in second.values():
-        for source in sources:
+    """And `allow_unused` does not turn it into None. What is linear in cotangents has its derivative: see the next."""
+    inputs = inputs_of(case, torch.float32, target.device)
+    y, cotangents = grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
+    second, sources = second_derivatives(lambda x: forward(case, x, target.backend), inputs, y, cotangents)
+    for name, result in second.items():
+        if name == "grad_output":
+            continue
+        for source in (sources[n] for n in sources if not n.startswith("cot")):
             with pytest.raises(RuntimeError, match="third"):
                 torch.autograd.grad(result.square().sum(), source, allow_unused=True, retain_graph=True)
     with pytest.raises(RuntimeError, match="third"):
         sum(result.square().sum() for result in second.values()).backward()
+
+
+@pytest.mark.cases(ONE_OF_EACH)
+def test_what_the_third_order_has(target, case):
+    """Second derivatives are linear in cotangents; that of the incoming gradient is a derivative of the output."""
+    target.skip_unless_can(torch.float64, case.head_dim)
+    inputs = inputs_of(case)
+    y, cotangents = grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
+
+    def third(attend, device: str) -> list[Tensor]:
+        there = [{n: t.to(device) for n, t in tensors.items()} for tensors in (inputs, cotangents)]
+        second, sources = second_derivatives(attend, there[0], y.to(device), there[1])
+        linear = [t for n, t in sources.items() if n.startswith("cot")]
+        of_all = torch.autograd.grad(sum(x.sin().sum() for x in second.values()), linear, retain_graph=True)
+        slope = second["grad_output"].sin().sum()
+        return [*of_all, *torch.autograd.grad(slope, list(sources.values()), materialize_grads=True)]
+
+    result = third(lambda x: forward(case, x, target.backend), target.device)
+    for one, other in zip(result, third(lambda x: oracle_forward(case, x), "cpu"), strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.cases(ONE_OF_EACH[1:3])

@@ -1,0 +1,292 @@
+"""Derivatives of the operators, in reverse and forward mode, and their rules for ``torch.func.vmap``.
+
+With x the inputs, J the derivative of the output by x and H(y) the second derivative of <y, output>:
+
+| operator | gives | reverse mode | forward mode |
+| --- | --- | --- | --- |
+| forward(x) | output | J^T y = backward(y, x) | J t = double_backward(t, -, x), its first result |
+| backward(y, x) | J^T y | J c, H(y) c = double_backward(c, y, x) | J^T s + H(y) t, with s the tangent of y |
+| double_backward(c, y, x) | J c, H(y) c | in c: J^T a + H(y) b; in x, through J c: H(a) c | in c: it is linear |
+
+What is missing takes a third derivative, and raises. docs/double_backward.md has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from .geometry import NEIGHBORHOOD
+from .orders import BACKWARD, CHOICES, DOUBLE_BACKWARD, FORWARD, INPUTS, ORDERS, Order
+
+_THIRD = (
+    "natten_ext: the third derivative of a fused attention is not implemented;"
+    ' use backend="reference", which has every order'
+)
+_FORWARD_OVER_FORWARD = (
+    "natten_ext: forward mode over forward mode is not implemented for a fused attention; take reverse mode for one of"
+    ' the two, or backend="reference", which has every mix'
+)
+_COUNT = {order: len(order.types) for order in ORDERS}
+
+# ---------------------------------------------------------------------------------------------- where autograd sees it
+
+
+def differentiable(order: Order, operators: Any) -> Callable:
+    """What an operator does where autograd is to see it.
+
+    Not ``torch.library.register_autograd``, which drops tangents without a word wherever no gradient is recorded.
+    """
+    operator, function = getattr(operators, order.name), _FUNCTIONS[order]
+
+    def call(*arguments):
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if not ((torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or _any_tangent(tensors)):
+            return _below_autograd(operator, arguments)
+        if order is DOUBLE_BACKWARD:
+            cotangents = len(INPUTS)
+            arguments = (*arguments, *map(_refuse_third, arguments[cotangents : 2 * cotangents + 1]))
+        return _apply(function, operators, *arguments)
+
+    return call
+
+
+def _any_tangent(tensors: Sequence[Tensor]) -> bool:
+    # Tangents that are not to be seen belong to an inner level.
+    if not torch._C._is_fwd_grad_enabled():
+        return False
+    # Traced code enters levels without telling `forward_ad`; its tensors are torch.func's, or no plain ones.
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    if forward_ad._current_level < 0 and plain and not torch._C._are_functorch_transforms_active():
+        return False
+    return any(torch._VF._unpack_dual(x, level=0)[1] is not None for x in tensors)
+
+
+def _apply(function: type[_SingleLevelFunction], *arguments: Any) -> Any:
+    """One level of differentiation. torch.func, where it is active, calls the operator again for each of its others."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    before = _functorch.get_single_level_autograd_function_allowed()
+    _functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        return function.apply(*arguments)
+    finally:
+        _functorch.set_single_level_autograd_function_allowed(before)
+
+
+def _below_autograd(operator: Callable, arguments: Sequence[Any]) -> Any:
+    with ExitStack() as modes:
+        if torch._C._are_functorch_transforms_active():
+            # A function's `forward` runs without them, and torch.func's next level is to record what it sees.
+            modes.enter_context(torch.enable_grad())
+            modes.enter_context(forward_ad._set_fwd_grad_enabled(True))
+        modes.enter_context(torch._C._AutoDispatchBelowAutograd())
+        return operator(*arguments)
+
+
+def _asked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    given = [term for term in terms if term is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
+# ---------------------------------------------------------------------------------------------- derivatives
+
+
+class _Forward(_SingleLevelFunction):
+    @staticmethod
+    def forward(ctx, operators, *arguments):
+        output, lse = _below_autograd(operators.forward, arguments)
+        _save(ctx, operators, *arguments[: len(INPUTS)], output, lse)
+        ctx.choices = arguments[len(INPUTS) :]
+        ctx.mark_non_differentiable(lse)
+        return output, lse
+
+    @staticmethod
+    def backward(ctx, grad_output, _grad_lse):
+        if grad_output is None:
+            return (None,) * (1 + _COUNT[FORWARD])
+        *inputs, output, lse = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[1 : 1 + len(INPUTS)])
+        # `output` is a function of the other inputs, and its share in the second derivative in the formulas already.
+        # Without the detach autograd would run hooks on `output` with the gradient None.
+        grads = ctx.operators.backward(grad_output, *inputs, output.detach(), lse, *ctx.choices, needs)
+        return None, *_asked(grads, needs), *(None,) * len(CHOICES)
+
+    @staticmethod
+    def jvp(ctx, _operators, *tangents):
+        *inputs, output, lse = ctx.saved_tensors
+        output = output.detach()
+        needs = [True] + [False] * len(INPUTS)
+        of_inputs = tangents[: len(INPUTS)]
+        # Of any grad_output: J t does not depend on it.
+        return ctx.operators.double_backward(*of_inputs, output, *inputs, output, lse, *ctx.choices, needs)[0], None
+
+
+class _Backward(_SingleLevelFunction):
+    @staticmethod
+    def forward(ctx, operators, *arguments):
+        count = _COUNT[BACKWARD] - len(CHOICES) - 1
+        _save(ctx, operators, *arguments[:count])
+        ctx.choices, ctx.needs = arguments[count:-1], arguments[-1]
+        return _below_autograd(operators.backward, arguments)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        # Gradients that were not asked for are empty; autograd may materialise cotangents for them.
+        cotangents = _asked(cotangents, ctx.needs)
+        if all(c is None for c in cotangents):
+            return (None,) * (1 + _COUNT[BACKWARD])
+        needs = list(ctx.needs_input_grad[1 : 2 + len(INPUTS)])
+        grads = ctx.operators.double_backward(*cotangents, *ctx.saved_tensors, *ctx.choices, needs)
+        return None, *_asked(grads, needs), *(None,) * (_COUNT[BACKWARD] - len(needs))
+
+    @staticmethod
+    def jvp(ctx, _operators, of_grad_output, *tangents):
+        # Those of output and lse, functions of the inputs, are in the formulas.
+        of_inputs = tangents[: len(INPUTS)]
+        terms = []
+        if any(t is not None for t in of_inputs):
+            needs = [False, *ctx.needs]
+            terms.append(ctx.operators.double_backward(*of_inputs, *ctx.saved_tensors, *ctx.choices, needs)[1:])
+        if of_grad_output is not None:
+            terms.append(ctx.operators.backward(of_grad_output, *ctx.saved_tensors[1:], *ctx.choices, ctx.needs))
+        return tuple(map(_sum, *terms)) if terms else (None,) * len(INPUTS)
+
+
+class _DoubleBackward(_SingleLevelFunction):
+    """Its arguments end with grad_output and the inputs once more, from ``_refuse_third``."""
+
+    @staticmethod
+    def forward(ctx, operators, *arguments):
+        arguments = arguments[: _COUNT[DOUBLE_BACKWARD]]
+        count = len(arguments) - len(CHOICES) - 1
+        _save(ctx, operators, *arguments[:count])
+        ctx.choices, ctx.needs = arguments[count:-1], arguments[-1]
+        return _below_autograd(operators.double_backward, arguments)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        first, *second = _asked(cotangents, ctx.needs)
+        inputs = len(INPUTS)
+        cots, grad_output, rest = ctx.saved_tensors[:inputs], ctx.saved_tensors[inputs], ctx.saved_tensors[inputs + 1 :]
+        need_cots = list(ctx.needs_input_grad[1 : 1 + inputs])
+        need_inputs = list(ctx.needs_input_grad[2 + inputs : 2 + 2 * inputs])
+        backward, double_backward = ctx.operators.backward, ctx.operators.double_backward
+        by_first = by_second = of_inputs = third = [None] * inputs
+        if first is not None and any(need_cots):
+            by_first = _asked(backward(first, *rest, *ctx.choices, need_cots), need_cots)
+        if first is not None and any(need_inputs):
+            grads = double_backward(*cots, first, *rest, *ctx.choices, [False, *need_inputs])
+            of_inputs = _asked(grads[1:], need_inputs)
+        refused = None
+        if any(c is not None for c in second):
+            if any(need_cots):
+                grads = double_backward(*second, grad_output, *rest, *ctx.choices, [False, *need_cots])
+                by_second = _asked(grads[1:], need_cots)
+            third = [None if x is None else torch.zeros_like(x) for x in rest[:inputs]]
+            refused = torch.zeros_like(grad_output)
+        of_cots = map(_sum, by_first, by_second)
+        others = (None,) * (_COUNT[DOUBLE_BACKWARD] - 2 * inputs - 1)
+        return None, *of_cots, None, *of_inputs, *others, refused, *third
+
+    @staticmethod
+    def jvp(ctx, _operators, *tangents):
+        inputs = len(INPUTS)
+        of_cots, of_others = tangents[:inputs], tangents[inputs : 2 * inputs + 1]
+        if any(t is not None for t in of_others):
+            raise RuntimeError(_THIRD if any(ctx.needs[1:]) else _FORWARD_OVER_FORWARD)
+        return ctx.operators.double_backward(*of_cots, *ctx.saved_tensors[inputs:], *ctx.choices, ctx.needs)
+
+
+class _RefuseThird(_SingleLevelFunction):
+    """The same tensor, which raises where a gradient comes to it that would be a third derivative."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.set_materialize_grads(False)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if gradient is not None:
+            raise RuntimeError(_THIRD)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.view_as(tangent)
+
+
+def _refuse_third(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _apply(_RefuseThird, tensor)
+
+
+def _save(ctx, operators: Any, *tensors: Tensor | None) -> None:
+    ctx.operators = operators
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+_FUNCTIONS = {FORWARD: _Forward, BACKWARD: _Backward, DOUBLE_BACKWARD: _DoubleBackward}
+
+# ---------------------------------------------------------------------------------------------- vmap
+
+
+def vmap_rule(order: Order, operator: Callable) -> Callable:
+    """The new dimension becomes part of the batch, or of the heads where there is a table for each of its entries."""
+    names = list(order.types)
+
+    def rule(info, in_dims, *arguments):
+        operands = order.operands(*arguments)
+        given = getattr(operands, "needs", [True] * len(order.results))
+        dims = dict(zip(names, in_dims, strict=True))
+        tables = [d for name, d in dims.items() if name.endswith("bias")]
+        tables += [need or None for name, need in zip(order.results, given, strict=True) if name.endswith("bias")]
+        by_heads = any(d is not None for d in tables)
+
+        def place(name: str, rank: int) -> int:
+            """Where the new dimension lies, in a tensor that has it: before the batch or the heads."""
+            if name == "lse":
+                return 2 if by_heads else 1
+            return rank - 3 if by_heads and not name.endswith("bias") else 0
+
+        def folded(name: str, operand: Any) -> Any:
+            if not isinstance(operand, Tensor) or (name.endswith("bias") and not by_heads):
+                return operand
+            dim = dims[name]
+            if dim is None:
+                at = place(name, operand.dim() + 1)
+                operand = operand.unsqueeze(at).expand(*operand.shape[:at], info.batch_size, *operand.shape[at:])
+            else:
+                at = place(name, operand.dim())
+                operand = operand.movedim(dim, at)
+            operand = operand.flatten(at, at + 1)
+            return operand.contiguous() if name == "lse" else operand
+
+        neighborhood = operands.neighborhood
+        if by_heads and neighborhood[0] == NEIGHBORHOOD:
+            neighborhood = [NEIGHBORHOOD, *neighborhood[1:] * info.batch_size]
+        values = {name: folded(name, operand) for name, operand in zip(names, operands, strict=True)}
+        results, out_dims = [], []
+        for name, need, result in zip(
+            order.results, given, operator(*(values | {"neighborhood": neighborhood}).values()), strict=True
+        ):
+            at = place(name, result.dim() + 1) if need else None
+            if need:
+                result = result.unflatten(at, (info.batch_size, result.shape[at] // info.batch_size))
+            results.append(result)
+            out_dims.append(at)
+        return tuple(results), tuple(out_dims)
+
+    return rule
