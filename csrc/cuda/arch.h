@@ -239,6 +239,9 @@ NATTEN_EXT_DEVICE float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+// NaN only if both are.
+NATTEN_EXT_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+NATTEN_EXT_DEVICE double larger(double a, double b) { return fmax(a, b); }
 NATTEN_EXT_DEVICE float binary_logarithm(float x) { return log2f(x); }
 NATTEN_EXT_DEVICE double binary_logarithm(double x) { return log2(x); }
 NATTEN_EXT_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }

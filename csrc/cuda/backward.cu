@@ -23,17 +23,17 @@ struct BackwardQuery {
     p.staged[1] = p.value;
   }
 
-  NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
+  NATTEN_EXT_DEVICE static void run(const Params& p) {
+    const SharedLayout& shared = p.shared;
     const int head = launch_head(p), first = block_y() * kChannels;
-    const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
-    const int warp = thread_index() / kWarp;
-    TableGradient<Real> table(p, head, block_of_head(p), shared.gradient(warp), shared.diagonal(warp));
+    const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
+    TableGradient<Real> table(p, head, block_of_head(p));
     const Real factor = static_cast<Real>(p.scale) * kLog2E<Real>;
 
     for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
       const OwnRows<false> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_own<M, D, kOwn>(shared, p, tile);
+      stage_own<M, D, kOwn>(p, tile);
       const LeftRows<M, D> query(shared.own(0), own), grad_output(shared.own(1), own);
       const RowNumbers<Real> base(p, p.base, tile, own), log_sum(p, p.log_sum, tile, own);
       Real delta[2], half_norm[2] = {0, 0};
@@ -41,7 +41,7 @@ struct BackwardQuery {
       Real acc[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 0>(shared, stage, p, again(), pieces.piece(i));
+        stage_piece<M, D, kStaged, 0>(stage, p, again(), pieces.piece(i));
       };
       with_care<M>([&](bool careful) {
         sums = {};
@@ -59,31 +59,29 @@ struct BackwardQuery {
             sync_warp();
             stage_own_keys<M, D>(shared.own(2), p.key, p, again(), own);
           }
-          for (Walk walk(own.partners, piece, p.keys); walk.more();) {
-            const Unit unit = walk.next();
+          for_each_unit(p, own, piece, [&](const Unit& unit, const UnitPairs<false>& pairs) {
             Scores<Real> s, dp;
             clear(s);
             clear(dp);
             scores<M, D>(s, query, shared.rows(stage, 0), unit);
             scores<M, D>(dp, grad_output, shared.rows(stage, 1), unit);
-            const UnitPairs<false> pairs(p, tile, own, unit);
             pairs.fold(s);
             pairs.fold(dp);
             pairs.for_each_block([&](int b, const BlockPairs& block) {
               finish_scores(s[b], block, factor, bias, p.l2, half_norm,
-                            [&](int c) { return staged_scalar<Real>(half_key_norms, block, c); });
+                            [&](int c) { return staged_scalar<Real>(half_key_norms, block, c); }, needs_masks<M>(careful));
               NATTEN_EXT_UNROLL
               for (int e = 0; e < 4; ++e) {
                 const Real weight = weight_of(s[b][e], base[e / 2], log_sum[e / 2]);
                 s[b][e] = product_of(weight, dp[b][e] - delta[e / 2]);
               }
-              mark_masked(s[b], block);
+              if (needs_masks<M>(careful) || table) mark_masked(s[b], block);
             });
             pairs.unfold(s);
             sums.add(s);
             if (table && !careful) table.add(s, own, unit, tile.x.kernel);
             accumulate<M, D, kChannels>(acc, s, shared.rows(stage, 0) + first * sizeof(typename M::Element), unit, careful);
-          }
+          });
         });
         return all_finite(acc);
       });
@@ -100,7 +98,7 @@ struct BackwardQuery {
         write_row_numbers<4>(p, again(), own, h, {base[h], log_sum[h], delta[h] + lacking[h], half_norm[h]});
       }
     });
-    table.write_partial(p, shared.gradient(0), shared.table_bytes);
+    table.write_partial();
   }
 };
 
@@ -119,22 +117,23 @@ struct BackwardKey {
     p.staged[1] = p.grad_output;
   }
 
-  NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
+  NATTEN_EXT_DEVICE static void run(const Params& p) {
+    const SharedLayout& shared = p.shared;
     const int head = launch_head(p), first = block_y() * kChannels;
-    const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
+    const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
 
     for_each_tile<true>(p, [&](const Tile<true>& tile, auto again) {
       const OwnRows<true> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_own<M, D, kOwn>(shared, p, tile);
+      stage_own<M, D, kOwn>(p, tile);
       const LeftRows<M, D> key(shared.own(0), own), value(shared.own(1), own);
       Real half_norm[2] = {0, 0};
       WeightSums<M> sums;  // of dS over the key's queries
       Real grad_key[kChannels / 8][4], grad_value[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, kScalars>(shared, stage, p, again(), pieces.piece(i));
+        stage_piece<M, D, kStaged, kScalars>(stage, p, again(), pieces.piece(i));
       };
       with_care<M>([&](bool careful) {
         sums = {};
@@ -142,26 +141,27 @@ struct BackwardKey {
         clear(grad_value);
         for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
           if (i == 0 && p.l2) own_half_norms<M, D>(half_norm, shared.own(0), own);
-          for (Walk walk(own.partners, pieces.piece(i), p.queries); walk.more();) {
-            const Unit unit = walk.next();
+          for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<true>& pairs) {
             Scores<Real> s, dp;
             clear(s);
             clear(dp);
             scores<M, D>(s, key, shared.rows(stage, 0), unit);
             scores<M, D>(dp, value, shared.rows(stage, 1), unit);
-            const UnitPairs<true> pairs(p, tile, own, unit);
             pairs.fold(s);
             pairs.fold(dp);
             pairs.for_each_block([&](int b, const BlockPairs& block) {
               const StagedNumbers<Real, kScalars> numbers(shared.scalars(stage, 0), block);
-              finish_scores(s[b], block, factor, bias, p.l2, half_norm, [&](int c) { return numbers(kHalfNorm, c); });
+              finish_scores(s[b], block, factor, bias, p.l2, half_norm, [&](int c) { return numbers(kHalfNorm, c); },
+                            needs_masks<M>(careful));
               NATTEN_EXT_UNROLL
               for (int e = 0; e < 4; ++e) {
                 s[b][e] = weight_of(s[b][e], numbers(kBase, e % 2), numbers(kLogSum, e % 2));
-                dp[b][e] = product_of(s[b][e], dp[b][e] - numbers(kDelta, e % 2));
+                dp[b][e] = product_of(s[b][e], dp[b][e] - numbers(kD, e % 2));
               }
-              mark_masked(s[b], block);
-              mark_masked(dp[b], block);
+              if (needs_masks<M>(careful)) {
+                mark_masked(s[b], block);
+                mark_masked(dp[b], block);
+              }
             });
             pairs.unfold(s);
             pairs.unfold(dp);
@@ -169,7 +169,7 @@ struct BackwardKey {
             const uint32_t channel = first * sizeof(typename M::Element);
             accumulate<M, D, kChannels>(grad_value, s, shared.rows(stage, 1) + channel, unit, careful);
             accumulate<M, D, kChannels>(grad_key, dp, shared.rows(stage, 0) + channel, unit, careful);
-          }
+          });
         });
         return all_finite(grad_key) && all_finite(grad_value);
       });

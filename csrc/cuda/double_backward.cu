@@ -31,7 +31,6 @@ struct PairTerms {
     pairs.unfold(x);
     pairs.unfold(g);
   }
-  // What is masked may hold NaN until it is set to zero: before it is summed, and after it became gradients.
   NATTEN_EXT_DEVICE void mask(int b, const BlockPairs& pairs) {
     mark_masked(p[b], pairs);
     mark_masked(dp[b], pairs);
@@ -39,9 +38,9 @@ struct PairTerms {
     mark_masked(g[b], pairs);
   }
   // Sb = P ((X - r) (dP - D) + G - t) in x, dS = P (dP - D) in dp, and P (X - r) in g.
-  NATTEN_EXT_DEVICE void to_gradients(int b, int e, Real delta, Real mean, Real rest) {
-    const Real centred = dp[b][e] - delta, deviation = x[b][e] - mean;
-    x[b][e] = product_of(p[b][e], fused_multiply_add(deviation, centred, g[b][e] - rest));
+  NATTEN_EXT_DEVICE void to_gradients(int b, int e, Real delta, Real r, Real t) {
+    const Real centred = dp[b][e] - delta, deviation = x[b][e] - r;
+    x[b][e] = product_of(p[b][e], fused_multiply_add(deviation, centred, g[b][e] - t));
     dp[b][e] = product_of(p[b][e], centred);
     g[b][e] = product_of(p[b][e], deviation);
   }
@@ -69,13 +68,13 @@ struct DoubleBackwardQuery {
     p.staged[3] = p.cot_value;
   }
 
-  NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
+  NATTEN_EXT_DEVICE static void run(const Params& p) {
+    const SharedLayout& shared = p.shared;
     using Element = typename M::Element;
     const int head = launch_head(p), first = block_y() * kChannels;
-    const TableReader<Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
-    const TableReader<Element, Real> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1);
-    const int warp = thread_index() / kWarp;
-    TableGradient<Real> table(p, head, block_of_head(p), shared.gradient(warp), shared.diagonal(warp));
+    const TableReader<Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
+    const TableReader<Element, Real> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1, 0);
+    TableGradient<Real> table(p, head, block_of_head(p));
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
     const bool has_cot_query = p.cot_query.data != nullptr, has_cot_key = p.cot_key.data != nullptr;
     const bool has_cot_value = p.cot_value.data != nullptr;
@@ -83,13 +82,13 @@ struct DoubleBackwardQuery {
     for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
       const OwnRows<false> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_own<M, D, kOwn>(shared, p, tile);
+      stage_own<M, D, kOwn>(p, tile);
       const LeftRows<M, D> query(shared.own(kQuery), own), grad_output(shared.own(kGradOutput), own);
       const LeftRows<M, D> cot_query(shared.own(kCotQuery), own);
       const RowNumbers<Real> base(p, p.base, tile, own), log_sum(p, p.log_sum, tile, own);
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 0>(shared, stage, p, again(), pieces.piece(i));
+        stage_piece<M, D, kStaged, 0>(stage, p, again(), pieces.piece(i));
       };
       const auto write_key_terms = [&](int i, int stage) {
         if (!p.l2) return;
@@ -103,66 +102,70 @@ struct DoubleBackwardQuery {
       };
       Real half_norm[2] = {0, 0}, cot_product[2] = {0, 0};  // of l2: |q|^2 / 2, gQ.q
       // Calls `use(unit, pairs, terms)` for every unit of a staged piece; the terms are folded.
-      const auto for_each_unit = [&](int i, int stage, auto use) {
-        for (Walk walk(own.partners, pieces.piece(i), p.keys); walk.more();) {
-          const Unit unit = walk.next();
+      const auto for_each_terms = [&](int i, int stage, bool masks, auto use) {
+        for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<false>& pairs) {
           PairTerms<Real> terms;
           scores<M, D>(terms.p, query, shared.rows(stage, kKey), unit);
           scores<M, D>(terms.dp, grad_output, shared.rows(stage, kValue), unit);
           if (has_cot_query) scores<M, D>(terms.x, cot_query, shared.rows(stage, kKey), unit);
           if (has_cot_key) scores<M, D>(terms.x, query, shared.rows(stage, kCotKey), unit);
           if (has_cot_value) scores<M, D>(terms.g, grad_output, shared.rows(stage, kCotValue), unit);
-          const UnitPairs<false> pairs(p, tile, own, unit);
           terms.fold(pairs);
           pairs.for_each_block([&](int b, const BlockPairs& block) {
             finish_scores(terms.p[b], block, factor, bias, p.l2, half_norm,
-                          [&](int c) { return staged_scalar<Real>(shared.scalars(stage, kHalfKeyNorm), block, c); });
+                          [&](int c) { return staged_scalar<Real>(shared.scalars(stage, kHalfKeyNorm), block, c); }, masks);
             finish_scores(terms.x[b], block, scale, cot_bias, p.l2, cot_product, [&](int c) {
               return has_cot_key ? staged_scalar<Real>(shared.scalars(stage, kCotKeyProduct), block, c) : Real(0);
-            });
+            }, masks);
             NATTEN_EXT_UNROLL
             for (int e = 0; e < 4; ++e) terms.p[b][e] = weight_of(terms.p[b][e], base[e / 2], log_sum[e / 2]);
           });
           use(unit, pairs, terms);
-        }
+        });
       };
 
-      // D, r, e, t. First D is rowsum(dO * O), to which the sum over the keys adds what O lost by rounding: with dP counted
+      // D (`delta`: D is the head_dim here), r, e (`product`), t. First D is rowsum(dO * O), to which the sum over the keys adds what O lost by rounding: with dP counted
       // from there, nothing cancels that is larger than the result.
-      Real delta[2], lacking[2] = {0, 0}, mean[2] = {0, 0}, product[2] = {0, 0}, rest[2] = {0, 0}, mass[2] = {0, 0};
-      for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
-        write_key_terms(i, stage);
-        if (i == 0) {
-          row_products<M, D>(delta, shared.own(kGradOutput), shared.own(kOutput), own);
-          if (p.l2) own_half_norms<M, D>(half_norm, shared.own(kQuery), own);
-          if (p.l2 && has_cot_query) row_products<M, D>(cot_product, shared.own(kCotQuery), shared.own(kQuery), own);
-        }
-        for_each_unit(i, stage, [&](const Unit&, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
-          pairs.for_each_block([&](int b, const BlockPairs& block) {
-            terms.mask(b, block);
-            NATTEN_EXT_UNROLL
-            for (int e = 0; e < 4; ++e) {
-              const int h = e / 2;
-              mass[h] += terms.p[b][e];
-              const Real weighted = terms.p[b][e] * (terms.dp[b][e] - delta[h]);
-              lacking[h] += weighted;
-              mean[h] = fused_multiply_add(terms.p[b][e], terms.x[b][e], mean[h]);
-              product[h] = fused_multiply_add(weighted, terms.x[b][e], product[h]);
-              rest[h] = fused_multiply_add(terms.p[b][e], terms.g[b][e], rest[h]);
-            }
+      Real delta[2], sums[5][2];
+      auto &mass = sums[0], &lacking = sums[1], &r = sums[2], &product = sums[3], &t = sums[4];
+      with_care<M>([&](bool careful) {
+        for (auto& sum : sums) sum[0] = sum[1] = 0;
+        for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
+          write_key_terms(i, stage);
+          if (i == 0) {
+            row_products<M, D>(delta, shared.own(kGradOutput), shared.own(kOutput), own);
+            if (p.l2) own_half_norms<M, D>(half_norm, shared.own(kQuery), own);
+            if (p.l2 && has_cot_query) row_products<M, D>(cot_product, shared.own(kCotQuery), shared.own(kQuery), own);
+          }
+          const bool masks = needs_masks<M>(careful);
+          for_each_terms(i, stage, masks, [&](const Unit&, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
+            pairs.for_each_block([&](int b, const BlockPairs& block) {
+              if (masks) terms.mask(b, block);
+              NATTEN_EXT_UNROLL
+              for (int e = 0; e < 4; ++e) {
+                const int h = e / 2;
+                mass[h] += terms.p[b][e];
+                const Real weighted = terms.p[b][e] * (terms.dp[b][e] - delta[h]);
+                lacking[h] += weighted;
+                r[h] = fused_multiply_add(terms.p[b][e], terms.x[b][e], r[h]);
+                product[h] = fused_multiply_add(weighted, terms.x[b][e], product[h]);
+                t[h] = fused_multiply_add(terms.p[b][e], terms.g[b][e], t[h]);
+              }
+            });
           });
         });
+        return all_finite(sums);
       });
-      for (auto* sum : {&mass, &lacking, &mean, &product, &rest}) add_over_columns(*sum);
+      for (auto& sum : sums) add_over_columns(sum);
       for (int h = 0; h < 2; ++h) {  // weights sum to 1 up to roundings only, which large X would show
         const Real inverse = own.exists[h] ? 1 / mass[h] : Real(0);
-        mean[h] *= inverse;
-        rest[h] = (rest[h] + fused_multiply_add(-lacking[h], mean[h], product[h])) * inverse;
+        r[h] *= inverse;
+        t[h] = (t[h] + fused_multiply_add(-lacking[h], r[h], product[h])) * inverse;
         delta[h] += lacking[h];
       }
       for (int h = 0; h < 2 && first == 0; ++h) {
         write_row_numbers<8>(p, again(), own, h,
-                             {base[h], log_sum[h], delta[h], half_norm[h], mean[h], rest[h], cot_product[h], Real(0)});
+                             {base[h], log_sum[h], delta[h], half_norm[h], r[h], t[h], cot_product[h], Real(0)});
       }
       if (p.grad_query.data == nullptr && p.grad_grad_output.data == nullptr && !table) return;
 
@@ -179,11 +182,13 @@ struct DoubleBackwardQuery {
         clear(grad_grad_output);
         for_each_piece(pieces.count, p.plan.stages, issue_again, [&](int i, int stage) {
           if (staged_again) write_key_terms(i, stage);
-          for_each_unit(i, stage, [&](const Unit& unit, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
+          const bool masks = needs_masks<M>(careful);
+          for_each_terms(i, stage, masks, [&](const Unit& unit, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
             pairs.for_each_block([&](int b, const BlockPairs& block) {
               NATTEN_EXT_UNROLL
-              for (int e = 0; e < 4; ++e) terms.to_gradients(b, e, delta[e / 2], mean[e / 2], rest[e / 2]);
-              terms.mask(b, block);
+              for (int e = 0; e < 4; ++e) terms.to_gradients(b, e, delta[e / 2], r[e / 2], t[e / 2]);
+              if (masks) terms.mask(b, block);
+              else if (table) mark_masked(terms.x[b], block);
             });
             terms.unfold(pairs);
             if (table && !careful) table.add(terms.x, own, unit, tile.x.kernel);
@@ -216,7 +221,7 @@ struct DoubleBackwardQuery {
         write_rows<M, D, kChannels>(grad_grad_output, {1, 1}, p.grad_grad_output, shared.own(kOutput), p, again(), own, first);
       }
     });
-    table.write_partial(p, shared.gradient(0), shared.table_bytes);
+    table.write_partial();
   }
 };
 
@@ -240,11 +245,12 @@ struct DoubleBackwardKey {
     p.staged[2] = p.cot_query;
   }
 
-  NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
+  NATTEN_EXT_DEVICE static void run(const Params& p) {
+    const SharedLayout& shared = p.shared;
     using Element = typename M::Element;
     const int head = launch_head(p), first = block_y() * kChannels;
-    const TableReader<Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
-    const TableReader<Element, Real> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1);
+    const TableReader<Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
+    const TableReader<Element, Real> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1, 0);
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
     const bool has_cot_query = p.cot_query.data != nullptr, has_cot_key = p.cot_key.data != nullptr;
     const bool has_cot_value = p.cot_value.data != nullptr;
@@ -252,7 +258,7 @@ struct DoubleBackwardKey {
     for_each_tile<true>(p, [&](const Tile<true>& tile, auto again) {
       const OwnRows<true> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_own<M, D, kOwn>(shared, p, tile);
+      stage_own<M, D, kOwn>(p, tile);
       const LeftRows<M, D> key(shared.own(kKey), own), value(shared.own(kValue), own);
       const LeftRows<M, D> cot_key(shared.own(kCotKey), own), cot_value(shared.own(kCotValue), own);
       Real half_norm[2] = {0, 0}, cot_product[2] = {0, 0};  // of l2: |k|^2 / 2, gK.k
@@ -260,7 +266,7 @@ struct DoubleBackwardKey {
       Real grad_key[kChannels / 8][4], grad_value[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, kScalars>(shared, stage, p, again(), pieces.piece(i));
+        stage_piece<M, D, kStaged, kScalars>(stage, p, again(), pieces.piece(i));
       };
       with_care<M>([&](bool careful) {
         score_sums = first_sums = {};
@@ -271,29 +277,28 @@ struct DoubleBackwardKey {
             own_half_norms<M, D>(half_norm, shared.own(kKey), own);
             if (has_cot_key) row_products<M, D>(cot_product, shared.own(kCotKey), shared.own(kKey), own);
           }
-          for (Walk walk(own.partners, pieces.piece(i), p.queries); walk.more();) {
-            const Unit unit = walk.next();
+          for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<true>& pairs) {
             PairTerms<Real> terms;
             scores<M, D>(terms.p, key, shared.rows(stage, kQuery), unit);
             scores<M, D>(terms.dp, value, shared.rows(stage, kGradOutput), unit);
             if (has_cot_query) scores<M, D>(terms.x, key, shared.rows(stage, kCotQuery), unit);
             if (has_cot_key) scores<M, D>(terms.x, cot_key, shared.rows(stage, kQuery), unit);
             if (has_cot_value) scores<M, D>(terms.g, cot_value, shared.rows(stage, kGradOutput), unit);
-            const UnitPairs<true> pairs(p, tile, own, unit);
+            const bool masks = needs_masks<M>(careful);
             terms.fold(pairs);
             pairs.for_each_block([&](int b, const BlockPairs& block) {
               const StagedNumbers<Real, kScalars> numbers(shared.scalars(stage, 0), block);
-              finish_scores(terms.p[b], block, factor, bias, p.l2, half_norm, [&](int c) { return numbers(kHalfNorm, c); });
-              finish_scores(terms.x[b], block, scale, cot_bias, p.l2, cot_product, [&](int c) { return numbers(kCotProduct, c); });
+              finish_scores(terms.p[b], block, factor, bias, p.l2, half_norm, [&](int c) { return numbers(kHalfNorm, c); }, masks);
+              finish_scores(terms.x[b], block, scale, cot_bias, p.l2, cot_product, [&](int c) { return numbers(kCotProduct, c); }, masks);
               NATTEN_EXT_UNROLL
               for (int e = 0; e < 4; ++e) {
                 terms.p[b][e] = weight_of(terms.p[b][e], numbers(kBase, e % 2), numbers(kLogSum, e % 2));
               }
               NATTEN_EXT_UNROLL
               for (int e = 0; e < 4; ++e) {
-                terms.to_gradients(b, e, numbers(kDelta, e % 2), numbers(kMean, e % 2), numbers(kRest, e % 2));
+                terms.to_gradients(b, e, numbers(kD, e % 2), numbers(kR, e % 2), numbers(kT, e % 2));
               }
-              terms.mask(b, block);
+              if (masks) terms.mask(b, block);
             });
             terms.unfold(pairs);
             if (p.l2) {
@@ -306,7 +311,7 @@ struct DoubleBackwardKey {
             if (has_cot_query) {
               accumulate<M, D, kChannels>(grad_key, terms.dp, shared.rows(stage, kCotQuery) + channel, unit, careful);
             }
-          }
+          });
         });
         return all_finite(grad_key) && all_finite(grad_value);
       });

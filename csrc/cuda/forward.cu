@@ -28,22 +28,23 @@ struct Forward {
     p.staged[1] = p.value;
   }
 
-  NATTEN_EXT_DEVICE static void run(const Params& p, const SharedLayout<M, D>& shared) {
+  NATTEN_EXT_DEVICE static void run(const Params& p) {
+    const SharedLayout& shared = p.shared;
     const int head = launch_head(p), first = block_y() * kChannels;
-    const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>);
+    const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
     const Real factor = static_cast<Real>(p.scale) * kLog2E<Real>;
 
     for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
       const OwnRows<false> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_own<M, D, kOwn>(shared, p, tile);
+      stage_own<M, D, kOwn>(p, tile);
       LeftRows<M, D, kHeld> query(shared.own(0), own);
       Real half_norm[2] = {0, 0};  // of l2
       RunningSoftmax<Real> softmax;
       Real acc[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 0>(shared, stage, p, again(), pieces.piece(i));
+        stage_piece<M, D, kStaged, 0>(stage, p, again(), pieces.piece(i));
       };
       with_care<M>([&](bool careful) {
         softmax = {};
@@ -59,23 +60,20 @@ struct Forward {
             query.load();
             if (p.l2) own_half_norms<M, D>(half_norm, shared.own(0), own);
           }
-          for (Walk walk(own.partners, piece, p.keys); walk.more();) {
-            const Unit unit = walk.next();
+          for_each_unit(p, own, piece, [&](const Unit& unit, const UnitPairs<false>& pairs) {
             Scores<Real> s;
             clear(s);
             scores<M, D>(s, query, shared.rows(stage, 0), unit);
-            const UnitPairs<false> pairs(p, tile, own, unit);
             pairs.fold(s);
             pairs.for_each_block([&](int b, const BlockPairs& block) {
               finish_scores(s[b], block, factor, bias, p.l2, half_norm,
-                            [&](int c) { return staged_scalar<Real>(half_key_norms, block, c); });
+                            [&](int c) { return staged_scalar<Real>(half_key_norms, block, c); }, needs_masks<M>(careful));
             });
             softmax.update(pairs, s, acc);
-            // Elsewhere a weight of zero will do, as long as values are finite.
-            if (!M::kTensor || careful) pairs.for_each_block([&](int b, const BlockPairs& block) { mark_masked(s[b], block); });
+            if (needs_masks<M>(careful)) pairs.for_each_block([&](int b, const BlockPairs& block) { mark_masked(s[b], block); });
             pairs.unfold(s);
             accumulate<M, D, kChannels>(acc, s, shared.rows(stage, 1) + first * sizeof(typename M::Element), unit, careful);
-          }
+          });
         });
         return all_finite(acc);
       });

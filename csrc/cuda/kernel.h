@@ -45,25 +45,23 @@ NATTEN_EXT_DEVICE Real staged_scalar(Shared scalars, const BlockPairs& pairs, in
   return load_shared<Real>(scalars + pairs.slot[c] * static_cast<uint32_t>(sizeof(Real)));
 }
 
-// From products to scores, -infinity where there is no pair: factor * (product - norms) + table, with norms only of l2, per
+// From products to scores: factor * (product - norms) + table, which masks what is no pair; with norms only of l2, per
 // own row and per column of the block. S is in base-2 logarithms, and so is the table; its norms are |q|^2 / 2 and |k|^2 / 2,
 // so that it becomes -|q - k|^2 / 2 before anything is rounded at the size of the norms. The norms of X are gQ.q and gK.k.
-// All kernels get the same bits.
+// All kernels get the same bits. What is masked may hold NaN if products do; with `masks` it does not.
 template <class Real, class Reader, class OfColumn>
 NATTEN_EXT_DEVICE void finish_scores(Real (&s)[4], const BlockPairs& pairs, Real factor, const Reader& table, bool l2,
-                                     const Real (&of_row)[2], OfColumn of_column) {
+                                     const Real (&of_row)[2], OfColumn of_column, bool masks) {
   if (l2) {
     const Real columns[2] = {of_column(0), of_column(1)};
     NATTEN_EXT_UNROLL
     for (int e = 0; e < 4; ++e) s[e] -= of_row[e / 2] + columns[e % 2];
   }
+  Real add[4] = {0, 0, 0, 0};
+  if (table) table.read(add, pairs);
   NATTEN_EXT_UNROLL
-  for (int e = 0; e < 4; ++e) {
-    const int h = e / 2, c = e % 2;
-    const bool valid = pairs.valid(h, c);
-    const Real add = table && valid ? table.at(pairs.table_y[h], pairs.table_x[c]) : Real(0);
-    s[e] = valid ? fused_multiply_add(s[e], factor, add) : -kInfinity<Real>;
-  }
+  for (int e = 0; e < 4; ++e) s[e] = fused_multiply_add(s[e], factor, add[e]);
+  if (masks) mark_masked(s, pairs, table.masked);
 }
 
 // Weights of the softmax from finished scores and the two parts of the row's log-sum-exp. The base comes off first: beside
@@ -79,9 +77,9 @@ NATTEN_EXT_DEVICE Real product_of(Real weight, Real number) {
   return fused_multiply_add(weight, number, Real(0));
 }
 
-// Calls `attempt(careful)`, which sums a tile's results and tells whether they are finite. A matrix unit multiplies what
-// is masked by zero, and zero times NaN is NaN: if any result of the block is not finite, it is all summed once more in
-// `careful` arithmetic, so that a NaN or an infinity reaches only what attends it.
+// Calls `attempt(careful)`, which sums a tile's results and tells whether they are finite. What is masked has weight zero,
+// and zero times NaN is NaN: if any result of the block is not finite, it is all summed once more in `careful` arithmetic
+// with masks, so that a NaN or an infinity reaches only what attends it.
 template <class M, class Attempt>
 NATTEN_EXT_DEVICE void with_care(Attempt attempt) {
   if constexpr (M::kTensor) {
@@ -94,13 +92,18 @@ NATTEN_EXT_DEVICE void with_care(Attempt attempt) {
   }
 }
 
-// A NaN or infinity in a staged row reaches all 16 rows of a warp, so half of the sums show it.
-template <class Real, int N>
-NATTEN_EXT_DEVICE bool all_finite(const Real (&acc)[N][4]) {
+template <class Real, int N, int K>
+NATTEN_EXT_DEVICE bool all_finite(const Real (&acc)[N][K]) {
   Real sum = 0;
   NATTEN_EXT_UNROLL
-  for (int n = 0; n < N; ++n) sum = fused_multiply_add(acc[n][0], Real(0), fused_multiply_add(acc[n][1], Real(0), sum));
+  for (int i = 0; i < N * K; ++i) sum = fused_multiply_add(acc[i / K][i % K], Real(0), sum);
   return sum == 0;
+}
+
+// Whether masked pairs must be marked: ordinary arithmetic leaves out what is.
+template <class M>
+NATTEN_EXT_DEVICE bool needs_masks(bool careful) {
+  return !M::kTensor || careful;
 }
 
 }  // namespace natten_ext::cuda

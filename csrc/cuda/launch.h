@@ -47,9 +47,7 @@ struct HeadDims<DoubleMode> : std::integer_sequence<int, 32, 128, 256> {};
 
 template <class M, template <class, int> class Kernel, int D>
 NATTEN_EXT_KERNEL(kThreads, (Kernel<M, D>::kBlocks)) attention_kernel(NATTEN_EXT_PARAMETER(Params) p) {
-  using K = Kernel<M, D>;
-  K::run(p, SharedLayout<M, D>(p.plan, K::kOwn, K::kStaged, K::kScalars, K::kTables, K::kTableGradient && p.table_gradient,
-                               p.table_rows * p.table_columns));
+  Kernel<M, D>::run(p);
 }
 
 // Largest number of partners of `tile` adjacent rows on one axis, roughly: it only sizes stages.
@@ -74,11 +72,20 @@ inline int64_t largest_tile_count(const Params& p, bool by_key) {
   return most;
 }
 
-// Fills in what the blocks would divide for, once the plan is made.
-inline void prepare_divisions(Params& p, bool by_key, int element_size) {
-  const Map& own = by_key ? p.keys : p.queries;
+// Fills in what the blocks need not find out, once the plan is made.
+inline void prepare_blocks(Params& p, bool by_key, int element_size, int real_size) {
+  const Map &own = by_key ? p.keys : p.queries, &other = by_key ? p.queries : p.keys;
+  const int row = (p.table_columns + 1) * real_size, zero_y = p.table_rows / 2, zero_x = p.table_columns / 2;
+  p.table_places = {0, 0, 0, real_size, real_size};
+  if (p.table_rows > 0) {
+    p.table_places = {zero_y * row + zero_x * real_size, row, real_size, (p.table_rows - zero_y) * row,
+                      (p.table_columns - zero_x) * real_size};
+  }
+  const int missing = other.height * other.width - other.count;
+  p.short_row = missing > 0 ? other.height - 1 : -1;
+  p.short_columns = other.width - missing;
   p.by_launch_heads = Divisor(p.launch_heads);
-  p.by_table_columns = Divisor(std::max(1, p.table_columns));
+  p.by_table_columns = Divisor(p.table_columns + 1);
   p.by_kernel_y = Divisor(p.windows[0].kernel_y);
   p.by_kernel_x = Divisor(p.windows[0].kernel_x);
   p.wide_copies = p.vector_bytes == 16;
@@ -90,10 +97,33 @@ inline void prepare_divisions(Params& p, bool by_key, int element_size) {
                  static_cast<uint16_t>(tiles_x)};
     for (const auto* tensors : {&p.own, &p.staged}) {
       for (const Rows& t : *tensors) {
-        p.wide_copies &= std::abs(t.y) * w.dilation_y * element_size <= INT32_MAX && std::abs(t.x) * w.dilation_x * element_size <= INT32_MAX;
+        for (const int64_t step : {t.y * w.dilation_y, t.x * w.dilation_x}) p.wide_copies &= std::abs(step) * element_size <= INT32_MAX;
       }
     }
   }
+}
+
+// K::kOwn: tensors of the tile; K::kStaged: tensors of a piece; K::kScalars: numbers per staged row; K::kTables: tables read,
+// with a row and a column more (TablePlaces); `gradient`: whether a table gradient is summed.
+template <class K, uint32_t Pitch>
+SharedLayout layout_of(const Plan& plan, bool gradient, int table_rows, int table_columns) {
+  constexpr uint32_t kReal = sizeof(typename K::Real);
+  const auto bytes_of = [](int64_t numbers) { return static_cast<uint32_t>(divide_up(numbers * kReal, 16) * 16); };
+  SharedLayout l;
+  l.tile_bytes = plan.warps * kWarpRows * Pitch;
+  l.piece_bytes = plan.slots * Pitch;
+  l.scalar_bytes = bytes_of(plan.slots);
+  l.scalars_in_stage = K::kStaged * l.piece_bytes;
+  l.stage_bytes = l.scalars_in_stage + K::kScalars * l.scalar_bytes;
+  l.table_bytes = bytes_of(table_rows > 0 ? (table_rows + 1) * (table_columns + 1) : 3);
+  l.gradient_bytes = bytes_of(table_rows * table_columns);
+  l.diagonal_bytes = bytes_of(kDiagonal);
+  l.stages = K::kOwn * l.tile_bytes;
+  l.diagonals = l.stages + plan.stages * l.stage_bytes;
+  l.tables = l.diagonals + (gradient ? plan.warps * l.diagonal_bytes : 0);
+  l.gradients = l.tables + (plan.tables_shared ? K::kTables * l.table_bytes : 0);
+  l.total = l.gradients + (plan.tables_shared && gradient ? plan.warps * l.gradient_bytes : 0);
+  return l;
 }
 
 // Chooses warps, stages and slots: the largest tile whose halo fits beside it, for at least two blocks on a
@@ -105,7 +135,7 @@ Plan plan_of(const Params& p, const Context& context) {
   const bool gradient = K::kTableGradient && p.table_gradient;
   const Map& other = K::kByKey ? p.queries : p.keys;
   const auto bytes = [&](const Plan& plan) {
-    return SharedLayout<M, D>(plan, K::kOwn, K::kStaged, K::kScalars, K::kTables, gradient, p.table_rows * p.table_columns).total;
+    return layout_of<K, kPitch<M, D>>(plan, gradient, p.table_rows, p.table_columns).total;
   };
   for (const bool tables_shared : {true, false}) {
     // A multiprocessor has the limit of one block and kReserved, and keeps kReserved for each block.
@@ -146,7 +176,7 @@ uint32_t least_shared(int head_dim, std::integer_sequence<int, Dims...>) {
   const auto layout = [&]<int D>() {
     using K = Kernel<M, D>;
     const Plan least{1, kBlock, 1, 1, false, 0};
-    return SharedLayout<M, D>(least, K::kOwn, K::kStaged, K::kScalars, K::kTables, K::kTableGradient, 0).total;
+    return layout_of<K, kPitch<M, D>>(least, K::kTableGradient, 0, 0).total;
   };
   ((bytes == 0 && head_dim <= Dims ? (bytes = layout.template operator()<Dims>()) : 0), ...);
   return bytes;
@@ -158,12 +188,15 @@ void launch_padded(Params p, Context& context) {
   const bool gradient = K::kTableGradient && p.table_gradient;
   p.table_gradient = gradient;
   K::choose_tensors(p);
+  // Kernels count places in a table in 32 bits. Windows with a larger one have more than 2^24 keys.
+  if (int64_t{p.table_rows + 1} * (p.table_columns + 1) > (1 << 26)) throw std::runtime_error("natten_ext: the table has 2^26 entries or more");
   p.plan = plan_of<M, Kernel, D>(p, context);
+  p.shared = layout_of<K, kPitch<M, D>>(p.plan, gradient, p.table_rows, p.table_columns);
   const int64_t tiles = largest_tile_count(p, K::kByKey);
   const int64_t most = gradient ? std::max(1, context.table_blocks / p.launch_heads) : INT32_MAX / p.launch_heads;
   if (!gradient && tiles > most) throw std::runtime_error("natten_ext: too many tiles for one launch");
   p.plan.blocks_per_head = static_cast<int>(std::min(tiles, most));
-  prepare_divisions(p, K::kByKey, sizeof(typename M::Element));
+  prepare_blocks(p, K::kByKey, sizeof(typename M::Element), sizeof(typename M::Real));
   const int64_t partials = p.plan.blocks_per_head * (p.plan.tables_shared ? 1 : p.plan.warps);
   const int64_t table = int64_t{p.table_rows} * p.table_columns;
   if (gradient) {

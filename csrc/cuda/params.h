@@ -53,6 +53,15 @@ struct Table {
   bool is_float;
 };
 
+// Where pairs find their entries in the copy of a table that kernels read, in bytes: at the sum of their row's and their
+// column's place, from the entry of offset zero on. The copy has a row and a column more, for pairs that don't exist. Where
+// there is no table, one entry serves all pairs that exist.
+struct TablePlaces {
+  int zero;                       // place of offset zero in the copy
+  int row, column;                // from one to the next
+  int masked_row, masked_column;  // those of pairs that don't exist
+};
+
 // A map of queries or keys. Sequences are maps of width 8 whose last row may be short: `count` positions in all.
 struct Map {
   int height, width, count;
@@ -65,6 +74,21 @@ struct Plan {
   int blocks_per_head;  // each works on every blocks_per_head-th tile of its head
   bool tables_shared;   // tables and their gradients fit shared memory
   uint32_t shared_bytes;
+};
+
+// Where things lie in a block's shared memory.
+struct SharedLayout {
+  uint32_t tile_bytes, piece_bytes, scalar_bytes, stage_bytes, table_bytes, gradient_bytes, diagonal_bytes;  // of one
+  uint32_t stages, scalars_in_stage, diagonals, tables, gradients, total;
+
+  NATTEN_EXT_DEVICE Shared own(int tensor) const { return tensor * tile_bytes; }
+  NATTEN_EXT_DEVICE Shared rows(int stage, int tensor) const { return stages + stage * stage_bytes + tensor * piece_bytes; }
+  NATTEN_EXT_DEVICE Shared scalars(int stage, int which) const {
+    return stages + stage * stage_bytes + scalars_in_stage + which * scalar_bytes;
+  }
+  NATTEN_EXT_DEVICE Shared table(int which) const { return tables + which * table_bytes; }
+  NATTEN_EXT_DEVICE Shared diagonal(int warp) const { return diagonals + warp * diagonal_bytes; }
+  NATTEN_EXT_DEVICE Shared gradient(int warp) const { return gradients + warp * gradient_bytes; }
 };
 
 struct Params {
@@ -89,7 +113,10 @@ struct Params {
   void* row_numbers;     // (batch, heads, queries, numbers) in Real, see rows.h
   void* table_partials;  // (partials, launch_heads, table) in Real
   Plan plan;
-  // What `launch_padded` finds out, so that no block divides.
+  // What `launch_padded` finds out, so that blocks don't: they divide nothing, and this takes none of their registers.
+  SharedLayout shared;
+  TablePlaces table_places;
+  int short_row, short_columns;  // of the staged sequence: the last row, if it has fewer columns; -1: none has
   bool wide_copies;  // all staged rows allow copies of 16 bytes, and their steps on the map fit 31 bits
   Divisor by_launch_heads, by_table_columns, by_kernel_y, by_kernel_x;  // the last two: of grid, where all heads are alike
   Window windows[kMaxHeads];
@@ -114,47 +141,5 @@ using DoubleMode = Mode<double, double, false>;
 template <class M, int D>
 constexpr uint32_t kPitch = D * sizeof(typename M::Element) / 16 % 2 == 1 ? D * sizeof(typename M::Element)
                                                                          : D * sizeof(typename M::Element) + 16;
-
-// Where things lie in a block's shared memory. `own`: tensors of the tile; `staged`: tensors of a piece; `scalars`:
-// numbers per staged row; `tables`: tables read; `gradient`: whether a table gradient is summed.
-template <class M, int D>
-struct SharedLayout {
-  using Real = typename M::Real;
-  static constexpr uint32_t kDiagonal = 160;  // numbers of a warp's scratch, see tables.h
-
-  NATTEN_EXT_HOST_DEVICE SharedLayout(const Plan& plan, int own, int staged, int scalars, int tables, bool gradient,
-                                      int table_size) {
-    tile_bytes = plan.warps * kWarpRows * kPitch<M, D>;
-    piece_bytes = plan.slots * kPitch<M, D>;
-    scalar_bytes = round_up(plan.slots * sizeof(Real));
-    stage_bytes = staged * piece_bytes + scalars * scalar_bytes;
-    table_bytes = round_up(table_size * sizeof(Real));
-    stages = own * tile_bytes;
-    scratch = stages + plan.stages * stage_bytes;
-    tables_at = scratch + (gradient ? plan.warps * round_up(kDiagonal * sizeof(Real)) : 0);
-    gradients = tables_at + (plan.tables_shared ? tables * table_bytes : 0);
-    total = gradients + (plan.tables_shared && gradient ? plan.warps * table_bytes : 0);
-    staged_count = staged;
-  }
-
-  NATTEN_EXT_HOST_DEVICE Shared own(int tensor) const { return tensor * tile_bytes; }
-  NATTEN_EXT_HOST_DEVICE Shared rows(int stage, int tensor) const {
-    return stages + stage * stage_bytes + tensor * piece_bytes;
-  }
-  NATTEN_EXT_HOST_DEVICE Shared scalars(int stage, int which) const {
-    return stages + stage * stage_bytes + staged_count * piece_bytes + which * scalar_bytes;
-  }
-  NATTEN_EXT_HOST_DEVICE Shared diagonal(int warp) const {
-    return scratch + warp * round_up(kDiagonal * sizeof(Real));
-  }
-  NATTEN_EXT_HOST_DEVICE Shared table(int which) const { return tables_at + which * table_bytes; }
-  NATTEN_EXT_HOST_DEVICE Shared gradient(int warp) const { return gradients + warp * table_bytes; }
-
-  NATTEN_EXT_HOST_DEVICE static constexpr uint32_t round_up(uint32_t bytes) { return (bytes + 15) / 16 * 16; }
-
-  uint32_t tile_bytes, piece_bytes, scalar_bytes, stage_bytes, table_bytes;
-  uint32_t stages, scratch, tables_at, gradients, total;
-  int staged_count;
-};
 
 }  // namespace natten_ext::cuda

@@ -10,7 +10,7 @@
 // left operand of the next without leaving their registers.
 #pragma once
 
-#include "tiles.h"
+#include "units.h"
 
 namespace natten_ext::cuda {
 

@@ -22,7 +22,7 @@ struct RowNumbers {
 
 // What query-centred kernels leave for the key-centred ones of each query, in p.row_numbers: L in two parts, D, of l2
 // |q|^2 / 2; in the double backward also r, t, of l2 gQ.q, and room.
-enum RowNumber { kBase, kLogSum, kDelta, kHalfNorm, kMean, kRest, kCotProduct };
+enum RowNumber { kBase, kLogSum, kD, kHalfNorm, kR, kT, kCotProduct };
 
 template <class Real>
 struct alignas(16) NumberChunk {

@@ -11,7 +11,8 @@ template <class Real>
 struct RunningSoftmax {
   static constexpr Real kSlack = 8;
   Real base[2] = {-kInfinity<Real>, -kInfinity<Real>};
-  Real sum[2] = {0, 0};  // of the lane's own columns
+  Real from[2] = {0, 0};  // the base, but 0 as long as no key was met
+  Real sum[2] = {0, 0};   // of the lane's own columns
 
   // Turns scores into weights.
   template <int N>
@@ -22,8 +23,6 @@ struct RunningSoftmax {
       for (int h = 0; h < 2; ++h) largest[h] = larger(largest[h], larger(s[b][2 * h], s[b][2 * h + 1]));
     });
     if (any_in_warp(largest[0] > base[0] + kSlack || largest[1] > base[1] + kSlack)) raise(largest, acc);
-    Real from[2];
-    for (int h = 0; h < 2; ++h) from[h] = base[h] == -kInfinity<Real> ? Real(0) : base[h];  // no key met yet
     pairs.for_each_block([&](int b, const BlockPairs&) {
       NATTEN_EXT_UNROLL
       for (int e = 0; e < 4; ++e) {
@@ -44,8 +43,6 @@ struct RunningSoftmax {
   NATTEN_EXT_DEVICE Real log_sum(int h) const { return binary_logarithm(sum[h]); }
 
  private:
-  NATTEN_EXT_DEVICE static Real larger(Real a, Real b) { return a > b ? a : b; }
-
   template <int N>
   NATTEN_EXT_DEVICE void raise(Real (&largest)[2], Real (&acc)[N][4]) {
     NATTEN_EXT_UNROLL
@@ -55,6 +52,7 @@ struct RunningSoftmax {
       const Real next = larger(base[h], largest[h]);
       const Real factor = base[h] == -kInfinity<Real> ? Real(0) : power_of_two(base[h] - next);
       base[h] = next;
+      from[h] = next == -kInfinity<Real> ? Real(0) : next;
       sum[h] *= factor;
       NATTEN_EXT_UNROLL
       for (int n = 0; n < N; ++n) {

@@ -45,7 +45,9 @@ NATTEN_EXT_DEVICE void stage_rows(Shared destination, const Rows& t, const Param
     for (int slot = first; slot < slots; slot += step) {
       const int row = by_width(slot), column = slot - row * r.width();
       NATTEN_EXT_UNROLL
-      for (int chunk = 0; chunk < kChunks * 16; chunk += kAcross * 16) copy(destination + own + slot * kPitch<M, D> + chunk, row, column, chunk);
+      for (int chunk = 0; chunk < kChunks * 16; chunk += kAcross * 16) {
+        copy(destination + own + slot * kPitch<M, D> + chunk, row, column, chunk);
+      }
     }
   };
   if (p.wide_copies && whole) {
@@ -78,13 +80,13 @@ NATTEN_EXT_DEVICE void stage_row_numbers(Shared destination, const Params& p, co
 
 // Starts copying a tile's own rows of p.own[0] to p.own[Count - 1], as far as they are given.
 template <class M, int D, int Count, bool ByKey>
-NATTEN_EXT_DEVICE void stage_own(const SharedLayout<M, D>& shared, const Params& p, const Tile<ByKey>& tile) {
+NATTEN_EXT_DEVICE void stage_own(const Params& p, const Tile<ByKey>& tile) {
   const Rectangle r{tile.origin_y, tile.origin_y + Tile<ByKey>::tile_height(p), tile.origin_x, tile.origin_x + kBlock};
   const auto exists = [&](int y, int x) { return tile.owns(y, x); };
   const bool whole = r.x1 <= tile.own_width() && exists(r.y1 - 1, r.x1 - 1);
   NATTEN_EXT_NO_UNROLL
   for (int i = 0; i < Count; ++i) {
-    if (p.own[i].data != nullptr) stage_rows<M, D>(shared.own(i), p.own[i], p, tile, r, SlotDivisor(kBlock), whole, exists);
+    if (p.own[i].data != nullptr) stage_rows<M, D>(p.shared.own(i), p.own[i], p, tile, r, SlotDivisor(kBlock), whole, exists);
   }
 }
 
@@ -117,17 +119,16 @@ NATTEN_EXT_DEVICE void await_own_keys() {
 
 // The same for a piece: p.staged[0] and on, and `Numbers` numbers of each row.
 template <class M, int D, int Tensors, int Numbers, bool ByKey>
-NATTEN_EXT_DEVICE void stage_piece(const SharedLayout<M, D>& shared, int stage, const Params& p, const Tile<ByKey>& tile,
-                                   const Rectangle& piece) {
+NATTEN_EXT_DEVICE void stage_piece(int stage, const Params& p, const Tile<ByKey>& tile, const Rectangle& piece) {
   const SlotDivisor by_width(piece.width());
   // Windows lie inside the map. But the last row of a sequence may be short.
   const auto exists = [&](int y, int x) { return y * tile.other.width + x < tile.other.count; };
   const bool whole = exists(piece.y1 - 1, piece.x1 - 1);
   NATTEN_EXT_NO_UNROLL
   for (int i = 0; i < Tensors; ++i) {
-    if (p.staged[i].data != nullptr) stage_rows<M, D>(shared.rows(stage, i), p.staged[i], p, tile, piece, by_width, whole, exists);
+    if (p.staged[i].data != nullptr) stage_rows<M, D>(p.shared.rows(stage, i), p.staged[i], p, tile, piece, by_width, whole, exists);
   }
-  if constexpr (Numbers > 0) stage_row_numbers<typename M::Real, Numbers>(shared.scalars(stage, 0), p, tile, piece, by_width, exists);
+  if constexpr (Numbers > 0) stage_row_numbers<typename M::Real, Numbers>(p.shared.scalars(stage, 0), p, tile, piece, by_width, exists);
 }
 
 NATTEN_EXT_DEVICE void copy_async_wait_for(int pending) {

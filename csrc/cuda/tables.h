@@ -7,9 +7,11 @@
 
 #include <limits>
 
-#include "products.h"
+#include "pairs.h"
 
 namespace natten_ext::cuda {
+
+constexpr int kDiagonal = 160;  // numbers of a warp's scratch
 
 template <class Element, class Real>
 NATTEN_EXT_DEVICE Real table_entry(const Table& t, int64_t offset) {
@@ -22,68 +24,87 @@ NATTEN_EXT_DEVICE Real table_entry(const Table& t, int64_t offset) {
 template <class Real>
 constexpr Real kMostOfTable = std::numeric_limits<Real>::max() / 4;
 
-// A table of one head as a kernel reads it, times `factor`; zero where there is none.
+// A table of one head as a kernel reads it, times `factor`; zero where there is none, and `masked` for pairs that don't
+// exist: in its shared copy, the last row and the last column.
 template <class Element, class Real>
 struct TableReader {
+  const Params& p;
   const Table& table;
   Shared address;
-  bool shared;
-  int head, columns;
-  Real factor;
+  int head;
+  Real factor, masked;
 
-  // With a shared copy, a barrier must follow before `at`.
-  NATTEN_EXT_DEVICE TableReader(const Params& p, const Table& t, int head, Shared at, Real factor)
-      : table(t), address(at), shared(p.plan.tables_shared), head(head), columns(p.table_columns), factor(factor) {
-    if (table.data == nullptr || !shared) return;
-    for (int i = thread_index(); i < p.table_rows * columns; i += block_threads()) {
-      const int y = p.by_table_columns(i);
-      store_shared(address + i * static_cast<uint32_t>(sizeof(Real)), entry(y, i - y * columns));
+  // With a shared copy, a barrier must follow before `read`.
+  NATTEN_EXT_DEVICE TableReader(const Params& p, const Table& t, int head, Shared at, Real factor, Real masked)
+      : p(p), table(t), address(at), head(head), factor(factor), masked(masked) {
+    if (!p.plan.tables_shared) return;
+    const int last = (p.table_places.zero + p.table_places.masked_row + p.table_places.masked_column) / static_cast<int>(sizeof(Real));
+    NATTEN_EXT_NO_UNROLL
+    for (int i = thread_index(); i <= last; i += block_threads()) {
+      store_shared(address + i * static_cast<uint32_t>(sizeof(Real)), entry(i));
     }
   }
-  NATTEN_EXT_DEVICE Real entry(int y, int x) const {
+  // Whether it is more than zeros.
+  NATTEN_EXT_DEVICE explicit operator bool() const { return masked != 0 || table.data != nullptr; }
+  // The entries of a block's pairs.
+  NATTEN_EXT_DEVICE void read(Real (&entries)[4], const BlockPairs& pairs) const {
+    if (p.plan.tables_shared) {
+      NATTEN_EXT_UNROLL
+      for (int e = 0; e < 4; ++e) entries[e] = load_shared<Real>(address + p.table_places.zero + pairs.place(e));
+      return;
+    }
+    NATTEN_EXT_NO_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int place = (e / 2 ? pairs.row[1] : pairs.row[0]) + (e % 2 ? pairs.column[1] : pairs.column[0]);
+      const Real value = entry((p.table_places.zero + place) / static_cast<int>(sizeof(Real)));
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < 4; ++i) entries[i] = i == e ? value : entries[i];
+    }
+  }
+
+ private:
+  NATTEN_EXT_DEVICE Real entry(int index) const {
+    if (p.table_columns == 0) return index == 0 ? Real(0) : masked;
+    const int y = p.by_table_columns(index), x = index - y * (p.table_columns + 1);
+    if (y == p.table_rows || x == p.table_columns) return masked;
+    if (table.data == nullptr) return 0;
     const Real value = table_entry<Element, Real>(table, head * table.head + y * table.y + x * table.x);
     if (value < -kMostOfTable<Real> && value != -kInfinity<Real>) return -factor * kMostOfTable<Real>;
     if (value > kMostOfTable<Real> && value != kInfinity<Real>) return factor * kMostOfTable<Real>;
     return factor * value;
   }
-  NATTEN_EXT_DEVICE explicit operator bool() const { return table.data != nullptr; }
-  NATTEN_EXT_DEVICE Real at(int y, int x) const {
-    if (shared) return load_shared<Real>(address + (y * columns + x) * static_cast<uint32_t>(sizeof(Real)));
-    return entry(y, x);
-  }
 };
 
 // Sums of one warp, where the launch wants them; of the blocks that share a tile's channels, the first has them.
-// `partial`: the launch's array of partial sums, (partials, heads, table).
 template <class Real>
 struct TableGradient {
+  const Params& p;
   Shared sums, scratch;
-  Real* partial;
-  bool shared;
-  int rows, columns;
+  int place = -1;  // in the launch's array of partial sums, (partials, heads, table)
 
   // A barrier must follow before `add`.
-  NATTEN_EXT_DEVICE TableGradient(const Params& p, int launch_head, int block_of_head, Shared sums, Shared scratch)
-      : sums(sums), scratch(scratch), shared(p.plan.tables_shared), rows(p.table_rows), columns(p.table_columns) {
-    const int index = shared ? block_of_head : block_of_head * p.plan.warps + thread_index() / kWarp;
-    partial = nullptr;
+  NATTEN_EXT_DEVICE TableGradient(const Params& p, int launch_head, int block_of_head)
+      : p(p), sums(p.shared.gradient(thread_index() / kWarp)), scratch(p.shared.diagonal(thread_index() / kWarp)) {
     if (!p.table_gradient || block_y() != 0) return;
-    partial = static_cast<Real*>(p.table_partials);
-    partial += (int64_t{index} * p.launch_heads + launch_head) * rows * columns;
-    for (int i = thread_index() % kWarp; i < rows * columns; i += kWarp) write(i, Real(0));
+    const int index = p.plan.tables_shared ? block_of_head : block_of_head * p.plan.warps + thread_index() / kWarp;
+    place = index * p.launch_heads + launch_head;
+    for (int i = thread_index() % kWarp; i < size(); i += kWarp) {
+      if (p.plan.tables_shared) store_shared(shared(i), Real(0));
+      else store_global(partial(i), Real(0));
+    }
   }
-  NATTEN_EXT_DEVICE explicit operator bool() const { return partial != nullptr; }
+  NATTEN_EXT_DEVICE explicit operator bool() const { return place >= 0; }
 
   // Adds the gradients of a unit's pairs, 0 where there is none. `kernel`: width of the windows.
   NATTEN_EXT_DEVICE void add(const Scores<Real>& values, const OwnRows<false>& own, const Unit& unit, int kernel) {
     const int lane = thread_index() % kWarp, h = lane / 16;
     // Table column of column 0 and own row 0 of block 0, and table row of the lane's h.
-    const int x = columns / 2 + unit.x[0] - (own.x - lane / 4), y = rows / 2 + unit.y[0] - own.y[0] - h;
+    const int x = p.table_columns / 2 + unit.x[0] - (own.x - lane / 4), y = p.table_rows / 2 + unit.y[0] - own.y[0] - h;
     if (own.narrow && unit.y[0] == unit.y[1]) {
       // Both blocks at once: modulo eight, offsets are those of eight diagonals of eight. Two lanes have half of one each.
       put(values[0][0] + values[1][0], values[0][1] + values[1][1], values[0][2] + values[1][2], values[0][3] + values[1][3]);
       sync_warp();
-      const int half = lane / 8 % 2, first = columns / 2 - kernel / 2;
+      const int half = lane / 8 % 2, first = p.table_columns / 2 - kernel / 2;
       Real sum = 0;
       for (int i = 4 * half; i < 4 * half + 4; ++i) sum += load_shared<Real>(at(h, i, (i + lane) % 8));
       sum += shuffle_xor(sum, 8);
@@ -111,19 +132,22 @@ struct TableGradient {
   }
 
   // At the end of the block.
-  NATTEN_EXT_DEVICE void write_partial(const Params& p, Shared first_sums, Shared bytes_per_warp) {
-    if (partial == nullptr || !shared) return;
+  NATTEN_EXT_DEVICE void write_partial() {
+    if (!*this || !p.plan.tables_shared) return;
     sync_block();
-    for (int i = thread_index(); i < rows * columns; i += block_threads()) {
+    for (int i = thread_index(); i < size(); i += block_threads()) {
       Real sum = 0;
       for (int warp = 0; warp < p.plan.warps; ++warp) {
-        sum += load_shared<Real>(first_sums + warp * bytes_per_warp + i * static_cast<uint32_t>(sizeof(Real)));
+        sum += load_shared<Real>(p.shared.gradient(warp) + i * static_cast<uint32_t>(sizeof(Real)));
       }
-      store_global(partial + i, sum);
+      store_global(partial(i), sum);
     }
   }
 
  private:
+  NATTEN_EXT_DEVICE Real* partial(int i) const { return static_cast<Real*>(p.table_partials) + int64_t{place} * size() + i; }
+  NATTEN_EXT_DEVICE Shared shared(int i) const { return sums + i * static_cast<uint32_t>(sizeof(Real)); }
+  NATTEN_EXT_DEVICE int size() const { return p.table_rows * p.table_columns; }
   // In the scratch, rows 4 to 7 of a block lie eight numbers further, so that halves of diagonals are in different banks.
   NATTEN_EXT_DEVICE Shared at(int h, int row, int column) const {
     return scratch + (80 * h + 8 * row + row / 4 * 8 + column) * static_cast<uint32_t>(sizeof(Real));
@@ -138,14 +162,13 @@ struct TableGradient {
     store_shared(at(1, g, 2 * t), Pair{{c, d}});
   }
   NATTEN_EXT_DEVICE void add_entry(int y, int x, Real sum) {
-    if (y >= 0 && y < rows && x >= 0 && x < columns) write(y * columns + x, read(y * columns + x) + sum);
-  }
-  NATTEN_EXT_DEVICE Real read(int i) const {
-    return shared ? load_shared<Real>(sums + i * static_cast<uint32_t>(sizeof(Real))) : load_global(partial + i);
-  }
-  NATTEN_EXT_DEVICE void write(int i, Real value) {
-    if (shared) store_shared(sums + i * static_cast<uint32_t>(sizeof(Real)), value);
-    else store_global(partial + i, value);
+    if (y < 0 || y >= p.table_rows || x < 0 || x >= p.table_columns) return;
+    const int i = y * p.table_columns + x;
+    if (p.plan.tables_shared) {
+      store_shared(shared(i), load_shared<Real>(shared(i)) + sum);
+    } else {
+      store_global(partial(i), load_global(partial(i)) + sum);
+    }
   }
 };
 

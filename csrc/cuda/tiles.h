@@ -3,7 +3,7 @@
 // A tile is a rectangle of one residue class of one (batch, head), eight columns wide: queries in the query-centred
 // kernels, keys in the key-centred ones. Each warp has 16 of its rows, two rows of the map. The other side's halo, the
 // rectangle of all partners of the tile, is staged in pieces, and a warp walks through the part of a piece that its
-// own rows can meet, in blocks of eight adjacent positions of a map row, two blocks at a time (a Unit).
+// own rows can meet, in blocks of eight adjacent positions of a map row, two blocks at a time (pairs.h).
 #pragma once
 
 #include "params.h"
@@ -40,6 +40,13 @@ struct Axis {
     if (neighborhood == Neighborhood::sliding) return key >= keys - kernel ? queries : key + kernel / 2 + 1;
     return neighborhood == Neighborhood::grid ? by_kernel(key) * kernel + kernel : queries;
   }
+};
+
+// The partners of an own row on one axis.
+struct Range {
+  static constexpr int kNowhere = INT32_MIN / 2;  // first of an empty range
+  int first, count;
+  NATTEN_EXT_DEVICE bool has(int position) const { return static_cast<uint32_t>(position - first) < static_cast<uint32_t>(count); }
 };
 
 struct Rectangle {
@@ -81,11 +88,13 @@ struct Tile {
     residue_x = split(cut.by_dilation_x, window.dilation_x);
     residue_y = split(cut.by_dilation_y, window.dilation_y);
     batch = index;
-    const auto axis = [&](int queries, int keys, int dilation, int residue, const Divisor& by_dilation, int kernel, const Divisor& by_kernel) {
+    const auto axis = [&](int queries, int keys, int dilation, int residue, const Divisor& by_dilation, int kernel,
+                          const Divisor& by_kernel) {
       const int offset = dilation - 1 - residue;  // positions of the class: (length - residue) / dilation, rounded up
       const int class_keys = by_dilation(keys + offset);
       // A window of `full` is all keys.
-      return Axis{p.neighborhood, by_dilation(queries + offset), class_keys, p.neighborhood == Neighborhood::full ? class_keys : kernel, by_kernel};
+      if (p.neighborhood == Neighborhood::full) kernel = class_keys;
+      return Axis{p.neighborhood, by_dilation(queries + offset), class_keys, kernel, by_kernel};
     };
     y = axis(p.queries.height, p.keys.height, window.dilation_y, residue_y, cut.by_dilation_y, window.kernel_y, p.by_kernel_y);
     x = axis(p.queries.width, p.keys.width, window.dilation_x, residue_x, cut.by_dilation_x, window.kernel_x, p.by_kernel_x);
@@ -102,6 +111,12 @@ struct Tile {
     return py < own_height() && px < own_width() && py * own.width + px < own.count;
   }
 
+  // Partners of one own row on an axis.
+  NATTEN_EXT_DEVICE Range range(const Axis& axis, int position) const {
+    if (!ByKey) return {axis.start(position), axis.kernel};
+    const int first = axis.first_query(position);
+    return {first, axis.end_query(position) - first};
+  }
   // Partners of the own rows [y0, y1] x [x0, x1], all of which exist.
   NATTEN_EXT_DEVICE Rectangle partners(int y0, int y1, int x0, int x1) const {
     if (ByKey) return {y.first_query(y0), y.end_query(y1), x.first_query(x0), x.end_query(x1)};
@@ -143,58 +158,6 @@ struct Pieces {
   }
 };
 
-// Two blocks of the staged side.
-struct Unit {
-  int y[2], x[2], slot[2];
-  int columns[2];  // of the eight, those that belong to the block
-  int last_slot;   // rows past it were not staged
-
-  NATTEN_EXT_DEVICE int slot_of(int block, int position) const {
-    return lesser((block ? slot[1] : slot[0]) + position, last_slot);
-  }
-};
-
-// Goes through the blocks of `wanted` inside a staged piece, row by row.
-struct Walk {
-  int y, x, slot;             // of the next block; its slot is that of its first column
-  int y_end, x_begin, x_end;
-  int next_row;               // slots from the end of a row's last block to the next row's first
-  int last_slot, short_row;   // the last row of a sequence has `short_columns`
-  int short_columns;
-
-  NATTEN_EXT_DEVICE Walk(const Rectangle& wanted, const Rectangle& piece, const Map& map) {
-    y = greater(wanted.y0, piece.y0);
-    y_end = lesser(wanted.y1, piece.y1);
-    x = x_begin = greater(wanted.x0, piece.x0);
-    x_end = lesser(wanted.x1, piece.x1);
-    if (x_begin >= x_end) y_end = y;
-    const int width = piece.width();
-    slot = (y - piece.y0) * width + x - piece.x0;
-    next_row = width - (x_end - x_begin + kBlock - 1) / kBlock * kBlock;
-    last_slot = piece.height() * width - 1;
-    short_row = map.height - 1;
-    short_columns = map.width - (map.height * map.width - map.count);
-  }
-  NATTEN_EXT_DEVICE bool more() const { return y < y_end; }
-
-  NATTEN_EXT_DEVICE Unit next() {
-    Unit unit;
-    unit.last_slot = last_slot;
-    NATTEN_EXT_UNROLL
-    for (int b = 0; b < 2; ++b) {
-      const bool live = y < y_end;
-      unit.y[b] = y;
-      unit.x[b] = x;
-      unit.slot[b] = live ? slot : 0;
-      unit.columns[b] = live ? lesser(x_end, y == short_row ? short_columns : x_end) - x : 0;
-      x += kBlock;
-      slot += kBlock;
-      if (x >= x_end) x = x_begin, ++y, slot += next_row;
-    }
-    return unit;
-  }
-};
-
 // A warp's own rows. In fragments a lane has rows g and g + 8: one column of the map, two of its rows.
 template <bool ByKey>
 struct OwnRows {
@@ -202,7 +165,7 @@ struct OwnRows {
   bool exists[2];
   bool any;           // whether the warp has any
   Rectangle partners;  // of all rows of the warp
-  int start_y[2], start_x;  // windows of the lane's queries; not used by keys
+  Range range_y[2], range_x;  // those of the lane's own; none of rows that don't exist
   bool narrow;  // all windows of the warp are at most eight wide, and at no border: key - query + kernel / 2 is 0 to 7
   int first_slot;  // of the warp in the tile, which is stored row by row
 
@@ -215,10 +178,12 @@ struct OwnRows {
     for (int h = 0; h < 2; ++h) {
       y[h] = y0 + h;
       exists[h] = tile.owns(y[h], x);
-      start_y[h] = ByKey ? 0 : tile.y.start(lesser(y[h], tile.own_height() - 1));
+      range_y[h] = tile.range(tile.y, lesser(y[h], tile.own_height() - 1));
+      if (!exists[h]) range_y[h].first = Range::kNowhere;  // and not `count`, which all queries have alike
     }
-    start_x = ByKey ? 0 : tile.x.start(lesser(x, tile.own_width() - 1));
-    narrow = !ByKey && !any_in_warp(tile.x.kernel > kBlock || (exists[0] && start_x != x - tile.x.kernel / 2));
+    range_x = tile.range(tile.x, lesser(x, tile.own_width() - 1));
+    if (x >= tile.own_width()) range_x.first = Range::kNowhere;
+    narrow = !ByKey && !any_in_warp(tile.x.kernel > kBlock || (exists[0] && range_x.first != x - tile.x.kernel / 2));
     partners = {0, 0, 0, 0};
     if (any) {
       partners = tile.partners(y0, lesser(y0 + 1, tile.own_height() - 1), x0,

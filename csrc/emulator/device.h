@@ -165,6 +165,8 @@ inline uint32_t multiply_high(uint32_t a, uint32_t b) {
 inline float power_of_two(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline double power_of_two(double x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline double larger(double a, double b) { return std::fmax(a, b); }
 inline float binary_logarithm(float x) { return std::log2(x); }
 inline double binary_logarithm(double x) { return std::log2(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
