@@ -47,8 +47,8 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above; the message names it.
-        RuntimeError: the backend asked for can't run this, or a fused backend is asked for a third or forward-mode
-            derivative, or for one by ``torch.func``.
+        RuntimeError: the backend asked for can't run this, or a fused backend is asked for a third derivative or for
+            forward mode over forward mode (docs/derivatives.md).
     """
     query, key, value = checked_sequences(query, key, value)
     return run(query, key, value, None, Full(), score, scale, backend)

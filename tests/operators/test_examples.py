@@ -1,0 +1,34 @@
+"""The examples of docs/derivatives.md run, and what they differentiate has a gradient."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+PAGE = Path(__file__).parents[2] / "docs" / "derivatives.md"
+EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
+
+
+def test_there_are_five():
+    assert len(EXAMPLES) == 5
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_example(title):
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(EXAMPLES[title], names)
+    modules = [x for x in names.values() if isinstance(x, torch.nn.Module)]
+    if "backward()" in EXAMPLES[title]:
+        for module in modules:
+            weights = [p for n, p in module.named_parameters() if not n.endswith(("proj.bias", "embed.bias"))]
+            assert any(p.grad is not None and p.grad.abs().max() > 0 for p in weights)
+    if "gradients" in names:
+        for name, gradient in names["gradients"].items():
+            single = torch.func.grad(names["loss"])(names["parameters"], names["images"][3])[name]
+            torch.testing.assert_close(gradient[3], single, rtol=1e-4, atol=1e-6)
+    if "forward_over_reverse" in names:
+        torch.testing.assert_close(names["forward_over_reverse"], names["reverse_over_reverse"], rtol=1e-3, atol=1e-3)
