@@ -27,6 +27,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 KERNELS = ("forward", "backward", "double_backward")
+CPU_KERNELS = (*KERNELS, "tangent")
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 MINIMUM_TORCH = (2, 11)
 
@@ -287,7 +288,7 @@ class BuildWithNinja(build_ext):
         objects = [file.statement("compile", library, [source / "library.cpp"], common + torch_flags)]
         for name, (vector_bytes, flags) in sets.items():
             macros = [f"-DNATTEN_EXT_ISA={name}", f"-DNATTEN_EXT_VECTOR_BYTES={vector_bytes}"]
-            for kernel in KERNELS:
+            for kernel in CPU_KERNELS:
                 target = build / f"{kernel}_{name}.o"
                 objects.append(file.statement("compile", target, [source / f"{kernel}.cpp"], common + flags + macros))
         libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]

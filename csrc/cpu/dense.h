@@ -25,6 +25,16 @@ inline bool is_dense(const Problem& p, const HeadWindow& w) {
          2 * w.kernel_y * w.kernel_x >= height * width;
 }
 
+// Calls run(compute type, heads, is_dense) for each range of heads with one window.
+template <class Run>
+void for_each_window(const Arguments& a, const Run& run) {
+  const Problem& p = a.problem;
+  for (const HeadRange& heads : p.head_ranges()) {
+    const bool dense = p.kind != Kind::neighborhood || is_dense(p, p.windows[heads.first]);
+    a.query.dtype == DType::float64 ? run(double{}, heads, dense) : run(float{}, heads, dense);
+  }
+}
+
 // Sizes and block sizes that all jobs of a range of heads share.
 template <class T>
 struct DensePlan {
@@ -116,8 +126,8 @@ void pack_rows(T* target, const View& v, const DensePlan<T>& plan, const DenseJo
                int64_t count, T factor, const T* origin) {
   RowCursor row(v, job, width, first);
   for (int64_t r = 0; r < count; ++r, ++row, target += plan.padded) {
+    if (plan.padded > plan.channels) store(target + plan.padded - kLanes<T>, Vector<T>{});
     load_row(target, v, row.offset, plan.channels, factor, origin);
-    for (int64_t c = plan.channels; c < plan.padded; ++c) target[c] = 0;
   }
 }
 

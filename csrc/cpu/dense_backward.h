@@ -5,6 +5,7 @@
 // Where a whole row of keys is at hand, D is summed there. Otherwise it is rowsum(dO * O), with the rounding of O.
 #pragma once
 
+#include "dense_saved.h"
 #include "dense_tasks.h"
 #include "dense_windows.h"
 #include "neighborhood_backward.h"
@@ -13,22 +14,18 @@ namespace natten_ext::NATTEN_EXT_ISA {
 
 // What one block of queries needs for P and dS; shared with the double backward.
 template <class T>
-class BackwardQueries {
+class BackwardQueries : public SavedQueries<T> {
  public:
-  // Base of lanes without a query: makes their P vanish.
-  static constexpr T kNoQuery = std::numeric_limits<T>::infinity();
+  using SavedQueries<T>::query;
 
   // `need_output`: whether D is taken from the output, else it is zero.
   BackwardQueries(const Arguments& a, const DensePlan<T>& plan, bool need_output)
-      : a_(a),
+      : SavedQueries<T>(a, plan),
+        a_(a),
         plan_(plan),
         need_output_(need_output),
-        query(plan.block_queries * plan.padded),
-        query_t(plan.padded * plan.block_queries),
         grad_output(plan.block_queries * plan.padded),
         grad_output_t(plan.padded * plan.block_queries),
-        base(plan.block_queries),
-        log_sum(plan.block_queries),
         delta(plan.block_queries),
         output_t_(need_output ? plan.padded * plan.block_queries : 0) {
     std::fill_n(delta.data(), plan.block_queries, T(0));
@@ -36,23 +33,13 @@ class BackwardQueries {
 
   // The origins are those of the job's keys and values.
   void load(const DenseJob& job, int64_t first, int64_t count, const T* key_origin, const T* value_origin) {
-    const Problem& p = a_.problem;
     pack_queries<T>(grad_output, grad_output_t, a_.grad_output, plan_, job, first, count, 1);
     // As long as they are not in use, the queries' rows hold those of the output.
     if (need_output_) {
       pack_queries<T>(query, output_t_, a_.output, plan_, job, first, count, 1, value_origin);
       dot_lanes<T>(delta, grad_output_t, output_t_, plan_.channels, plan_.block_queries);
     }
-    pack_queries<T>(query, query_t, a_.query, plan_, job, first, count, T(p.dot_scale()) * kLog2E<T>,
-                    p.l2 ? key_origin : nullptr);
-    RowCursor lse = lse_cursor(p, job, plan_.window_x, first);
-    for (int64_t i = 0; i < count; ++i, ++lse) {
-      const T* parts = static_cast<const T*>(a_.lse) + lse.offset;
-      base[i] = parts[0];
-      log_sum[i] = parts[p.rows()];
-    }
-    std::fill(base + count, base + plan_.block_queries, kNoQuery);
-    std::fill(log_sum + count, log_sum + plan_.block_queries, T(0));
+    SavedQueries<T>::load(job, first, count, key_origin);
   }
   // The l2 term of a gradient of the queries of the tensor that `packed` holds: row[i] -= sums[i] q_i, in units of `row`.
   // The sums vanish but for rounding, which they keep from being multiplied by whole keys rather than distances.
@@ -69,9 +56,8 @@ class BackwardQueries {
   const bool need_output_;
 
  public:
-  Buffer<T> query, query_t;  // times a log2(e)
   Buffer<T> grad_output, grad_output_t;
-  Buffer<T> base, log_sum, delta;  // the two parts of lse; D so far
+  Buffer<T> delta;  // D so far
 
  private:
   Buffer<T> output_t_;
@@ -177,7 +163,7 @@ class DenseBackward {
   NATTEN_EXT_INLINE void scores(const T* table, int64_t first_key, int64_t keys, int64_t lane, T* grad_table) {
     const int64_t lanes = plan_.block_queries;
     const bool l2 = a_.problem.l2;
-    const Vector<T> base = load(queries_.base + lane), log_sum = load(queries_.log_sum + lane);
+    const LaneWeights<T> weights(queries_, table, index_, l2 ? key_bias_.data() : nullptr, lane);
     const bool whole_row = keys == plan_.keys;
     Vector<T> delta = load(queries_.delta + lane), row_sum = load(row_sum_ + lane);
     const auto finish = [&](int64_t j, Vector<T> probability) __attribute__((always_inline)) {
@@ -189,10 +175,7 @@ class DenseBackward {
     };
     for (int64_t j = 0; j < keys; ++j) {
       T* s = probability_ + j * lanes + lane;
-      Vector<T> score = load(s);
-      if (table != nullptr) score += index_.read(table, first_key + j, lane);
-      if (l2) score += broadcast(key_bias_[j]);
-      const Vector<T> probability = exp2(score - base - log_sum);
+      const Vector<T> probability = weights(load(s), first_key, j);
       store(s, probability);
       if (whole_row) delta += probability * load(grad_score_ + j * lanes + lane);
       else finish(j, probability);

@@ -24,7 +24,6 @@ class DenseDoubleBackward {
       : a_(a),
         plan_(plan),
         tables_(tables),
-        cot_tables_(cot_tables),
         keep_(plan.keys * plan.block_queries <= kKeepAtMost),
         windows_(a, plan),
         key_origin_(a.key, a.problem, plan.heads),
@@ -32,14 +31,12 @@ class DenseDoubleBackward {
         queries_(a, plan, true),
         key_(a.key, plan, &key_origin_),
         value_(a.value, plan, &value_origin_),
-        cot_key_(a.cot_key, plan),
         cot_value_(a.cot_value, plan),
+        score_tangent_(a, plan, cot_tables),
         grad_key_(a.grad_key, plan, keys_at_once),
         grad_value_(a.grad_value, plan, keys_at_once),
         table_gradient_(plan, static_cast<bool>(a.grad_bias)),
         index_(plan, tables.head(plan.heads.first) != nullptr),
-        cot_query_(plan.block_queries * plan.padded),
-        cot_query_t_(plan.padded * plan.block_queries),
         probability_(kept_keys() * plan.block_queries),
         grad_probability_(kept_keys() * plan.block_queries),
         x_(kept_keys() * plan.block_queries),
@@ -52,8 +49,7 @@ class DenseDoubleBackward {
         t_(plan.block_queries),
         score_bar_sum_(plan.block_queries),
         grad_score_sum_(plan.block_queries),
-        key_bias_(plan.block_keys),
-        key_x_(plan.block_keys) {}
+        key_bias_(plan.block_keys) {}
 
   // As DenseBackward.
   void start(T* partial) {
@@ -75,7 +71,8 @@ class DenseDoubleBackward {
 
   void run(const DenseJob& job, const DenseShare& share) {
     if (windows_.run(job)) return;
-    for (KeyOperand<T>* operand : {&key_, &value_, &cot_key_, &cot_value_}) operand->start(job);
+    for (KeyOperand<T>* operand : {&key_, &value_, &cot_value_}) operand->start(job);
+    score_tangent_.start(job);
     grad_key_.start(job, share.key_begin);
     grad_value_.start(job, share.key_begin);
     for (int64_t first = share.query_begin; first < share.query_end; first += plan_.block_queries) {
@@ -91,7 +88,7 @@ class DenseDoubleBackward {
       if (share.want_query_side && a_.grad_query) {
         if (a_.problem.l2) {
           queries_.subtract_own(grad_query_, queries_.query, score_bar_sum_, count);
-          if (a_.cot_query) queries_.subtract_own(grad_query_, cot_query_, grad_score_sum_, count);
+          if (a_.cot_query) queries_.subtract_own(grad_query_, score_tangent_.cot_query, grad_score_sum_, count);
         }
         unpack_rows<T>(grad_query_, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
       }
@@ -107,10 +104,7 @@ class DenseDoubleBackward {
 
   void load_queries(const DenseJob& job, int64_t first, int64_t count) {
     queries_.load(job, first, count, key_.origin(), value_.origin());
-    if (a_.cot_query) {
-      pack_queries<T>(cot_query_, cot_query_t_, a_.cot_query, plan_, job, first, count,
-                      T(a_.problem.dot_scale()) * kLog2E<T>);
-    }
+    score_tangent_.load_queries(job, first, count);
     if (tables_.head(job.head) != nullptr) index_.start(first, count);
   }
 
@@ -126,32 +120,16 @@ class DenseDoubleBackward {
     gemm<T>(keys, lanes, channels, {value_.block(first_key, keys), padded, 1}, queries_.grad_output_t, lanes,
             grad_probability, lanes, false);
     if (p.l2) l2_key_bias<T>(key_bias_, key, keys, plan_, p.scale);
-    if (a_.cot_query) gemm<T>(keys, lanes, channels, {key, padded, 1}, cot_query_t_, lanes, x, lanes, false);
-    if (a_.cot_key) {
-      const T* cot_key = cot_key_.block(first_key, keys);
-      gemm<T>(keys, lanes, channels, {cot_key, padded, 1}, queries_.query_t, lanes, x, lanes,
-              static_cast<bool>(a_.cot_query));
-      for (int64_t j = 0; p.l2 && j < keys; ++j) {
-        key_x_[j] = T(p.dot_scale()) * dot_row(key + j * padded, cot_key + j * padded, channels);
-      }
-    }
-    const bool products = a_.cot_query || a_.cot_key, shifted = p.l2 && a_.cot_key;
+    score_tangent_.products(x, queries_.query_t, key, first_key, keys);
     const T* table = tables_.head(job.head);
-    const T* cot_table = cot_tables_.head(job.head);
     for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
-      const Vector<T> base = load(queries_.base + lane), log_sum = load(queries_.log_sum + lane);
+      const LaneWeights<T> weights(queries_, table, index_, p.l2 ? key_bias_.data() : nullptr, lane);
       const Vector<T> delta = load(queries_.delta + lane);
       Vector<T> excess = load(excess_ + lane), r = load(r_ + lane), t = load(t_ + lane);
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * lanes + lane;
-        Vector<T> score = load(probability + at);
-        if (table != nullptr) score += index_.read(table, first_key + j, lane);
-        if (p.l2) score += broadcast(key_bias_[j]);
-        const Vector<T> prob = exp2(score - base - log_sum), centred = load(grad_probability + at) - delta;
-        Vector<T> value{};
-        if (products) value = load(x + at) * kLn2<T>;  // the packed queries carry log2(e)
-        if (cot_table != nullptr) value += index_.read(cot_table, first_key + j, lane);
-        if (shifted) value -= broadcast(key_x_[j]);
+        const Vector<T> prob = weights(load(probability + at), first_key, j), centred = load(grad_probability + at) - delta;
+        const Vector<T> value = score_tangent_.read(x, index_, first_key, j, lane);
         const Vector<T> weighted = prob * value;
         excess += prob * centred;
         r += weighted;
@@ -237,7 +215,7 @@ class DenseDoubleBackward {
       store(grad_score_sum_ + lane, grad_score_sum);
     }
     const T* key = key_.block(first_key, keys);
-    const T* cot_key = a_.cot_key ? cot_key_.block(first_key, keys) : nullptr;
+    const T* cot_key = a_.cot_key ? score_tangent_.cot_key.block(first_key, keys) : nullptr;
     if (share.want_query_side && a_.grad_grad_output) {
       gemm<T>(count, padded, keys, {value_weight, 1, lanes}, value_.block(first_key, keys), padded, grad_grad_output_,
               padded, a_.cot_value || !first_keys);
@@ -256,7 +234,7 @@ class DenseDoubleBackward {
     const int64_t stride = grad_key_.stride();
     gemm<T>(keys, padded, count, {score_bar, lanes, 1}, queries_.query, padded, grad_key, stride, !first_queries);
     if (a_.cot_query) {
-      gemm<T>(keys, padded, count, {grad_score, lanes, 1}, cot_query_, padded, grad_key, stride, true);
+      gemm<T>(keys, padded, count, {grad_score, lanes, 1}, score_tangent_.cot_query, padded, grad_key, stride, true);
     }
     if (!p.l2) return;
     const T factor = T(p.dot_scale()) * kLog2E<T>;
@@ -270,18 +248,19 @@ class DenseDoubleBackward {
 
   const Arguments& a_;
   const DensePlan<T>& plan_;
-  const DenseTables<T>&tables_, &cot_tables_;
+  const DenseTables<T>& tables_;
   const bool keep_;
   WindowsInstead<T, NeighborhoodDoubleBackward<T>> windows_;
   Origin<T> key_origin_, value_origin_;
   BackwardQueries<T> queries_;
-  KeyOperand<T> key_, value_, cot_key_, cot_value_;
+  KeyOperand<T> key_, value_, cot_value_;
+  ScoreTangent<T> score_tangent_;
   KeyGradient<T> grad_key_, grad_value_;
   DenseTableGradient<T> table_gradient_;
   T* partial_ = nullptr;
   TableIndex<T> index_;
-  Buffer<T> cot_query_, cot_query_t_, probability_, grad_probability_, x_, scratch_, grad_grad_output_, grad_query_;
-  Buffer<T> excess_, r_, r_rest_, t_, score_bar_sum_, grad_score_sum_, key_bias_, key_x_;
+  Buffer<T> probability_, grad_probability_, x_, scratch_, grad_grad_output_, grad_query_;
+  Buffer<T> excess_, r_, r_rest_, t_, score_bar_sum_, grad_score_sum_, key_bias_;
 };
 
 template <class T>

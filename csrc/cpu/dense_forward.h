@@ -1,7 +1,7 @@
 // Forward of the dense kernels: online softmax over blocks of keys.
 #pragma once
 
-#include "dense_tables.h"
+#include "dense_tasks.h"
 #include "dense_windows.h"
 #include "neighborhood_forward.h"
 
@@ -116,23 +116,7 @@ void dense_forward(const Arguments& a, HeadRange heads) {
   const Problem& p = a.problem;
   const DensePlan<T> plan(p, heads, p.head_dim > 128 ? 32 : 64, 128);
   const auto tables = DenseTables<T>::scores(a.bias, plan);
-  // Long jobs are shared between threads by groups of queries; short ones pack their keys once.
-  const int64_t group = plan.queries <= 512 ? plan.queries : 4 * plan.block_queries;
-  const int64_t groups = (plan.queries + group - 1) / group;
-  // A task is such a group, or a few short jobs. Heads vary faster than windows: they share the pages of memory.
-  const int64_t jobs = heads.count() * plan.jobs_per_head;
-  const int64_t together = groups > 1 ? 1 : std::clamp<int64_t>(jobs / 64, 1, 16);
-  const auto job = [&](int64_t index) { return plan.job(heads.first + index % heads.count(), index / heads.count()); };
-  for_each_task(
-      (jobs + together - 1) / together * groups, [&] { return DenseForward<T>(a, plan, tables); },
-      [&](DenseForward<T>& worker, int64_t task) {
-        const int64_t first = task / groups * together, last = std::min(jobs, first + together);
-        const int64_t begin = task % groups * group;
-        for (int64_t index = first; index < last; ++index) {
-          if (index + 1 < last) worker.prefetch(job(index + 1));
-          worker.run(job(index), begin, std::min(plan.queries, begin + group));
-        }
-      });
+  run_dense_queries<T>(plan, [&] { return DenseForward<T>(a, plan, tables); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -1,9 +1,29 @@
-// How the dense gradient kernels' work is handed out to threads.
+// How the dense kernels' work is handed out to threads.
 #pragma once
 
 #include "dense_tables.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
+
+// Runs the kernel `make()`, whose results are rows of queries, over all jobs.
+template <class T, class Make>
+void run_dense_queries(const DensePlan<T>& plan, const Make& make) {
+  // Long jobs are shared between threads by groups of queries; short ones pack their keys once.
+  const int64_t group = plan.queries <= 512 ? plan.queries : 4 * plan.block_queries;
+  const int64_t groups = (plan.queries + group - 1) / group;
+  // A task is such a group, or a few short jobs. Heads vary faster than windows: they share the pages of memory.
+  const int64_t heads = plan.heads.count(), jobs = heads * plan.jobs_per_head;
+  const int64_t together = groups > 1 ? 1 : std::clamp<int64_t>(jobs / 64, 1, 16);
+  const auto job = [&](int64_t index) { return plan.job(plan.heads.first + index % heads, index / heads); };
+  for_each_task((jobs + together - 1) / together * groups, make, [&](auto& worker, int64_t task) {
+    const int64_t first = task / groups * together, last = std::min(jobs, first + together);
+    const int64_t begin = task % groups * group;
+    for (int64_t index = first; index < last; ++index) {
+      if (index + 1 < last) worker.prefetch(job(index + 1));
+      worker.run(job(index), begin, std::min(plan.queries, begin + group));
+    }
+  });
+}
 
 // What a call of a gradient kernel works on. Gradients of queries and tables want all keys at once, those of keys and
 // values all queries (which may come in several calls, in order).

@@ -4,14 +4,15 @@
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
-template <class T>
-static void run(const Arguments& a) {
-  for (const HeadRange& heads : a.problem.head_ranges()) {
-    const bool windows = a.problem.kind == Kind::neighborhood && !is_dense(a.problem, a.problem.windows[heads.first]);
-    windows ? neighborhood_double_backward<T>(a, heads) : dense_double_backward<T>(a, heads);
-  }
-}
+void tangent(const Arguments&);
 
-void double_backward(const Arguments& a) { a.query.dtype == DType::float64 ? run<double>(a) : run<float>(a); }
+void double_backward(const Arguments& a) {
+  // The gradient with respect to grad_output does not depend on it.
+  if (!a.grad_query && !a.grad_key && !a.grad_value && !a.grad_bias) return tangent(a);
+  for_each_window(a, [&](auto number, HeadRange heads, bool dense) {
+    using T = decltype(number);
+    dense ? dense_double_backward<T>(a, heads) : neighborhood_double_backward<T>(a, heads);
+  });
+}
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

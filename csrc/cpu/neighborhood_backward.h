@@ -5,7 +5,7 @@
 // At the edges of its band a job also computes the rows of its neighbors that attend its keys.
 #pragma once
 
-#include "neighborhood_products.h"
+#include "neighborhood_saved.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
@@ -48,37 +48,29 @@ std::pair<int64_t, int64_t> attending_rows(const ClassGeometry<T>& g, const Neig
 
 // What the backward orders hold of a group of rows of queries beside the queries themselves.
 template <class T>
-class BackwardRows {
+class BackwardRows : public SavedRows<T> {
  public:
   static constexpr int L = kLanes<T>;
+  using SavedRows<T>::log_sum;
 
-  explicit BackwardRows(const Arguments& a) : a_(a) {}
+  explicit BackwardRows(const Arguments& a) : SavedRows<T>(a), a_(a) {}
 
   void resize(const ClassGeometry<T>& g, int64_t channels) {
+    SavedRows<T>::resize(g);
     channels_ = channels;
     grad_output.resize(kGroup, channels, g);
     output.resize(kGroup, channels, g);
-    for (int r = 0; r < kGroup; ++r) {
-      base[r] = Buffer<T>(g.padded);
-      log_sum[r] = Buffer<T>(g.padded);
-      delta[r] = Buffer<T>(g.padded);
-    }
+    for (Buffer<T>& row : delta) row = Buffer<T>(g.padded);
   }
   void load(NeighborhoodRows<T>& rows, const RowGroup& group) {
     const NeighborhoodJob& job = rows.job;
     const ClassGeometry<T>& g = rows.geometry;
+    SavedRows<T>::load(rows, group);
     strange = false;
     for (int r = 0; r < group.count; ++r) {
       const int64_t y = group.y + r;
       rows.transposer.load(grad_output.row(y), grad_output.stride(), a_.grad_output, job, y, 1);
       rows.transposer.load(output.row(y), output.stride(), a_.output, job, y, 1, rows.value_origin());
-      const T* lse = static_cast<const T*>(a_.lse) + job.lse_offset(a_.problem, y);
-      for (int64_t x = 0; x < g.padded; ++x) {
-        // Lanes without a query: their P vanishes.
-        const T* parts = lse + x * job.window.dilation_x;
-        base[r][x] = x < g.width ? parts[0] : std::numeric_limits<T>::infinity();
-        log_sum[r][x] = x < g.width ? parts[a_.problem.rows()] : T(0);
-      }
       for (int64_t x = 0; x < g.padded; x += L) {
         store(delta[r] + x, dot(grad_output.row(y) + x, output.row(y) + x, output.stride()));
       }
@@ -100,7 +92,7 @@ class BackwardRows {
 
  public:
   RowRing<T> grad_output, output;
-  Buffer<T> base[kGroup], log_sum[kGroup], delta[kGroup];  // the two parts of lse; D
+  Buffer<T> delta[kGroup];  // D
   bool strange = false;  // a query or a gradient of an output may be NaN or infinite
 };
 
@@ -138,7 +130,7 @@ class NeighborhoodBackward {
   static constexpr int L = kLanes<T>;
 
   explicit NeighborhoodBackward(const Arguments& a)
-      : a_(a), rows_(a, 0), backward_(a), table_gradient_(a) {
+      : a_(a), rows_(a, 0, true), backward_(a), table_gradient_(a) {
     grad_query_.resize(a.problem.head_dim);
   }
 

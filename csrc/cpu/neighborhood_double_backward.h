@@ -17,7 +17,7 @@ class NeighborhoodDoubleBackward {
   static constexpr int L = kLanes<T>;
 
   explicit NeighborhoodDoubleBackward(const Arguments& a)
-      : a_(a), rows_(a, a.problem.l2 ? 1 : 0), backward_(a), table_gradient_(a) {
+      : a_(a), rows_(a, a.problem.l2 ? 1 : 0, true), backward_(a), cotangents_(a), table_gradient_(a) {
     for (StripResults<T>* results : {&grad_grad_output_, &grad_query_}) results->resize(a.problem.head_dim);
   }
 
@@ -27,11 +27,9 @@ class NeighborhoodDoubleBackward {
   void run(const NeighborhoodJob& new_job) {
     const ClassGeometry<T>& g = rows_.geometry;
     if (rows_.differs(new_job)) table_gradient_.flush(g);
-    const int64_t last_head = rows_.job.head;
-    const bool changed = rows_.start(new_job);
     const NeighborhoodJob& job = rows_.job;
-    if (changed) resize();
-    if (a_.cot_bias && (changed || job.head != last_head)) cot_table_.fill(g, a_.problem, a_.cot_bias, job.head, [](T value) { return value; });
+    if (rows_.start(new_job)) resize();
+    cotangents_.start(rows_);
     table_gradient_.open(g);
     const auto [begin, end] = attending_rows(g, job);
     grad_key_.start(job, g.start_y(begin));
@@ -54,9 +52,7 @@ class NeighborhoodDoubleBackward {
   void resize() {
     const ClassGeometry<T>& g = rows_.geometry;
     backward_.resize(g, rows_.channels);
-    cot_query_.resize(kGroup, rows_.query_channels, g);
-    cot_key_.resize(g.ky + kGroup - 1, rows_.score_channels, g);
-    cot_value_.resize(g.ky + kGroup - 1, rows_.channels, g);
+    cotangents_.resize(rows_);
     grad_key_.ring.resize(g.ky + kGroup - 1, rows_.query_channels, g);
     grad_value_.ring.resize(g.ky + kGroup - 1, rows_.channels, g);
     for (StripWeights<T>& weights : weights_) weights.resize(g);
@@ -64,35 +60,23 @@ class NeighborhoodDoubleBackward {
   }
 
   void load(const RowGroup& group) {
-    const NeighborhoodJob& job = rows_.job;
-    const Problem& p = a_.problem;
     rows_.load_queries(group);
     backward_.load(rows_, group);
+    cotangents_.load_queries(rows_, group);
+    rows_.load_keys(group, [&](int64_t row) { cotangents_.load_keys(rows_, row); });
     strange_ = backward_.strange;
-    for (int64_t y = group.y; a_.cot_query && y < group.y + group.count; ++y) {
-      rows_.transposer.load(cot_query_.row(y), cot_query_.stride(), a_.cot_query, job, y, rows_.query_scale);
-      if (p.l2) std::fill_n(cot_query_.row(y) + (rows_.channels + 1) * cot_query_.stride(), rows_.geometry.width, T(1));
-    }
-    rows_.load_keys(group, [&](int64_t row) {
-      if (a_.cot_key) {
-        rows_.transposer.load(cot_key_.row(row), cot_key_.stride(), a_.cot_key, job, row, 1);
-        if (p.l2) rows_.key_products(cot_key_.row(row), rows_.key.row(row), cot_key_.row(row), -rows_.query_scale);
-      }
-      if (a_.cot_value) rows_.transposer.load(cot_value_.row(row), cot_value_.stride(), a_.cot_value, job, row, 1);
-    });
   }
 
   void strip(const RowGroup& group, int64_t begin, int64_t end) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const auto product = [&](const RowRing<T>& query, const RowRing<T>& key, int64_t channels, Weight to, bool add) {
-      score_strip(g, group, begin, end, query, key, channels, weights_[to], add);
+    const auto product = [&](const RowRing<T>& key, Weight to) {
+      score_strip(g, group, begin, end, backward_.grad_output, key, rows_.channels, weights_[to], false);
     };
     score_strip(g, group, begin, end, rows_.query, rows_.key, rows_.score_channels, weights_[kProbability], false,
                 rows_.table());
-    product(backward_.grad_output, rows_.value, rows_.channels, kGradScore, false);
-    if (a_.cot_query) product(cot_query_, rows_.key, rows_.channels, kX, false);
-    if (a_.cot_key) product(rows_.query, cot_key_, rows_.score_channels, kX, static_cast<bool>(a_.cot_query));
-    if (a_.cot_value) product(backward_.grad_output, cot_value_, rows_.channels, kScoreBar, false);
+    product(rows_.value, kGradScore);
+    cotangents_.products(rows_, group, begin, end, weights_[kX]);
+    if (a_.cot_value) product(cotangents_.value, kScoreBar);
 
     const auto gather = [&](Weight weight, const RowRing<T>& value, const StripResults<T>& out, bool add) {
       gather_keys<T>(g, group, begin, end, weights_[weight], value, rows_.channels, terms_, out, add);
@@ -104,7 +88,7 @@ class NeighborhoodDoubleBackward {
     };
     for_each_block([&](int r, int64_t b, int64_t slot) { row_sums(group, r, b, slot); });
     const bool own = rows_.job.owns_any(group.y, group.count);
-    if (a_.cot_value) gather(kProbability, cot_value_, grad_grad_output_, false);  // w so far
+    if (a_.cot_value) gather(kProbability, cotangents_.value, grad_grad_output_, false);  // w so far
     for_each_block([&](int r, int64_t b, int64_t slot) { second_pass(group, r, b, slot); });
     if (a_.grad_grad_output && own) {
       gather(kValueWeight, rows_.value, grad_grad_output_, static_cast<bool>(a_.cot_value));
@@ -115,14 +99,14 @@ class NeighborhoodDoubleBackward {
     }
     if (!a_.grad_query || !own) return;
     gather(kScoreBar, rows_.key, grad_query_, false);
-    if (a_.cot_key) gather(kGradScore, cot_key_, grad_query_, true);
+    if (a_.cot_key) gather(kGradScore, cotangents_.key, grad_query_, true);
     for_each_block([&](int r, int64_t b, int64_t slot) {
       const int64_t y = group.y + r;
       if (!rows_.job.owns(y)) return;
       T* gradient = grad_query_.row(slot, r);
       if (a_.problem.l2) {
         rows_.subtract_own(gradient, rows_.query.row(y) + b * L, score_bar_sum_[slot][r]);
-        if (a_.cot_query) rows_.subtract_own(gradient, cot_query_.row(y) + b * L, grad_score_sum_[slot][r]);
+        if (a_.cot_query) rows_.subtract_own(gradient, cotangents_.query.row(y) + b * L, grad_score_sum_[slot][r]);
       }
       rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, y, b * L, T(a_.problem.dot_scale()));
     });
@@ -132,8 +116,7 @@ class NeighborhoodDoubleBackward {
   void row_sums(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t n = g.ky * g.kx, distance = group.start[r] - (group.y + r), which = g.query_blocks[b].table;
-    const T* cot_table = a_.cot_bias ? cot_table_.row(which, distance) : nullptr;
-    const bool products = a_.cot_query || a_.cot_key;
+    const T* const cot_table = cotangents_.table(which, distance);
     T* const probabilities = weights_[kProbability].block(r, slot);
     T* const values = weights_[kX].block(r, slot);
     T* const grad_scores = weights_[kGradScore].block(r, slot);
@@ -144,9 +127,7 @@ class NeighborhoodDoubleBackward {
     for (int64_t i = 0; i < n * L; i += L) {
       const Vector<T> probability = exp2(NATTEN_EXT_ISA::load(probabilities + i) - base - log_sum);
       const Vector<T> centred = NATTEN_EXT_ISA::load(grad_scores + i) - delta;
-      Vector<T> value{};
-      if (products) value = NATTEN_EXT_ISA::load(values + i) * kLn2<T>;  // queries carry log2(e)
-      if (cot_table != nullptr) value += NATTEN_EXT_ISA::load(cot_table + i);
+      const Vector<T> value = cotangents_.read(values, cot_table, i);
       const Vector<T> weighted = probability * value;
       excess += probability * centred;
       r_sum += weighted;
@@ -215,7 +196,7 @@ class NeighborhoodDoubleBackward {
     };
     if (a_.grad_key) {
       run(score_bar_rows_, rows_.query, rows_.query_channels, grad_key_.ring);
-      if (a_.cot_query) run(score_rows_, cot_query_, rows_.query_channels, grad_key_.ring);
+      if (a_.cot_query) run(score_rows_, cotangents_.query, rows_.query_channels, grad_key_.ring);
       // colsum(dS) is wanted for the l2 term of gK even without gQ.
       else if (a_.cot_key && a_.problem.l2) add_column_sums(group);
     }
@@ -224,11 +205,11 @@ class NeighborhoodDoubleBackward {
 
   void add_column_sums(const RowGroup& group) {
     for (int64_t y = group.y; y < group.y + group.count; ++y) {
-      cot_query_.clear(y);
-      std::fill_n(cot_query_.row(y) + (rows_.channels + 1) * cot_query_.stride(), rows_.geometry.width, T(1));
+      cotangents_.query.clear(y);
+      cotangents_.fill_sum_channel(rows_, y);
     }
-    gatherer_.run(rows_.geometry, group, score_rows_, cot_query_, rows_.query_channels, grad_key_.ring, rows_.job.begin,
-                  rows_.job.end, false);
+    gatherer_.run(rows_.geometry, group, score_rows_, cotangents_.query, rows_.query_channels, grad_key_.ring,
+                  rows_.job.begin, rows_.job.end, false);
   }
 
   // Writes out the rows of k_bar and v_bar that the windows have passed.
@@ -239,7 +220,7 @@ class NeighborhoodDoubleBackward {
       T* gradient = grad_key_.ring.row(row);
       if (a_.problem.l2) {
         rows_.subtract_keys(gradient, gradient + rows_.channels * stride, row, rows_.key);
-        if (a_.cot_key) rows_.subtract_keys(gradient, gradient + (rows_.channels + 1) * stride, row, cot_key_);
+        if (a_.cot_key) rows_.subtract_keys(gradient, gradient + (rows_.channels + 1) * stride, row, cotangents_.key);
       }
       rows_.transposer.unload_row(gradient, stride, a_.grad_key, rows_.job, row, kLn2<T>);
     });
@@ -253,9 +234,8 @@ class NeighborhoodDoubleBackward {
   const Arguments& a_;
   NeighborhoodRows<T> rows_;
   BackwardRows<T> backward_;
+  CotangentRows<T> cotangents_;
   TableGradient<T> table_gradient_;
-  ExpandedTable<T> cot_table_;
-  RowRing<T> cot_query_, cot_key_, cot_value_;  // gQ times a log2(e)
   GradientRows<T> grad_key_, grad_value_;
   StripWeights<T> weights_[kWeights];
   RowWeights<T> score_bar_rows_, score_rows_, value_rows_;

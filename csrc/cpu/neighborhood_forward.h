@@ -14,7 +14,7 @@ class NeighborhoodForward {
  public:
   static constexpr int L = kLanes<T>;
 
-  explicit NeighborhoodForward(const Arguments& a) : a_(a), rows_(a, 0) { output_.resize(a.problem.head_dim); }
+  explicit NeighborhoodForward(const Arguments& a) : a_(a), rows_(a, 0, false) { output_.resize(a.problem.head_dim); }
 
   void run(const NeighborhoodJob& job) {
     const ClassGeometry<T>& g = rows_.geometry;
@@ -86,13 +86,7 @@ class NeighborhoodForward {
 
 template <class T>
 void neighborhood_forward(const Arguments& a, HeadRange heads) {
-  const HeadJobs jobs(a.problem, heads.first, 32);
-  // Heads vary fastest: they share the pages of memory.
-  for_each_task(
-      heads.count() * jobs.count(), [&] { return NeighborhoodForward<T>(a); },
-      [&](NeighborhoodForward<T>& worker, int64_t task) {
-        worker.run(jobs.job(heads.first + task % heads.count(), task / heads.count()));
-      });
+  run_neighborhood_queries(a.problem, heads, [&] { return NeighborhoodForward<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

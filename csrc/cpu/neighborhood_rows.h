@@ -154,14 +154,16 @@ class ExpandedTable {
   int64_t capacity_ = 0, size_ = 0, rows_ = 0, kx_ = 0, ky_ = 0;
 };
 
-// What all three orders hold of the queries and keys of a job, row by row, counted from the places in origin.h.
+// What all orders hold of the queries and keys of a job, row by row, counted from the places in origin.h.
 //
 // For l2 there is one more channel: 1 for queries and -s|k|^2 for keys, so that it joins the product q.k.
 template <class T>
 class NeighborhoodRows {
  public:
-  NeighborhoodRows(const Arguments& a, int64_t extra_query_channels)
+  // `about_origin`: whether values are counted from there, which the sum of the weights must be zero for.
+  NeighborhoodRows(const Arguments& a, int64_t extra_query_channels, bool about_origin)
       : a_(a),
+        about_origin_(about_origin),
         key_origin_(a.key, a.problem, {0, a.problem.heads}),
         value_origin_(a.value, a.problem, {0, a.problem.heads}),
         transposer(a.problem.head_dim),
@@ -216,9 +218,8 @@ class NeighborhoodRows {
     next_key_ = std::max(next_key_, group.last());
   }
 
-  // Values are counted from zero in the forward, which has no gradient of the output.
   const T* key_origin() { return key_origin_.at(job.batch, job.head); }
-  const T* value_origin() { return a_.grad_output ? value_origin_.at(job.batch, job.head) : nullptr; }
+  const T* value_origin() { return about_origin_ ? value_origin_.at(job.batch, job.head) : nullptr; }
 
   // The extra channel of `target`: factor times the product of two rows, per key.
   void key_products(T* target, const T* a, const T* b, double factor) const {
@@ -256,6 +257,7 @@ class NeighborhoodRows {
 
  private:
   const Arguments& a_;
+  const bool about_origin_;
   int64_t next_key_ = -1;
   Origin<T> key_origin_, value_origin_;
   std::map<int64_t, ExpandedTable<T>> tables_;  // by head
@@ -268,5 +270,15 @@ class NeighborhoodRows {
   ClassGeometry<T> geometry;
   RowRing<T> query, key, value;  // queries times a log2(e)
 };
+
+// Runs the kernel `make()`, whose results are rows of queries, over the jobs of heads with one window.
+template <class Make>
+void run_neighborhood_queries(const Problem& p, HeadRange heads, const Make& make) {
+  const HeadJobs jobs(p, heads.first, 32);
+  // Heads vary fastest: they share the pages of memory.
+  for_each_task(heads.count() * jobs.count(), make, [&](auto& worker, int64_t task) {
+    worker.run(jobs.job(heads.first + task % heads.count(), task / heads.count()));
+  });
+}
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

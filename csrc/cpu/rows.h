@@ -43,29 +43,29 @@ NATTEN_EXT_INLINE void visit_numbers(const View& view, int64_t offset, const Vis
 }
 
 // n channels from an element offset, less `origin` (none if null), times `factor`.
-// Rows are short, so these are loops over vectors rather than calls of memcpy.
+// Rows are short, so these are loops over vectors rather than calls of memcpy; the last vector may overlap the one before.
 template <class T>
 NATTEN_EXT_INLINE void load_row(T* NATTEN_EXT_RESTRICT row, const View& view, int64_t offset, int64_t n, T factor,
                                 const T* origin = nullptr) {
   constexpr int L = kLanes<T>;
   visit_numbers<T>(view, offset, [&](const auto* from) __attribute__((always_inline)) {
-    int64_t c = 0;
-    if (origin != nullptr) {
-      for (; c + L <= n; c += L) store(row + c, (load_wide(from + c) - load(origin + c)) * factor);
-      for (; c < n; ++c) row[c] = (widen(from[c]) - origin[c]) * factor;
-    } else {
-      for (; c + L <= n; c += L) store(row + c, load_wide(from + c) * factor);
-      for (; c < n; ++c) row[c] = widen(from[c]) * factor;
-    }
+    const auto value = [&](int64_t c) __attribute__((always_inline)) {
+      return (origin != nullptr ? load_wide(from + c) - load(origin + c) : load_wide(from + c)) * factor;
+    };
+    for (int64_t c = 0; c + L <= n; c += L) store(row + c, value(c));
+    if (n % L == 0) return;
+    if (n > L) return store(row + n - L, value(n - L));
+    for (int64_t c = 0; c < n; ++c) row[c] = (origin != nullptr ? widen(from[c]) - origin[c] : widen(from[c])) * factor;
   });
 }
 template <class T>
 NATTEN_EXT_INLINE void store_row(const T* NATTEN_EXT_RESTRICT row, const View& view, int64_t offset, int64_t n, T factor) {
   constexpr int L = kLanes<T>;
   visit_numbers<T>(view, offset, [&](auto* to) __attribute__((always_inline)) {
-    int64_t c = 0;
-    for (; c + L <= n; c += L) store_narrow(to + c, load(row + c) * factor);
-    for (; c < n; ++c) narrow(row[c] * factor, to + c);
+    for (int64_t c = 0; c + L <= n; c += L) store_narrow(to + c, load(row + c) * factor);
+    if (n % L == 0) return;
+    if (n > L) return store_narrow(to + n - L, load(row + n - L) * factor);
+    for (int64_t c = 0; c < n; ++c) narrow(row[c] * factor, to + c);
   });
 }
 

@@ -78,9 +78,14 @@ NATTEN_EXT_INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) {
 
 template <class T>
 NATTEN_EXT_INLINE T horizontal_sum(Vector<T> v) {
-  T sum = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) sum += v[lane];
-  return sum;
+  // By halves: lane by lane each addition would wait for the one before.
+  constexpr int L = kLanes<T>;
+  T lanes[L];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int half = L / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 // result[lane] = v[index[lane]], 0 <= index < lanes.

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 import natten_ext
+from natten_ext import geometry
+from natten_ext.operators import OPERATORS
 from tests.operators import oracle
 
 Pair = tuple[int, int]
@@ -94,6 +96,15 @@ class Case:
         setting = getattr(self, field)
         return list(setting) if field in self.groups else setting
 
+    @property
+    def code(self) -> list[int]:
+        """The neighborhood as the operators take it."""
+        if self.kind == "full":
+            return geometry.Full().encode()
+        if self.kind == "grid":
+            return geometry.Grid(as_pair(self.window)).encode()
+        return geometry.Neighborhood(tuple(self.per_head("kernel")), tuple(self.per_head("dilation"))).encode()
+
 
 def as_pair(size: Size) -> Pair:
     return size if isinstance(size, tuple) else (size, size)
@@ -149,6 +160,16 @@ def oracle_forward(case: Case, inputs: Mapping[str, Tensor], expanded: bool = Fa
     q, k, v, table = arguments_of(case, inputs)
     options = {"score": case.score, "scale": case.effective_scale, "expanded": expanded}
     return oracle.attend(q, k, v, table, case.neighbors, **options)
+
+
+def tangent(case: Case, inputs: Inputs, tangents: Mapping[str, Tensor], backend: str) -> Tensor:
+    """The derivative of the output along `tangents` of some inputs, by the operators."""
+    operators, operands, choices = OPERATORS[backend], arguments_of(case, inputs), (case.code, case.score == "l2")
+    choices += (case.effective_scale,)
+    output, lse = operators.forward(*operands, *choices)
+    given = [tangents.get("query" if name in case.tied else name) for name in ("query", "key", "value", "bias")]
+    needs = [True, False, False, False, False]
+    return operators.double_backward(*given, torch.zeros_like(output), *operands, output, lse, *choices, needs)[0]
 
 
 def derivatives(

@@ -21,6 +21,7 @@ from tests.operators.cases import (
     inputs_of,
     nonempty_subsets,
     oracle_derivatives,
+    tangent,
 )
 from tests.operators.formulas import plain_formulas, terms
 
@@ -64,6 +65,19 @@ def check(results: Inputs, case: Case, dtype: torch.dtype, factor: float = 2) ->
 def test_all_orders_stay_within_the_error_budget(target, case, dtype):
     target.skip_unless_can(dtype, case.head_dim)
     check(run(case, dtype, target.backend, target.device), case, dtype)
+
+
+@pytest.mark.interpreted(12)
+@pytest.mark.cases(CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_tangents_stay_within_the_budget_of_all_orders(target, case, dtype):
+    """What the double backward gives for `grad_output` is the derivative of the output along the cotangents."""
+    target.skip_unless_can(dtype, case.head_dim)
+    inputs, _, cotangents = problem(case, dtype)
+    there, given = ({n: t.to(target.device) for n, t in tensors.items()} for tensors in (inputs, cotangents))
+    results = {"dd_grad_output": tangent(case, there, given, target.backend)}
+    absolute, true = terms(case, *problem(case, dtype)), {"dd_grad_output": truth(case, dtype)["dd_grad_output"]}
+    assert_within_budget(results, plain(case, dtype), true, absolute, dtype)
 
 
 @pytest.mark.cases(CASES)

@@ -1,0 +1,101 @@
+// P and X of the neighborhood kernels, see dense_saved.h: what all orders after the forward hold of a group of rows.
+#pragma once
+
+#include <limits>
+
+#include "neighborhood_products.h"
+
+namespace natten_ext::NATTEN_EXT_ISA {
+
+// The two parts of lse.
+template <class T>
+class SavedRows {
+ public:
+  explicit SavedRows(const Arguments& a) : a_(a) {}
+
+  void resize(const ClassGeometry<T>& g) {
+    for (int r = 0; r < kGroup; ++r) base[r] = Buffer<T>(g.padded), log_sum[r] = Buffer<T>(g.padded);
+  }
+  void load(const NeighborhoodRows<T>& rows, const RowGroup& group) {
+    const NeighborhoodJob& job = rows.job;
+    const ClassGeometry<T>& g = rows.geometry;
+    for (int r = 0; r < group.count; ++r) {
+      const T* lse = static_cast<const T*>(a_.lse) + job.lse_offset(a_.problem, group.y + r);
+      for (int64_t x = 0; x < g.padded; ++x) {
+        // Lanes without a query: their P vanishes.
+        const T* parts = lse + x * job.window.dilation_x;
+        base[r][x] = x < g.width ? parts[0] : std::numeric_limits<T>::infinity();
+        log_sum[r][x] = x < g.width ? parts[a_.problem.rows()] : T(0);
+      }
+    }
+  }
+
+  Buffer<T> base[kGroup], log_sum[kGroup];
+
+ private:
+  const Arguments& a_;
+};
+
+// The cotangents (gQ, gK, gV, gbias), and X. For l2 the queries' rows may have one channel more than the scores have: 1,
+// for sums per key.
+template <class T>
+class CotangentRows {
+ public:
+  explicit CotangentRows(const Arguments& a) : a_(a) {}
+
+  // For a job of new geometry, and any other.
+  void resize(const NeighborhoodRows<T>& rows) {
+    const ClassGeometry<T>& g = rows.geometry;
+    query.resize(kGroup, rows.query_channels, g);
+    key.resize(g.ky + kGroup - 1, rows.score_channels, g);
+    value.resize(g.ky + kGroup - 1, rows.channels, g);
+    table_head_ = -1;
+  }
+  void start(const NeighborhoodRows<T>& rows) {
+    if (!a_.cot_bias || table_head_ == rows.job.head) return;
+    table_head_ = rows.job.head;
+    table_.fill(rows.geometry, a_.problem, a_.cot_bias, table_head_, [](T value) { return value; });
+  }
+  void load_queries(const NeighborhoodRows<T>& rows, const RowGroup& group) {
+    for (int64_t y = group.y; a_.cot_query && y < group.y + group.count; ++y) {
+      rows.transposer.load(query.row(y), query.stride(), a_.cot_query, rows.job, y, rows.query_scale);
+      if (rows.query_channels > rows.score_channels) fill_sum_channel(rows, y);
+    }
+  }
+  void fill_sum_channel(const NeighborhoodRows<T>& rows, int64_t y) {
+    std::fill_n(query.row(y) + rows.score_channels * query.stride(), rows.geometry.width, T(1));
+  }
+  void load_keys(const NeighborhoodRows<T>& rows, int64_t row) {
+    if (a_.cot_key) {
+      rows.transposer.load(key.row(row), key.stride(), a_.cot_key, rows.job, row, 1);
+      if (a_.problem.l2) rows.key_products(key.row(row), rows.key.row(row), key.row(row), -rows.query_scale);
+    }
+    if (a_.cot_value) rows.transposer.load(value.row(row), value.stride(), a_.cot_value, rows.job, row, 1);
+  }
+
+  // The products of a strip of scores, of which X is read.
+  void products(const NeighborhoodRows<T>& rows, const RowGroup& group, int64_t begin, int64_t end,
+                const StripWeights<T>& x) const {
+    if (a_.cot_query) score_strip(rows.geometry, group, begin, end, query, rows.key, rows.channels, x, false);
+    if (!a_.cot_key) return;
+    score_strip(rows.geometry, group, begin, end, rows.query, key, rows.score_channels, x, static_cast<bool>(a_.cot_query));
+  }
+  // The values of gbias for one block of queries; null without any.
+  const T* table(int64_t which, int64_t distance) const { return a_.cot_bias ? table_.row(which, distance) : nullptr; }
+  // X from what `x` holds at i.
+  NATTEN_EXT_INLINE Vector<T> read(const T* x, const T* table, int64_t i) const {
+    Vector<T> value{};
+    if (a_.cot_query || a_.cot_key) value = NATTEN_EXT_ISA::load(x + i) * kLn2<T>;  // queries carry log2(e)
+    if (table != nullptr) value += NATTEN_EXT_ISA::load(table + i);
+    return value;
+  }
+
+  RowRing<T> query, key, value;  // queries times a log2(e)
+
+ private:
+  const Arguments& a_;
+  ExpandedTable<T> table_;
+  int64_t table_head_ = -1;
+};
+
+}  // namespace natten_ext::NATTEN_EXT_ISA

@@ -1,0 +1,94 @@
+// Tangent of neighborhood attention; the formulas are those of dense_tangent.h, whole rows at hand.
+#pragma once
+
+#include "neighborhood_saved.h"
+
+namespace natten_ext::NATTEN_EXT_ISA {
+
+template <class T>
+class NeighborhoodTangent {
+ public:
+  static constexpr int L = kLanes<T>;
+
+  explicit NeighborhoodTangent(const Arguments& a)
+      : a_(a), moves_(a.cot_query || a.cot_key || a.cot_bias), rows_(a, 0, true), saved_(a), cotangents_(a) {
+    tangent_.resize(a.problem.head_dim);
+  }
+
+  void run(const NeighborhoodJob& job) {
+    const ClassGeometry<T>& g = rows_.geometry;
+    if (rows_.start(job)) {
+      saved_.resize(g);
+      cotangents_.resize(rows_);
+      for (StripWeights<T>* weights : {&probability_, &x_}) weights->resize(g);
+    }
+    cotangents_.start(rows_);
+    const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
+    for (int64_t y = job.begin; y < job.end; y += kGroup) {
+      const RowGroup group(g, y, job.end);
+      rows_.load_queries(group);
+      saved_.load(rows_, group);
+      cotangents_.load_queries(rows_, group);
+      rows_.load_keys(group, [&](int64_t row) { cotangents_.load_keys(rows_, row); });
+      for (int64_t begin = 0; begin < blocks; begin += kStrip) strip(group, begin, std::min(blocks, begin + kStrip));
+    }
+  }
+
+ private:
+  void strip(const RowGroup& group, int64_t begin, int64_t end) {
+    const ClassGeometry<T>& g = rows_.geometry;
+    score_strip(g, group, begin, end, rows_.query, rows_.key, rows_.score_channels, probability_, false, rows_.table());
+    cotangents_.products(rows_, group, begin, end, x_);
+    for (int64_t b = begin; b < end; ++b) {
+      for (int r = 0; r < group.count; ++r) weigh(group, r, b, b - begin);
+    }
+    const auto gather = [&](const StripWeights<T>& weights, const RowRing<T>& value, bool add) {
+      gather_keys<T>(g, group, begin, end, weights, value, rows_.channels, terms_, tangent_, add);
+    };
+    if (a_.cot_value) gather(probability_, cotangents_.value, false);
+    if (moves_) gather(x_, rows_.value, static_cast<bool>(a_.cot_value));
+    for (int64_t b = begin; b < end; ++b) {
+      for (int r = 0; r < group.count; ++r) {
+        rows_.transposer.unload(tangent_.row(b - begin, r), L, a_.grad_grad_output, rows_.job, group.y + r, b * L, 1);
+      }
+    }
+  }
+
+  // Scores of one block of queries to P, and X to P (X - r).
+  void weigh(const RowGroup& group, int r, int64_t b, int64_t slot) {
+    const ClassGeometry<T>& g = rows_.geometry;
+    const int64_t n = g.ky * g.kx * L;
+    const T* const table = cotangents_.table(g.query_blocks[b].table, group.start[r] - (group.y + r));
+    T* const probabilities = probability_.block(r, slot);
+    T* const values = x_.block(r, slot);
+    const Vector<T> base = load(saved_.base[r] + b * L), log_sum = load(saved_.log_sum[r] + b * L);
+    Vector<T> mean{}, rest{};  // r in two parts
+    for (int64_t i = 0; i < n; i += L) {
+      const Vector<T> probability = exp2(load(probabilities + i) - base - log_sum);
+      store(probabilities + i, probability);
+      if (!moves_) continue;
+      const Vector<T> value = cotangents_.read(values, table, i);
+      mean += probability * value;
+      store(values + i, value);
+    }
+    if (!moves_) return;
+    for (int64_t i = 0; i < n; i += L) rest += load(probabilities + i) * (load(values + i) - mean);
+    for (int64_t i = 0; i < n; i += L) store(values + i, load(probabilities + i) * (load(values + i) - mean - rest));
+  }
+
+  const Arguments& a_;
+  const bool moves_;  // whether scores have a tangent
+  NeighborhoodRows<T> rows_;
+  SavedRows<T> saved_;
+  CotangentRows<T> cotangents_;
+  StripWeights<T> probability_, x_;
+  StripResults<T> tangent_;  // zero where no tangent is given
+  std::vector<Term<T>> terms_;
+};
+
+template <class T>
+void neighborhood_tangent(const Arguments& a, HeadRange heads) {
+  run_neighborhood_queries(a.problem, heads, [&] { return NeighborhoodTangent<T>(a); });
+}
+
+}  // namespace natten_ext::NATTEN_EXT_ISA
