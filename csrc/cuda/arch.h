@@ -239,6 +239,12 @@ NATTEN_EXT_DEVICE float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+// a * b + c, one instruction.
+NATTEN_EXT_DEVICE uint64_t multiply_add_wide(uint32_t a, uint32_t b, uint64_t c) {
+  uint64_t result;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(a), "r"(b), "l"(c));
+  return result;
+}
 // NaN only if both are.
 NATTEN_EXT_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 NATTEN_EXT_DEVICE double larger(double a, double b) { return fmax(a, b); }

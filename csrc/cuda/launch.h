@@ -97,7 +97,9 @@ inline void prepare_blocks(Params& p, bool by_key, int element_size, int real_si
                  static_cast<uint16_t>(tiles_x)};
     for (const auto* tensors : {&p.own, &p.staged}) {
       for (const Rows& t : *tensors) {
-        for (const int64_t step : {t.y * w.dilation_y, t.x * w.dilation_x}) p.wide_copies &= std::abs(step) * element_size <= INT32_MAX;
+        for (const int64_t step : {t.batch, t.head, t.y * w.dilation_y, t.x * w.dilation_x}) {
+          p.wide_copies &= step >= 0 && step <= INT32_MAX / element_size;
+        }
       }
     }
   }

@@ -117,7 +117,7 @@ struct Params {
   SharedLayout shared;
   TablePlaces table_places;
   int short_row, short_columns;  // of the staged sequence: the last row, if it has fewer columns; -1: none has
-  bool wide_copies;  // all staged rows allow copies of 16 bytes, and their steps on the map fit 31 bits
+  bool wide_copies;  // all staged rows allow copies of 16 bytes, and their strides in bytes, dilation included, fit 31 bits
   Divisor by_launch_heads, by_table_columns, by_kernel_y, by_kernel_x;  // the last two: of grid, where all heads are alike
   Window windows[kMaxHeads];
   Cut cuts[kMaxHeads];

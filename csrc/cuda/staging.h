@@ -35,12 +35,11 @@ NATTEN_EXT_DEVICE void stage_rows(Shared destination, const Rows& t, const Param
   using Element = typename M::Element;
   constexpr int kSize = sizeof(Element), kChunk = 16 / kSize, kChunks = D / kChunk;
   constexpr int kAcross = kChunks < kWarp ? kChunks : kWarp;  // threads next to each other that share a row
-  const int64_t step_y = t.y * tile.window.dilation_y * kSize, step_x = t.x * tile.window.dilation_x * kSize;
   const int first = thread_index() / kAcross, step = block_threads() / kAcross, slots = r.height() * r.width();
   if (first >= step) return;
   const uint32_t own = thread_index() % kAcross * 16;
   const int bytes = p.head_dim * kSize - static_cast<int>(own);
-  const auto* origin = static_cast<const unsigned char*>(t.data) + tile.offset(t, r.y0, r.x0) * kSize + own;
+  const auto* data = static_cast<const unsigned char*>(t.data) + own;
   const auto for_each_slot = [&](auto copy) {
     for (int slot = first; slot < slots; slot += step) {
       const int row = by_width(slot), column = slot - row * r.width();
@@ -51,14 +50,19 @@ NATTEN_EXT_DEVICE void stage_rows(Shared destination, const Rows& t, const Param
     }
   };
   if (p.wide_copies && whole) {
-    const int narrow_y = static_cast<int>(step_y), narrow_x = static_cast<int>(step_x);
+    const auto origin = reinterpret_cast<uint64_t>(data) + tile.short_offset(t, r.y0, r.x0, kSize);
+    const uint32_t step_y = static_cast<uint32_t>(t.y) * tile.window.dilation_y * kSize;
+    const uint32_t step_x = static_cast<uint32_t>(t.x) * tile.window.dilation_x * kSize;
     for_each_slot([&](Shared to, int row, int column, int chunk) {
-      copy_async<16>(to, origin + int64_t{row} * narrow_y + int64_t{column} * narrow_x + chunk, chunk < bytes);
+      const uint64_t from = multiply_add_wide(column, step_x, multiply_add_wide(row, step_y, origin));
+      copy_async<16>(to, reinterpret_cast<const unsigned char*>(from) + chunk, chunk < bytes);
     });
   } else {
+    const int64_t step_y = t.y * tile.window.dilation_y, step_x = t.x * tile.window.dilation_x;
+    const auto* origin = data + tile.offset(t, r.y0, r.x0) * kSize;
     for_each_slot([&](Shared to, int row, int column, int chunk) {
-      copy_chunk<Element>(to, origin + row * step_y + column * step_x + chunk, exists(r.y0 + row, r.x0 + column) ? bytes - chunk : 0,
-                          p.vector_bytes);
+      copy_chunk<Element>(to, origin + (row * step_y + column * step_x) * kSize + chunk,
+                          exists(r.y0 + row, r.x0 + column) ? bytes - chunk : 0, p.vector_bytes);
     });
   }
 }

@@ -132,6 +132,14 @@ struct Tile {
     return batch * t.batch + head * t.head + (int64_t{py} * window.dilation_y + residue_y) * t.y +
            (int64_t{px} * window.dilation_x + residue_x) * t.x;
   }
+  // The same in bytes where `Params::wide_copies` says that strides are short.
+  NATTEN_EXT_DEVICE uint64_t short_offset(const Rows& t, int py, int px, uint32_t size) const {
+    const auto low = [](int64_t stride) { return static_cast<uint32_t>(stride); };
+    uint64_t elements = multiply_add_wide(batch, low(t.batch), 0);
+    elements = multiply_add_wide(head, low(t.head), elements);
+    elements = multiply_add_wide(py * window.dilation_y + residue_y, low(t.y), elements);
+    return multiply_add_wide(px * window.dilation_x + residue_x, low(t.x), elements) * size;
+  }
   // Index into (batch, heads, queries).
   NATTEN_EXT_DEVICE int64_t row_index(const Params& p, int py, int px) const {
     return (int64_t{batch} * p.heads + head) * p.queries.count +
@@ -153,7 +161,8 @@ struct Pieces {
   }
   NATTEN_EXT_DEVICE Rectangle piece(int index) const {
     if (count == 1) return halo;
-    const int y0 = halo.y0 + index / across * rows, x0 = halo.x0 + index % across * columns;
+    const int down = across == 1 ? index : index / across;
+    const int y0 = halo.y0 + down * rows, x0 = halo.x0 + (index - down * across) * columns;
     return {y0, lesser(y0 + rows, halo.y1), x0, lesser(x0 + columns, halo.x1)};
   }
 };

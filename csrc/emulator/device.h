@@ -165,6 +165,7 @@ inline uint32_t multiply_high(uint32_t a, uint32_t b) {
 inline float power_of_two(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline double power_of_two(double x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
+inline uint64_t multiply_add_wide(uint32_t a, uint32_t b, uint64_t c) { return uint64_t{a} * b + c; }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline double larger(double a, double b) { return std::fmax(a, b); }
 inline float binary_logarithm(float x) { return std::log2(x); }
