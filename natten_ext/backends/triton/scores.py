@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .geometry import FULL, in_lattice, visible
 from .tables import entries_of, entry_pairs_of
-from .tiles import LOG2E, add_product, add_saturated, first_row, load_column, product, row_index
+from .tiles import LOG2E, add_product, first_row, load_column, multiply_add, product, row_index
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, KEYS: tl.
     """
     products = _score_products(q, k, q_term, k_term, KEYS, S)
     if table is not None:
-        return add_saturated(entries_of(table, queries, keys, lattice, S), products, scale * LOG2E, S)
+        return multiply_add(products, scale * LOG2E, entries_of(table, queries, keys, lattice, S), S)
     else:
         scores = products * (scale * LOG2E)
         if not S.exact:
@@ -98,8 +98,7 @@ def logits_and_x(
     else:
         products = _score_products(q, k, q_term, k_term, KEYS, S)
         entries, cot_entries = entry_pairs_of(cot_table, queries, keys, lattice, S)
-        scores = add_saturated(entries, products, scale * LOG2E, S)
-        return scores, tl.fma(x, scale + tl.zeros((1, 1), S.accumulate), cot_entries)
+        return multiply_add(products, scale * LOG2E, entries, S), multiply_add(x, scale, cot_entries, S)
 
 
 @triton.jit

@@ -15,17 +15,23 @@ import triton.language as tl
 from .configs import Config
 from .geometry import within
 from .launch import Launch
-from .tiles import LOG2E, largest
+from .tiles import LOG2E
 
 WIDTH = 64
 CONFIG = Config(own=1, block=WIDTH, warps=1, stages=1)
+
+
+@triton.constexpr_function
+def _most(dtype):
+    """Half of the largest number, so that a sum with a product does not overflow."""
+    return 2.0**1023 if dtype == tl.float64 else 2.0**127
 
 
 @triton.jit(do_not_specialize=("heads", "table_rows", "table_columns"))
 def padded_table_kernel(table, cot_table, padded, heads, table_rows, table_columns, WIDTH: tl.constexpr):
     """``WIDTH`` entries of a row of a head's table, or of the row below, and of the column beside.
 
-    Entries are times log2(e), at most the largest number, and minus infinity outside. Beside each is that of the
+    Entries are times log2(e), finite ones at most half of the largest number, and minus infinity outside. Beside each is that of the
     cotangent of the table's gradient, if there is one, which is zero outside.
     """
     TYPE: tl.constexpr = padded.dtype.element_ty
@@ -38,8 +44,8 @@ def padded_table_kernel(table, cot_table, padded, heads, table_rows, table_colum
     target = (head * (table_rows + 1) + row) * (table_columns + 1) + column
     entries = tl.load(table + source, mask=inside, other=0.0).to(TYPE)
     scaled = entries * LOG2E
-    overflow = (tl.abs(scaled) == float("inf")) & (tl.abs(entries) < float("inf"))
-    scaled = tl.where(overflow, tl.where(entries > 0, largest(TYPE), -largest(TYPE)), scaled)
+    MOST: tl.constexpr = _most(TYPE)
+    scaled = tl.where(tl.abs(entries) < float("inf"), tl.minimum(tl.maximum(scaled, -MOST), MOST), scaled)
     scaled = tl.where(inside, scaled, float("-inf"))
     if cot_table is None:
         tl.store(padded + target, scaled, mask=column <= table_columns)

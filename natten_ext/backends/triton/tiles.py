@@ -120,30 +120,13 @@ def dot(a, b, total, S: tl.constexpr):
     return tl.dot(a, b, total, input_precision=S.precision, out_dtype=S.accumulate)
 
 
-@triton.constexpr_function
-def largest(dtype):
-    return 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
-
-
 @triton.jit
-def add_saturated(total, x, factor, S: tl.constexpr):
-    """total + x * factor, element by element; where that overflows, the largest number. Infinite terms stay infinite.
+def multiply_add(x, factor, total, S: tl.constexpr):
+    """x * factor + total with a number as factor, rounded once and to nearest.
 
-    Rounding toward zero does that in one instruction (which the interpreter does not have).
+    Not toward zero, which would not overflow: a large total would then differ from the same total less a little.
     """
-    factor = factor + tl.zeros((1, 1), S.accumulate)
-    if S.interpreted:
-        result = tl.fma(x, factor, total)
-        overflow = (tl.abs(result) == float("inf")) & (tl.abs(x) < float("inf")) & (tl.abs(total) < float("inf"))
-        return tl.where(overflow, tl.where(result > 0, largest(S.accumulate), -largest(S.accumulate)), result)
-    elif S.accumulate == tl.float64:
-        return tl.inline_asm_elementwise(
-            "fma.rz.f64 $0, $1, $2, $3;", "=d,d,d,d", [x, factor, total], tl.float64, True, 1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "fma.rz.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, factor, total], tl.float32, True, 1
-        )
+    return tl.fma(x, factor + tl.zeros((1, 1), S.accumulate), total)
 
 
 @triton.jit
