@@ -31,8 +31,8 @@ def _most(dtype):
 def padded_table_kernel(table, cot_table, padded, heads, table_rows, table_columns, WIDTH: tl.constexpr):
     """``WIDTH`` entries of a row of a head's table, or of the row below, and of the column beside.
 
-    Entries are times log2(e), finite ones at most half of the largest number, and minus infinity outside. Beside each is that of the
-    cotangent of the table's gradient, if there is one, which is zero outside.
+    Entries are times log2(e), finite ones at most half of the largest number, and minus infinity outside. Beside each
+    is that of the cotangent of the table's gradient, if there is one, which is zero outside.
     """
     TYPE: tl.constexpr = padded.dtype.element_ty
     program = tl.program_id(0)
