@@ -135,13 +135,14 @@ def _order(device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: st
 def _gpu_order(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, ...]:
     """The GPU backends, the faster one first.
 
-    As measured on an H100 in bfloat16 on the named shapes (docs/gpu.md), and taken for other GPUs and dtypes until they
-    are. In geometric means of steps by head_dim, ``triton`` takes 0.3 to 0.8 times the time of ``cuda`` for full
-    attention and for windows with heads of more than 16 channels; elsewhere ``cuda`` takes 0.5 to 1.1 times that of
-    ``triton``. In float64, for gradient checks, only ``cuda`` ran all of its tests there.
+    As measured on an H100 on the named shapes (docs/gpu.md), and taken for other GPUs until they are. For full
+    attention and windows ``triton`` takes 0.3 to 0.9 times the time of ``cuda``, all orders together, from 16 channels
+    on in half precision and from 65 on in float32. For neighborhoods the two take the same within a tenth; all tests of
+    ``cuda`` have run there, and in float64, for gradient checks, only its.
     """
-    dense = neighborhood == "full" or (neighborhood == "grid" and head_dim > 16)
-    return ("triton", "cuda") if dense and dtype != torch.float64 else ("cuda", "triton")
+    least = {torch.float64: None, torch.float32: 65}.get(dtype, 16)
+    wide = least is not None and head_dim >= least and neighborhood != "neighborhood"
+    return ("triton", "cuda") if wide else ("cuda", "triton")
 
 
 def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> BackendStatus:

@@ -71,10 +71,11 @@ def test_auto_takes_the_first_available_backend():
 @pytest.mark.parametrize(
     ("neighborhood", "dtype", "head_dim", "first"),
     [
-        ("full", torch.bfloat16, 4, "triton"),
-        ("full", torch.float32, 96, "triton"),
-        ("grid", torch.float16, 17, "triton"),
-        ("grid", torch.bfloat16, 16, "cuda"),
+        ("full", torch.bfloat16, 16, "triton"),
+        ("grid", torch.float16, 16, "triton"),
+        ("grid", torch.bfloat16, 15, "cuda"),
+        ("full", torch.float32, 65, "triton"),
+        ("grid", torch.float32, 64, "cuda"),
         ("neighborhood", torch.bfloat16, 64, "cuda"),
         ("full", torch.float64, 64, "cuda"),
     ],
