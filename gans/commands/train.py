@@ -35,6 +35,9 @@ class TrainArguments:
     dry_run: bool = False
     """Print the resolved settings, parameter counts, estimated memory and attention shapes as JSON, and stop."""
 
+    def __post_init__(self) -> None:
+        self.recipe.check_run(self.run)
+
 
 def parse(arguments: list[str]) -> TrainArguments:
     """The arguments of `train`: the preset's values, overridden by whatever is given."""

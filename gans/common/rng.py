@@ -68,6 +68,13 @@ def per_image(seeds: Sequence[int]) -> Iterator[None]:
         _current = before
 
 
+@contextmanager
+def rewound(device: torch.device) -> Iterator[None]:
+    """What is drawn inside, on the CPU and on `device`, is drawn again alike after it. Not for `per_image`."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        yield
+
+
 def _draw(function: Callable[..., Tensor], shape: Sequence[int], **options: Any) -> Tensor:
     here = _current
     if here is None:

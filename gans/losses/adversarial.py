@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gans.losses.penalties import Network, check_pairs, consistency, drift, gradient_penalty, zero_centered_penalty
+from gans.losses.penalties import (
+    Network,
+    PenaltyMode,
+    check_pairs,
+    consistency,
+    drift,
+    gradient_penalty,
+    zero_centered_penalty,
+)
 
 Terms = dict[str, Tensor]
 AdversarialName = Literal["wasserstein", "nonsaturating", "relativistic", "hinge"]
@@ -36,6 +44,12 @@ class LossConfig:
     """gamma of R1: gamma / 2 times the mean squared gradient norm at real images (`zero_centered_penalty`)."""
     r2: float = 0.0
     """gamma of R2: the same at generated images."""
+    penalty_mode: PenaltyMode = "exact"
+    """How R1 and R2 are computed: "exact" (double backward), or an estimate along one random direction an image by
+    "finite-difference" or "jvp" (forward mode). All have the same expectation, so the weights mean the same."""
+    penalty_sigma: float = 0.01
+    """Step of "finite-difference", for images in [-1, 1]: its own error is of order sigma^2,
+    that of rounding 1 / sigma."""
     penalty_every: int = 1
     """Lazy regularisation: gradient penalties only every this many D steps, weighted by as much."""
     out_of_range: float = 0.0
@@ -56,8 +70,19 @@ class LossConfig:
         for name in ("gp_weight", "drift", "r1", "r2", "out_of_range", "bcr_real", "bcr_fake"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}; it cannot be negative")
-        if self.gp_target <= 0:
-            raise ValueError(f"loss.gp_target is {self.gp_target}; it must be positive")
+        if self.penalty_mode not in get_args(PenaltyMode):
+            raise ValueError(
+                f"loss.penalty_mode is {self.penalty_mode!r}; it must be one of {', '.join(get_args(PenaltyMode))}"
+            )
+        if self.penalty_mode != "exact" and self.gp_weight:
+            raise ValueError(
+                f"loss.penalty_mode is {self.penalty_mode!r}, which estimates squared gradient norms (loss.r1, "
+                "loss.r2); WGAN-GP's penalty is of the norm itself and has no such estimate: make loss.gp_weight "
+                f"(now {self.gp_weight}) 0, or loss.penalty_mode 'exact'"
+            )
+        for name in ("gp_target", "penalty_sigma"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}; it must be positive")
         if self.penalty_every < 1:
             raise ValueError(f"loss.penalty_every is {self.penalty_every}; it must be at least 1")
 
@@ -192,10 +217,10 @@ class GANLoss(Loss):
         if config.gp_weight:
             weight = every * config.gp_weight
             terms["penalty"] = weight * gradient_penalty(discriminator, real, fake, config.gp_target)
-        if config.r1:
-            terms["r1"] = every * config.r1 / 2 * zero_centered_penalty(discriminator, real)
-        if config.r2:
-            terms["r2"] = every * config.r2 / 2 * zero_centered_penalty(discriminator, fake)
+        for name, gamma, images in (("r1", config.r1, real), ("r2", config.r2, fake)):
+            if gamma:
+                penalty = zero_centered_penalty(discriminator, images, config.penalty_mode, config.penalty_sigma)
+                terms[name] = every * gamma / 2 * penalty
         return terms
 
     def generator(self, discriminator: Network, real: Tensor | None, fake: Tensor) -> Terms:

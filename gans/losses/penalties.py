@@ -4,28 +4,35 @@ A discriminator gives an image one logit, `(B,)`, or several, `(B, logits)`; D(x
 adversarial losses.
 
 Every result is a scalar that can be differentiated with respect to the discriminator's parameters. The gradient
-penalties are themselves made of a gradient, so that derivative is of second order; attention in the
-discriminator must have a double backward (`natten_ext` does).
+penalties are themselves made of a derivative, so that derivative is of second order; attention in the
+discriminator must have a double backward or a forward mode that can be differentiated (`natten_ext` has both).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gans.common import rng
 from gans.common.distributed import batch_mean
+from gans.common.forward_mode import directional_derivative
 
 Network = Callable[..., Tensor]
+PenaltyMode = Literal["exact", "finite-difference", "jvp"]
+
+
+def _scores(discriminator: Network, images: Tensor) -> Tensor:
+    """D(x), `(B,)`."""
+    return discriminator(images).reshape(len(images), -1).mean(1)
 
 
 def _input_gradient(discriminator: Network, images: Tensor) -> Tensor:
     """d D(x) / d x at each image, flattened to `(B, C * H * W)`; it carries a graph to the parameters."""
     images = images.detach().requires_grad_(True)
-    scores = discriminator(images).reshape(len(images), -1).mean(1)
-    (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    (gradient,) = torch.autograd.grad(_scores(discriminator, images).sum(), images, create_graph=True)
     return gradient.flatten(1)
 
 
@@ -48,14 +55,40 @@ def gradient_penalty(discriminator: Network, real: Tensor, fake: Tensor, target:
     return (norm - target).square().mean() / target**2
 
 
-def zero_centered_penalty(discriminator: Network, images: Tensor) -> Tensor:
+def zero_centered_penalty(
+    discriminator: Network, images: Tensor, mode: PenaltyMode = "exact", sigma: float = 0.01
+) -> Tensor:
     """The R1 penalty of real images, the R2 penalty of generated ones: E[|grad D(x)|_2^2].
 
     Source: "Which Training Methods for GANs do actually Converge?", Mescheder et al. 2018, arXiv 1801.04406,
-    equations 9 (R1) and 10 (R2), there with the factor gamma / 2, which is `LossConfig.r1` and `r2`. Computed exactly,
-    not by finite differences.
+    equations 9 (R1) and 10 (R2), there with the factor gamma / 2, which is `LossConfig.r1` and `r2`.
+
+    Every mode has this expectation, for "finite-difference" up to O(sigma^2), over one normal direction v an image from
+    `gans.common.rng`: E[(grad D(x) . v)^2] = |grad D(x)|^2.
+
+    - "exact": the gradient itself, by double backward.
+    - "jvp": (grad D(x) . v)^2 by forward mode.
+    - "finite-difference": ((D(x + sigma v) - D(x)) / sigma)^2, both with the same random draws. The approximated R1 of
+      "Diffusion Adversarial Post-Training", Lin et al. 2025, arXiv 2501.08316, which does not divide by sigma^2.
+
+    Where images share a batch norm or the like, the gradient is that of the sum of their scores, in every mode. A
+    discriminator of that kind has a method `scored_together(batch)`: how many consecutive images of a batch depend on
+    one another.
     """
-    return _input_gradient(discriminator, images).square().sum(1).mean()
+    images = images.detach()
+    if mode == "exact":
+        return _input_gradient(discriminator, images).square().sum(1).mean()
+    direction = rng.randn(*images.shape, device=images.device, dtype=images.dtype)
+    if mode == "jvp":
+        slopes = directional_derivative(lambda x: _scores(discriminator, x), images, direction)
+    elif mode == "finite-difference":
+        with rng.rewound(images.device):
+            scores = _scores(discriminator, images)
+        slopes = (_scores(discriminator, images + sigma * direction) - scores) / sigma
+    else:
+        raise ValueError(f"mode must be 'exact', 'finite-difference' or 'jvp', got {mode!r}")
+    together = getattr(discriminator, "scored_together", lambda batch: 1)(len(images))
+    return slopes.unflatten(0, (-1, together)).sum(1).square().mean() / together
 
 
 def consistency(discriminator: Network, images: Tensor, logits: Tensor, *, clean: bool = True) -> Tensor:

@@ -129,6 +129,10 @@ class Discriminator(nn.Module):
         )
         self.pixels = _pixel_discriminator(config) if config.pixel_width else None
 
+    def scored_together(self, batch: int) -> int:
+        """How many consecutive images have scores that depend on one another: all, by the batch norms."""
+        return batch
+
     def forward(self, images: Tensor, augment: bool = True) -> Tensor:
         config = self.config
         if augment:

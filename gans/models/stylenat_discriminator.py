@@ -125,14 +125,17 @@ class Scale(nn.Module):
         return self.conv2(self.conv1(own if x is None else x + own))
 
 
+def group_size(batch: int, group: int) -> int:
+    """Images of a group: `group`, or the largest number below it that divides `batch`."""
+    return next(size for size in range(min(group, batch), 0, -1) if batch % size == 0)
+
+
 def minibatch_deviation(x: Tensor, group: int) -> Tensor:
     """Appends one channel to `(B, C, H, W)`: the mean standard deviation over groups of consecutive images.
 
-    Source: ProGAN, arXiv 1710.10196, section 3, with StyleGAN2's groups. Where `group` does not divide the batch, its
-    largest divisor below does.
+    Source: ProGAN, arXiv 1710.10196, section 3, with StyleGAN2's groups (`group_size`).
     """
-    batch = len(x)
-    size = next(size for size in range(min(group, batch), 0, -1) if batch % size == 0)
+    size = group_size(len(x), group)
     deviation = torch.sqrt(x.unflatten(0, (-1, size)).var(1, correction=0) + 1e-8).mean(dim=(1, 2, 3))
     channel = deviation.repeat_interleave(size).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
     return torch.cat([x, channel], dim=1)
@@ -156,6 +159,10 @@ class Discriminator(nn.Module):
         self.last_linear = SpectralDense(LAST_SIZE**2 * dims[-1], dims[-1])
         self.last_activation = BiasedLeaky(dims[-1])
         self.head = SpectralDense(dims[-1], 1)
+
+    def scored_together(self, batch: int) -> int:
+        """How many consecutive images have scores that depend on one another."""
+        return group_size(batch, self.config.group)
 
     def forward(self, images: Tensor, augment: bool = False) -> Tensor:
         image = images if self.normalization is None else self.normalization(images)

@@ -91,9 +91,26 @@ class TrainConfig:
             raise ValueError(
                 f"precision is {self.precision!r}; it must be one of {', '.join(typing.get_args(Precision))}"
             )
+        if (self.precision, self.penalty_precision) == ("bf16", "same") and self._penalty_mode == "finite-difference":
+            raise ValueError(
+                "penalty_precision is 'same', and bfloat16 cannot resolve loss.penalty_mode 'finite-difference': make "
+                "it 'full', or loss.penalty_mode 'exact' or 'jvp'"
+            )
         if self.decay_end and self.decay_end <= self.decay_start:
             raise ValueError(f"decay_end is {self.decay_end}; it must come after decay_start ({self.decay_start})")
         self.check_processes(1)
+
+    @property
+    def _penalty_mode(self) -> str | None:
+        return getattr(self.loss, "penalty_mode", None)
+
+    def check_run(self, run: RunConfig) -> None:
+        """ValueError with the reason where this cannot be run so."""
+        if run.gradient_checkpointing and self._penalty_mode == "jvp":
+            raise ValueError(
+                "gradient_checkpointing cannot go with loss.penalty_mode 'jvp', whose tangents are gone when a block "
+                "is recomputed; take one of them, or loss.penalty_mode 'exact' or 'finite-difference'"
+            )
 
     def check_processes(self, processes: int) -> None:
         """ValueError unless the batches can be divided evenly among this many processes."""

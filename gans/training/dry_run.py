@@ -1,7 +1,7 @@
 """What a recipe needs, without running it: parameters, memory, attention shapes and who would compute them.
 
 The updates are carried out on fake tensors, which have shapes and no contents (`torch`'s FakeTensorMode), with
-the double backward of the penalties. That gives the memory of tensors; what kernels, the allocator and the images
+the second derivatives of the penalties. That gives the memory of tensors; what kernels, the allocator and the images
 waiting in loaders add is not in it.
 """
 
@@ -99,6 +99,7 @@ def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[st
     gradients, optimisers and average.
     """
     recipe.check_processes(processes)
+    recipe.check_run(run)
     parts = processes * recipe.accumulate
     # All parts of a batch need the same.
     part = replace(recipe, batch_d=recipe.batch_d // parts, batch_g=recipe.batch_g // parts, accumulate=1)

@@ -37,13 +37,20 @@ def configure_torch(run: RunConfig) -> None:
     torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
 
 
-def synchronize_batch_norm(model: nn.Module, world: World) -> nn.Module:
-    """`model` with batch norms that see the whole batch; ValueError where several processes cannot have that."""
+def synchronize_batch_norm(model: nn.Module, world: World, *, penalized: bool = False) -> nn.Module:
+    """`model` with batch norms that see the whole batch; ValueError where several processes cannot have that, or not
+    with penalties on its gradient (`penalized`).
+    """
     trained = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     if world.size == 1 or not trained:
         return model
     if world.device.type != "cuda":
         raise ValueError(f"{type(model).__name__} has batch norms, which need GPUs to train in {world.size} processes")
+    if penalized:  # neither a double backward (pytorch/pytorch issue 61222) nor a forward mode
+        raise ValueError(
+            f"{type(model).__name__} has batch norms, whose form for {world.size} processes cannot have penalties on "
+            "gradients: make loss.gp_weight, loss.r1 and loss.r2 0, or train in one process"
+        )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
@@ -76,6 +83,7 @@ def train(config: TrainConfig, run: RunConfig, *, world: World | None = None, pr
     """
     world = world or World(choose_device(run.device))
     config.check_processes(world.size)
+    config.check_run(run)
     configure_torch(run)
     source = open_source(run.data, config.images.split)
     out = Path(run.out)
@@ -97,7 +105,8 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
     networks = make_networks(config, world.device)
     state = TrainState(networks, EMA(networks.generator, config.ema))
     networks.generator = synchronize_batch_norm(networks.generator, world)
-    networks.discriminator = synchronize_batch_norm(networks.discriminator, world)
+    penalized = any(getattr(config.loss, name, 0) for name in ("gp_weight", "r1", "r2"))
+    networks.discriminator = synchronize_batch_norm(networks.discriminator, world, penalized=penalized)
     if run.gradient_checkpointing:
         recompute_blocks(networks.generator)
         recompute_blocks(networks.discriminator)

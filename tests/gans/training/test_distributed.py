@@ -34,16 +34,20 @@ def final_weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path):
-    """WGAN-GP's penalty, drift, R1, R2, bCR, DiffAug and noise at once.
+@pytest.mark.parametrize(
+    "penalties", [[], ["--loss.gp-weight", "0", "--loss.penalty-mode", "jvp"]], ids=["exact", "jvp"]
+)
+def test_two_processes_learn_what_one_does(tmp_path, penalties):
+    """WGAN-GP's penalty (of exact penalties), drift, R1, R2, bCR, DiffAug and noise at once.
 
     One process, against two that torchrun starts and one that continues for the last step.
     """
     one, two = tmp_path / "one", tmp_path / "two"
-    assert main(["train", *RECIPE, "--out", str(one)]) == 0
+    recipe = [*RECIPE, *penalties]
+    assert main(["train", *recipe, "--out", str(one)]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gans"]
     ran = subprocess.run(
-        [*command, "train", *RECIPE, "--out", str(two), "--steps", "2"],
+        [*command, "train", *recipe, "--out", str(two), "--steps", "2"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -51,7 +55,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert json.loads((two / "config.json").read_text())["processes"] == 2
-    assert main(["train", *RECIPE, "--out", str(two), "--resume", "latest"]) == 0
+    assert main(["train", *recipe, "--out", str(two), "--resume", "latest"]) == 0
     expected, found = final_weights(one), final_weights(two)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -61,7 +65,8 @@ def test_two_processes_learn_what_one_does(tmp_path):
         assert {k: v for k, v in a.items() if k not in timing} == pytest.approx(
             {k: v for k, v in b.items() if k not in timing}, rel=1e-7
         )
-    assert "discriminator/penalty" in logs.read(one)[0] and "discriminator/r2" in logs.read(one)[0]
+    assert ("discriminator/penalty" in logs.read(one)[0]) == (not penalties)
+    assert "discriminator/r2" in logs.read(one)[0]
 
 
 def test_parts_cover_the_batch_once(tiny):
