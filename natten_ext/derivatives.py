@@ -14,12 +14,11 @@ What is missing takes a third derivative, and raises. docs/double_backward.md ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
@@ -73,21 +72,16 @@ def _apply(function: type[_SingleLevelFunction], *arguments: Any) -> Any:
     """One level of differentiation. torch.func, where it is active, calls the operator again for each of its others."""
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
-    before = _functorch.get_single_level_autograd_function_allowed()
-    _functorch.set_single_level_autograd_function_allowed(True)
-    try:
+    with enable_single_level_autograd_function():
         return function.apply(*arguments)
-    finally:
-        _functorch.set_single_level_autograd_function_allowed(before)
 
 
 def _below_autograd(operator: Callable, arguments: Sequence[Any]) -> Any:
-    with ExitStack() as modes:
-        if torch._C._are_functorch_transforms_active():
-            # A function's `forward` runs without them, and torch.func's next level is to record what it sees.
-            modes.enter_context(torch.enable_grad())
-            modes.enter_context(forward_ad._set_fwd_grad_enabled(True))
-        modes.enter_context(torch._C._AutoDispatchBelowAutograd())
+    if not torch._C._are_functorch_transforms_active():
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+    # A function's `forward` runs without recording, and torch.func's next level is to record what it sees.
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
 
 
@@ -183,22 +177,21 @@ class _DoubleBackward(_SingleLevelFunction):
         need_cots = list(ctx.needs_input_grad[1 : 1 + inputs])
         need_inputs = list(ctx.needs_input_grad[2 + inputs : 2 + 2 * inputs])
         backward, double_backward = ctx.operators.backward, ctx.operators.double_backward
-        by_first = by_second = of_inputs = third = [None] * inputs
+        by_first = by_second = of_inputs = [None] * inputs
         if first is not None and any(need_cots):
             by_first = _asked(backward(first, *rest, *ctx.choices, need_cots), need_cots)
         if first is not None and any(need_inputs):
             grads = double_backward(*cots, first, *rest, *ctx.choices, [False, *need_inputs])
             of_inputs = _asked(grads[1:], need_inputs)
-        refused = None
+        third = [None] * (1 + inputs)
         if any(c is not None for c in second):
             if any(need_cots):
                 grads = double_backward(*second, grad_output, *rest, *ctx.choices, [False, *need_cots])
                 by_second = _asked(grads[1:], need_cots)
-            third = [None if x is None else torch.zeros_like(x) for x in rest[:inputs]]
-            refused = torch.zeros_like(grad_output)
+            third = [None if x is None else torch.zeros_like(x) for x in (grad_output, *rest[:inputs])]
         of_cots = map(_sum, by_first, by_second)
         others = (None,) * (_COUNT[DOUBLE_BACKWARD] - 2 * inputs - 1)
-        return None, *of_cots, None, *of_inputs, *others, refused, *third
+        return None, *of_cots, None, *of_inputs, *others, *third
 
     @staticmethod
     def jvp(ctx, _operators, *tangents):

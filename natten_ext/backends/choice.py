@@ -6,6 +6,7 @@ Every fused backend is a module with ``cannot_run(device_type, dtype, head_dim) 
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -140,8 +141,8 @@ def _gpu_order(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[st
     on in half precision and from 65 on in float32. For neighborhoods the two take the same within a tenth; all tests of
     ``cuda`` have run there, and in float64, for gradient checks, only its.
     """
-    least = {torch.float64: None, torch.float32: 65}.get(dtype, 16)
-    wide = least is not None and head_dim >= least and neighborhood != "neighborhood"
+    least = {torch.float64: math.inf, torch.float32: 65}.get(dtype, 16)
+    wide = neighborhood != "neighborhood" and head_dim >= least
     return ("triton", "cuda") if wide else ("cuda", "triton")
 
 

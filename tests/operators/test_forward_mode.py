@@ -24,6 +24,7 @@ from tests.operators.cases import (
     grad_output_of,
     inputs_of,
     nonempty_subsets,
+    on,
     oracle_forward,
 )
 
@@ -37,10 +38,6 @@ SOME = [
     find("grid-batch-0", bias=True),
 ]
 SOME += [case for case in TINY if case.bias]
-
-
-def on(target, tensors: Inputs) -> Inputs:
-    return {name: tensor.to(target.device) for name, tensor in tensors.items()}
 
 
 def tangent_of(function, inputs: Inputs, tangents: Inputs) -> Tensor | None:
