@@ -19,7 +19,6 @@ from .geometry import (
     empty,
     keys_of,
     not_beyond,
-    own_keys,
     own_place,
     own_tile,
     queries_of,
@@ -27,20 +26,19 @@ from .geometry import (
 from .launch import Launch, asked, rows_of
 from .problem import KEY, QUERY
 from .row_numbers import FIRST, RowNumbers, load_numbers, store_numbers
-from .scores import logits, pair_products, per_key, per_query, weights_of_queries
+from .scores import block_of_keys, logits, pair_products, per_key, per_query, weights_of_queries
 from .table_gradient import table_gradient
 from .tables import head_table, padded_table
 from .tiles import (
     add_totals,
     add_weighted,
-    first_row,
     load_column,
     load_rows,
     number,
     rounded,
-    row_index,
     row_products,
     scaled,
+    store_about_own_keys,
     store_rows,
     subtract_scaled,
     totals_of,
@@ -61,43 +59,33 @@ def backward_query_kernel(
     is taken from keys relative to the row's own: what is left in the sum then counts keys' differences only.
     """
     OWN: tl.constexpr = S.own_h * S.own_w
-    batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
+    lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
     if empty(box):
         return
     scale = number(scale, S)
-    if table is not None:
-        table = head_table(table, head, table_rows, table_columns)
-    place = own_place(box, S)
-    queries = as_queries(place, box, lattice, 1, S)
-    first = first_row(batch, head, heads, height, width)
-    index = row_index(width, lattice, place)
-    origin = load_column(base + first, index, place.valid)
-    spread = load_column(log_sum + first, index, place.valid)
-    q = load_rows(query, batch, head, lattice, place, S)
-    q_term = per_query(score_terms, first, index, place.valid, S)
-    do = load_rows(grad_output, batch, head, lattice, place, S)
-    near_d = row_products(do, load_rows(output, batch, head, lattice, place, S), OWN, S)
+    table = head_table(table, lattice.head, table_rows, table_columns)
+    tile = own_place(box, S)
+    queries = as_queries(tile, box, lattice, 1, S)
+    base = load_column(base, lattice, tile)
+    log_sum = load_column(log_sum, lattice, tile)
+    q = load_rows(query, lattice, tile, S)
+    q_term = per_query(score_terms, lattice, tile, S)
+    do = load_rows(grad_output, lattice, tile, S)
+    near_d = row_products(do, load_rows(output, lattice, tile, S), OWN, S)
     rest = zero_totals(OWN, S)
     dq = zero_rows(OWN, S)
-    reach = keys_of(box, lattice, S)
-    for block in range(block_count(reach, S)):
-        there = block_place(reach, block, S)
-        keys = as_keys(there, 0)
-        k = load_rows(key, batch, head, lattice, there, S)
-        v = load_rows(value, batch, head, lattice, there, S)
-        k_term = per_key(score_terms, batch, head, heads, height, width, lattice, there, 0, S)
-        scores = logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, False, S)
-        weights = tl.exp2(scores - origin - spread)
-        d_scores = rounded(weights * (pair_products(do, v, False, S) - near_d), k, S)
-        rest = add_totals(rest, d_scores, S)
+    halo = keys_of(box, lattice, S)
+    for block in range(block_count(halo, S)):
+        k, v, scores = block_of_keys(key, value, score_terms, q, q_term, queries, table, scale, lattice, halo, block, S)
+        weights = tl.exp2(scores - base - log_sum)
+        ds = rounded(weights * (pair_products(do, v, False, S) - near_d), k, S)
+        rest = add_totals(rest, ds, S)
         if grad_query is not None:
-            dq = add_weighted(dq, d_scores, k, S)
-    found = RowNumbers(origin, spread, near_d + totals_of(rest), q_term)
-    store_numbers(numbers, first, index, place.valid, found, 0, FIRST, S)
+            dq = add_weighted(dq, ds, k, S)
+    found = RowNumbers(base, log_sum, near_d + totals_of(rest), q_term)
+    store_numbers(numbers, lattice, tile, found, 0, FIRST, S)
     if grad_query is not None:
-        near = load_rows(key, batch, head, lattice, own_keys(place, lattice), S)
-        dq = subtract_scaled(dq, totals_of(rest), near, S)
-        store_rows(grad_query, batch, head, lattice, place, scaled(dq, scale, S), S)
+        store_about_own_keys(grad_query, lattice, tile, dq, totals_of(rest), key, scale, S)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -108,38 +96,37 @@ def backward_key_kernel(
 ):  # fmt: skip
     """dK and dV, gathered from the queries that see a tile of keys: four products per block."""
     OWN: tl.constexpr = S.own_h * S.own_w
-    batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, True, S)
+    lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, True, S)
     if empty(box):
         return
     scale = number(scale, S)
-    if table is not None:
-        table = head_table(table, head, table_rows, table_columns)
-    place = own_place(box, S)
-    keys = as_keys(place, 1)
-    first = first_row(batch, head, heads, height, width)
-    k = load_rows(key, batch, head, lattice, place, S)
-    v = load_rows(value, batch, head, lattice, place, S)
-    k_term = per_key(score_terms, batch, head, heads, height, width, lattice, place, 1, S)
+    table = head_table(table, lattice.head, table_rows, table_columns)
+    tile = own_place(box, S)
+    keys = as_keys(tile, 1)
+    k = load_rows(key, lattice, tile, S)
+    v = load_rows(value, lattice, tile, S)
+    k_term = per_key(score_terms, lattice, tile, 1, S)
     dk = zero_rows(OWN, S)
     dv = zero_rows(OWN, S)
-    d_terms = zero_totals(OWN, S)
-    reach = queries_of(box, lattice, S)
-    for block in range(block_count(reach, S)):
-        there = block_place(reach, block, S)
-        queries = as_queries(there, reach, lattice, 0, S)
-        q = load_rows(query, batch, head, lattice, there, S)
-        do = load_rows(grad_output, batch, head, lattice, there, S)
-        row = load_numbers(numbers, first, row_index(width, lattice, not_beyond(there, reach, S)), FIRST, 0, S)
+    ds_sums = zero_totals(OWN, S)
+    halo = queries_of(box, lattice, S)
+    for block in range(block_count(halo, S)):
+        there = block_place(halo, block, S)
+        queries = as_queries(there, halo, lattice, 0, S)
+        q = load_rows(query, lattice, there, S)
+        do = load_rows(grad_output, lattice, there, S)
+        row = load_numbers(numbers, lattice, not_beyond(there, halo, S), FIRST, 0, S)
         scores = logits(q, k, row.term, k_term, queries, keys, table, scale, lattice, True, S)
         weights = weights_of_queries(scores, row, table, there, S)
         dv = add_weighted(dv, weights, do, S)
-        d_scores = rounded(weights * (pair_products(do, v, True, S) - row.d), q, S)
-        dk = add_weighted(dk, d_scores, q, S)
+        ds = rounded(weights * (pair_products(do, v, True, S) - row.d), q, S)
+        dk = add_weighted(dk, ds, q, S)
         if S.l2:
-            d_terms = add_totals(d_terms, d_scores, S)
-    dk = scaled(subtract_scaled(dk, totals_of(d_terms), k, S) if S.l2 else dk, scale, S)
-    store_rows(grad_key, batch, head, lattice, place, dk, S)
-    store_rows(grad_value, batch, head, lattice, place, dv, S)
+            ds_sums = add_totals(ds_sums, ds, S)
+    if S.l2:
+        dk = subtract_scaled(dk, totals_of(ds_sums), k, S)
+    store_rows(grad_key, lattice, tile, scaled(dk, scale, S), S)
+    store_rows(grad_value, lattice, tile, dv, S)
 
 
 def backward(operands):

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .geometry import FULL, SIZES, empty, own_place, own_tile
+from .geometry import SIZES, empty, own_place, own_tile
 from .launch import Launch
 from .problem import KEY, QUERY
-from .tiles import Rows, Terms, first_row, load_rows, row_index, row_sums, store_column
+from .tiles import Rows, Terms, load_rows, row_sums, store_column
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -25,16 +25,12 @@ def row_terms_kernel(
 ):  # fmt: skip
     """FACTOR * first * second, summed over the channels."""
     OWN: tl.constexpr = S.own_h * S.own_w
-    batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, KEYS, S)
+    lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, KEYS, S)
     if empty(box):
         return
     place = own_place(box, S)
-    a = load_rows(first, batch, head, lattice, place, S)
-    b = load_rows(second, batch, head, lattice, place, S)
-    if KEYS and S.kind == FULL:
-        width = lattice.keys_x
-    first = first_row(batch, head, heads, height, width)
-    store_column(terms + first, row_index(width, lattice, place), place.valid, row_sums(a, b, OWN, S) * FACTOR)
+    sums = row_sums(load_rows(first, lattice, place, S), load_rows(second, lattice, place, S), OWN, S)
+    store_column(terms, lattice, place, sums * FACTOR, KEYS)
 
 
 def _terms(launch: Launch, first: Rows | None, second: Rows, factor: float, owner: str) -> torch.Tensor:

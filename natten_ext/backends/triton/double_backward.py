@@ -19,7 +19,6 @@ from .geometry import (
     empty,
     keys_of,
     not_beyond,
-    own_keys,
     own_place,
     own_tile,
     queries_of,
@@ -40,14 +39,13 @@ from .tables import head_table, padded_table
 from .tiles import (
     add_totals,
     add_weighted,
-    first_row,
     load_column,
     load_rows,
     number,
     rounded,
-    row_index,
     row_products,
     scaled,
+    store_about_own_keys,
     store_rows,
     subtract_scaled,
     totals_of,
@@ -56,6 +54,20 @@ from .tiles import (
     zero_totals,
     zeros,
 )
+
+
+@triton.jit
+def _weights_and_x(
+    q, gq, row, q_x_term, k, gk, score_terms, x_terms, queries, there, table, cot_table, scale, lattice, S: tl.constexpr
+):
+    """P and X of a tile of queries and a block of keys."""
+    k_term = per_key(score_terms, lattice, there, 0, S)
+    k_x_term = per_key(x_terms, lattice, there, 0, S)
+    scores, x = logits_and_x(
+        q, k, row.term, k_term, gq, gk, q_x_term, k_x_term, queries, as_keys(there, 0), table, cot_table, scale,
+        lattice, False, S,
+    )  # fmt: skip
+    return tl.exp2(scores - row.base - row.log_sum), x
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -68,90 +80,76 @@ def double_query_kernel(
     """Two walks over the keys. The first gives D, r and t (up to five products per block); the second the gradients of
     dO and, unless ``grad_query`` is None, of Q (up to nine)."""
     OWN: tl.constexpr = S.own_h * S.own_w
-    batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
+    lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
     if empty(box):
         return
     scale = number(scale, S)
-    if table is not None:
-        table = head_table(table, head, table_rows, table_columns)
-    if cot_table is not None:
-        cot_table = head_table(cot_table, head, table_rows, table_columns, 2)
-    place = own_place(box, S)
-    queries = as_queries(place, box, lattice, 1, S)
-    first = first_row(batch, head, heads, height, width)
-    index = row_index(width, lattice, place)
-    origin = load_column(base + first, index, place.valid)
-    spread = load_column(log_sum + first, index, place.valid)
-    q = load_rows(query, batch, head, lattice, place, S)
-    q_term = per_query(score_terms, first, index, place.valid, S)
-    q_x_term = per_query(x_terms, first, index, place.valid, S)
-    do = load_rows(grad_output, batch, head, lattice, place, S)
-    gq = load_rows(cot_query, batch, head, lattice, place, S) if cot_query is not None else None
-    reach = keys_of(box, lattice, S)
+    table = head_table(table, lattice.head, table_rows, table_columns)
+    cot_table = head_table(cot_table, lattice.head, table_rows, table_columns, 2)
+    tile = own_place(box, S)
+    queries = as_queries(tile, box, lattice, 1, S)
+    base = load_column(base, lattice, tile)
+    log_sum = load_column(log_sum, lattice, tile)
+    q = load_rows(query, lattice, tile, S)
+    q_term = per_query(score_terms, lattice, tile, S)
+    q_x_term = per_query(x_terms, lattice, tile, S)
+    do = load_rows(grad_output, lattice, tile, S)
+    gq = load_rows(cot_query, lattice, tile, S)
+    halo = keys_of(box, lattice, S)
 
     # From the rounded O, D is near enough to be subtracted from dP; the rest follows from the sums.
-    near_d = row_products(do, load_rows(output, batch, head, lattice, place, S), OWN, S)
+    row = RowNumbers(base, log_sum, row_products(do, load_rows(output, lattice, tile, S), OWN, S), q_term)
     rest = zeros(OWN, 1, S.accumulate)
     r = zeros(OWN, 1, S.accumulate)
     t = zeros(OWN, 1, S.accumulate)
-    for block in tl.range(block_count(reach, S), disable_licm=S.streamed or wide(S.chunks)):
-        there = block_place(reach, block, S)
-        keys = as_keys(there, 0)
-        k = load_rows(key, batch, head, lattice, there, S)
-        v = load_rows(value, batch, head, lattice, there, S)
-        gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
-        gv = load_rows(cot_value, batch, head, lattice, there, S) if cot_value is not None else None
-        k_term = per_key(score_terms, batch, head, heads, height, width, lattice, there, 0, S)
-        k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, there, 0, S)
-        scores, x = logits_and_x(
-            q, k, q_term, k_term, gq, gk, q_x_term, k_x_term, queries, keys, table, cot_table, scale, lattice, False, S
+    for block in tl.range(block_count(halo, S), disable_licm=S.streamed or wide(S.chunks)):
+        there = block_place(halo, block, S)
+        k = load_rows(key, lattice, there, S)
+        v = load_rows(value, lattice, there, S)
+        gk = load_rows(cot_key, lattice, there, S)
+        gv = load_rows(cot_value, lattice, there, S)
+        weights, x = _weights_and_x(
+            q, gq, row, q_x_term, k, gk, score_terms, x_terms, queries, there, table, cot_table, scale, lattice, S
         )
-        weights = tl.exp2(scores - origin - spread)
-        d_weights = pair_products(do, v, False, S) - near_d
-        rest += tl.sum(weights * d_weights, 1, keep_dims=True)
+        c = pair_products(do, v, False, S) - row.d
+        rest += tl.sum(weights * c, 1, keep_dims=True)
         r += tl.sum(weights * x, 1, keep_dims=True)
-        inner = x * d_weights
+        inner = x * c
         if gv is not None:
             inner += pair_products(do, gv, False, S)
         t += tl.sum(weights * inner, 1, keep_dims=True)
-    d = near_d + rest
+    row = RowNumbers(base, log_sum, row.d + rest, q_term)
     t -= r * rest
-    store_numbers(numbers, first, index, place.valid, RowNumbers(origin, spread, d, q_term), 0, SECOND, S)
-    store_numbers(numbers, first, index, place.valid, SecondNumbers(r, t, q_x_term), FIRST, SECOND, S)
+    store_numbers(numbers, lattice, tile, row, 0, SECOND, S)
+    store_numbers(numbers, lattice, tile, SecondNumbers(r, t, q_x_term), FIRST, SECOND, S)
 
     d_do = zero_rows(OWN, S)
     dq = zero_rows(OWN, S)
-    rest = zero_totals(OWN, S)
-    for block in tl.range(block_count(reach, S), disable_licm=S.streamed or wide(S.chunks)):
-        there = block_place(reach, block, S)
-        keys = as_keys(there, 0)
-        k = load_rows(key, batch, head, lattice, there, S)
-        v = load_rows(value, batch, head, lattice, there, S)
-        gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
-        gv = load_rows(cot_value, batch, head, lattice, there, S) if cot_value is not None else None
-        k_term = per_key(score_terms, batch, head, heads, height, width, lattice, there, 0, S)
-        k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, there, 0, S)
-        scores, x = logits_and_x(
-            q, k, q_term, k_term, gq, gk, q_x_term, k_x_term, queries, keys, table, cot_table, scale, lattice, False, S
+    sb_sums = zero_totals(OWN, S)
+    for block in tl.range(block_count(halo, S), disable_licm=S.streamed or wide(S.chunks)):
+        there = block_place(halo, block, S)
+        k = load_rows(key, lattice, there, S)
+        v = load_rows(value, lattice, there, S)
+        gk = load_rows(cot_key, lattice, there, S)
+        gv = load_rows(cot_value, lattice, there, S)
+        weights, x = _weights_and_x(
+            q, gq, row, q_x_term, k, gk, score_terms, x_terms, queries, there, table, cot_table, scale, lattice, S
         )
-        weights = tl.exp2(scores - origin - spread)
-        x -= r
-        d_do = add_weighted(d_do, rounded(weights * x, v, S), v, S)
+        y = x - r
+        d_do = add_weighted(d_do, rounded(weights * y, v, S), v, S)
         if gv is not None:
             d_do = add_weighted(d_do, rounded(weights, gv, S), gv, S)
         if grad_query is not None:
-            d_weights = pair_products(do, v, False, S) - d
+            c = pair_products(do, v, False, S) - row.d
             g = pair_products(do, gv, False, S) if gv is not None else None
-            d_scores = rounded(second_score_gradient(weights, x, d_weights, g, t), k, S)
-            dq = add_weighted(dq, d_scores, k, S)
-            rest = add_totals(rest, d_scores, S)
+            sb = rounded(second_score_gradient(weights, y, c, g, t), k, S)
+            dq = add_weighted(dq, sb, k, S)
+            sb_sums = add_totals(sb_sums, sb, S)
             if gk is not None:
-                dq = add_weighted(dq, rounded(weights * d_weights, gk, S), gk, S)
-    store_rows(grad_grad_output, batch, head, lattice, place, d_do, S)
+                dq = add_weighted(dq, rounded(weights * c, gk, S), gk, S)
+    store_rows(grad_grad_output, lattice, tile, d_do, S)
     if grad_query is not None:
-        near = load_rows(key, batch, head, lattice, own_keys(place, lattice), S)
-        dq = subtract_scaled(dq, totals_of(rest), near, S)
-        store_rows(grad_query, batch, head, lattice, place, scaled(dq, scale, S), S)
+        store_about_own_keys(grad_query, lattice, tile, dq, totals_of(sb_sums), key, scale, S)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -163,60 +161,57 @@ def double_key_kernel(
 ):  # fmt: skip
     """Gradients of K and V, gathered from the queries that see a tile of keys: up to eight products per block."""
     OWN: tl.constexpr = S.own_h * S.own_w
-    batch, head, lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, True, S)
+    lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, True, S)
     if empty(box):
         return
     scale = number(scale, S)
-    if table is not None:
-        table = head_table(table, head, table_rows, table_columns)
-    if cot_table is not None:
-        cot_table = head_table(cot_table, head, table_rows, table_columns, 2)
-    place = own_place(box, S)
-    keys = as_keys(place, 1)
-    first = first_row(batch, head, heads, height, width)
-    k = load_rows(key, batch, head, lattice, place, S)
-    v = load_rows(value, batch, head, lattice, place, S)
-    gk = load_rows(cot_key, batch, head, lattice, place, S) if cot_key is not None else None
-    gv = load_rows(cot_value, batch, head, lattice, place, S) if cot_value is not None else None
-    k_term = per_key(score_terms, batch, head, heads, height, width, lattice, place, 1, S)
-    k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, place, 1, S)
+    table = head_table(table, lattice.head, table_rows, table_columns)
+    cot_table = head_table(cot_table, lattice.head, table_rows, table_columns, 2)
+    tile = own_place(box, S)
+    keys = as_keys(tile, 1)
+    k = load_rows(key, lattice, tile, S)
+    v = load_rows(value, lattice, tile, S)
+    gk = load_rows(cot_key, lattice, tile, S)
+    gv = load_rows(cot_value, lattice, tile, S)
+    k_term = per_key(score_terms, lattice, tile, 1, S)
+    k_x_term = per_key(x_terms, lattice, tile, 1, S)
     dk = zero_rows(OWN, S)
     dv = zero_rows(OWN, S)
-    d_terms = zero_totals(OWN, S)
-    first_d_terms = zero_totals(OWN, S)
-    reach = queries_of(box, lattice, S)
-    for block in tl.range(block_count(reach, S), disable_licm=S.streamed or wide(S.chunks)):
-        there = block_place(reach, block, S)
-        queries = as_queries(there, reach, lattice, 0, S)
-        index = row_index(width, lattice, not_beyond(there, reach, S))
-        row = load_numbers(numbers, first, index, SECOND, 0, S)
-        second = load_second_numbers(numbers, first, index, 0, S)
-        q = load_rows(query, batch, head, lattice, there, S)
-        gq = load_rows(cot_query, batch, head, lattice, there, S) if cot_query is not None else None
-        do = load_rows(grad_output, batch, head, lattice, there, S)
+    sb_sums = zero_totals(OWN, S)
+    ds_sums = zero_totals(OWN, S)
+    halo = queries_of(box, lattice, S)
+    for block in tl.range(block_count(halo, S), disable_licm=S.streamed or wide(S.chunks)):
+        there = block_place(halo, block, S)
+        queries = as_queries(there, halo, lattice, 0, S)
+        seeing = not_beyond(there, halo, S)
+        row = load_numbers(numbers, lattice, seeing, SECOND, 0, S)
+        second = load_second_numbers(numbers, lattice, seeing, 0, S)
+        q = load_rows(query, lattice, there, S)
+        gq = load_rows(cot_query, lattice, there, S)
+        do = load_rows(grad_output, lattice, there, S)
         scores, x = logits_and_x(
             q, k, row.term, k_term, gq, gk, second.term, k_x_term, queries, keys, table, cot_table, scale, lattice,
             True, S,
         )  # fmt: skip
         weights = weights_of_queries(scores, row, table, there, S)
-        x -= second.r
-        dv = add_weighted(dv, rounded(weights * x, do, S), do, S)
-        d_weights = pair_products(do, v, True, S) - row.d
+        y = x - second.r
+        dv = add_weighted(dv, rounded(weights * y, do, S), do, S)
+        c = pair_products(do, v, True, S) - row.d
         g = pair_products(do, gv, True, S) if gv is not None else None
-        d_scores = rounded(second_score_gradient(weights, x, d_weights, g, second.t), q, S)
-        dk = add_weighted(dk, d_scores, q, S)
-        first_d_scores = rounded(weights * d_weights, q, S)
+        sb = rounded(second_score_gradient(weights, y, c, g, second.t), q, S)
+        dk = add_weighted(dk, sb, q, S)
+        ds = rounded(weights * c, q, S)
         if gq is not None:
-            dk = add_weighted(dk, first_d_scores, gq, S)
+            dk = add_weighted(dk, ds, gq, S)
         if S.l2:
-            d_terms = add_totals(d_terms, d_scores, S)
-            first_d_terms = add_totals(first_d_terms, first_d_scores, S)
+            sb_sums = add_totals(sb_sums, sb, S)
+            ds_sums = add_totals(ds_sums, ds, S)
     if S.l2:
-        dk = subtract_scaled(dk, totals_of(d_terms), k, S)
+        dk = subtract_scaled(dk, totals_of(sb_sums), k, S)
         if gk is not None:
-            dk = subtract_scaled(dk, totals_of(first_d_terms), gk, S)
-    store_rows(grad_key, batch, head, lattice, place, scaled(dk, scale, S), S)
-    store_rows(grad_value, batch, head, lattice, place, dv, S)
+            dk = subtract_scaled(dk, totals_of(ds_sums), gk, S)
+    store_rows(grad_key, lattice, tile, scaled(dk, scale, S), S)
+    store_rows(grad_value, lattice, tile, dv, S)
 
 
 def double_backward(operands):

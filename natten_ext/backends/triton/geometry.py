@@ -22,8 +22,14 @@ SIZES = ("scale", "heads", "tiles", "height", "width", "window_y", "window_x", "
 
 
 class Lattice(NamedTuple):
-    """Positions ``(y, x)`` of a lattice are the pixels ``origin + step * position``."""
+    """One of an image and a head: its positions ``(y, x)`` are the pixels ``origin + step * position``."""
 
+    batch: object
+    head: object
+    first_query: object  # index of the image's and head's first row in a tensor (batch, heads, height, width)
+    first_key: object
+    width: object  # of a map of queries
+    keys_width: object
     origin_y: object
     origin_x: object
     step_y: object
@@ -78,8 +84,10 @@ def window_of(head, members, height, width, window_y, window_x, S: tl.constexpr)
 
 
 @triton.jit
-def lattice_at(row, column, window, height, width, S: tl.constexpr):
+def lattice_at(batch, head, heads, row, column, window, height, width, S: tl.constexpr):
     """The lattice of one residue class, or one window."""
+    first_query = (batch.to(tl.int64) * heads + head) * height * width
+    first_key = first_query
     origin_y = row
     origin_x = column
     queries_y = height
@@ -93,10 +101,14 @@ def lattice_at(row, column, window, height, width, S: tl.constexpr):
         queries_y = window.y
         queries_x = window.x
     keys_x = queries_x
+    keys_width = width
     if S.kind == FULL:
         keys_x = window.x
+        keys_width = window.x
+        first_key = (batch.to(tl.int64) * heads + head) * keys_width
     return Lattice(
-        origin_y, origin_x, window.step_y, window.step_x, queries_y, queries_x, queries_y, keys_x, window.y, window.x
+        batch, head, first_query, first_key, width, keys_width, origin_y, origin_x, window.step_y, window.step_x,
+        queries_y, queries_x, queries_y, keys_x, window.y, window.x,
     )  # fmt: skip
 
 
@@ -111,8 +123,12 @@ def tile_box(lattice, tile_y, tile_x, KEYS: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def locate(tile, head, members, height, width, window_y, window_x, KEYS: tl.constexpr, S: tl.constexpr):
-    """Lattice of a program's tile, and the box of queries (or, with KEYS, of keys) in it, empty if there is none."""
+def own_tile(heads, tiles, members, height, width, window_y, window_x, KEYS: tl.constexpr, S: tl.constexpr):
+    """Lattice of this program's tile, and the box of queries (or, with KEYS, of keys) in it, empty if there is none."""
+    program = tl.program_id(0)
+    head = program % heads
+    batch = program // heads // tiles
+    tile = program // heads % tiles
     window = window_of(head, members, height, width, window_y, window_x, S)
     across_x = width
     if S.kind == NEIGHBORHOOD:
@@ -123,19 +139,9 @@ def locate(tile, head, members, height, width, window_y, window_x, KEYS: tl.cons
     instances = window.rows * window.columns
     instance = tile % instances
     part = tile // instances
-    lattice = lattice_at(instance // window.columns, instance % window.columns, window, height, width, S)
+    row = instance // window.columns
+    lattice = lattice_at(batch, head, heads, row, instance % window.columns, window, height, width, S)
     return lattice, tile_box(lattice, part // tiles_x, part % tiles_x, KEYS, S)
-
-
-@triton.jit
-def own_tile(heads, tiles, members, height, width, window_y, window_x, KEYS: tl.constexpr, S: tl.constexpr):
-    """Image and head of this program, and the lattice and box of its tile (see ``locate``)."""
-    program = tl.program_id(0)
-    head = program % heads
-    batch = program // heads // tiles
-    tile = program // heads % tiles
-    lattice, box = locate(tile, head, members, height, width, window_y, window_x, KEYS, S)
-    return batch, head, lattice, box
 
 
 @triton.jit

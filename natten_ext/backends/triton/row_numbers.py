@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import store_column
+from .tiles import row_index
 
 FIRST = tl.constexpr(4)  # numbers of a row in the backward
 SECOND = tl.constexpr(8)  # in the double backward
@@ -35,12 +35,14 @@ class SecondNumbers(NamedTuple):
 
 
 @triton.jit
-def store_numbers(rows, first, index, valid, numbers, START: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
-    """Write columns of numbers; ``COUNT`` are all of a row. The last is of l2 only."""
-    here = index.to(tl.int64) * COUNT
-    for i in tl.static_range(len(numbers)):
-        if S.l2 or i < len(numbers) - 1:
-            store_column(rows + first * COUNT + (START + i), here, valid, numbers[i])
+def store_numbers(numbers, lattice, place, columns, START: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
+    """Write some numbers of every row, each given as a column, from number ``START`` of ``COUNT`` on. The last of the
+    columns is of l2 only."""
+    index = row_index(lattice, place).to(tl.int64) * COUNT
+    for i in tl.static_range(len(columns)):
+        if S.l2 or i < len(columns) - 1:
+            addresses = numbers + lattice.first_query * COUNT + (START + i) + index[:, None]
+            tl.store(addresses, columns[i], mask=place.valid[:, None])
 
 
 @triton.jit
@@ -56,16 +58,22 @@ def _load_four(addresses, S: tl.constexpr):
 
 
 @triton.jit
-def load_numbers(rows, first, index, COUNT: tl.constexpr, AXIS: tl.constexpr, S: tl.constexpr):
-    """Numbers of rows, all of which must exist, along axis 1 - AXIS of the scores."""
-    addresses = rows + first * COUNT + tl.expand_dims(index.to(tl.int64) * COUNT, AXIS)
+def _addresses(numbers, lattice, place, COUNT: tl.constexpr, AXIS: tl.constexpr):
+    index = row_index(lattice, place).to(tl.int64) * COUNT
+    return numbers + lattice.first_query * COUNT + tl.expand_dims(index, AXIS)
+
+
+@triton.jit
+def load_numbers(numbers, lattice, place, COUNT: tl.constexpr, AXIS: tl.constexpr, S: tl.constexpr):
+    """Numbers of queries, all of which must exist, along axis 1 - AXIS of the scores."""
+    addresses = _addresses(numbers, lattice, place, COUNT, AXIS)
     base, log_sum, d, term = _load_four(addresses, S)
     return RowNumbers(base, log_sum, d, term)
 
 
 @triton.jit
-def load_second_numbers(rows, first, index, AXIS: tl.constexpr, S: tl.constexpr):
+def load_second_numbers(numbers, lattice, place, AXIS: tl.constexpr, S: tl.constexpr):
     """Likewise, those that only the double backward has."""
-    addresses = rows + first * SECOND + FIRST + tl.expand_dims(index.to(tl.int64) * SECOND, AXIS)
+    addresses = _addresses(numbers, lattice, place, SECOND, AXIS) + FIRST
     r, t, term, _ = _load_four(addresses, S)
     return SecondNumbers(r, t, term)

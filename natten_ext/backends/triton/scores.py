@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .geometry import FULL, in_lattice, visible
+from .geometry import as_keys, block_place, in_lattice, visible
 from .tables import entries_of, entry_pairs_of
-from .tiles import LOG2E, add_product, first_row, load_column, multiply_add, product, row_index
+from .tiles import LOG2E, add_product, load_column, load_rows, multiply_add, product, row_index
 
 
 @triton.jit
@@ -62,25 +62,34 @@ def pair_products(of_queries, of_keys, KEYS: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def per_query(terms, first, index, valid, S: tl.constexpr):
+def per_query(terms, lattice, place, S: tl.constexpr):
     """Terms of the tile's queries (``distances.py``), as a column; for ``dot`` there are none."""
     if S.l2:
-        return load_column(terms.of_queries + first, index, valid)
+        return load_column(terms.of_queries, lattice, place)
     else:
         return tl.zeros((1, 1), S.accumulate)
 
 
 @triton.jit
-def per_key(terms, batch, head, heads, height, width, lattice, place, AXIS: tl.constexpr, S: tl.constexpr):
+def per_key(terms, lattice, place, AXIS: tl.constexpr, S: tl.constexpr):
     """Terms of keys along axis 1 - AXIS. Of one that is not there it is another's: a mask takes more instructions."""
     if S.l2:
-        if S.kind == FULL:
-            width = lattice.keys_x
-        index = row_index(width, lattice, in_lattice(place, lattice, S))
-        first = first_row(batch, head, heads, height, width)
-        return tl.expand_dims(tl.load(terms.of_keys + first + index), AXIS)
+        index = row_index(lattice, in_lattice(place, lattice, S), True)
+        return tl.expand_dims(tl.load(terms.of_keys + lattice.first_key + index), AXIS)
     else:
         return tl.zeros((1, 1), S.accumulate)
+
+
+@triton.jit
+def block_of_keys(
+    key, value, score_terms, q, q_term, queries, table, scale, lattice, halo, block, S: tl.constexpr
+):  # fmt: skip
+    """A block of a walk over the keys that a tile of queries sees: K, V and the ``logits``."""
+    there = block_place(halo, block, S)
+    k = load_rows(key, lattice, there, S)
+    v = load_rows(value, lattice, there, S)
+    k_term = per_key(score_terms, lattice, there, 0, S)
+    return k, v, logits(q, k, q_term, k_term, queries, as_keys(there, 0), table, scale, lattice, False, S)
 
 
 @triton.jit
@@ -116,9 +125,9 @@ def _x_products(q, cot_q, k, cot_k, q_term, k_term, KEYS: tl.constexpr, S: tl.co
 
 
 @triton.jit
-def second_score_gradient(weights, x, d_weights, g, offset):
-    """Sb, the gradient with respect to the scores in the double backward, from X - r and dP - D; ``g`` may be None."""
-    inner = x * d_weights
+def second_score_gradient(weights, y, c, g, t):
+    """Sb = P * (Y * C + G - t), of the names in docs/double_backward.md; G may be None."""
+    inner = y * c
     if g is not None:
         inner += g
-    return weights * (inner - offset)
+    return weights * (inner - t)

@@ -8,8 +8,6 @@ backward.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -26,12 +24,12 @@ from .geometry import (
     tile_box,
     window_of,
 )
-from .launch import made_on
+from .launch import kept_on_device, made_on
 from .problem import QUERY, Problem, Tiling, displacements, offset_extent
 from .row_numbers import FIRST, SECOND, load_numbers, load_second_numbers
 from .scores import logits, logits_and_x, pair_products, per_key, second_score_gradient
 from .tables import head_table
-from .tiles import first_row, load_rows, number, row_index, wide
+from .tiles import load_rows, number, wide
 
 # Fixed, so that sums have one order on every GPU: programs that a GPU is full with; tiles that a program visits, unless
 # there would be more programs than may be.
@@ -103,61 +101,59 @@ def table_shares_kernel(
     visit = visit // (last_x - first_x)
     tile_y = first_y + visit % (last_y - first_y)
     visit = visit // (last_y - first_y)
-    column = visit % window.columns
+    lattice_x = visit % window.columns
     visit = visit // window.columns
-    row = visit % window.rows
+    lattice_y = visit % window.rows
     batch = visit // window.rows
 
     pairs = tl.zeros((OWN, BLOCK), S.accumulate)
     element = tl.arange(0, BLOCK)
     for _ in tl.range(visits, disable_licm=wide(S.chunks) and not S.streamed):
-        lattice = lattice_at(row, column, window, height, width, S)
+        lattice = lattice_at(batch, head, heads, lattice_y, lattice_x, window, height, width, S)
         box = tile_box(lattice, tile_y, tile_x, False, S)
-        place = own_place(box, S)
-        queries = as_queries(place, box, lattice, 1, S)
+        tile = own_place(box, S)
+        queries = as_queries(tile, box, lattice, 1, S)
         y = box.low_y + down + element // S.block_w
         x = box.low_x + right + element % S.block_w
         there = in_keys(y, x, lattice, S)
         keys = as_keys(there, 0)
-        first = first_row(batch, head, heads, height, width)
-        index = row_index(width, lattice, not_beyond(place, box, S))
-        seen = load_numbers(numbers, first, index, COUNT, 1, S)
-        q = load_rows(query, batch, head, lattice, place, S)
-        k = load_rows(key, batch, head, lattice, there, S)
-        k_term = per_key(score_terms, batch, head, heads, height, width, lattice, there, 0, S)
+        existing = not_beyond(tile, box, S)
+        row = load_numbers(numbers, lattice, existing, COUNT, 1, S)
+        q = load_rows(query, lattice, tile, S)
+        k = load_rows(key, lattice, there, S)
+        k_term = per_key(score_terms, lattice, there, 0, S)
         if SECOND_ORDER:
-            second = load_second_numbers(numbers, first, index, 1, S)
-            gq = load_rows(cot_query, batch, head, lattice, place, S) if cot_query is not None else None
-            gk = load_rows(cot_key, batch, head, lattice, there, S) if cot_key is not None else None
-            k_x_term = per_key(x_terms, batch, head, heads, height, width, lattice, there, 0, S)
+            second = load_second_numbers(numbers, lattice, existing, 1, S)
+            gq = load_rows(cot_query, lattice, tile, S)
+            gk = load_rows(cot_key, lattice, there, S)
+            k_x_term = per_key(x_terms, lattice, there, 0, S)
             scores, x = logits_and_x(
-                q, k, seen.term, k_term, gq, gk, second.term, k_x_term, queries, keys, table, cot_table, scale, lattice,
+                q, k, row.term, k_term, gq, gk, second.term, k_x_term, queries, keys, table, cot_table, scale, lattice,
                 False, S,
             )  # fmt: skip
-            weights = tl.exp2(scores - seen.base - seen.log_sum)
-            do = load_rows(grad_output, batch, head, lattice, place, S)
-            v = load_rows(value, batch, head, lattice, there, S)
-            d_weights = pair_products(do, v, False, S) - seen.d
-            g = None
-            if cot_value is not None:
-                g = pair_products(do, load_rows(cot_value, batch, head, lattice, there, S), False, S)
-            pairs += second_score_gradient(weights, x - second.r, d_weights, g, second.t)
+            weights = tl.exp2(scores - row.base - row.log_sum)
+            do = load_rows(grad_output, lattice, tile, S)
+            v = load_rows(value, lattice, there, S)
+            c = pair_products(do, v, False, S) - row.d
+            gv = load_rows(cot_value, lattice, there, S)
+            g = pair_products(do, gv, False, S) if gv is not None else None
+            pairs += second_score_gradient(weights, x - second.r, c, g, second.t)
         else:
-            scores = logits(q, k, seen.term, k_term, queries, keys, table, scale, lattice, False, S)
-            weights = tl.exp2(scores - seen.base - seen.log_sum)
-            do = load_rows(grad_output, batch, head, lattice, place, S)
-            v = load_rows(value, batch, head, lattice, there, S)
-            pairs += weights * (pair_products(do, v, False, S) - seen.d)
+            scores = logits(q, k, row.term, k_term, queries, keys, table, scale, lattice, False, S)
+            weights = tl.exp2(scores - row.base - row.log_sum)
+            do = load_rows(grad_output, lattice, tile, S)
+            v = load_rows(value, lattice, there, S)
+            pairs += weights * (pair_products(do, v, False, S) - row.d)
 
         tile_x += 1
         tile_y += (tile_x == last_x).to(tl.int32)
         tile_x = tl.where(tile_x == last_x, first_x, tile_x)
-        column += (tile_y == last_y).to(tl.int32)
+        lattice_x += (tile_y == last_y).to(tl.int32)
         tile_y = tl.where(tile_y == last_y, first_y, tile_y)
-        row += (column == window.columns).to(tl.int32)
-        column = tl.where(column == window.columns, 0, column)
-        batch += (row == window.rows).to(tl.int32)
-        row = tl.where(row == window.rows, 0, row)
+        lattice_y += (lattice_x == window.columns).to(tl.int32)
+        lattice_x = tl.where(lattice_x == window.columns, 0, lattice_x)
+        batch += (lattice_y == window.rows).to(tl.int32)
+        lattice_y = tl.where(lattice_y == window.rows, 0, lattice_y)
 
     here = sums + slot.to(tl.int64) * (COLUMNS * ROWS)
     index = tl.arange(0, COLUMNS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -207,7 +203,7 @@ def table_sum_kernel(
     )
 
 
-@functools.lru_cache(maxsize=256)
+@kept_on_device
 def _work_on(device: torch.device, problem: Problem, tiles: Tiling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """On a device: a row for every program, a row for every displacement, and the first of these of every head.
 

@@ -81,10 +81,13 @@ class Table(NamedTuple):
 
 @triton.jit
 def head_table(padded, head, rows, columns, COUNT: tl.constexpr = 1):
-    """The table of a head, with ``COUNT`` numbers per entry."""
-    width = columns + 1
-    centre = padded + ((head * (rows + 1) + rows // 2) * width + columns // 2) * COUNT
-    return Table(centre, width, (rows - rows // 2) * width, columns - columns // 2)
+    """The table of a head, with ``COUNT`` numbers per entry; None of None."""
+    if padded is None:
+        return
+    else:
+        width = columns + 1
+        centre = padded + ((head * (rows + 1) + rows // 2) * width + columns // 2) * COUNT
+        return Table(centre, width, (rows - rows // 2) * width, columns - columns // 2)
 
 
 @triton.jit

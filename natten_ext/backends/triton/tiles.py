@@ -12,6 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .geometry import own_keys
+
 LOG2E = tl.constexpr(1.4426950408889634)
 TOTALS = tl.constexpr(16)  # columns of totals: the narrowest product
 
@@ -130,9 +132,9 @@ def multiply_add(x, factor, total, S: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(rows, batch, head, lattice, place, S: tl.constexpr):
+def row_pointers(rows, lattice, place, S: tl.constexpr):
     """Address of the first channel at every place; offsets are 64 bits wide."""
-    image = batch.to(tl.int64) * rows.batch + head.to(tl.int64) * rows.head
+    image = lattice.batch.to(tl.int64) * rows.batch + lattice.head.to(tl.int64) * rows.head
     y = (lattice.origin_y + place.y * lattice.step_y).to(tl.int64)
     x = (lattice.origin_x + place.x * lattice.step_x).to(tl.int64)
     return rows.pointer + image * S.align + (y * rows.y + x * rows.x) * S.align
@@ -159,13 +161,17 @@ def load_chunk(pointers, valid, INDEX: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def load_rows(rows, batch, head, lattice, place, S: tl.constexpr):
-    pointers = row_pointers(rows, batch, head, lattice, place, S)
-    held = ()
-    if not S.streamed:
-        for index in tl.static_range(len(S.chunks)):
-            held = held + (load_chunk(pointers, place.valid, index, S),)
-    return Operand(pointers, place.valid, held)
+def load_rows(rows, lattice, place, S: tl.constexpr):
+    """Those of a tensor at some places of a lattice; None of None."""
+    if rows is None:
+        return
+    else:
+        pointers = row_pointers(rows, lattice, place, S)
+        held = ()
+        if not S.streamed:
+            for index in tl.static_range(len(S.chunks)):
+                held = held + (load_chunk(pointers, place.valid, index, S),)
+        return Operand(pointers, place.valid, held)
 
 
 @triton.jit
@@ -255,8 +261,8 @@ def row_products(a, b, HEIGHT: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def store_rows(rows, batch, head, lattice, place, values, S: tl.constexpr):
-    pointers = row_pointers(rows, batch, head, lattice, place, S)
+def store_rows(rows, lattice, place, values, S: tl.constexpr):
+    pointers = row_pointers(rows, lattice, place, S)
     for index in tl.static_range(len(S.chunks)):
         channel = _first(S.chunks, index) + tl.arange(0, _width(S.chunks, index))
         mask = place.valid[:, None]
@@ -267,28 +273,23 @@ def store_rows(rows, batch, head, lattice, place, values, S: tl.constexpr):
 
 
 @triton.jit
-def first_row(batch, head, heads, height, width):
-    """Index of an image's and head's first row in a tensor ``(batch, heads, height, width)`` of numbers per row."""
-    return (batch.to(tl.int64) * heads + head) * height * width
-
-
-@triton.jit
-def row_index(width, lattice, place):
-    """Index of every place's row beyond the first."""
+def row_index(lattice, place, KEYS: tl.constexpr = False):
+    """Index of every place's number among those of the lattice's image and head, of queries or, with KEYS, of keys."""
     y = lattice.origin_y + place.y * lattice.step_y
     x = lattice.origin_x + place.x * lattice.step_x
-    return y * width + x
+    return y * (lattice.keys_width if KEYS else lattice.width) + x
 
 
 @triton.jit
-def load_column(numbers, index, valid):
-    """Numbers of rows, as a column; zero for rows that do not exist."""
-    return tl.load(numbers + index, mask=valid, other=0.0)[:, None]
+def load_column(numbers, lattice, place):
+    """Numbers of queries, as a column; zero for those that do not exist."""
+    return tl.load(numbers + lattice.first_query + row_index(lattice, place), mask=place.valid, other=0.0)[:, None]
 
 
 @triton.jit
-def store_column(numbers, index, valid, column):
-    tl.store(numbers + index[:, None], column, mask=valid[:, None])
+def store_column(numbers, lattice, place, column, KEYS: tl.constexpr = False):
+    first = lattice.first_key if KEYS else lattice.first_query
+    tl.store(numbers + first + row_index(lattice, place, KEYS)[:, None], column, mask=place.valid[:, None])
 
 
 @triton.jit
@@ -308,3 +309,11 @@ def subtract_scaled(rows, factor, operand, S: tl.constexpr):
         chunk = chunk_of(operand, index, S).to(S.accumulate)
         results = results + (rows[index] - factor * chunk,)
     return results
+
+
+@triton.jit
+def store_about_own_keys(grad_query, lattice, tile, dq, sums, key, scale, S: tl.constexpr):
+    """dQ, scaled, about the key at each query's own place: ``sums`` are the rows' of score gradients, which should be
+    zero, so that what is left of them counts differences of keys only."""
+    near = load_rows(key, lattice, own_keys(tile, lattice), S)
+    store_rows(grad_query, lattice, tile, scaled(subtract_scaled(dq, sums, near, S), scale, S), S)
