@@ -38,16 +38,12 @@ class _Patched:
 
 def _patch_once(patch_lang):
     """Triton patches its language module in every nested call again; the outermost one is enough."""
-    from triton import language
-
     active: set[int] = set()
 
     class Scope:
         def __init__(self, inner, module: int) -> None:
             self.inner = inner
             active.add(module)
-            # Its own conversion to an integer is an error from numpy 2.4 on.
-            language.tensor.__index__ = lambda tensor: tensor.handle.data.item()
 
         def restore(self) -> None:
             # Only the outermost does, and with it what calls from other modules patched.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -55,6 +56,19 @@ def test_cpu_tensors_need_the_interpreter():
     )
     chosen, message = run(code).splitlines()
     assert chosen == "cpu" and "TRITON_INTERPRET=1" in message
+
+
+@pytest.mark.slow
+def test_the_interpreter_needs_nothing_of_these_tests():
+    """Triton 3.6's own cannot count blocks with numpy 2.4."""
+    pytest.importorskip("triton")
+    code = (
+        "import natten_ext, torch; q = torch.randn(1, 6, 6, 1, 8)\n"
+        "one, two = (natten_ext.neighborhood_attention(q, q, q, kernel_size=3, backend=b)"
+        " for b in ('triton', 'reference'))\n"
+        "print((one - two).abs().max() < 1e-5)"
+    )
+    assert "True" in run(code, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize(
@@ -197,3 +211,46 @@ def test_what_is_kept_is_not_allocated_by_the_calling_thread(monkeypatch):
     assert kept.tolist() == [list(member) for member in members] and kept.dtype == torch.int32
     assert launch._members_on(torch.device("cpu"), members) is kept
     assert len(threads) == 1 and threads[0] != threading.get_ident()
+
+
+def test_first_use_while_a_graph_is_captured(monkeypatch):
+    """Nothing can be copied to a device then; and what a graph has read stays, whatever else comes."""
+    launch = pytest.importorskip("natten_ext.backends.triton.launch")
+    capturing = False
+    monkeypatch.setattr(launch, "_capturing", lambda device: capturing)
+    kept = launch.kept_on_device(lambda device, number: launch.made_on(device, [number]))
+    cpu = torch.device("cpu")
+    kept(cpu, 1)
+    capturing = True
+    with pytest.raises(RuntimeError, match="run it once before the capture"):
+        kept(cpu, 3)
+    graph = weakref.ref(kept(cpu, 1))
+    capturing = False
+    eager = weakref.ref(kept(cpu, 2))
+    for number in range(3, 1100):
+        kept(cpu, number)
+    assert (graph() is not None, eager()) == (True, None)
+
+
+def test_one_stage_where_the_compiler_cannot_overlap_iterations(monkeypatch):
+    """Triton before 3.8 on compute capability 10.x; every GPU without a section has a configuration."""
+    configs = pytest.importorskip("natten_ext.backends.triton.configs")
+
+    def stages(section: str, version: str) -> set[int]:
+        monkeypatch.setattr(configs.triton, "__version__", version)
+        configs.pipelines.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(configs, "architecture", lambda device: section)
+            return {
+                configs.lookup(None, step, shape_class, dtype, full, channels).stages
+                for step in configs.STEPS
+                for shape_class in ("full", "grid", "windows", "neighborhood")
+                for dtype, full in ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))
+                for channels in configs.CHANNELS
+            }
+
+    assert stages("sm_100", "3.6.0") == stages("sm_103", "3.7.1") == {1}
+    assert stages("sm_100", "3.8.0") == stages("sm_120", "3.6.0") == stages("sm_90", "3.6.0+git") == {1, 2}
+    with configs.forced(configs.Config(64, 64, 4, 3)):
+        assert (stages("sm_103", "3.6.0"), stages("sm_90", "3.6.0")) == ({1}, {3})
+    configs.pipelines.cache_clear()

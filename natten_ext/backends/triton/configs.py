@@ -52,6 +52,17 @@ def fitted(config: Config, rows: int) -> Config:
     return config._replace(warps=min(config.warps, rows // ROWS_PER_WARP))
 
 
+@functools.cache
+def pipelines(section: str) -> bool:
+    """Whether the compiler overlaps iterations of loops correctly on an architecture.
+
+    Before 3.8 it may not for compute capability 10.x: of two products that are added to one sum, as in the double
+    backward, the first may start before the second of the iteration before is there (triton-lang/triton#10821, #10988).
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return not section.startswith("sm_10") or version >= (3, 8)
+
+
 # Every operation costs the same there, however large.
 INTERPRETER = Config(128, 64, 1, 1)
 
@@ -112,9 +123,9 @@ def forced(config: Config) -> Iterator[None]:
 
 def lookup(device: torch.device, step: str, shape_class: str, dtype: torch.dtype, full: bool, head_dim: int) -> Config:
     """The configuration of a step."""
-    if _forced is not None:
-        return _forced
-    return _lookup(architecture(device), step, shape_class, dtype_class(dtype, full), channel_class(head_dim))
+    section = architecture(device)
+    config = _forced or _lookup(section, step, shape_class, dtype_class(dtype, full), channel_class(head_dim))
+    return config if pipelines(section) else config._replace(stages=1)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -35,6 +35,23 @@ ELEMENT = {
 _recorder: Callable[..., None] | None = None
 
 
+def _index_with_any_numpy() -> None:
+    """Let Triton's interpreter make integers of arrays with one element, where ``int()`` fails from numpy 2.4 on."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda number: number.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED:
+    _index_with_any_numpy()
+
+
 @contextlib.contextmanager
 def recorded_launches(recorder: Callable[..., None]) -> Iterator[None]:
     """Hand ``(kernel, programs, arguments, options)`` of every launch to ``recorder`` instead of launching.
@@ -98,17 +115,42 @@ def chunks_of(head_dim: int, chunk: int = 0) -> tuple[int, ...]:
     return tuple(widths)
 
 
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def made_on(device: torch.device, numbers: Sequence[Any]) -> torch.Tensor:
-    """Integers on a device, to keep.
+    """Integers on a device, to keep; RuntimeError while a CUDA graph is captured, which may copy nothing to a device.
 
     Made in a thread of its own. torch.compile(mode="reduce-overhead") has what the calling thread allocates while it
     warms up in the memory of a CUDA graph, where nothing may be kept: it raises an error if something is.
     """
+    if _capturing(device):
+        raise RuntimeError(
+            "backend 'triton' meets this problem for the first time while a CUDA graph is captured; run it once before"
+            " the capture"
+        )
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(torch.tensor, numbers, dtype=torch.int32, device=device).result()
 
 
-@functools.lru_cache(maxsize=1024)
+def kept_on_device(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A cache of what ``make`` puts on a device, its first argument. What a captured graph reads is kept for good."""
+    cached = functools.lru_cache(maxsize=256)(make)
+    captured: dict[int, Any] = {}
+
+    @functools.wraps(make)
+    def kept(device: torch.device, *arguments: Any) -> Any:
+        made = cached(device, *arguments)
+        if _capturing(device):
+            captured[id(made)] = made
+        return made
+
+    return kept
+
+
+@kept_on_device
 def _members_on(device: torch.device, members: tuple[tuple[int, int, int, int], ...]) -> torch.Tensor:
     """Kernels and dilations of the heads."""
     return made_on(device, members)
