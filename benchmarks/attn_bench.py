@@ -1,13 +1,14 @@
-"""Attention benchmark: ours beside plain PyTorch, SDPA, FlexAttention and NATTEN, for three derivative orders.
+"""Attention benchmark: ours beside plain PyTorch, SDPA, FlexAttention and NATTEN, in every order of differentiation.
 
     python -m benchmarks.attn_bench --suite cpu --json out.json --plot out.png
 
-Three steps are timed (``--order``):
+Four steps are timed (``--order``):
 
 - ``forward``: without a graph;
 - ``backward``: forward and backward to every input and the table;
 - ``double``: a gradient-penalty step: forward, backward with a graph, and the backward of the summed squares of the
-  gradients to every input, the table and the incoming gradient.
+  gradients to every input, the table and the incoming gradient;
+- ``tangent``: forward mode: the output and its tangent along tangents of every input and the table.
 
 Every result is checked against a float64 reference first; a wrong one is printed as WRONG and not timed. A peer that
 can't do a shape or an order says why. Candidates take turns within each round; medians are reported with half the

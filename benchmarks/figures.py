@@ -10,7 +10,9 @@ from fnmatch import fnmatch
 from .problem import ORDERS
 from .record import Record, Row
 
-OPERATORS = {"forward": "forward", "backward": "backward alone", "double": "double backward alone"}
+OPERATORS = {
+    "forward": "forward", "backward": "backward alone", "double": "double backward alone", "tangent": "tangent alone",
+}  # fmt: skip
 
 Cell = dict[str, Row]
 """All candidates on one shape and order."""
@@ -87,13 +89,18 @@ def _naive_memory(cells: list[Cell], backend: str) -> str:
 MEMORY = Goal("memory beyond / returned", dict.fromkeys(ORDERS, 0.25), memory, "largest", unit="", more=_naive_memory)
 GOALS = {
     "cpu": (
-        Goal("naive / ours", dict.fromkeys(ORDERS, 5), of_row("ratio"), "geometric mean", more=_against_reference),
+        Goal(
+            "naive / ours", {"forward": 5, "backward": 5, "double": 5, "tangent": 3}, of_row("ratio"), "geometric mean",
+            more=_against_reference,
+        ),
         Goal("naive / ours", dict.fromkeys(ORDERS, 1.5), of_row("ratio")),
         Goal("fused SDPA / ours", {"forward": 0.9, "backward": 0.9}, over("sdpa"), shapes=("full-1k",)),
         Goal(
             "percent of the FMA peak", {"forward": 40}, of_row("fma_percent"), unit="%",
             shapes=("nat-16", "nat-32", "nat-64", "nat-256", "nat-512"),
         ),
+        Goal("times the forward", {"tangent": 3}, of_row("forwards"), "largest"),
+        Goal("times the forward", {"tangent": 2.6}, of_row("alone_forwards"), "largest", alone=True),
         MEMORY,
     ),
     "cuda": (

@@ -5,12 +5,14 @@ Useful work, per query, head and key pair (recomputation that a fused kernel add
 - products of length head_dim: forward 2 (scores, output); backward 5 (scores again, dP, dQ, dK, dV); double
   backward 12: scores, dP, the two of X = gQ K^T + Q gK^T, dO gV^T, w = P gV, u = (P X) V, the two of q_bar, the two
   of k_bar, v_bar (docs/double_backward.md; sums along rows and the norms of L2 are not counted);
-- exponentials: one per pair in each of the three;
+  tangent 5: scores, the two of X, w, u;
+- exponentials: one per pair in each of the four;
 - bytes: every tensor that goes in or out, once, with one float32 statistic per query and head:
-  forward q k v -> o; backward q k v o dO -> dq dk dv; double q k v o dO gq gk gv -> four gradients; plus tables.
+  forward q k v -> o; backward q k v o dO -> dq dk dv; double q k v o dO gq gk gv -> four gradients;
+  tangent q k v gq gk gv -> dO_bar; plus tables.
 
-A step's floor is the sum over its stages (``forward``: forward; ``backward``: forward and backward; ``double``: all
-three) of the largest of the three times.
+A step's floor is the sum over its stages (``forward``: forward; ``backward``: forward and backward; ``double``: these
+and the double backward; ``tangent``: forward and tangent) of the largest of the three times.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ STAGES = {
     "forward": ("forward",),
     "backward": ("forward", "backward"),
     "double": ("forward", "backward", "double"),
+    "tangent": ("forward", "tangent"),
 }
 
-PRODUCTS = {"forward": 2, "backward": 5, "double": 12}
+PRODUCTS = {"forward": 2, "backward": 5, "double": 12, "tangent": 5}
 # Tensors the size of the query and of the key that a stage reads and writes, and accesses to the table.
-_QUERY_SIZED = {"forward": 2, "backward": 4, "double": 6}  # q o | q o dO dq | q o dO gq, q_bar dO_bar
-_KEY_SIZED = {"forward": 2, "backward": 4, "double": 6}  # k v | k v dk dv | k v gk gv, k_bar v_bar
-_TABLES = {"forward": 1, "backward": 2, "double": 2}
+_QUERY_SIZED = {"forward": 2, "backward": 4, "double": 6, "tangent": 3}
+_KEY_SIZED = {"forward": 2, "backward": 4, "double": 6, "tangent": 4}
+_TABLES = {"forward": 1, "backward": 2, "double": 2, "tangent": 2}
 
 EXPS_PER_SM_AND_CLOCK = 16  # special-function units of every NVIDIA GPU since compute capability 3.0
 
@@ -72,7 +75,7 @@ class Rates:
 
 
 def stage_work(shape: Shape, stage: str, itemsize: int) -> Work:
-    """Useful work of "forward", "backward" or "double" (the double backward alone)."""
+    """Useful work of "forward", "backward", "double" (the double backward alone) or "tangent" (alone)."""
     pairs = shape.batch * shape.heads * shape.queries * shape.keys_per_query
     query_size = shape.batch * shape.queries * shape.heads * shape.head_dim
     key_size = shape.batch * shape.key_tokens * shape.heads * shape.head_dim

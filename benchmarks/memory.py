@@ -8,10 +8,11 @@ Definitions, in bytes, for every candidate alike:
     forward: without a graph; beyond query, key, value, table and the output;
     backward: beyond those, the incoming gradient and the returned gradients of all leaves;
     double: beyond those, the first gradients (of query, key and value), their cotangents, and the gradients returned
-    for all leaves and for the incoming gradient.
+    for all leaves and for the incoming gradient;
+    tangent: beyond inputs, their tangents, the output and its tangent. Forward and tangent are one call here.
   Tied inputs are untied here: the sum of the two gradients of a tied tensor is autograd's doing, for any operator.
-- ``returned``: the output (forward), or the gradients which that operator returned. The figure to reach is
-  ``beyond / returned <= 0.25``.
+- ``returned``: the output (forward), the gradients which that operator returned, or the output and its tangent. The
+  figure to reach is ``beyond / returned <= 0.25``.
 - ``step``: the peak from the forward on, beyond the inputs alone; nothing else is subtracted. The step as it is timed
   may stay a little below: it can free cotangents before its peak.
 
@@ -32,7 +33,7 @@ import torch
 
 import natten_ext
 
-from .problem import Attend, Inputs, first_gradients
+from .problem import Attend, Inputs, first_gradients, tangent_step
 
 RUNS = 3
 CLEAR = 8 << 20
@@ -128,7 +129,7 @@ def measure(
     attend: Attend, inputs: Inputs, order: str, meter: Meter, warm_up: Callable[[], object] | None = None
 ) -> Memory:
     """The largest of a few runs. ``warm_up`` runs once before, to start threads and load code; keep it tiny."""
-    operators = {"forward": _forward, "backward": _backward, "double": _double}[order]
+    operators = {"forward": _forward, "backward": _backward, "double": _double, "tangent": _tangent}[order]
     inputs = inputs.untied()
     if warm_up is not None:
         warm_up()
@@ -169,6 +170,11 @@ def _double(attend: Attend, inputs: Inputs, meter: Meter) -> tuple[int, int, int
     leaves = [*inputs.leaves.values(), inputs.weight]
     second = torch.autograd.grad(list(first), leaves, cotangents)
     return before, size_of([output, *first, *cotangents, *second]), size_of(second)
+
+
+def _tangent(attend: Attend, inputs: Inputs, meter: Meter) -> tuple[int, int, int]:
+    size = size_of(tangent_step(attend, inputs).values())
+    return 0, size, size
 
 
 def size_of(tensors: Iterable[torch.Tensor]) -> int:

@@ -19,11 +19,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
+from .figures import OPERATORS
 from .record import Record, Row
 
-ORDERS = {"forward": "forward", "backward": "forward + backward", "double": "gradient penalty (second order)"}
-OPERATORS = {"forward": "forward", "backward": "backward alone", "double": "double backward alone"}
-COLORS = {"forward": "#8ec1de", "backward": "#2f7fb8", "double": "#16324f"}
+ORDERS = {
+    "forward": "forward", "backward": "forward + backward", "double": "gradient penalty (second order)",
+    "tangent": "forward + tangent (forward mode)",
+}  # fmt: skip
+COLORS = {"forward": "#8ec1de", "backward": "#2f7fb8", "double": "#16324f", "tangent": "#7fb069"}
 PEERS = {
     "sdpa": ("D", "#e08e0b"),
     "sdpa-flash": ("D", "#e08e0b"),
@@ -43,7 +46,7 @@ class Result:
     def __init__(self, record: Record) -> None:
         self.rows = {(row.shape.name, row.order, row.candidate): row for row in record.rows}
         self.shapes = list(record.shapes)
-        self.orders = [order for order in ORDERS if any(row.order == order for row in record.rows)]
+        self.orders = record.orders
         self.backends = record.ours
         self.bar = 0.8 / len(self.orders)
 

@@ -1,4 +1,4 @@
-"""Inputs of a shape and the three steps that are timed, checked and measured."""
+"""Inputs of a shape and the steps that are timed, checked and measured: one for each order of differentiation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch.autograd import forward_ad
 
 from .shapes import Shape
 
-ORDERS = ("forward", "backward", "double")
+ORDERS = ("forward", "backward", "double", "tangent")
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """``(query, key, value, table) -> output`` in natten_ext's layout: heads and channels are the last dimensions."""
@@ -45,6 +46,13 @@ class Inputs:
         """Query, key, value and table without a graph (some libraries refuse leaves even under ``no_grad``)."""
         query, key, value = (x.detach() for x in (self.query, self.key, self.value))
         return query, key, value, None if self.table is None else self.table.detach()
+
+    @property
+    def tangents(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Of query, key, value and table, in forward mode: other inputs, which are as random and take no memory."""
+        _, key, value, table = self.detached()
+        weight = self.weight.detach()
+        return weight, weight if self.key is self.query else value, key, table
 
     def untied(self) -> Inputs:
         """The same with a key of its own where query and key are one tensor."""
@@ -100,16 +108,30 @@ def double_step(attend: Attend, inputs: Inputs) -> dict[str, torch.Tensor]:
     return results | {f"penalty_{name}": grad for name, grad in zip(leaves, second, strict=True)}
 
 
-STEPS = {"forward": forward_step, "backward": backward_step, "double": double_step}
+def tangent_step(attend: Attend, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Forward mode: the output and its tangent along tangents of every input."""
+    with torch.no_grad(), forward_ad.dual_level():
+        pairs = zip(inputs.detached(), inputs.tangents, strict=True)
+        dual = attend(*(None if x is None else forward_ad.make_dual(x, tangent) for x, tangent in pairs))
+        output, tangent = forward_ad.unpack_dual(dual)
+    if tangent is None:
+        raise CannotError("tangent silently missing")
+    return {"output": output, "tangent": tangent}
+
+
+STEPS = {"forward": forward_step, "backward": backward_step, "double": double_step, "tangent": tangent_step}
 
 
 def operator_alone(attend: Attend, inputs: Inputs, order: str) -> Callable[[], object]:
-    """A call of one order's operator alone: the forward, the backward, or the double backward.
+    """A call of one order's operator alone: the forward, the backward, the double backward, or the tangent.
 
-    The graph that it differentiates is made here and kept. The double backward takes all first gradients' cotangents.
+    What it needs of the orders before it is made here and kept. The double backward takes all first gradients'
+    cotangents.
     """
     if order == "forward":
         return lambda: attend(*inputs.detached())
+    if order == "tangent":
+        return _tangent_alone(attend, inputs)
     inputs = inputs.untied()
     output = attend(inputs.query, inputs.key, inputs.value, inputs.table)
     if order == "backward":
@@ -119,6 +141,17 @@ def operator_alone(attend: Attend, inputs: Inputs, order: str) -> Callable[[], o
     cotangents = [2 * grad.detach() for grad in first.values()]
     leaves = [*inputs.leaves.values(), inputs.weight]
     return lambda: torch.autograd.grad(list(first.values()), leaves, cotangents, retain_graph=True)
+
+
+def _tangent_alone(attend: Attend, inputs: Inputs) -> Callable[[], object]:
+    given = [(x, tangent) for x, tangent in zip(inputs.detached(), inputs.tangents, strict=True) if x is not None]
+    points, tangents = zip(*given, strict=True)
+
+    def output(query, key, value, table=None):
+        return attend(query, key, value, table)
+
+    _, tangent_of = torch.func.linearize(output, *points)
+    return lambda: tangent_of(*tangents)
 
 
 def first_gradients(

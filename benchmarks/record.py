@@ -15,6 +15,7 @@ from typing import Any
 from .floors import Rates, stage_floor, step_floor, step_fmas
 from .memory import Memory
 from .precision import PRECISIONS
+from .problem import ORDERS
 from .shapes import Shape
 from .timing import Timing
 
@@ -30,7 +31,8 @@ class Row:
     ``error`` is the largest of its results' (``benchmarks.check``). ``alone`` is the time of the order's operator
     without the others, ``host`` the seconds in which Python queues a step on a GPU.
 
-    ``relate`` computes the rest: ``ratio`` is the fastest naive form's time over this one's.
+    ``relate`` computes the rest: ``ratio`` is the fastest naive form's time over this one's; ``forwards`` is this
+    one's, ``alone_forwards`` its operator's, over the time of the same candidate's forward.
     """
 
     shape: Shape
@@ -47,6 +49,8 @@ class Row:
     memory: Memory | None = None
     memory_reason: str = ""
     ratio: float | None = None
+    forwards: float | None = None
+    alone_forwards: float | None = None
     floor: float = 0.0
     bound: str = ""
     floor_percent: float | None = None
@@ -68,19 +72,25 @@ class Row:
 
 
 def relate(rows: list[Row], rates: Rates, itemsize: int) -> None:
-    """Fill in the ratio to the fastest naive form, and the percentages of the floor and of the multiply-add rate."""
+    """Fill in the ratios to naive and to the forward, and the percentages of the floor and of the multiply-add rate."""
     naive: dict[tuple[str, str], float] = {}
+    forward = {
+        (row.shape.name, row.candidate): row.timing.median for row in rows if row.order == "forward" and row.timing
+    }
     for row in rows:
         if row.group == "naive" and row.timing:
             naive[row.cell] = min(row.timing.median, naive.get(row.cell, float("inf")))
     for row in rows:
         row.floor, row.bound = step_floor(row.shape, row.order, itemsize, rates)
+        once = forward.get((row.shape.name, row.candidate))
         if row.timing:
             median = row.timing.median
             row.ratio = naive[row.cell] / median if row.cell in naive else None
+            row.forwards = median / once if once else None
             row.floor_percent = 100 * row.floor / median
             row.fma_percent = 100 * step_fmas(row.shape, row.order) / rates.fmas / median
         if row.alone:
+            row.alone_forwards = row.alone.median / once if once else None
             row.alone_percent = 100 * stage_floor(row.shape, row.order, itemsize, rates)[0] / row.alone.median
 
 
@@ -105,6 +115,11 @@ class Record:
     @property
     def candidates(self) -> list[str]:
         return list(dict.fromkeys(row.candidate for row in self.rows))
+
+    @property
+    def orders(self) -> list[str]:
+        """The orders of differentiation that were measured."""
+        return [order for order in ORDERS if any(row.order == order for row in self.rows)]
 
     @property
     def ours(self) -> list[str]:

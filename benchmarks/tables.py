@@ -29,8 +29,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .figures import figures_to_reach
-from .problem import ORDERS
+from .figures import OPERATORS, figures_to_reach
 from .record import Record, Row
 from .shapes import SHAPES, Shape
 from .suites import how_scaled
@@ -61,14 +60,14 @@ def speed_table(record: Record) -> str:
     lines = []
     for name, shape in record.shapes.items():
         for backend in record.ours:
-            mine, naive = ([record.cells.get((name, o), {}).get(c) for o in ORDERS] for c in (backend, "naive"))
+            mine, naive = ([record.cells.get((name, o), {}).get(c) for o in record.orders] for c in (backend, "naive"))
             lines.append((
                 _label(shape) if len(record.ours) == 1 else f"{_label(shape)}, {backend}",
                 " / ".join(_number(row and row.ratio) for row in mine),
                 " / ".join(_memory(row, ".2f") for row in mine),
                 " / ".join(_memory(row, ".0f") for row in naive),
             ))  # fmt: skip
-    header = ("shape", "times the speed of naive: forward / backward / double", "memory beyond results: ours", "naive")
+    header = ("shape", f"times the speed of naive: {' / '.join(record.orders)}", "memory beyond results: ours", "naive")
     return table(header, lines)
 
 
@@ -82,10 +81,11 @@ def operators_table(record: Record) -> str:
     for name in _in_order(record):
         shape = record.shapes[name]
         scaled = how_scaled(shape)
-        cells = [record.cells.get((name, order), {}) for order in ORDERS]
+        cells = [record.cells.get((name, order), {}) for order in record.orders]
         times = [" / ".join(alone(cell.get(backend)) for cell in cells) for backend in record.ours]
         lines.append((name, shape.describe() + (f" ({scaled})" if scaled != "as it is" else ""), *times))
-    header = [f"{name}: forward / backward / double backward, us (percent of the floor)" for name in record.ours]
+    alone_orders = " / ".join(OPERATORS[order].removesuffix(" alone") for order in record.orders)
+    header = [f"{name}: {alone_orders}, us (percent of the floor)" for name in record.ours]
     return table(("shape", "problem", *header), lines)
 
 
@@ -93,7 +93,7 @@ def steps_table(record: Record) -> str:
     """Whole steps: the time of every other candidate over that of our fastest backend."""
     peers = [name for name in record.candidates if name not in record.ours and not name.startswith("naive")]
     lines = []
-    for name, order in ((name, order) for name in _in_order(record) for order in ORDERS):
+    for name, order in ((name, order) for name in _in_order(record) for order in record.orders):
         cell = record.cells.get((name, order), {})
         mine = [cell[backend] for backend in record.ours if backend in cell and cell[backend].timing]
         best = min(mine, key=lambda row: row.timing.median, default=None)
@@ -122,9 +122,9 @@ def orders_table(record: Record) -> str:
     for name, shape in record.shapes.items():
         cells = []
         for candidate in candidates:
-            rows = [record.cells[name, order][candidate] for order in ORDERS]
+            rows = [record.cells[name, order][candidate] for order in record.orders]
             right = [row.order for row in rows if row.status == "ok"]
-            cells.append("all" if len(right) == len(ORDERS) else ", ".join(right) or "no")
+            cells.append("all" if len(right) == len(record.orders) else ", ".join(right) or "no")
             for row in rows:
                 if row.status != "ok":
                     reasons.setdefault(f"{candidate}: {row.reason}", {})[row.order] = None
