@@ -1,4 +1,5 @@
-// Which keys a query attends, on one axis: the one C++ definition, shared by every compiled backend.
+// Which keys a query attends: the kinds of neighborhood, and the rule on one axis. The one C++ definition, shared by every
+// compiled backend.
 // The Python twin is natten_ext/geometry.py; tests/operators holds the two together.
 #pragma once
 
@@ -11,6 +12,9 @@
 #endif
 
 namespace natten_ext {
+
+// Leading code of the integer list that natten_ext.geometry encodes.
+enum class Kind { full = 0, grid = 1, neighborhood = 2 };
 
 // Number of positions of an axis in one residue class modulo the dilation.
 NATTEN_EXT_HOST_DEVICE inline int64_t class_length(int64_t length, int64_t dilation, int64_t residue) {

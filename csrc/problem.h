@@ -6,10 +6,9 @@
 #include <string>
 #include <vector>
 
-namespace natten_ext {
+#include "geometry.h"
 
-// Leading code of the integer list that natten_ext.geometry encodes.
-enum class Kind { full = 0, grid = 1, neighborhood = 2 };
+namespace natten_ext {
 
 struct HeadWindow {
   int64_t kernel_y, kernel_x, dilation_y, dilation_x;

@@ -7,13 +7,13 @@
 
 namespace natten_ext::cuda {
 
-template <class M, int D>
+template <class M, int Dim>
 struct BackwardQuery {
   using Real = typename M::Real;
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 3, kStaged = 2, kScalars = 1, kTables = 1;  // query, grad_output, output; key, value; half norms of keys
-  static constexpr int kChannels = kResultChannels<M, D, 128>;
-  static constexpr int kBlocks = D * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kChannels = kResultChannels<M, Dim, 128>;
+  static constexpr int kBlocks = Dim * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.query;
@@ -33,15 +33,15 @@ struct BackwardQuery {
     for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
       const OwnRows<false> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_own<M, D, kOwn>(p, tile);
-      const LeftRows<M, D> query(shared.own(0), own), grad_output(shared.own(1), own);
+      stage_own<M, Dim, kOwn>(p, tile);
+      const LeftRows<M, Dim> query(shared.own(0), own), grad_output(shared.own(1), own);
       const RowNumbers<Real> base(p, p.base, tile, own), log_sum(p, p.log_sum, tile, own);
-      Real delta[2], half_norm[2] = {0, 0};
+      Real d[2], half_norm[2] = {0, 0};
       WeightSums<M> sums;
       Real acc[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 0>(stage, p, again(), pieces.piece(i));
+        stage_piece<M, Dim, kStaged, 0>(stage, p, again(), pieces.piece(i));
       };
       with_care<M>([&](bool careful) {
         sums = {};
@@ -50,21 +50,21 @@ struct BackwardQuery {
           const Rectangle piece = pieces.piece(i);
           const Shared half_key_norms = shared.scalars(stage, 0);
           if (p.l2) {
-            write_row_products<M, D>(half_key_norms, shared.rows(stage, 0), shared.rows(stage, 0), piece, Real(0.5));
+            write_row_products<M, Dim>(half_key_norms, shared.rows(stage, 0), shared.rows(stage, 0), piece, Real(0.5));
             sync_block();
           }
           if (i == 0 && !careful) {
-            row_products<M, D>(delta, shared.own(1), shared.own(2), own);
-            if (p.l2) own_half_norms<M, D>(half_norm, shared.own(0), own);
+            row_products<M, Dim>(d, shared.own(1), shared.own(2), own);
+            if (p.l2) own_half_norms<M, Dim>(half_norm, shared.own(0), own);
             sync_warp();
-            stage_own_keys<M, D>(shared.own(2), p.key, p, again(), own);
+            stage_own_keys<M, Dim>(shared.own(2), p.key, p, again(), own);
           }
           for_each_unit(p, own, piece, [&](const Unit& unit, const UnitPairs<false>& pairs) {
             Scores<Real> s, dp;
             clear(s);
             clear(dp);
-            scores<M, D>(s, query, shared.rows(stage, 0), unit);
-            scores<M, D>(dp, grad_output, shared.rows(stage, 1), unit);
+            scores<M, Dim>(s, query, shared.rows(stage, 0), unit);
+            scores<M, Dim>(dp, grad_output, shared.rows(stage, 1), unit);
             pairs.fold(s);
             pairs.fold(dp);
             pairs.for_each_block([&](int b, const BlockPairs& block) {
@@ -73,42 +73,42 @@ struct BackwardQuery {
               NATTEN_EXT_UNROLL
               for (int e = 0; e < 4; ++e) {
                 const Real weight = weight_of(s[b][e], base[e / 2], log_sum[e / 2]);
-                s[b][e] = product_of(weight, dp[b][e] - delta[e / 2]);
+                s[b][e] = product_of(weight, dp[b][e] - d[e / 2]);
               }
               if (needs_masks<M>(careful) || table) mark_masked(s[b], block);
             });
             pairs.unfold(s);
             sums.add(s);
             if (table && !careful) table.add(s, own, unit, tile.x.kernel);
-            accumulate<M, D, kChannels>(acc, s, shared.rows(stage, 0) + first * sizeof(typename M::Element), unit, careful);
+            accumulate<M, Dim, kChannels>(acc, s, shared.rows(stage, 0) + first * sizeof(typename M::Element), unit, careful);
           });
         });
         return all_finite(acc);
       });
 
       await_own_keys();
-      subtract_rows<M, D, kChannels>(acc, sums, shared.own(2), own, first);
+      subtract_rows<M, Dim, kChannels>(acc, sums, shared.own(2), own, first);
       if (p.grad_query.data != nullptr) {
         const Real scale = static_cast<Real>(p.scale);
-        write_rows<M, D, kChannels>(acc, {scale, scale}, p.grad_query, shared.own(2), p, again(), own, first);
+        write_rows<M, Dim, kChannels>(acc, {scale, scale}, p.grad_query, shared.own(2), p, again(), own, first);
       }
       // Rows of dS sum to zero. What is left over is what D lacks, and roundings.
       const Real lacking[2] = {sums.total(0), sums.total(1)};
       for (int h = 0; h < 2 && first == 0; ++h) {
-        write_row_numbers<4>(p, again(), own, h, {base[h], log_sum[h], delta[h] + lacking[h], half_norm[h]});
+        write_row_numbers<4>(p, again(), own, h, {base[h], log_sum[h], d[h] + lacking[h], half_norm[h]});
       }
     });
     table.write_partial();
   }
 };
 
-template <class M, int D>
+template <class M, int Dim>
 struct BackwardKey {
   using Real = typename M::Real;
   static constexpr bool kByKey = true, kTableGradient = false;
   static constexpr int kOwn = 2, kStaged = 2, kScalars = 4, kTables = 1;  // key, value; query, grad_output; RowNumber
-  static constexpr int kChannels = kResultChannels<M, D, 96>;
-  static constexpr int kBlocks = D * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kChannels = kResultChannels<M, Dim, 96>;
+  static constexpr int kBlocks = Dim * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.key;
@@ -126,27 +126,27 @@ struct BackwardKey {
     for_each_tile<true>(p, [&](const Tile<true>& tile, auto again) {
       const OwnRows<true> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_own<M, D, kOwn>(p, tile);
-      const LeftRows<M, D> key(shared.own(0), own), value(shared.own(1), own);
+      stage_own<M, Dim, kOwn>(p, tile);
+      const LeftRows<M, Dim> key(shared.own(0), own), value(shared.own(1), own);
       Real half_norm[2] = {0, 0};
       WeightSums<M> sums;  // of dS over the key's queries
       Real grad_key[kChannels / 8][4], grad_value[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, kScalars>(stage, p, again(), pieces.piece(i));
+        stage_piece<M, Dim, kStaged, kScalars>(stage, p, again(), pieces.piece(i));
       };
       with_care<M>([&](bool careful) {
         sums = {};
         clear(grad_key);
         clear(grad_value);
         for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
-          if (i == 0 && p.l2) own_half_norms<M, D>(half_norm, shared.own(0), own);
+          if (i == 0 && p.l2) own_half_norms<M, Dim>(half_norm, shared.own(0), own);
           for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<true>& pairs) {
             Scores<Real> s, dp;
             clear(s);
             clear(dp);
-            scores<M, D>(s, key, shared.rows(stage, 0), unit);
-            scores<M, D>(dp, value, shared.rows(stage, 1), unit);
+            scores<M, Dim>(s, key, shared.rows(stage, 0), unit);
+            scores<M, Dim>(dp, value, shared.rows(stage, 1), unit);
             pairs.fold(s);
             pairs.fold(dp);
             pairs.for_each_block([&](int b, const BlockPairs& block) {
@@ -167,19 +167,19 @@ struct BackwardKey {
             pairs.unfold(dp);
             if (p.l2) sums.add(dp);
             const uint32_t channel = first * sizeof(typename M::Element);
-            accumulate<M, D, kChannels>(grad_value, s, shared.rows(stage, 1) + channel, unit, careful);
-            accumulate<M, D, kChannels>(grad_key, dp, shared.rows(stage, 0) + channel, unit, careful);
+            accumulate<M, Dim, kChannels>(grad_value, s, shared.rows(stage, 1) + channel, unit, careful);
+            accumulate<M, Dim, kChannels>(grad_key, dp, shared.rows(stage, 0) + channel, unit, careful);
           });
         });
         return all_finite(grad_key) && all_finite(grad_value);
       });
 
-      if (p.l2) subtract_rows<M, D, kChannels>(grad_key, sums, shared.own(0), own, first);
+      if (p.l2) subtract_rows<M, Dim, kChannels>(grad_key, sums, shared.own(0), own, first);
       if (p.grad_key.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_key, {scale, scale}, p.grad_key, shared.own(1), p, again(), own, first);
+        write_rows<M, Dim, kChannels>(grad_key, {scale, scale}, p.grad_key, shared.own(1), p, again(), own, first);
       }
       if (p.grad_value.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_value, {1, 1}, p.grad_value, shared.own(1), p, again(), own, first);
+        write_rows<M, Dim, kChannels>(grad_value, {1, 1}, p.grad_value, shared.own(1), p, again(), own, first);
       }
     });
   }

@@ -38,21 +38,21 @@ struct PairTerms {
     mark_masked(g[b], pairs);
   }
   // Sb = P ((X - r) (dP - D) + G - t) in x, dS = P (dP - D) in dp, and P (X - r) in g.
-  NATTEN_EXT_DEVICE void to_gradients(int b, int e, Real delta, Real r, Real t) {
-    const Real centred = dp[b][e] - delta, deviation = x[b][e] - r;
+  NATTEN_EXT_DEVICE void to_gradients(int b, int e, Real d, Real r, Real t) {
+    const Real centred = dp[b][e] - d, deviation = x[b][e] - r;
     x[b][e] = product_of(p[b][e], fused_multiply_add(deviation, centred, g[b][e] - t));
     dp[b][e] = product_of(p[b][e], centred);
     g[b][e] = product_of(p[b][e], deviation);
   }
 };
 
-template <class M, int D>
+template <class M, int Dim>
 struct DoubleBackwardQuery {
   using Real = typename M::Real;
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 4, kStaged = 4, kScalars = 2, kTables = 2;
-  static constexpr int kChannels = kResultChannels<M, D, 64>;
-  static constexpr int kBlocks = M::kTensor && D <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kChannels = kResultChannels<M, Dim, 64>;
+  static constexpr int kBlocks = M::kTensor && Dim <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kQuery, kGradOutput, kCotQuery, kOutput };
   enum StagedTensor { kKey, kValue, kCotKey, kCotValue };
   enum KeyNumber { kHalfKeyNorm, kCotKeyProduct };  // of l2, per staged row: |k|^2 / 2, gK.k
@@ -82,21 +82,21 @@ struct DoubleBackwardQuery {
     for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
       const OwnRows<false> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_own<M, D, kOwn>(p, tile);
-      const LeftRows<M, D> query(shared.own(kQuery), own), grad_output(shared.own(kGradOutput), own);
-      const LeftRows<M, D> cot_query(shared.own(kCotQuery), own);
+      stage_own<M, Dim, kOwn>(p, tile);
+      const LeftRows<M, Dim> query(shared.own(kQuery), own), grad_output(shared.own(kGradOutput), own);
+      const LeftRows<M, Dim> cot_query(shared.own(kCotQuery), own);
       const RowNumbers<Real> base(p, p.base, tile, own), log_sum(p, p.log_sum, tile, own);
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 0>(stage, p, again(), pieces.piece(i));
+        stage_piece<M, Dim, kStaged, 0>(stage, p, again(), pieces.piece(i));
       };
       const auto write_key_terms = [&](int i, int stage) {
         if (!p.l2) return;
         const Rectangle piece = pieces.piece(i);
         const Shared keys = shared.rows(stage, kKey);
-        write_row_products<M, D>(shared.scalars(stage, kHalfKeyNorm), keys, keys, piece, Real(0.5));
+        write_row_products<M, Dim>(shared.scalars(stage, kHalfKeyNorm), keys, keys, piece, Real(0.5));
         if (has_cot_key) {
-          write_row_products<M, D>(shared.scalars(stage, kCotKeyProduct), shared.rows(stage, kCotKey), keys, piece, Real(1));
+          write_row_products<M, Dim>(shared.scalars(stage, kCotKeyProduct), shared.rows(stage, kCotKey), keys, piece, Real(1));
         }
         sync_block();
       };
@@ -105,11 +105,11 @@ struct DoubleBackwardQuery {
       const auto for_each_terms = [&](int i, int stage, bool masks, auto use) {
         for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<false>& pairs) {
           PairTerms<Real> terms;
-          scores<M, D>(terms.p, query, shared.rows(stage, kKey), unit);
-          scores<M, D>(terms.dp, grad_output, shared.rows(stage, kValue), unit);
-          if (has_cot_query) scores<M, D>(terms.x, cot_query, shared.rows(stage, kKey), unit);
-          if (has_cot_key) scores<M, D>(terms.x, query, shared.rows(stage, kCotKey), unit);
-          if (has_cot_value) scores<M, D>(terms.g, grad_output, shared.rows(stage, kCotValue), unit);
+          scores<M, Dim>(terms.p, query, shared.rows(stage, kKey), unit);
+          scores<M, Dim>(terms.dp, grad_output, shared.rows(stage, kValue), unit);
+          if (has_cot_query) scores<M, Dim>(terms.x, cot_query, shared.rows(stage, kKey), unit);
+          if (has_cot_key) scores<M, Dim>(terms.x, query, shared.rows(stage, kCotKey), unit);
+          if (has_cot_value) scores<M, Dim>(terms.g, grad_output, shared.rows(stage, kCotValue), unit);
           terms.fold(pairs);
           pairs.for_each_block([&](int b, const BlockPairs& block) {
             finish_scores(terms.p[b], block, factor, bias, p.l2, half_norm,
@@ -124,18 +124,18 @@ struct DoubleBackwardQuery {
         });
       };
 
-      // D (`delta`: D is the head_dim here), r, e (`product`), t. First D is rowsum(dO * O), to which the sum over the keys adds what O lost by rounding: with dP counted
-      // from there, nothing cancels that is larger than the result.
-      Real delta[2], sums[5][2];
+      // D, r, t, and `product`, that is e. First D is rowsum(dO * O), to which the sum over the keys adds what O lost by
+      // rounding: with dP counted from there, nothing cancels that is larger than the result.
+      Real d[2], sums[5][2];
       auto &mass = sums[0], &lacking = sums[1], &r = sums[2], &product = sums[3], &t = sums[4];
       with_care<M>([&](bool careful) {
         for (auto& sum : sums) sum[0] = sum[1] = 0;
         for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
           write_key_terms(i, stage);
           if (i == 0) {
-            row_products<M, D>(delta, shared.own(kGradOutput), shared.own(kOutput), own);
-            if (p.l2) own_half_norms<M, D>(half_norm, shared.own(kQuery), own);
-            if (p.l2 && has_cot_query) row_products<M, D>(cot_product, shared.own(kCotQuery), shared.own(kQuery), own);
+            row_products<M, Dim>(d, shared.own(kGradOutput), shared.own(kOutput), own);
+            if (p.l2) own_half_norms<M, Dim>(half_norm, shared.own(kQuery), own);
+            if (p.l2 && has_cot_query) row_products<M, Dim>(cot_product, shared.own(kCotQuery), shared.own(kQuery), own);
           }
           const bool masks = needs_masks<M>(careful);
           for_each_terms(i, stage, masks, [&](const Unit&, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
@@ -145,7 +145,7 @@ struct DoubleBackwardQuery {
               for (int e = 0; e < 4; ++e) {
                 const int h = e / 2;
                 mass[h] += terms.p[b][e];
-                const Real weighted = terms.p[b][e] * (terms.dp[b][e] - delta[h]);
+                const Real weighted = terms.p[b][e] * (terms.dp[b][e] - d[h]);
                 lacking[h] += weighted;
                 r[h] = fused_multiply_add(terms.p[b][e], terms.x[b][e], r[h]);
                 product[h] = fused_multiply_add(weighted, terms.x[b][e], product[h]);
@@ -161,11 +161,11 @@ struct DoubleBackwardQuery {
         const Real inverse = own.exists[h] ? 1 / mass[h] : Real(0);
         r[h] *= inverse;
         t[h] = (t[h] + fused_multiply_add(-lacking[h], r[h], product[h])) * inverse;
-        delta[h] += lacking[h];
+        d[h] += lacking[h];
       }
       for (int h = 0; h < 2 && first == 0; ++h) {
         write_row_numbers<8>(p, again(), own, h,
-                             {base[h], log_sum[h], delta[h], half_norm[h], r[h], t[h], cot_product[h], Real(0)});
+                             {base[h], log_sum[h], d[h], half_norm[h], r[h], t[h], cot_product[h], Real(0)});
       }
       if (p.grad_query.data == nullptr && p.grad_grad_output.data == nullptr && !table) return;
 
@@ -186,7 +186,7 @@ struct DoubleBackwardQuery {
           for_each_terms(i, stage, masks, [&](const Unit& unit, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
             pairs.for_each_block([&](int b, const BlockPairs& block) {
               NATTEN_EXT_UNROLL
-              for (int e = 0; e < 4; ++e) terms.to_gradients(b, e, delta[e / 2], r[e / 2], t[e / 2]);
+              for (int e = 0; e < 4; ++e) terms.to_gradients(b, e, d[e / 2], r[e / 2], t[e / 2]);
               if (masks) terms.mask(b, block);
               else if (table) mark_masked(terms.x[b], block);
             });
@@ -194,44 +194,44 @@ struct DoubleBackwardQuery {
             if (table && !careful) table.add(terms.x, own, unit, tile.x.kernel);
             const auto rows = [&](StagedTensor tensor) { return shared.rows(stage, tensor) + first * sizeof(Element); };
             score_sums.add(terms.x);
-            accumulate<M, D, kChannels>(grad_query, terms.x, rows(kKey), unit, careful);
+            accumulate<M, Dim, kChannels>(grad_query, terms.x, rows(kKey), unit, careful);
             value_sums.add(terms.g);
-            accumulate<M, D, kChannels>(grad_grad_output, terms.g, rows(kValue), unit, careful);
+            accumulate<M, Dim, kChannels>(grad_grad_output, terms.g, rows(kValue), unit, careful);
             if (has_cot_key) {
               first_sums.add(terms.dp);
-              accumulate<M, D, kChannels>(grad_query, terms.dp, rows(kCotKey), unit, careful);
+              accumulate<M, Dim, kChannels>(grad_query, terms.dp, rows(kCotKey), unit, careful);
             }
-            if (has_cot_value) accumulate<M, D, kChannels>(grad_grad_output, terms.p, rows(kCotValue), unit, careful);
+            if (has_cot_value) accumulate<M, Dim, kChannels>(grad_grad_output, terms.p, rows(kCotValue), unit, careful);
           });
         });
         return all_finite(grad_query) && all_finite(grad_grad_output);
       });
       // The tile's own rows are needed no more.
-      stage_own_keys<M, D>(shared.own(kQuery), p.key, p, again(), own);
-      stage_own_keys<M, D>(shared.own(kGradOutput), p.value, p, again(), own);
-      if (has_cot_key) stage_own_keys<M, D>(shared.own(kCotQuery), p.cot_key, p, again(), own);
+      stage_own_keys<M, Dim>(shared.own(kQuery), p.key, p, again(), own);
+      stage_own_keys<M, Dim>(shared.own(kGradOutput), p.value, p, again(), own);
+      if (has_cot_key) stage_own_keys<M, Dim>(shared.own(kCotQuery), p.cot_key, p, again(), own);
       await_own_keys();
-      subtract_rows<M, D, kChannels>(grad_query, score_sums, shared.own(kQuery), own, first);
-      if (has_cot_key) subtract_rows<M, D, kChannels>(grad_query, first_sums, shared.own(kCotQuery), own, first);
-      subtract_rows<M, D, kChannels>(grad_grad_output, value_sums, shared.own(kGradOutput), own, first);
+      subtract_rows<M, Dim, kChannels>(grad_query, score_sums, shared.own(kQuery), own, first);
+      if (has_cot_key) subtract_rows<M, Dim, kChannels>(grad_query, first_sums, shared.own(kCotQuery), own, first);
+      subtract_rows<M, Dim, kChannels>(grad_grad_output, value_sums, shared.own(kGradOutput), own, first);
       if (p.grad_query.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_query, {scale, scale}, p.grad_query, shared.own(kOutput), p, again(), own, first);
+        write_rows<M, Dim, kChannels>(grad_query, {scale, scale}, p.grad_query, shared.own(kOutput), p, again(), own, first);
       }
       if (p.grad_grad_output.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_grad_output, {1, 1}, p.grad_grad_output, shared.own(kOutput), p, again(), own, first);
+        write_rows<M, Dim, kChannels>(grad_grad_output, {1, 1}, p.grad_grad_output, shared.own(kOutput), p, again(), own, first);
       }
     });
     table.write_partial();
   }
 };
 
-template <class M, int D>
+template <class M, int Dim>
 struct DoubleBackwardKey {
   using Real = typename M::Real;
   static constexpr bool kByKey = true, kTableGradient = false;
   static constexpr int kOwn = 4, kStaged = 3, kScalars = 8, kTables = 2;
-  static constexpr int kChannels = kResultChannels<M, D, 96>;
-  static constexpr int kBlocks = M::kTensor && D <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kChannels = kResultChannels<M, Dim, 96>;
+  static constexpr int kBlocks = M::kTensor && Dim <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kKey, kValue, kCotKey, kCotValue };
   enum StagedTensor { kQuery, kGradOutput, kCotQuery };
 
@@ -258,15 +258,15 @@ struct DoubleBackwardKey {
     for_each_tile<true>(p, [&](const Tile<true>& tile, auto again) {
       const OwnRows<true> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_own<M, D, kOwn>(p, tile);
-      const LeftRows<M, D> key(shared.own(kKey), own), value(shared.own(kValue), own);
-      const LeftRows<M, D> cot_key(shared.own(kCotKey), own), cot_value(shared.own(kCotValue), own);
+      stage_own<M, Dim, kOwn>(p, tile);
+      const LeftRows<M, Dim> key(shared.own(kKey), own), value(shared.own(kValue), own);
+      const LeftRows<M, Dim> cot_key(shared.own(kCotKey), own), cot_value(shared.own(kCotValue), own);
       Real half_norm[2] = {0, 0}, cot_product[2] = {0, 0};  // of l2: |k|^2 / 2, gK.k
       WeightSums<M> score_sums, first_sums;  // of Sb and dS over the key's queries
       Real grad_key[kChannels / 8][4], grad_value[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, kScalars>(stage, p, again(), pieces.piece(i));
+        stage_piece<M, Dim, kStaged, kScalars>(stage, p, again(), pieces.piece(i));
       };
       with_care<M>([&](bool careful) {
         score_sums = first_sums = {};
@@ -274,16 +274,16 @@ struct DoubleBackwardKey {
         clear(grad_value);
         for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
           if (i == 0 && p.l2) {
-            own_half_norms<M, D>(half_norm, shared.own(kKey), own);
-            if (has_cot_key) row_products<M, D>(cot_product, shared.own(kCotKey), shared.own(kKey), own);
+            own_half_norms<M, Dim>(half_norm, shared.own(kKey), own);
+            if (has_cot_key) row_products<M, Dim>(cot_product, shared.own(kCotKey), shared.own(kKey), own);
           }
           for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<true>& pairs) {
             PairTerms<Real> terms;
-            scores<M, D>(terms.p, key, shared.rows(stage, kQuery), unit);
-            scores<M, D>(terms.dp, value, shared.rows(stage, kGradOutput), unit);
-            if (has_cot_query) scores<M, D>(terms.x, key, shared.rows(stage, kCotQuery), unit);
-            if (has_cot_key) scores<M, D>(terms.x, cot_key, shared.rows(stage, kQuery), unit);
-            if (has_cot_value) scores<M, D>(terms.g, cot_value, shared.rows(stage, kGradOutput), unit);
+            scores<M, Dim>(terms.p, key, shared.rows(stage, kQuery), unit);
+            scores<M, Dim>(terms.dp, value, shared.rows(stage, kGradOutput), unit);
+            if (has_cot_query) scores<M, Dim>(terms.x, key, shared.rows(stage, kCotQuery), unit);
+            if (has_cot_key) scores<M, Dim>(terms.x, cot_key, shared.rows(stage, kQuery), unit);
+            if (has_cot_value) scores<M, Dim>(terms.g, cot_value, shared.rows(stage, kGradOutput), unit);
             const bool masks = needs_masks<M>(careful);
             terms.fold(pairs);
             pairs.for_each_block([&](int b, const BlockPairs& block) {
@@ -306,10 +306,10 @@ struct DoubleBackwardKey {
               if (has_cot_key) first_sums.add(terms.dp);
             }
             const uint32_t channel = first * sizeof(Element);
-            accumulate<M, D, kChannels>(grad_value, terms.g, shared.rows(stage, kGradOutput) + channel, unit, careful);
-            accumulate<M, D, kChannels>(grad_key, terms.x, shared.rows(stage, kQuery) + channel, unit, careful);
+            accumulate<M, Dim, kChannels>(grad_value, terms.g, shared.rows(stage, kGradOutput) + channel, unit, careful);
+            accumulate<M, Dim, kChannels>(grad_key, terms.x, shared.rows(stage, kQuery) + channel, unit, careful);
             if (has_cot_query) {
-              accumulate<M, D, kChannels>(grad_key, terms.dp, shared.rows(stage, kCotQuery) + channel, unit, careful);
+              accumulate<M, Dim, kChannels>(grad_key, terms.dp, shared.rows(stage, kCotQuery) + channel, unit, careful);
             }
           });
         });
@@ -317,14 +317,14 @@ struct DoubleBackwardKey {
       });
 
       if (p.l2) {
-        subtract_rows<M, D, kChannels>(grad_key, score_sums, shared.own(kKey), own, first);
-        if (has_cot_key) subtract_rows<M, D, kChannels>(grad_key, first_sums, shared.own(kCotKey), own, first);
+        subtract_rows<M, Dim, kChannels>(grad_key, score_sums, shared.own(kKey), own, first);
+        if (has_cot_key) subtract_rows<M, Dim, kChannels>(grad_key, first_sums, shared.own(kCotKey), own, first);
       }
       if (p.grad_key.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_key, {scale, scale}, p.grad_key, shared.own(kValue), p, again(), own, first);
+        write_rows<M, Dim, kChannels>(grad_key, {scale, scale}, p.grad_key, shared.own(kValue), p, again(), own, first);
       }
       if (p.grad_value.data != nullptr) {
-        write_rows<M, D, kChannels>(grad_value, {1, 1}, p.grad_value, shared.own(kValue), p, again(), own, first);
+        write_rows<M, Dim, kChannels>(grad_value, {1, 1}, p.grad_value, shared.own(kValue), p, again(), own, first);
       }
     });
   }

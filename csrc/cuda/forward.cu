@@ -6,21 +6,21 @@
 
 namespace natten_ext::cuda {
 
-template <class M, int D>
+template <class M, int Dim>
 struct Forward {
   using Real = typename M::Real;
   static constexpr bool kByKey = false;
   static constexpr int kOwn = 1, kStaged = 2, kScalars = 1, kTables = 1;  // query; key, value; half norms of keys; bias
   static constexpr bool kTableGradient = false;
-  static constexpr int kChannels = kResultChannels<M, D, 128>;
-  static constexpr int kBytes = D * sizeof(typename M::Element);
+  static constexpr int kChannels = kResultChannels<M, Dim, 128>;
+  static constexpr int kBytes = Dim * sizeof(typename M::Element);
   // On a multiprocessor, as far as registers go; the code for sm_80 takes a few more of them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   static constexpr int kBlocks = M::kTensor && kBytes <= 64 ? 3 : 2;
 #else
   static constexpr int kBlocks = M::kTensor && kBytes <= 32 ? 4 : kBytes <= 128 ? 3 : 2;
 #endif
-  static constexpr bool kHeld = M::kTensor && D * sizeof(typename M::Element) <= 256;
+  static constexpr bool kHeld = M::kTensor && Dim * sizeof(typename M::Element) <= 256;
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.query;
@@ -37,14 +37,14 @@ struct Forward {
     for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
       const OwnRows<false> own(tile);
       const Pieces pieces(tile.halo(p), p.plan.slots);
-      stage_own<M, D, kOwn>(p, tile);
-      LeftRows<M, D, kHeld> query(shared.own(0), own);
+      stage_own<M, Dim, kOwn>(p, tile);
+      LeftRows<M, Dim, kHeld> query(shared.own(0), own);
       Real half_norm[2] = {0, 0};  // of l2
       RunningSoftmax<Real> softmax;
       Real acc[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, D, kStaged, 0>(stage, p, again(), pieces.piece(i));
+        stage_piece<M, Dim, kStaged, 0>(stage, p, again(), pieces.piece(i));
       };
       with_care<M>([&](bool careful) {
         softmax = {};
@@ -53,17 +53,17 @@ struct Forward {
           const Rectangle piece = pieces.piece(i);
           const Shared half_key_norms = shared.scalars(stage, 0);
           if (p.l2) {
-            write_row_products<M, D>(half_key_norms, shared.rows(stage, 0), shared.rows(stage, 0), piece, Real(0.5));
+            write_row_products<M, Dim>(half_key_norms, shared.rows(stage, 0), shared.rows(stage, 0), piece, Real(0.5));
             sync_block();
           }
           if (i == 0) {
             query.load();
-            if (p.l2) own_half_norms<M, D>(half_norm, shared.own(0), own);
+            if (p.l2) own_half_norms<M, Dim>(half_norm, shared.own(0), own);
           }
           for_each_unit(p, own, piece, [&](const Unit& unit, const UnitPairs<false>& pairs) {
             Scores<Real> s;
             clear(s);
-            scores<M, D>(s, query, shared.rows(stage, 0), unit);
+            scores<M, Dim>(s, query, shared.rows(stage, 0), unit);
             pairs.fold(s);
             pairs.for_each_block([&](int b, const BlockPairs& block) {
               finish_scores(s[b], block, factor, bias, p.l2, half_norm,
@@ -72,7 +72,7 @@ struct Forward {
             softmax.update(pairs, s, acc);
             if (needs_masks<M>(careful)) pairs.for_each_block([&](int b, const BlockPairs& block) { mark_masked(s[b], block); });
             pairs.unfold(s);
-            accumulate<M, D, kChannels>(acc, s, shared.rows(stage, 1) + first * sizeof(typename M::Element), unit, careful);
+            accumulate<M, Dim, kChannels>(acc, s, shared.rows(stage, 1) + first * sizeof(typename M::Element), unit, careful);
           });
         });
         return all_finite(acc);
@@ -80,7 +80,7 @@ struct Forward {
 
       softmax.finish();
       const Real inverse[2] = {1 / softmax.sum[0], 1 / softmax.sum[1]};
-      write_rows<M, D, kChannels>(acc, inverse, p.output, shared.own(0), p, again(), own, first);
+      write_rows<M, Dim, kChannels>(acc, inverse, p.output, shared.own(0), p, again(), own, first);
       for (int h = 0; h < 2; ++h) {
         if (first == 0 && thread_index() % 4 == 0 && own.exists[h]) {
           const auto row = tile.row_index(p, own.y[h], own.x);

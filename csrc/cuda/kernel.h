@@ -14,9 +14,9 @@ constexpr Real kLog2E = static_cast<Real>(1.4426950408889634074);
 
 // Channels of a result that one block keeps in registers, `Most` in single precision. Further blocks (block_y) do the
 // other channels, and compute the scores again.
-template <class M, int D, int Most>
+template <class M, int Dim, int Most>
 constexpr int kResultChannels = [] {
-  int channels = D;
+  int channels = Dim;
   while (channels > (sizeof(typename M::Real) == 8 ? Most / 2 : Most)) channels /= 2;
   return channels;
 }();

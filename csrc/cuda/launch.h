@@ -45,15 +45,15 @@ struct HeadDims<FloatMode> : std::integer_sequence<int, 8, 16, 32, 64, 128, 256>
 template <>
 struct HeadDims<DoubleMode> : std::integer_sequence<int, 32, 128, 256> {};
 
-template <class M, template <class, int> class Kernel, int D>
-NATTEN_EXT_KERNEL(kThreads, (Kernel<M, D>::kBlocks)) attention_kernel(NATTEN_EXT_PARAMETER(Params) p) {
-  Kernel<M, D>::run(p);
+template <class M, template <class, int> class Kernel, int Dim>
+NATTEN_EXT_KERNEL(kThreads, (Kernel<M, Dim>::kBlocks)) attention_kernel(NATTEN_EXT_PARAMETER(Params) p) {
+  Kernel<M, Dim>::run(p);
 }
 
 // Largest number of partners of `tile` adjacent rows on one axis, roughly: it only sizes stages.
-inline int64_t halo_extent(Neighborhood n, int64_t tile, int64_t kernel, int64_t length) {
-  if (n == Neighborhood::full) return length;
-  if (n == Neighborhood::sliding) return std::min(length, tile + kernel - 1);
+inline int64_t halo_extent(Kind kind, int64_t tile, int64_t kernel, int64_t length) {
+  if (kind == Kind::full) return length;
+  if (kind == Kind::neighborhood) return std::min(length, tile + kernel - 1);
   return std::min(length, kernel % tile == 0 || tile % kernel == 0 ? std::max(tile, kernel) : (tile / kernel + 2) * kernel);
 }
 
@@ -130,14 +130,14 @@ SharedLayout layout_of(const Plan& plan, bool gradient, int table_rows, int tabl
 
 // Chooses warps, stages and slots: the largest tile whose halo fits beside it, for at least two blocks on a
 // multiprocessor where possible.
-template <class M, template <class, int> class Kernel, int D>
+template <class M, template <class, int> class Kernel, int Dim>
 Plan plan_of(const Params& p, const Context& context) {
-  using K = Kernel<M, D>;
+  using K = Kernel<M, Dim>;
   const int shared_limit = context.shared_limit;
   const bool gradient = K::kTableGradient && p.table_gradient;
   const Map& other = K::kByKey ? p.queries : p.keys;
   const auto bytes = [&](const Plan& plan) {
-    return layout_of<K, kPitch<M, D>>(plan, gradient, p.table_rows, p.table_columns).total;
+    return layout_of<K, kPitch<M, Dim>>(plan, gradient, p.table_rows, p.table_columns).total;
   };
   for (const bool tables_shared : {true, false}) {
     // A multiprocessor has the limit of one block and kReserved, and keeps kReserved for each block.
@@ -149,8 +149,8 @@ Plan plan_of(const Params& p, const Context& context) {
         for (int h = 0; h < p.launch_heads; ++h) {
           const Window& w = p.windows[h];
           const int64_t height = divide_up(other.height, w.dilation_y), width = divide_up(other.width, w.dilation_x);
-          halo = std::max(halo, halo_extent(p.neighborhood, 2 * warps, w.kernel_y, height) *
-                                    halo_extent(p.neighborhood, kBlock, w.kernel_x, width));
+          halo = std::max(halo, halo_extent(p.kind, 2 * warps, w.kernel_y, height) *
+                                    halo_extent(p.kind, kBlock, w.kernel_x, width));
         }
         plan.slots = static_cast<int>(divide_up(halo, kBlock) * kBlock);
         if (plan.slots > 512 || bytes(plan) > limit) {
@@ -175,25 +175,25 @@ Plan plan_of(const Params& p, const Context& context) {
 template <class M, template <class, int> class Kernel, int... Dims>
 uint32_t least_shared(int head_dim, std::integer_sequence<int, Dims...>) {
   uint32_t bytes = 0;
-  const auto layout = [&]<int D>() {
-    using K = Kernel<M, D>;
+  const auto layout = [&]<int Dim>() {
+    using K = Kernel<M, Dim>;
     const Plan least{1, kBlock, 1, 1, false, 0};
-    return layout_of<K, kPitch<M, D>>(least, K::kTableGradient, 0, 0).total;
+    return layout_of<K, kPitch<M, Dim>>(least, K::kTableGradient, 0, 0).total;
   };
   ((bytes == 0 && head_dim <= Dims ? (bytes = layout.template operator()<Dims>()) : 0), ...);
   return bytes;
 }
 
-template <class M, template <class, int> class Kernel, int D>
+template <class M, template <class, int> class Kernel, int Dim>
 void launch_padded(Params p, Context& context) {
-  using K = Kernel<M, D>;
+  using K = Kernel<M, Dim>;
   const bool gradient = K::kTableGradient && p.table_gradient;
   p.table_gradient = gradient;
   K::choose_tensors(p);
   // Kernels count places in a table in 32 bits. Windows with a larger one have more than 2^24 keys.
   if (int64_t{p.table_rows + 1} * (p.table_columns + 1) > (1 << 26)) throw std::runtime_error("natten_ext: the table has 2^26 entries or more");
-  p.plan = plan_of<M, Kernel, D>(p, context);
-  p.shared = layout_of<K, kPitch<M, D>>(p.plan, gradient, p.table_rows, p.table_columns);
+  p.plan = plan_of<M, Kernel, Dim>(p, context);
+  p.shared = layout_of<K, kPitch<M, Dim>>(p.plan, gradient, p.table_rows, p.table_columns);
   const int64_t tiles = largest_tile_count(p, K::kByKey);
   const int64_t most = gradient ? std::max(1, context.table_blocks / p.launch_heads) : INT32_MAX / p.launch_heads;
   if (!gradient && tiles > most) throw std::runtime_error("natten_ext: too many tiles for one launch");
@@ -205,7 +205,7 @@ void launch_padded(Params p, Context& context) {
     p.table_partials = context.allocate(partials * p.launch_heads * table * sizeof(typename M::Real));
   }
   const int channel_blocks = static_cast<int>(divide_up(p.head_dim, K::kChannels));
-  launch(attention_kernel<M, Kernel, D>, p.launch_heads * p.plan.blocks_per_head, channel_blocks, kWarp * p.plan.warps,
+  launch(attention_kernel<M, Kernel, Dim>, p.launch_heads * p.plan.blocks_per_head, channel_blocks, kWarp * p.plan.warps,
          p.plan.shared_bytes, p, context);
   if (gradient) {
     const TableSums sums{p.table_partials, static_cast<int>(partials), static_cast<int>(table), p.first_head,

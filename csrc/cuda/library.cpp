@@ -53,7 +53,7 @@ struct Launcher {
   Launcher(const Arguments& a, const Tensor& like) : like(like) {
     const Problem& p = a.problem;
     const bool sequence = p.kind == Kind::full;
-    params.neighborhood = static_cast<Neighborhood>(p.kind);
+    params.kind = p.kind;
     params.batch = static_cast<int>(p.batch);
     params.heads = static_cast<int>(p.heads);
     params.head_dim = static_cast<int>(p.head_dim);

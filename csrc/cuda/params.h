@@ -13,8 +13,6 @@ constexpr int kMaxTensors = 4;  // staged together
 constexpr int kBlock = 8;      // adjacent keys (or queries) of a row that are worked on as one
 constexpr int kWarpRows = 16;  // queries (or keys) of a warp: two rows of eight
 
-enum class Neighborhood : int { full = 0, grid = 1, sliding = 2 };
-
 struct Window {
   uint16_t kernel_y, kernel_x, dilation_y, dilation_x;
 };
@@ -92,7 +90,7 @@ struct SharedLayout {
 };
 
 struct Params {
-  Neighborhood neighborhood;
+  Kind kind;
   int batch, heads, head_dim;
   int first_head, launch_heads;
   Map queries, keys;
@@ -137,9 +135,9 @@ using Tf32Mode = Mode<float, float, true>;
 using FloatMode = Mode<float, float, false>;
 using DoubleMode = Mode<double, double, false>;
 
-// Bytes from one staged row to the next: an odd number of sixteens, so that eight rows lie in different banks.
-template <class M, int D>
-constexpr uint32_t kPitch = D * sizeof(typename M::Element) / 16 % 2 == 1 ? D * sizeof(typename M::Element)
-                                                                         : D * sizeof(typename M::Element) + 16;
+// Bytes from one staged row of `Dim` channels, the padded head_dim, to the next: an odd number of sixteens, so that eight rows lie in different banks.
+template <class M, int Dim>
+constexpr uint32_t kPitch = Dim * sizeof(typename M::Element) / 16 % 2 == 1 ? Dim * sizeof(typename M::Element)
+                                                                           : Dim * sizeof(typename M::Element) + 16;
 
 }  // namespace natten_ext::cuda

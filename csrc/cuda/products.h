@@ -31,10 +31,10 @@ NATTEN_EXT_DEVICE void clear(Real (&c)[N][4]) {
 }
 
 // Own rows as the left operand. Held: in registers, otherwise read again from the tile for every unit.
-template <class M, int D, bool Held = false>
+template <class M, int Dim, bool Held = false>
 struct LeftRows {
   // A product's depth is 32 bytes of a row; rows of eight 16-bit channels are half of that.
-  static constexpr int kBytes = D * static_cast<int>(sizeof(typename M::Element));
+  static constexpr int kBytes = Dim * static_cast<int>(sizeof(typename M::Element));
   static constexpr int kSteps = kBytes < 32 ? 1 : kBytes / 32, kRegisters = kBytes < 32 ? 2 : 4;
   using Fragment = uint32_t[kRegisters];
   Shared address[2];  // on the matrix units the lane's row of ldmatrix, otherwise rows g and g + 8
@@ -45,10 +45,10 @@ struct LeftRows {
   NATTEN_EXT_DEVICE LeftRows(Shared tile, const Slots& slots) {
     const int lane = thread_index() % kWarp;
     if constexpr (M::kTensor) {
-      address[0] = tile + slots.slot_of(lane % 16) * kPitch<M, D> + lane / 16 * 16;
+      address[0] = tile + slots.slot_of(lane % 16) * kPitch<M, Dim> + lane / 16 * 16;
     } else {
-      address[0] = tile + slots.slot_of(lane / 4) * kPitch<M, D>;
-      address[1] = tile + slots.slot_of(lane / 4 + 8) * kPitch<M, D>;
+      address[0] = tile + slots.slot_of(lane / 4) * kPitch<M, Dim>;
+      address[1] = tile + slots.slot_of(lane / 4 + 8) * kPitch<M, Dim>;
     }
   }
   // Once the tile has arrived.
@@ -75,20 +75,20 @@ struct LeftRows {
   }
 };
 
-template <class M, int D, bool Held>
-NATTEN_EXT_DEVICE void scores(Scores<typename M::Real>& c, const LeftRows<M, D, Held>& left, Shared staged, const Unit& unit) {
+template <class M, int Dim, bool Held>
+NATTEN_EXT_DEVICE void scores(Scores<typename M::Real>& c, const LeftRows<M, Dim, Held>& left, Shared staged, const Unit& unit) {
   using Element = typename M::Element;
   using Real = typename M::Real;
   const int lane = thread_index() % kWarp;
-  if constexpr (M::kTensor && LeftRows<M, D>::kRegisters == 2) {
+  if constexpr (M::kTensor && LeftRows<M, Dim>::kRegisters == 2) {
     uint32_t room[2], b[2];
-    load_matrices(b, staged + unit.slot_of(lane / 8 % 2, lane % 8) * kPitch<M, D>);
+    load_matrices(b, staged + unit.slot_of(lane / 8 % 2, lane % 8) * kPitch<M, Dim>);
     const auto& a = left.step(0, room);
     multiply<Element>(c[0], a, b[0]);
     multiply<Element>(c[1], a, b[1]);
   } else if constexpr (M::kTensor) {
     // Lanes 0 to 7 give rows of the first block at the step's first half, 8 to 15 at its second, 16 to 31 the second block's.
-    const Shared row = staged + unit.slot_of(lane / 16, lane % 8) * kPitch<M, D> + lane / 8 % 2 * 16;
+    const Shared row = staged + unit.slot_of(lane / 16, lane % 8) * kPitch<M, Dim> + lane / 8 % 2 * 16;
     const auto step = [&](int k) {
       uint32_t room[4], b[4];
       load_matrices(b, row + 32 * k);
@@ -104,10 +104,10 @@ NATTEN_EXT_DEVICE void scores(Scores<typename M::Real>& c, const LeftRows<M, D, 
     // fewer registers.
     if constexpr (Held) {
       NATTEN_EXT_UNROLL
-      for (int k = 0; k < LeftRows<M, D>::kSteps; ++k) step(k);
+      for (int k = 0; k < LeftRows<M, Dim>::kSteps; ++k) step(k);
     } else {
       NATTEN_EXT_UNROLL_BY(8 / sizeof(Element))
-      for (int k = 0; k < LeftRows<M, D>::kSteps; ++k) step(k);
+      for (int k = 0; k < LeftRows<M, Dim>::kSteps; ++k) step(k);
     }
   } else {
     constexpr int kChunk = 16 / sizeof(Element);
@@ -116,9 +116,9 @@ NATTEN_EXT_DEVICE void scores(Scores<typename M::Real>& c, const LeftRows<M, D, 
     };
     Shared row[2][2];
     NATTEN_EXT_UNROLL
-    for (int j = 0; j < 4; ++j) row[j / 2][j % 2] = staged + unit.slot_of(j / 2, lane % 4 * 2 + j % 2) * kPitch<M, D>;
+    for (int j = 0; j < 4; ++j) row[j / 2][j % 2] = staged + unit.slot_of(j / 2, lane % 4 * 2 + j % 2) * kPitch<M, Dim>;
     NATTEN_EXT_NO_UNROLL
-    for (int channel = 0; channel < D; channel += kChunk) {
+    for (int channel = 0; channel < Dim; channel += kChunk) {
       const uint32_t at = channel * static_cast<uint32_t>(sizeof(Element));
       const Chunk own[2] = {load_shared<Chunk>(left.address[0] + at), load_shared<Chunk>(left.address[1] + at)};
       NATTEN_EXT_UNROLL
@@ -161,8 +161,8 @@ NATTEN_EXT_DEVICE typename M::Real as_operand(typename M::Real value) {
 }
 
 // `accumulate` in ordinary arithmetic, which leaves out what is masked: zero times NaN is NaN.
-template <class M, int D, int DC>
-NATTEN_EXT_DEVICE void accumulate_valid(typename M::Real (&acc)[DC / 8][4], const Scores<typename M::Real>& weights,
+template <class M, int Dim, int Channels>
+NATTEN_EXT_DEVICE void accumulate_valid(typename M::Real (&acc)[Channels / 8][4], const Scores<typename M::Real>& weights,
                                         Shared staged, const Unit& unit) {
   using Element = typename M::Element;
   using Real = typename M::Real;
@@ -185,9 +185,9 @@ NATTEN_EXT_DEVICE void accumulate_valid(typename M::Real (&acc)[DC / 8][4], cons
         valid[h] = !is_negative_zero(weight[h]);
         weight[h] = as_operand<M>(weight[h]);
       }
-      const Shared row = staged + unit.slot_of(b, 2 * t + e) * kPitch<M, D> + lane % 4 * static_cast<uint32_t>(sizeof(Pair));
+      const Shared row = staged + unit.slot_of(b, 2 * t + e) * kPitch<M, Dim> + lane % 4 * static_cast<uint32_t>(sizeof(Pair));
       NATTEN_EXT_UNROLL
-      for (int n = 0; n < DC / 8; ++n) {
+      for (int n = 0; n < Channels / 8; ++n) {
         const Pair other = load_shared<Pair>(row + 8 * n * static_cast<uint32_t>(sizeof(Element)));
         NATTEN_EXT_UNROLL
         for (int i = 0; i < 4; ++i) {
@@ -198,25 +198,25 @@ NATTEN_EXT_DEVICE void accumulate_valid(typename M::Real (&acc)[DC / 8][4], cons
   }
 }
 
-// `staged` points at the first channel of the DC that `acc` holds. `careful`: see `with_care`.
-template <class M, int D, int DC>
-NATTEN_EXT_DEVICE void accumulate(typename M::Real (&acc)[DC / 8][4], const Scores<typename M::Real>& weights, Shared staged,
+// `staged` points at the first channel of the Channels that `acc` holds. `careful`: see `with_care`.
+template <class M, int Dim, int Channels>
+NATTEN_EXT_DEVICE void accumulate(typename M::Real (&acc)[Channels / 8][4], const Scores<typename M::Real>& weights, Shared staged,
                                   const Unit& unit, bool careful) {
   using Element = typename M::Element;
-  if (!M::kTensor || careful) return accumulate_valid<M, D, DC>(acc, weights, staged, unit);
+  if (!M::kTensor || careful) return accumulate_valid<M, Dim, Channels>(acc, weights, staged, unit);
   const int lane = thread_index() % kWarp;
   if constexpr (M::kTensor && sizeof(Element) == 2) {
     uint32_t a[4];
     pack_weights<Element>(a, weights);
-    const Shared row = staged + unit.slot_of(lane / 8 % 2, lane % 8) * kPitch<M, D> + lane / 16 * 16;
+    const Shared row = staged + unit.slot_of(lane / 8 % 2, lane % 8) * kPitch<M, Dim> + lane / 16 * 16;
     NATTEN_EXT_UNROLL
-    for (int n = 0; n < DC / 16; ++n) {
+    for (int n = 0; n < Channels / 16; ++n) {
       uint32_t b[4];
       load_matrices_transposed(b, row + 32 * n);
       multiply<Element>(acc[2 * n], a, b[0], b[1]);
       multiply<Element>(acc[2 * n + 1], a, b[2], b[3]);
     }
-    if constexpr (DC == 8) {
+    if constexpr (Channels == 8) {
       uint32_t b[2];
       load_matrices_transposed(b, row);
       multiply<Element>(acc[0], a, b[0], b[1]);
@@ -227,10 +227,10 @@ NATTEN_EXT_DEVICE void accumulate(typename M::Real (&acc)[DC / 8][4], const Scor
       uint32_t a[4];
       round_weights(a, weights, b);
       const uint32_t channel = lane / 4 * 4;
-      const Shared even = staged + unit.slot_of(b, lane % 4 * 2) * kPitch<M, D> + channel;
-      const Shared odd = staged + unit.slot_of(b, lane % 4 * 2 + 1) * kPitch<M, D> + channel;
+      const Shared even = staged + unit.slot_of(b, lane % 4 * 2) * kPitch<M, Dim> + channel;
+      const Shared odd = staged + unit.slot_of(b, lane % 4 * 2 + 1) * kPitch<M, Dim> + channel;
       NATTEN_EXT_UNROLL
-      for (int n = 0; n < DC / 8; ++n) {
+      for (int n = 0; n < Channels / 8; ++n) {
         multiply<Element>(acc[n], a, round_to_tf32(load_shared<uint32_t>(even + 32 * n)),
                           round_to_tf32(load_shared<uint32_t>(odd + 32 * n)));
       }
@@ -288,14 +288,14 @@ NATTEN_EXT_DEVICE Unit unit_of_rows(const Slots& slots) {
 
 // Dot products a_r . b_r of 16 rows of two tensors, to the bit those that `scores` has for them; a lane gets rows g and
 // g + 8.
-template <class M, int D, class Slots>
+template <class M, int Dim, class Slots>
 NATTEN_EXT_DEVICE void row_products(typename M::Real (&products)[2], Shared a, Shared b, const Slots& slots) {
   using Real = typename M::Real;
   const int lane = thread_index() % kWarp;
   if constexpr (M::kTensor) {
     Scores<Real> c;
     clear(c);
-    scores<M, D>(c, LeftRows<M, D>(a, slots), b, unit_of_rows(slots));
+    scores<M, Dim>(c, LeftRows<M, Dim>(a, slots), b, unit_of_rows(slots));
     const int g = lane / 4;  // row g of the diagonal has column g, that of lane g / 2 of the four
     NATTEN_EXT_UNROLL
     for (int h = 0; h < 2; ++h) products[h] = shuffle(g % 2 ? c[h][2 * h + 1] : c[h][2 * h], 4 * g + g / 2);
@@ -304,10 +304,10 @@ NATTEN_EXT_DEVICE void row_products(typename M::Real (&products)[2], Shared a, S
     struct alignas(16) Chunk {
       Real e[kChunk];
     };
-    const uint32_t row = slots.slot_of(lane % kWarpRows) * kPitch<M, D>;
+    const uint32_t row = slots.slot_of(lane % kWarpRows) * kPitch<M, Dim>;
     Real sum = 0;
     NATTEN_EXT_NO_UNROLL
-    for (int channel = 0; channel < D; channel += kChunk) {
+    for (int channel = 0; channel < Dim; channel += kChunk) {
       const uint32_t at = row + channel * static_cast<uint32_t>(sizeof(Real));
       const Chunk left = load_shared<Chunk>(a + at), right = load_shared<Chunk>(b + at);
       NATTEN_EXT_UNROLL

@@ -73,9 +73,9 @@ NATTEN_EXT_DEVICE void add_over_columns(Real (&sum)[2]) {
 }
 
 // |row|^2 / 2 of the lane's own rows of a tile.
-template <class M, int D, class Own>
+template <class M, int Dim, class Own>
 NATTEN_EXT_DEVICE void own_half_norms(typename M::Real (&half_norms)[2], Shared tile, const Own& own) {
-  row_products<M, D>(half_norms, tile, tile, own);
+  row_products<M, Dim>(half_norms, tile, tile, own);
   for (int h = 0; h < 2; ++h) half_norms[h] *= typename M::Real(0.5);
 }
 
@@ -84,8 +84,8 @@ NATTEN_EXT_DEVICE void own_half_norms(typename M::Real (&half_norms)[2], Shared 
 // Of keys at the places of queries (stage_own_keys): what multiplies keys (dS) sums to zero along a row, so any vector may be
 // taken off the keys. Roundings, in D above all, leave a sum over; so it multiplies only the differences of keys, not what
 // they have in common, and nothing where a query attends itself alone.
-template <class M, int D, int DC, class Own>
-NATTEN_EXT_DEVICE void subtract_rows(typename M::Real (&acc)[DC / 8][4], const WeightSums<M>& sums, Shared tile,
+template <class M, int Dim, int Channels, class Own>
+NATTEN_EXT_DEVICE void subtract_rows(typename M::Real (&acc)[Channels / 8][4], const WeightSums<M>& sums, Shared tile,
                                      const Own& own, int first) {
   using Element = typename M::Element;
   struct alignas(2 * sizeof(Element)) Pair {
@@ -94,9 +94,9 @@ NATTEN_EXT_DEVICE void subtract_rows(typename M::Real (&acc)[DC / 8][4], const W
   const int lane = thread_index() % kWarp;
   for (int h = 0; h < 2; ++h) {
     const typename M::Real total = sums.total(h);
-    const Shared row = tile + own.slot_of(lane / 4 + 8 * h) * kPitch<M, D> + (first + lane % 4 * 2) * static_cast<uint32_t>(sizeof(Element));
+    const Shared row = tile + own.slot_of(lane / 4 + 8 * h) * kPitch<M, Dim> + (first + lane % 4 * 2) * static_cast<uint32_t>(sizeof(Element));
     NATTEN_EXT_UNROLL
-    for (int n = 0; n < DC / 8; ++n) {
+    for (int n = 0; n < Channels / 8; ++n) {
       const Pair pair = load_shared<Pair>(row + 8 * n * static_cast<uint32_t>(sizeof(Element)));
       NATTEN_EXT_UNROLL
       for (int e = 0; e < 2; ++e) {

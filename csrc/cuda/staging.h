@@ -29,11 +29,11 @@ NATTEN_EXT_DEVICE void copy_chunk(Shared destination, const unsigned char* from,
 
 // Starts copying the rows of a rectangle of a tensor, one slot after the other; zeros where `exists(y, x)` says that the map
 // has no row. `whole`: it has all of them.
-template <class M, int D, class AnyTile, class Exists>
+template <class M, int Dim, class AnyTile, class Exists>
 NATTEN_EXT_DEVICE void stage_rows(Shared destination, const Rows& t, const Params& p, const AnyTile& tile, const Rectangle& r,
                                   const SlotDivisor& by_width, bool whole, Exists exists) {
   using Element = typename M::Element;
-  constexpr int kSize = sizeof(Element), kChunk = 16 / kSize, kChunks = D / kChunk;
+  constexpr int kSize = sizeof(Element), kChunk = 16 / kSize, kChunks = Dim / kChunk;
   constexpr int kAcross = kChunks < kWarp ? kChunks : kWarp;  // threads next to each other that share a row
   const int first = thread_index() / kAcross, step = block_threads() / kAcross, slots = r.height() * r.width();
   if (first >= step) return;
@@ -45,7 +45,7 @@ NATTEN_EXT_DEVICE void stage_rows(Shared destination, const Rows& t, const Param
       const int row = by_width(slot), column = slot - row * r.width();
       NATTEN_EXT_UNROLL
       for (int chunk = 0; chunk < kChunks * 16; chunk += kAcross * 16) {
-        copy(destination + own + slot * kPitch<M, D> + chunk, row, column, chunk);
+        copy(destination + own + slot * kPitch<M, Dim> + chunk, row, column, chunk);
       }
     }
   };
@@ -83,35 +83,35 @@ NATTEN_EXT_DEVICE void stage_row_numbers(Shared destination, const Params& p, co
 }
 
 // Starts copying a tile's own rows of p.own[0] to p.own[Count - 1], as far as they are given.
-template <class M, int D, int Count, bool ByKey>
+template <class M, int Dim, int Count, bool ByKey>
 NATTEN_EXT_DEVICE void stage_own(const Params& p, const Tile<ByKey>& tile) {
   const Rectangle r{tile.origin_y, tile.origin_y + Tile<ByKey>::tile_height(p), tile.origin_x, tile.origin_x + kBlock};
   const auto exists = [&](int y, int x) { return tile.owns(y, x); };
   const bool whole = r.x1 <= tile.own_width() && exists(r.y1 - 1, r.x1 - 1);
   NATTEN_EXT_NO_UNROLL
   for (int i = 0; i < Count; ++i) {
-    if (p.own[i].data != nullptr) stage_rows<M, D>(p.shared.own(i), p.own[i], p, tile, r, SlotDivisor(kBlock), whole, exists);
+    if (p.own[i].data != nullptr) stage_rows<M, Dim>(p.shared.own(i), p.own[i], p, tile, r, SlotDivisor(kBlock), whole, exists);
   }
 }
 
 // Starts copying rows of keys at the places of a warp's own queries to the warp's rows of a tile; where there is none, the
 // nearest. `await_own_keys` ends what began.
-template <class M, int D>
+template <class M, int Dim>
 NATTEN_EXT_DEVICE void stage_own_keys(Shared destination, const Rows& keys, const Params& p, const Tile<false>& tile,
                                       const OwnRows<false>& own) {
   using Element = typename M::Element;
-  constexpr int kChunk = 16 / sizeof(Element), kChunks = D / kChunk;
+  constexpr int kChunk = 16 / sizeof(Element), kChunks = Dim / kChunk;
   const int lane = thread_index() % kWarp;
   NATTEN_EXT_NO_UNROLL
   for (int i = lane; i < kWarpRows * kChunks; i += kWarp) {
     const int row = i / kChunks, channel = i % kChunks * kChunk;
     int y = lesser(own.y[0] + row / kBlock, tile.own_height() - 1), x = lesser(own.x - lane / 4 + row % kBlock, tile.own_width() - 1);
-    if (p.neighborhood == Neighborhood::full) {
+    if (p.kind == Kind::full) {
       const int token = lesser(y * kBlock + x, p.keys.count - 1);
       y = token / kBlock, x = token % kBlock;
     }
     const auto* from = reinterpret_cast<const unsigned char*>(static_cast<const Element*>(keys.data) + tile.offset(keys, y, x) + channel);
-    copy_chunk<Element>(destination + own.slot_of(row) * kPitch<M, D> + channel * static_cast<uint32_t>(sizeof(Element)), from,
+    copy_chunk<Element>(destination + own.slot_of(row) * kPitch<M, Dim> + channel * static_cast<uint32_t>(sizeof(Element)), from,
                own.any ? (p.head_dim - channel) * static_cast<int>(sizeof(Element)) : 0, p.vector_bytes);
   }
 }
@@ -122,7 +122,7 @@ NATTEN_EXT_DEVICE void await_own_keys() {
 }
 
 // The same for a piece: p.staged[0] and on, and `Numbers` numbers of each row.
-template <class M, int D, int Tensors, int Numbers, bool ByKey>
+template <class M, int Dim, int Tensors, int Numbers, bool ByKey>
 NATTEN_EXT_DEVICE void stage_piece(int stage, const Params& p, const Tile<ByKey>& tile, const Rectangle& piece) {
   const SlotDivisor by_width(piece.width());
   // Windows lie inside the map. But the last row of a sequence may be short.
@@ -130,7 +130,7 @@ NATTEN_EXT_DEVICE void stage_piece(int stage, const Params& p, const Tile<ByKey>
   const bool whole = exists(piece.y1 - 1, piece.x1 - 1);
   NATTEN_EXT_NO_UNROLL
   for (int i = 0; i < Tensors; ++i) {
-    if (p.staged[i].data != nullptr) stage_rows<M, D>(p.shared.rows(stage, i), p.staged[i], p, tile, piece, by_width, whole, exists);
+    if (p.staged[i].data != nullptr) stage_rows<M, Dim>(p.shared.rows(stage, i), p.staged[i], p, tile, piece, by_width, whole, exists);
   }
   if constexpr (Numbers > 0) stage_row_numbers<typename M::Real, Numbers>(p.shared.scalars(stage, 0), p, tile, piece, by_width, exists);
 }
@@ -164,7 +164,7 @@ struct AdjacentSlots {
 };
 
 // Writes factor * (a row . b row) for every row of a staged piece.
-template <class M, int D>
+template <class M, int Dim>
 NATTEN_EXT_DEVICE void write_row_products(Shared destination, Shared a, Shared b, const Rectangle& piece,
                                           typename M::Real factor) {
   using Real = typename M::Real;
@@ -172,7 +172,7 @@ NATTEN_EXT_DEVICE void write_row_products(Shared destination, Shared a, Shared b
   NATTEN_EXT_NO_UNROLL
   for (int first = thread_index() / kWarp * kWarpRows; first < rows; first += block_threads() / kWarp * kWarpRows) {
     Real products[2];
-    row_products<M, D>(products, a, b, AdjacentSlots{first, rows - 1});
+    row_products<M, Dim>(products, a, b, AdjacentSlots{first, rows - 1});
     for (int h = 0; h < 2; ++h) {
       const int slot = first + lane / 4 + 8 * h;
       if (lane % 4 == 0 && slot < rows) store_shared(destination + slot * static_cast<uint32_t>(sizeof(Real)), factor * products[h]);
@@ -192,22 +192,22 @@ NATTEN_EXT_DEVICE void store_pair(Shared address, Real first, Real second) {
   }
 }
 
-// Writes a warp's 16 x DC results, times `factor`, to channels `first` and on of its own rows. `scratch` is a tile in
+// Writes a warp's 16 x Channels results, times `factor`, to channels `first` and on of its own rows. `scratch` is a tile in
 // shared memory whose rows of this warp nobody needs any more.
-template <class M, int D, int DC, bool ByKey>
-NATTEN_EXT_DEVICE void write_rows(const typename M::Real (&acc)[DC / 8][4], const typename M::Real (&factor)[2],
+template <class M, int Dim, int Channels, bool ByKey>
+NATTEN_EXT_DEVICE void write_rows(const typename M::Real (&acc)[Channels / 8][4], const typename M::Real (&factor)[2],
                                   const Rows& t, Shared scratch, const Params& p, const Tile<ByKey>& tile,
                                   const OwnRows<ByKey>& own, int first) {
   using Element = typename M::Element;
-  constexpr int kChunk = 16 / sizeof(Element), kChunks = DC / kChunk;
+  constexpr int kChunk = 16 / sizeof(Element), kChunks = Channels / kChunk;
   const int lane = thread_index() % kWarp;
   sync_warp();
   NATTEN_EXT_UNROLL
-  for (int n = 0; n < DC / 8; ++n) {
+  for (int n = 0; n < Channels / 8; ++n) {
     NATTEN_EXT_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int channel = 8 * n + lane % 4 * 2;
-      store_pair<Element>(scratch + own.slot_of(lane / 4 + 8 * h) * kPitch<M, D> + channel * static_cast<uint32_t>(sizeof(Element)),
+      store_pair<Element>(scratch + own.slot_of(lane / 4 + 8 * h) * kPitch<M, Dim> + channel * static_cast<uint32_t>(sizeof(Element)),
                           acc[n][2 * h] * factor[h], acc[n][2 * h + 1] * factor[h]);
     }
   }
@@ -221,7 +221,7 @@ NATTEN_EXT_DEVICE void write_rows(const typename M::Real (&acc)[DC / 8][4], cons
     if (bytes <= 0 || !tile.owns(y0 + row / kBlock, x0 + row % kBlock)) continue;
     auto* to = reinterpret_cast<unsigned char*>(origin + (row < kBlock ? 0 : step_y) + row % kBlock * step_x + channel);
     const Shared from =
-        scratch + own.slot_of(row) * kPitch<M, D> + channel * static_cast<uint32_t>(sizeof(Element));
+        scratch + own.slot_of(row) * kPitch<M, Dim> + channel * static_cast<uint32_t>(sizeof(Element));
     if (p.output_vector_bytes == 16) {
       store_global(reinterpret_cast<Vector16*>(to), load_shared<Vector16>(from));
     } else {

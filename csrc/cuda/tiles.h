@@ -23,22 +23,22 @@ struct SlotDivisor {
 
 // One axis of a residue class. Windows start later for later queries, so partners of a range are a range.
 struct Axis {
-  Neighborhood neighborhood;
+  Kind kind;
   int queries, keys, kernel;
   Divisor by_kernel;
 
   // First key of the window of a query.
   NATTEN_EXT_DEVICE int start(int query) const {
-    if (neighborhood == Neighborhood::sliding) return class_window_start(query, keys, kernel);
-    return neighborhood == Neighborhood::grid ? by_kernel(query) * kernel : 0;
+    if (kind == Kind::neighborhood) return class_window_start(query, keys, kernel);
+    return kind == Kind::grid ? by_kernel(query) * kernel : 0;
   }
   NATTEN_EXT_DEVICE int first_query(int key) const {
-    if (neighborhood == Neighborhood::sliding) return key < kernel ? 0 : key - kernel + 1 + kernel / 2;
-    return neighborhood == Neighborhood::grid ? by_kernel(key) * kernel : 0;
+    if (kind == Kind::neighborhood) return key < kernel ? 0 : key - kernel + 1 + kernel / 2;
+    return kind == Kind::grid ? by_kernel(key) * kernel : 0;
   }
   NATTEN_EXT_DEVICE int end_query(int key) const {
-    if (neighborhood == Neighborhood::sliding) return key >= keys - kernel ? queries : key + kernel / 2 + 1;
-    return neighborhood == Neighborhood::grid ? by_kernel(key) * kernel + kernel : queries;
+    if (kind == Kind::neighborhood) return key >= keys - kernel ? queries : key + kernel / 2 + 1;
+    return kind == Kind::grid ? by_kernel(key) * kernel + kernel : queries;
   }
 };
 
@@ -93,8 +93,8 @@ struct Tile {
       const int offset = dilation - 1 - residue;  // positions of the class: (length - residue) / dilation, rounded up
       const int class_keys = by_dilation(keys + offset);
       // A window of `full` is all keys.
-      if (p.neighborhood == Neighborhood::full) kernel = class_keys;
-      return Axis{p.neighborhood, by_dilation(queries + offset), class_keys, kernel, by_kernel};
+      if (p.kind == Kind::full) kernel = class_keys;
+      return Axis{p.kind, by_dilation(queries + offset), class_keys, kernel, by_kernel};
     };
     y = axis(p.queries.height, p.keys.height, window.dilation_y, residue_y, cut.by_dilation_y, window.kernel_y, p.by_kernel_y);
     x = axis(p.queries.width, p.keys.width, window.dilation_x, residue_x, cut.by_dilation_x, window.kernel_x, p.by_kernel_x);
