@@ -87,6 +87,8 @@ def measure(
         if update != "discriminator":
             real = images(config.batch_g) if networks.loss.uses_real else None
             generator_step(0, config, networks, real, world)
+        if target.type == "cuda":
+            torch.cuda.synchronize(target)
 
     with natten_ext.use_backend(backend):
         with natten_ext.record_calls() as calls:
@@ -110,13 +112,19 @@ def measure_apart(
     update: Update = "both",
     threads: int = 0,
     repeats: int = 3,
+    limit: float | None = None,
 ) -> StepCost:
-    """`measure` in a fresh process; RuntimeError with its output if it fails."""
+    """`measure` in a fresh process.
+
+    RuntimeError with its output if it fails, TimeoutError if it takes more than `limit` seconds.
+    """
     options = {"backend": backend, "device": device, "update": update, "repeats": repeats}
     request = {"recipe": to_dict(config), "threads": threads, "options": options}
-    result = subprocess.run(
-        [sys.executable, "-m", "gans.training.profile"], input=json.dumps(request), capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "gans.training.profile"]
+    try:
+        result = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"measuring backend {backend!r} took more than {limit:g} s") from None
     if result.returncode:
         raise RuntimeError(f"measuring backend {backend!r} failed:\n{result.stderr}")
     return StepCost(**json.loads(result.stdout.splitlines()[-1]))
