@@ -43,7 +43,7 @@ COST_RECIPE = replace(
 
 @dataclass(frozen=True)
 class DemoArguments:
-    """Trains a small TransGAN with fused attention under WGAN-GP on scikit-learn's scanned digits."""
+    """Trains a small TransGAN with fused attention and R1 + R2 penalties on scikit-learn's scanned digits."""
 
     out: Path = Path("demo")
     """Folder to write to; a run of an earlier demo in it is replaced."""
@@ -81,7 +81,8 @@ def _demo(options: DemoArguments) -> int:
     out, run = options.out, options.out / "run"
     _clear(run)
     device = choose_device(options.device)
-    recipe = replace(DIGITS, steps=options.steps)
+    decay_start = options.steps * DIGITS.decay_start // DIGITS.steps
+    recipe = replace(DIGITS, steps=options.steps, decay_start=decay_start, decay_end=options.steps)
     sample_every = max(1, options.steps // 16)
     settings = RunConfig(
         data="digits",
@@ -119,7 +120,7 @@ def _demo(options: DemoArguments) -> int:
 ({"at least" if fall >= NEEDED_FALL else "NOT"} the {NEEDED_FALL:.0f} times that were to be reached); \
 real against real {last["floor"]:.3g}
 
-Training step (a D step with gradient penalty and a G step) of the demo's networks at 32x32 pixels with 1024
+Training step (a D step with its penalties and a G step) of the demo's networks at 32x32 pixels with 1024
 tokens in both, float32, batch {options.cost_batch}, {device}:
 
 {table}

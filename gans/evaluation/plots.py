@@ -28,14 +28,16 @@ def sample_steps(run: Path) -> list[int]:
 
 
 def plot_samples(run: Path, steps: Sequence[int], size: int, path: Path, columns: int = 12) -> None:
-    """One row of samples, from the same z, for each of the steps that has a grid, and two rows of real images."""
-    rows = [
-        (f"step {step}", read_tiles(run / "samples" / f"step-{step:08d}.png", size)[:columns])
-        for step in sample_steps(run)
-        if step in steps
-    ]
-    real = read_tiles(run / "samples" / "real.png", size)
-    rows += [("real", real[start : start + columns]) for start in (0, columns)]
+    """A row of samples, from the same z, for each of the steps that has a grid, three for the last of them, and two
+    rows of real images.
+    """
+    shown = [step for step in sample_steps(run) if step in steps]
+    grids = [(f"step {step}", f"step-{step:08d}.png", 3 if step == shown[-1] else 1) for step in shown]
+    rows = []
+    for label, name, count in [*grids, ("real", "real.png", 2)]:
+        tiles = read_tiles(run / "samples" / name, size)
+        starts = range(0, min(count * columns, len(tiles)), columns)
+        rows += [("" if start else label, tiles[start : start + columns]) for start in starts]
     figure, axes = plt.subplots(len(rows), columns, figsize=(0.62 * columns + 1, 0.62 * len(rows) + 0.5), squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])

@@ -4,9 +4,11 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
 from PIL import Image
 
 from gans.commands import demo
+from gans.evaluation import plots
 from gans.training.profile import StepCost, measure, measure_apart
 
 
@@ -40,3 +42,27 @@ def test_the_demo_is_a_module_and_a_command():
     for module in (["gans.demo"], ["gans", "demo"]):
         shown = subprocess.run([sys.executable, "-m", *module, "--help"], capture_output=True, text=True, check=True)
         assert "usage: python -m gans demo [-h]" in shown.stdout
+
+
+def test_the_demo_decays_over_the_steps_that_it_is_given(tmp_path, monkeypatch):
+    seen = []
+
+    def record(recipe, settings):
+        seen.append((recipe.steps, recipe.decay_start, recipe.decay_end))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", record)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(["--out", str(tmp_path), "--steps", "180", "--device", "cpu"])
+    assert seen == [(180, 70, 180)]
+
+
+def test_the_last_samples_fill_three_rows(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots.plt, "subplots", lambda rows, columns, **_: shown.append((rows, columns)) or 1 / 0)
+    (tmp_path / "samples").mkdir()
+    for name in ("real", "step-00000000", "step-00000009"):
+        Image.new("L", (64, 64)).save(tmp_path / "samples" / f"{name}.png")  # 16 tiles of 16 px
+    with pytest.raises(ZeroDivisionError):
+        plots.plot_samples(tmp_path, [0, 9], 16, tmp_path / "out.png", columns=5)
+    assert shown == [(1 + 3 + 2, 5)]

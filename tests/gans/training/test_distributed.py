@@ -22,7 +22,8 @@ from gans.training.steps import local_parts
 OPTIONS = """--preset digits --data digits --steps 3 --n-critic 2 --batch-d 8 --batch-g 4 --sample-count 4 --log-every 1
     --generator.base-dim 32 --generator.heads 2 --generator.noise --generator.windows 2 4 4
     --discriminator.patch-dims 8 8 --discriminator.heads 2 --discriminator.augment translation color cutout
-    --loss.adversarial relativistic --loss.r1 1 --loss.r2 1 --loss.bcr-real 1 --precision fp64 --lr-d 1e-3 --lr-g 1e-3
+    --loss.gp-weight 10 --loss.drift 1e-3 --loss.penalty-every 1 --loss.adversarial relativistic --loss.r1 1 --loss.r2 1
+    --loss.bcr-real 1 --precision fp64 --lr-d 1e-3 --lr-g 1e-3
     --device cpu --threads 1"""
 RECIPE = OPTIONS.split()
 
