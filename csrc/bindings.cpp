@@ -1,8 +1,8 @@
-// natten_ext._C: what is not a tensor operator. Depends on the Python version, unlike the kernels' libraries.
+// natten_ext._C: the geometry of the kernels, for tests to compare. Depends on the Python version, unlike the kernels'
+// libraries, so only checkouts have it.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
-#include <string>
 
 #include "geometry.h"
 
@@ -29,20 +29,9 @@ int64_t class_length(int64_t length, int64_t dilation, int64_t residue) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information and the C++ geometry functions of natten_ext.";
+  m.doc() = "The C++ geometry functions of natten_ext.";
   m.def("window_start", &window_start, py::arg("index"), py::arg("length"), py::arg("kernel"), py::arg("dilation"),
         "First key of a query's window on one axis; the twin of natten_ext.geometry.window_start. Raises ValueError.");
   m.def("class_length", &class_length, py::arg("length"), py::arg("dilation"), py::arg("residue"),
         "Positions of an axis in one residue class modulo the dilation. Raises ValueError.");
-  m.def(
-      "build_info",
-      [] {
-        py::dict info;
-        info["version"] = NATTEN_EXT_VERSION;
-        info["compiler"] = __VERSION__;
-        info["torch"] = NATTEN_EXT_BUILT_WITH_TORCH;
-        info["instruction_sets"] = NATTEN_EXT_INSTRUCTION_SETS;
-        return info;
-      },
-      "Version, compiler, the torch whose headers were used, and the instruction sets compiled for.");
 }

@@ -1,9 +1,10 @@
-"""The source distribution: what it holds, and an installation from it where nothing of this checkout can be reached."""
+"""The source distribution and the wheel: what they hold, and that they work where nothing of this checkout is."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,35 +12,36 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from setuptools import Distribution
 
+import natten_ext
 import setup
+from natten_ext import __main__
+from natten_ext.backends import cpu, cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FOLDERS = ("natten_ext", "gans", "csrc", "benchmarks", "tests", "docs")
-FILES = ("CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py")
-BUILT = ("*.so", setup.CUDA_RESOURCES, "*.pyc", "__pycache__")
+FOLDERS = ("natten_ext", "gans", "csrc", "cuda_wheel", "benchmarks", "tests", "docs")
+FILES = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+    "setup.py",
+)
+BUILT = ("*.so", setup.CUDA_RESOURCES, "*.pyc", "__pycache__", "*.egg-info", "build")
 MADE_BY_SETUPTOOLS = ("PKG-INFO", "setup.cfg", "natten_ext.egg-info/")
 
 SETUPTOOLS = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
 
-# The packages and programs that a build needs, and a call.
+# The packages and programs that a build needs.
 BORROWED = ("torch", "setuptools", "pybind11", "ninja")
-ONE_CALL = """
-import torch, natten_ext
-
-q, k, v = (torch.randn(1, 6, 6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-table = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
-results = []
-for backend in ("cpu", "reference"):
-    out = natten_ext.neighborhood_attention(q, k, v, 3, [1, 2], bias=table, backend=backend)
-    first = torch.autograd.grad(out.sin().sum(), (q, k, v, table), create_graph=True)
-    second = torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v, table))
-    results.append((out, *first, *second))
-torch.testing.assert_close(*results)
-print(natten_ext.__file__)
-"""
+SMOKE = Path(__file__).with_name("wheel_smoke.py")
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +76,8 @@ def run(*command: object, **options) -> str:
 
 def files_of(folder: Path, *parts: str) -> set[str]:
     """The files under some parts of a folder that no build made."""
-    found = (path for part in parts for path in (folder / part).rglob("*") if path.is_file())
-    return {str(p.relative_to(folder)) for p in found if not any(p.match(pattern) for pattern in BUILT)}
+    found = (path.relative_to(folder) for part in parts for path in (folder / part).rglob("*") if path.is_file())
+    return {str(p) for p in found if not any(q.match(pattern) for q in (p, *p.parents) for pattern in BUILT)}
 
 
 def test_the_source_distribution_holds_the_checkout_but_its_pictures_and_what_was_built(sdist):
@@ -115,9 +117,10 @@ def test_a_ninja_that_is_nowhere_is_named(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_installation_from_the_source_distribution(sdist, tmp_path):
-    """All kernels compile and link, without optimisation, which takes a third of the time; one call in every order."""
-    environment, compiler = tmp_path / "environment", tmp_path / "compiler"
+def test_a_wheel_from_the_source_distribution(sdist, tmp_path):
+    """All kernels compile and link, without optimisation, which takes a third of the time. The wheel is for any Python
+    and installs and computes without a compiler."""
+    environment, compiler, nothing = tmp_path / "environment", tmp_path / "compiler", tmp_path / "nothing"
     run(sys.executable, "-m", "venv", "--without-pip", environment)
     python = environment / "bin" / "python"
     (site,) = environment.glob("lib/python*/site-packages")
@@ -125,11 +128,52 @@ def test_an_installation_from_the_source_distribution(sdist, tmp_path):
     (site / "borrowed.pth").write_text("\n".join(borrowed))  # an editable installation there stays unseen
     compiler.write_text(f'#!/bin/sh\nexec {setup.find_compiler()} "$@" -O0\n')
     compiler.chmod(0o755)
+    nothing.mkdir()
     path = os.pathsep.join((str(Path(setup.ninja_command(tmp_path)[0]).parent), os.environ["PATH"]))
-    options = ("--ignore-installed", "--no-deps", "--no-index", "--no-build-isolation", "--no-cache-dir")
-    pip = ("-m", "pip", "--disable-pip-version-check", "--python", python)
-    run(sys.executable, *pip, "install", *options, sdist, cwd=tmp_path, env={"CXX": str(compiler), "PATH": path})
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
+    options = ("--no-deps", "--no-index", "--no-cache-dir")
+    build = (*pip, "wheel", *options, "--no-build-isolation", "--wheel-dir", tmp_path, sdist)
+    run(*build, cwd=tmp_path, env={"CXX": str(compiler), "PATH": path})
 
-    assert Path(run(python, "-I", "-c", ONE_CALL, cwd=tmp_path).strip()).parent == site / "natten_ext"
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"natten_ext-{setup.version()}-py3-none-linux_")
+    run(*pip, "install", *options, "--ignore-installed", wheel, cwd=tmp_path, env={"PATH": str(nothing)})
+    assert Path(run(python, "-I", SMOKE, cwd=tmp_path).splitlines()[-1]).parent == site / "natten_ext"
     assert files_of(site, "natten_ext", "gans") == files_of(ROOT, "natten_ext", "gans")
+    assert [path.name for path in (site / "natten_ext").rglob("*.so")] == ["libnatten_ext_cpu.so"]
+    assert_loads_with_old_glibc(site / "natten_ext" / "libnatten_ext_cpu.so")
     run(python.with_name("gans"), "--version", cwd=tmp_path)
+
+
+def assert_loads_with_old_glibc(library: Path) -> None:
+    """No symbol is newer than glibc 2.28, which torch's own wheels need."""
+    symbols = run("objdump", "-T", library)
+    versions = {tuple(map(int, number.split("."))) for number in re.findall(r"\(GLIBC_([0-9.]+)\)", symbols)}
+    assert max(versions) <= (2, 28), symbols
+
+
+def test_the_cuda_add_on_is_found_and_must_have_this_version(monkeypatch, tmp_path):
+    package = tmp_path / cuda.ADD_ON
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cuda, "__file__", str(tmp_path / "natten_ext" / "backends" / "cuda.py"))
+    monkeypatch.delenv(cuda.EMULATOR_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    load = cuda._not_loaded.__wrapped__
+    assert "natten_ext_cuda is not installed" in load()
+    (package / setup.CUDA_LIBRARY).write_text("no library")
+    monkeypatch.setattr(cuda, "version", lambda name: "0.1.0")
+    assert load() == f"natten_ext_cuda must have the version of natten_ext, {setup.version()}, got 0.1.0"
+    monkeypatch.setattr(cuda, "version", lambda name: setup.version())
+    assert "libnatten_ext_cuda.so does not load" in load()
+
+
+def test_a_report_for_bugs(capsys):
+    """``python -m natten_ext``: the versions, and every backend with its answer."""
+    __main__.main()
+    printed = capsys.readouterr().out
+    for part in (setup.version(), torch.__version__, cpu.instruction_set(), cpu.build_information()["compiler"]):
+        assert part in printed
+    for status in natten_ext.list_backends("cpu"):
+        assert re.search(f"cpu +{status.name} +{re.escape(status.reason or 'yes')}", printed)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import natten_ext
+from natten_ext.backends import cuda
 
-REPORT = Path(natten_ext.__file__).parent / "cuda_resources.txt"
+REPORT = (cuda.library_folder() or Path(natten_ext.__file__).parent) / "cuda_resources.txt"
 
 THREADS = 128  # of a block, at most: kThreads of csrc/cuda/kernel.h
 

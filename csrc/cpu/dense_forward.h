@@ -72,7 +72,7 @@ class DenseForward {
       store_row(output_ + i * padded, a_.output, row.offset, plan_.channels, 1 / sum_[i]);
       T* base = static_cast<T*>(a_.lse) + lse.offset;
       base[0] = maximum_[i];
-      base[p.rows()] = std::log2(sum_[i]);
+      base[p.rows()] = log2_of(sum_[i]);
     }
   }
 

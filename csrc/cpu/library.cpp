@@ -109,6 +109,14 @@ struct CpuBackend {
 
 std::string instruction_set() { return variant().name; }
 
+std::string build_information(std::string name) {
+  if (name == "version") return NATTEN_EXT_VERSION;
+  if (name == "compiler") return __VERSION__;
+  if (name == "torch") return NATTEN_EXT_BUILT_WITH_TORCH;
+  if (name == "instruction_sets") return NATTEN_EXT_INSTRUCTION_SETS;
+  throw std::runtime_error("name must be version, compiler, torch or instruction_sets, got " + name);
+}
+
 void release_working_memory() { BlockCache::instance().release(); }
 
 }  // namespace
@@ -135,11 +143,13 @@ void parallel_tasks(int64_t count, void (*worker)(void*, int64_t (*)(void*), voi
 
 STABLE_TORCH_LIBRARY(natten_ext_cpu, m) {
   m.def("instruction_set() -> str");
+  m.def("build_information(str name) -> str");
   m.def("release_working_memory() -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(natten_ext_cpu, CompositeExplicitAutograd, m) {
   natten_ext::Operators<natten_ext::CpuBackend>::implement(m);
   m.impl("instruction_set", TORCH_BOX(&natten_ext::instruction_set));
+  m.impl("build_information", TORCH_BOX(&natten_ext::build_information));
   m.impl("release_working_memory", TORCH_BOX(&natten_ext::release_working_memory));
 }

@@ -71,7 +71,7 @@ class NeighborhoodForward {
     for (int lane = 0; lane < L && x + lane < g.width; ++lane) {
       T* row = base + (x + lane) * job.window.dilation_x;
       row[0] = top[lane];
-      row[a_.problem.rows()] = std::log2(sum[lane]);
+      row[a_.problem.rows()] = log2_of(sum[lane]);
     }
     return 1 / sum;
   }

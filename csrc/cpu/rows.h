@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "half.h"
 #include "kernels.h"
@@ -123,6 +124,14 @@ template <class T>
 constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189214);
 template <class T>
 constexpr T kLn2 = static_cast<T>(0.693147180559945309417232121458176568);
+
+// The logarithm to base 2. That of double is a symbol of glibc 2.29, newer than what wheels may need; that of long double
+// is as old as glibc, and one is taken for each row of queries.
+template <class T>
+T log2_of(T value) {
+  using Wide = std::conditional_t<std::is_same_v<T, double>, long double, T>;
+  return static_cast<T>(std::log2(static_cast<Wide>(value)));
+}
 
 // A value of a table as a score in units of log2. It saturates: the largest numbers, with which tables mask or choose,
 // stay finite, and so do their sums with other scores and the differences of those. Infinities stay what they are.

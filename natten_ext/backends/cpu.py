@@ -33,6 +33,12 @@ def instruction_set() -> str:
     return torch.ops.natten_ext_cpu.instruction_set()
 
 
+def build_information() -> dict[str, str]:
+    """What the library was made of: ``version``, ``compiler``, ``torch`` and ``instruction_sets``."""
+    names = ("version", "compiler", "torch", "instruction_sets")
+    return {name: torch.ops.natten_ext_cpu.build_information(name) for name in names}
+
+
 def release_working_memory() -> None:
     """Give back the working memory that the kernels keep for their next calls (at most 16 MiB per thread)."""
     torch.ops.natten_ext_cpu.release_working_memory()

@@ -1,19 +1,23 @@
 """The ``cuda`` backend: hand-written kernels (csrc/cuda) for the tensor cores of sm_80 and later.
 
-The kernels are in a shared object of their own, because only a torch with CUDA has what it links to. Tests load the
-same kernels compiled for the host instead, under the emulator of csrc/emulator; the environment variable
+The kernels are in a shared object of their own, because only a torch with CUDA has what it links to: in this package,
+where an installation from source found nvcc, or in the package natten_ext_cuda, a wheel. Tests load the same kernels
+compiled for the host instead, under the emulator of csrc/emulator; the environment variable
 ``NATTEN_EXT_CUDA_EMULATOR`` is its path.
 """
 
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..orders import ORDERS, Order
+from ..version import __version__
 from .origin import about_origin
 from .support import MAX_HEAD_DIM, asked_once, cannot_take, cannot_use_gpu
 
@@ -21,7 +25,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 EMULATOR_VARIABLE = "NATTEN_EXT_CUDA_EMULATOR"
 
-_library = Path(__file__).parents[1] / "libnatten_ext_cuda.so"
+_LIBRARY = "libnatten_ext_cuda.so"
+
+ADD_ON = "natten_ext_cuda"
+"""The package that brings the library where this one was installed without it."""
 
 # The library has operators of its own, csrc/cuda/library.cpp, for what `run` adds to the operands.
 _compiled = torch.ops.natten_ext_cuda
@@ -84,6 +91,14 @@ def _most_channels(dtype: torch.dtype, limit: int) -> int:
     return sum(bytes_needed <= limit for bytes_needed in needed)
 
 
+def library_folder() -> Path | None:
+    """Where the compiled kernels are: this package, or the one that was installed for them; None without either."""
+    folders = [Path(__file__).parents[1]]
+    if (add_on := find_spec(ADD_ON)) is not None and add_on.origin is not None:
+        folders.append(Path(add_on.origin).parent)
+    return next((folder for folder in folders if (folder / _LIBRARY).exists()), None)
+
+
 def _emulator() -> str | None:
     return os.environ.get(EMULATOR_VARIABLE) or None
 
@@ -96,10 +111,16 @@ def _not_loaded() -> str:
         return ""
     if torch.version.cuda is None:
         return "this torch has no CUDA"
-    if not _library.exists():
-        return "it was not built: no nvcc was found, or NATTEN_EXT_CUDA=0 was set, when natten_ext was installed"
+    folder = library_folder()
+    if folder is None:
+        return (
+            f"{ADD_ON} is not installed, and no library was built when natten_ext was: there was no nvcc, or"
+            " NATTEN_EXT_CUDA=0 was set"
+        )
+    if folder.name == ADD_ON and (found := version(ADD_ON)) != __version__:
+        return f"{ADD_ON} must have the version of natten_ext, {__version__}, got {found}"
     try:
-        torch.ops.load_library(_library)
+        torch.ops.load_library(folder / _LIBRARY)
     except OSError as error:
-        return f"{_library.name} does not load: {error.__cause__ or error}"  # torch's own error names only the file
+        return f"{_LIBRARY} does not load: {error.__cause__ or error}"  # torch's own error names only the file
     return ""
