@@ -26,8 +26,12 @@ struct Arguments {
   // (2, batch, heads, queries), contiguous, in the compute type; likewise. In base 2, first the score from which a row's
   // weights are counted (about its largest), then the logarithm of their sum.
   void* lse;
+  // (batch, heads, queries), contiguous, in the compute type; no channels: x steps from query to query. In natural units.
+  View natural_lse;  // written by forward: the log-sum-exp of the true scores (l2: of -s|q-k|^2)
+  View grad_lse;     // its gradient
   View grad_output;
   View cot_query, cot_key, cot_value, cot_bias;  // cotangents of the first gradients
+  View grad_grad_lse;  // as grad_lse: the derivative of natural_lse along the cotangents
   View grad_grad_output, grad_query, grad_key, grad_value, grad_bias;
 };
 

@@ -56,11 +56,17 @@ inline ScalarType lse_dtype(const Tensor& query) {
   return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline std::vector<int64_t> lse_sizes(const Tensor& query) {
+// (batch, heads, *tokens)
+inline std::vector<int64_t> row_sizes(const Tensor& query) {
   std::vector<int64_t> s = sizes(query);
   const int64_t heads = s[s.size() - 2];
   s.resize(s.size() - 2);
   s.insert(s.begin() + 1, heads);
+  return s;
+}
+
+inline std::vector<int64_t> lse_sizes(const Tensor& query) {
+  std::vector<int64_t> s = row_sizes(query);
   s.insert(s.begin(), 2);
   return s;
 }
@@ -135,6 +141,25 @@ class Call {
     arguments.lse = lse.mutable_data_ptr();
   }
 
+  // A number per row of scores, in the compute type, or none.
+  View row_numbers(const std::optional<Tensor>& t, const char* name) {
+    if (!t) return {};
+    require(backend_.holds(given(*t, name)), std::string(name) + " must be on " + backend_.device);
+    require(sizes(*t) == row_sizes(query_) && t->scalar_type() == lse_dtype(query_),
+            std::string(name) + " must be (batch, heads, tokens) in the compute type");
+    if (!t->is_contiguous()) copies_.push_back(torch::stable::contiguous(*t));
+    const Problem& p = arguments.problem;
+    const DType dtype = lse_dtype(query_) == ScalarType::Double ? DType::float64 : DType::float32;
+    return {(t->is_contiguous() ? *t : copies_.back()).mutable_data_ptr(), dtype, p.heads * p.queries(), p.width, 1, p.queries()};
+  }
+
+  Tensor new_row_numbers(bool needed, View& view) {
+    if (!needed) return new_tensor({0}, query_.scalar_type());
+    Tensor result = new_tensor(row_sizes(query_), lse_dtype(query_));
+    view = row_numbers(result, "a result");
+    return result;
+  }
+
   Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
     Tensor result = new_result(query_, shape, dtype);
     backend_.allocated(result);
@@ -187,23 +212,26 @@ inline void check_needs(const std::vector<bool>& needs, size_t count) {
 
 template <class Backend, class... Options>
 struct Operators {
-  static std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
-                                            std::vector<int64_t> neighborhood, bool l2, double scale,
-                                            Options... options) {
+  static std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
+                                                    std::vector<int64_t> neighborhood, bool l2, double scale,
+                                                    bool return_lse, Options... options) {
     Call<Backend> call(query, key, value, bias, neighborhood, l2, scale, options...);
     Tensor output = call.new_tensor(sizes(query), query.scalar_type());
     Tensor lse = call.new_tensor(lse_sizes(query), lse_dtype(query));
     call.set_output(output, lse);
-    return call.run(&Backend::forward, output, lse);
+    Tensor natural_lse = call.new_row_numbers(return_lse, call.arguments.natural_lse);
+    return call.run(&Backend::forward, output, lse, natural_lse);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-      Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias, Tensor output, Tensor lse,
-      std::vector<int64_t> neighborhood, bool l2, double scale, std::vector<bool> needs, Options... options) {
+      Tensor grad_output, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value,
+      std::optional<Tensor> bias, Tensor output, Tensor lse, std::vector<int64_t> neighborhood, bool l2, double scale,
+      std::vector<bool> needs, Options... options) {
     Call<Backend> call(query, key, value, bias, neighborhood, l2, scale, options...);
     Arguments& a = call.arguments;
     call.set_output(output, lse);
     a.grad_output = call.like(grad_output, query, "grad_output");
+    a.grad_lse = call.row_numbers(grad_lse, "grad_lse");
     check_needs(needs, 4);
     Tensor grad_query = call.gradient(needs[0], query, a.grad_query), grad_key = call.gradient(needs[1], key, a.grad_key);
     Tensor grad_value = call.gradient(needs[2], value, a.grad_value);
@@ -211,25 +239,28 @@ struct Operators {
     return call.run(&Backend::backward, grad_query, grad_key, grad_value, grad_bias);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
       std::optional<Tensor> cot_query, std::optional<Tensor> cot_key, std::optional<Tensor> cot_value,
-      std::optional<Tensor> cot_bias, Tensor grad_output, Tensor query, Tensor key, Tensor value,
-      std::optional<Tensor> bias, Tensor output, Tensor lse, std::vector<int64_t> neighborhood, bool l2, double scale,
-      std::vector<bool> needs, Options... options) {
+      std::optional<Tensor> cot_bias, Tensor grad_output, std::optional<Tensor> grad_lse, Tensor query, Tensor key,
+      Tensor value, std::optional<Tensor> bias, Tensor output, Tensor lse, std::vector<int64_t> neighborhood, bool l2,
+      double scale, std::vector<bool> needs, Options... options) {
     Call<Backend> call(query, key, value, bias, neighborhood, l2, scale, options...);
     Arguments& a = call.arguments;
     call.set_output(output, lse);
     a.grad_output = call.like(grad_output, query, "grad_output");
+    a.grad_lse = call.row_numbers(grad_lse, "grad_lse");
     a.cot_query = call.like(cot_query, query, "cot_query");
     a.cot_key = call.like(cot_key, key, "cot_key");
     a.cot_value = call.like(cot_value, value, "cot_value");
     a.cot_bias = call.like(cot_bias, bias, "cot_bias");
-    check_needs(needs, 5);
+    check_needs(needs, 6);
     Tensor grad_grad_output = call.gradient(needs[0], grad_output, a.grad_grad_output);
-    Tensor grad_query = call.gradient(needs[1], query, a.grad_query), grad_key = call.gradient(needs[2], key, a.grad_key);
-    Tensor grad_value = call.gradient(needs[3], value, a.grad_value);
-    Tensor grad_bias = call.gradient(needs[4], bias, a.grad_bias);
-    return call.run(&Backend::double_backward, grad_grad_output, grad_query, grad_key, grad_value, grad_bias);
+    Tensor grad_grad_lse = call.new_row_numbers(needs[1], a.grad_grad_lse);
+    Tensor grad_query = call.gradient(needs[2], query, a.grad_query), grad_key = call.gradient(needs[3], key, a.grad_key);
+    Tensor grad_value = call.gradient(needs[4], value, a.grad_value);
+    Tensor grad_bias = call.gradient(needs[5], bias, a.grad_bias);
+    return call.run(&Backend::double_backward, grad_grad_output, grad_grad_lse, grad_query, grad_key, grad_value,
+                    grad_bias);
   }
 
   // Registers them under their names and a suffix.

@@ -4,6 +4,7 @@ from . import operators as _operators  # registers them  # noqa: F401
 from .backends.choice import BackendStatus, list_backends, use_backend
 from .compat.natten_021 import na2d
 from .functional import attention, grid_attention, l2_attention, neighborhood_attention
+from .merging import merge_attention
 from .modules import Attention, GridAttention, L2Attention, NeighborhoodAttention
 from .recording import AttentionCall, record_calls
 from .version import __version__
@@ -22,6 +23,7 @@ __all__ = [
     "grid_attention",
     "l2_attention",
     "list_backends",
+    "merge_attention",
     "na2d",
     "neighborhood_attention",
     "record_calls",

@@ -159,6 +159,11 @@ def scale_of(query: torch.Tensor, scale: Any) -> float:
     return float(query.shape[-1] ** -0.5 if scale is None else scale)
 
 
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {shown(value)}")
+
+
 # ---------------------------------------------------------------------------------------------- neighborhoods
 
 

@@ -1,10 +1,11 @@
 """Derivatives of the operators, in reverse and forward mode, and their rules for ``torch.func.vmap``.
 
-With x the inputs, J the derivative of the output by x and H(y) the second derivative of <y, output>:
+With x the inputs, O the output and the log-sum-exp (``natural_lse``), y a gradient of both, J the derivative of O by x
+and H(y) the second derivative of <y, O>:
 
 | operator | gives | reverse mode | forward mode |
 | --- | --- | --- | --- |
-| forward(x) | output | J^T y = backward(y, x) | J t = double_backward(t, -, x), its first result |
+| forward(x) | O | J^T y = backward(y, x) | J t = double_backward(t, -, x), its first two results |
 | backward(y, x) | J^T y | J c, H(y) c = double_backward(c, y, x) | J^T s + H(y) t, with s the tangent of y |
 | double_backward(c, y, x) | J c, H(y) c | in c: J^T a + H(y) b; in x, through J c: H(a) c | in c: it is linear |
 
@@ -34,6 +35,7 @@ _FORWARD_OVER_FORWARD = (
     ' the two, or backend="reference", which has every mix'
 )
 _COUNT = {order: len(order.types) for order in ORDERS}
+_OUTGOING = len(DOUBLE_BACKWARD.results) - len(INPUTS)  # the output and the log-sum-exp
 
 # ---------------------------------------------------------------------------------------------- where autograd sees it
 
@@ -51,7 +53,7 @@ def differentiable(order: Order, operators: Any) -> Callable:
             return _below_autograd(operator, arguments)
         if order is DOUBLE_BACKWARD:
             cotangents = len(INPUTS)
-            arguments = (*arguments, *map(_refuse_third, arguments[cotangents : 2 * cotangents + 1]))
+            arguments = (*arguments, *map(_refuse_third, arguments[cotangents : 2 * cotangents + _OUTGOING]))
         return _apply(function, operators, *arguments)
 
     return call
@@ -94,37 +96,47 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
     return sum(given[1:], given[0]) if given else None
 
 
+def _outgoing(of_output: Tensor | None, of_lse: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """What operators take in the place of a gradient of both results; None without either."""
+    if of_output is None and of_lse is None:
+        return None
+    return torch.zeros_like(output) if of_output is None else of_output, of_lse
+
+
 # ---------------------------------------------------------------------------------------------- derivatives
 
 
 class _Forward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, operators, *arguments):
-        output, lse = _below_autograd(operators.forward, arguments)
+        output, lse, natural_lse = _below_autograd(operators.forward, arguments)
         _save(ctx, operators, *arguments[: len(INPUTS)], output, lse)
-        ctx.choices = arguments[len(INPUTS) :]
-        ctx.mark_non_differentiable(lse)
-        return output, lse
+        *ctx.choices, ctx.return_lse = arguments[len(INPUTS) :]
+        ctx.mark_non_differentiable(lse, *[] if ctx.return_lse else [natural_lse])
+        return output, lse, natural_lse
 
     @staticmethod
-    def backward(ctx, grad_output, _grad_lse):
-        if grad_output is None:
-            return (None,) * (1 + _COUNT[FORWARD])
+    def backward(ctx, grad_output, _grad_lse_in_parts, grad_lse):
         *inputs, output, lse = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[1 : 1 + len(INPUTS)])
         # `output` is a function of the other inputs, and its share in the second derivative in the formulas already.
         # Without the detach autograd would run hooks on `output` with the gradient None.
-        grads = ctx.operators.backward(grad_output, *inputs, output.detach(), lse, *ctx.choices, needs)
-        return None, *_asked(grads, needs), *(None,) * len(CHOICES)
+        output = output.detach()
+        outgoing = _outgoing(grad_output, grad_lse, output)
+        if outgoing is None:
+            return (None,) * (1 + _COUNT[FORWARD])
+        needs = list(ctx.needs_input_grad[1 : 1 + len(INPUTS)])
+        grads = ctx.operators.backward(*outgoing, *inputs, output, lse, *ctx.choices, needs)
+        return None, *_asked(grads, needs), *(None,) * (_COUNT[FORWARD] - len(INPUTS))
 
     @staticmethod
     def jvp(ctx, _operators, *tangents):
         *inputs, output, lse = ctx.saved_tensors
         output = output.detach()
-        needs = [True] + [False] * len(INPUTS)
+        needs = [True, ctx.return_lse] + [False] * len(INPUTS)
         of_inputs = tangents[: len(INPUTS)]
         # Of any grad_output: J t does not depend on it.
-        return ctx.operators.double_backward(*of_inputs, output, *inputs, output, lse, *ctx.choices, needs)[0], None
+        results = ctx.operators.double_backward(*of_inputs, output, None, *inputs, output, lse, *ctx.choices, needs)
+        return results[0], None, results[1] if ctx.return_lse else None
 
 
 class _Backward(_SingleLevelFunction):
@@ -141,25 +153,27 @@ class _Backward(_SingleLevelFunction):
         cotangents = _asked(cotangents, ctx.needs)
         if all(c is None for c in cotangents):
             return (None,) * (1 + _COUNT[BACKWARD])
-        needs = list(ctx.needs_input_grad[1 : 2 + len(INPUTS)])
+        needs = list(ctx.needs_input_grad[1 : 1 + _OUTGOING + len(INPUTS)])
         grads = ctx.operators.double_backward(*cotangents, *ctx.saved_tensors, *ctx.choices, needs)
         return None, *_asked(grads, needs), *(None,) * (_COUNT[BACKWARD] - len(needs))
 
     @staticmethod
-    def jvp(ctx, _operators, of_grad_output, *tangents):
+    def jvp(ctx, _operators, of_grad_output, of_grad_lse, *tangents):
         # Those of output and lse, functions of the inputs, are in the formulas.
         of_inputs = tangents[: len(INPUTS)]
+        grad_output, rest = ctx.saved_tensors[0], ctx.saved_tensors[_OUTGOING:]
         terms = []
         if any(t is not None for t in of_inputs):
-            needs = [False, *ctx.needs]
-            terms.append(ctx.operators.double_backward(*of_inputs, *ctx.saved_tensors, *ctx.choices, needs)[1:])
-        if of_grad_output is not None:
-            terms.append(ctx.operators.backward(of_grad_output, *ctx.saved_tensors[1:], *ctx.choices, ctx.needs))
+            needs = [False] * _OUTGOING + [*ctx.needs]
+            grads = ctx.operators.double_backward(*of_inputs, *ctx.saved_tensors, *ctx.choices, needs)
+            terms.append(grads[_OUTGOING:])
+        if outgoing := _outgoing(of_grad_output, of_grad_lse, grad_output):
+            terms.append(ctx.operators.backward(*outgoing, *rest, *ctx.choices, ctx.needs))
         return tuple(map(_sum, *terms)) if terms else (None,) * len(INPUTS)
 
 
 class _DoubleBackward(_SingleLevelFunction):
-    """Its arguments end with grad_output and the inputs once more, from ``_refuse_third``."""
+    """Its arguments end with the outgoing gradients and the inputs once more, from ``_refuse_third``."""
 
     @staticmethod
     def forward(ctx, operators, *arguments):
@@ -171,34 +185,36 @@ class _DoubleBackward(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        first, *second = _asked(cotangents, ctx.needs)
-        inputs = len(INPUTS)
-        cots, grad_output, rest = ctx.saved_tensors[:inputs], ctx.saved_tensors[inputs], ctx.saved_tensors[inputs + 1 :]
+        inputs, both = len(INPUTS), len(INPUTS) + _OUTGOING
+        of_output, of_lse, *second = _asked(cotangents, ctx.needs)
+        cots, outgoing, rest = ctx.saved_tensors[:inputs], ctx.saved_tensors[inputs:both], ctx.saved_tensors[both:]
+        first = _outgoing(of_output, of_lse, outgoing[0])
         need_cots = list(ctx.needs_input_grad[1 : 1 + inputs])
-        need_inputs = list(ctx.needs_input_grad[2 + inputs : 2 + 2 * inputs])
+        need_inputs = list(ctx.needs_input_grad[1 + both : 1 + both + inputs])
+        no_outgoing = [False] * _OUTGOING
         backward, double_backward = ctx.operators.backward, ctx.operators.double_backward
         by_first = by_second = of_inputs = [None] * inputs
         if first is not None and any(need_cots):
-            by_first = _asked(backward(first, *rest, *ctx.choices, need_cots), need_cots)
+            by_first = _asked(backward(*first, *rest, *ctx.choices, need_cots), need_cots)
         if first is not None and any(need_inputs):
-            grads = double_backward(*cots, first, *rest, *ctx.choices, [False, *need_inputs])
-            of_inputs = _asked(grads[1:], need_inputs)
-        third = [None] * (1 + inputs)
+            grads = double_backward(*cots, *first, *rest, *ctx.choices, [*no_outgoing, *need_inputs])
+            of_inputs = _asked(grads[_OUTGOING:], need_inputs)
+        third = [None] * both
         if any(c is not None for c in second):
             if any(need_cots):
-                grads = double_backward(*second, grad_output, *rest, *ctx.choices, [False, *need_cots])
-                by_second = _asked(grads[1:], need_cots)
-            third = [None if x is None else torch.zeros_like(x) for x in (grad_output, *rest[:inputs])]
+                grads = double_backward(*second, *outgoing, *rest, *ctx.choices, [*no_outgoing, *need_cots])
+                by_second = _asked(grads[_OUTGOING:], need_cots)
+            third = [None if x is None else torch.zeros_like(x) for x in (*outgoing, *rest[:inputs])]
         of_cots = map(_sum, by_first, by_second)
-        others = (None,) * (_COUNT[DOUBLE_BACKWARD] - 2 * inputs - 1)
-        return None, *of_cots, None, *of_inputs, *others, *third
+        others = (None,) * (_COUNT[DOUBLE_BACKWARD] - 2 * inputs - _OUTGOING)
+        return None, *of_cots, *(None,) * _OUTGOING, *of_inputs, *others, *third
 
     @staticmethod
     def jvp(ctx, _operators, *tangents):
         inputs = len(INPUTS)
-        of_cots, of_others = tangents[:inputs], tangents[inputs : 2 * inputs + 1]
+        of_cots, of_others = tangents[:inputs], tangents[inputs : 2 * inputs + _OUTGOING]
         if any(t is not None for t in of_others):
-            raise RuntimeError(_THIRD if any(ctx.needs[1:]) else _FORWARD_OVER_FORWARD)
+            raise RuntimeError(_THIRD if any(ctx.needs[_OUTGOING:]) else _FORWARD_OVER_FORWARD)
         return ctx.operators.double_backward(*of_cots, *ctx.saved_tensors[inputs:], *ctx.choices, ctx.needs)
 
 
@@ -242,7 +258,7 @@ def vmap_rule(order: Order, operator: Callable) -> Callable:
 
     def rule(info, in_dims, *arguments):
         operands = order.operands(*arguments)
-        given = getattr(operands, "needs", [True] * len(order.results))
+        given = order.asked(operands)
         dims = dict(zip(names, in_dims, strict=True))
         tables = [d for name, d in dims.items() if name.endswith("bias")]
         tables += [need or None for name, need in zip(order.results, given, strict=True) if name.endswith("bias")]
@@ -250,8 +266,8 @@ def vmap_rule(order: Order, operator: Callable) -> Callable:
 
         def place(name: str, rank: int) -> int:
             """Where the new dimension lies, in a tensor that has it: before the batch or the heads."""
-            if name == "lse":
-                return 2 if by_heads else 1
+            if name.endswith("lse"):
+                return (name == "lse") + by_heads
             return rank - 3 if by_heads and not name.endswith("bias") else 0
 
         def folded(name: str, operand: Any) -> Any:

@@ -9,6 +9,7 @@ from .checks import (
     SizePerAxis,
     SizePerGroup,
     check_bias,
+    check_bool,
     check_score,
     checked_maps,
     checked_sequences,
@@ -29,7 +30,8 @@ def attention(
     score: str = "dot",
     scale: float | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query to every key, with three derivative orders and memory linear in the tokens.
 
     ``softmax_j(scale * score(q_i, k_j)) v_j`` with ``score`` "dot" (q.k; Vaswani et al., arXiv 1706.03762) or "l2"
@@ -41,9 +43,12 @@ def attention(
         score: "dot" or "l2".
         scale: factor of the score, positive and at most 8.5e37 (4.4e307 for float64); ``head_dim ** -0.5`` if None.
         backend: a name from ``natten_ext.list_backends()``; None lets ``use_backend`` or the package choose.
+        return_lse: whether to return the log-sum-exp of the scores as well.
 
     Returns:
-        ``(batch, queries, heads, head_dim)``.
+        ``(batch, queries, heads, head_dim)``. With ``return_lse`` a tuple of it and the log-sum-exp of each query,
+        ``log(sum_j exp(scale * score(q_i, k_j)))``: ``(batch, queries, heads)``, float64 for float64 inputs, otherwise
+        float32. It has every derivative that the output has. ``natten_ext.merge_attention`` takes both.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above; the message names it.
@@ -51,7 +56,7 @@ def attention(
             forward mode over forward mode (docs/derivatives.md).
     """
     query, key, value = checked_sequences(query, key, value)
-    return run(query, key, value, None, Full(), score, scale, backend)
+    return run(query, key, value, None, Full(), score, scale, backend, return_lse)
 
 
 def l2_attention(
@@ -61,7 +66,8 @@ def l2_attention(
     *,
     scale: float | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``attention`` with the score -|q-k|^2: ``softmax_j(-scale * |q_i - k_j|^2) v_j``.
 
     A layer is Lipschitz with it if query and key are one projection (tied), which its values pass through as well.
@@ -72,7 +78,7 @@ def l2_attention(
     Kim et al., "The Lipschitz Constant of Self-Attention", arXiv 2006.04710, section 3.2; ViTGAN's discriminator
     (Lee et al., arXiv 2107.04589). Arguments and errors as ``attention``.
     """
-    return attention(query, key, value, score="l2", scale=scale, backend=backend)
+    return attention(query, key, value, score="l2", scale=scale, backend=backend, return_lse=return_lse)
 
 
 def grid_attention(
@@ -85,7 +91,8 @@ def grid_attention(
     score: str = "dot",
     scale: float | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention inside non-overlapping windows of a map (TransGAN's grid self-attention, arXiv 2102.07074).
 
     With the window equal to the map it is full attention with a relative position bias.
@@ -96,11 +103,12 @@ def grid_attention(
         bias: relative position table ``(heads, 2 * window_height - 1, 2 * window_width - 1)``, added to the scaled
             score and indexed by key minus query plus ``window - 1``; the query's dtype or float32.
             Minus infinity masks; finite entries, however large, do not overflow.
-        score, scale, backend: as ``attention``.
+        score, scale, backend, return_lse: as ``attention``.
 
     Returns:
         ``(batch, height, width, heads, head_dim)``. A NaN or infinity reaches what attends it; in the
-        backend `triton` it may also reach others in a tile (docs/triton.md).
+        backend `triton` it may also reach others in a tile (docs/triton.md). With ``return_lse`` a tuple of it and the
+        log-sum-exp, ``(batch, height, width, heads)``, as ``attention``; the table counts among the scores.
 
     Raises:
         As ``attention``.
@@ -108,7 +116,7 @@ def grid_attention(
     query, key, value = checked_maps(query, key, value)
     neighborhood = grid_of(query.shape[1:3], window_size)
     check_bias("bias", bias, query, neighborhood)
-    return run(query, key, value, bias, neighborhood, score, scale, backend)
+    return run(query, key, value, bias, neighborhood, score, scale, backend, return_lse)
 
 
 def neighborhood_attention(
@@ -122,7 +130,8 @@ def neighborhood_attention(
     score: str = "dot",
     scale: float | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Sliding-window attention on a map, dilated, with its own kernel and dilation per group of heads.
 
     NATTEN's neighborhoods (arXiv 2204.07143, 2209.15001): exactly ``kernel_size`` keys per axis, ``dilation`` apart,
@@ -138,11 +147,12 @@ def neighborhood_attention(
         bias: relative position table ``(heads, 2 * Kh - 1, 2 * Kw - 1)`` with K the largest kernel over the heads,
             indexed by (key minus query) / dilation plus ``K - 1``; the query's dtype or float32.
             Minus infinity masks; finite entries, however large, do not overflow.
-        score, scale, backend: as ``attention``.
+        score, scale, backend, return_lse: as ``attention``.
 
     Returns:
         ``(batch, height, width, heads, head_dim)``. A NaN or infinity reaches what attends it; in the
-        backend `triton` it may also reach others in a tile (docs/triton.md).
+        backend `triton` it may also reach others in a tile (docs/triton.md). With ``return_lse`` a tuple of it and the
+        log-sum-exp, ``(batch, height, width, heads)``, as ``attention``; the table counts among the scores.
 
     Raises:
         As ``attention``.
@@ -150,7 +160,7 @@ def neighborhood_attention(
     query, key, value = checked_maps(query, key, value)
     neighborhood = neighborhood_of(query.shape[1:3], query.shape[3], kernel_size, dilation)
     check_bias("bias", bias, query, neighborhood)
-    return run(query, key, value, bias, neighborhood, score, scale, backend)
+    return run(query, key, value, bias, neighborhood, score, scale, backend, return_lse)
 
 
 def run(
@@ -162,14 +172,17 @@ def run(
     score: str,
     scale: float | None,
     backend: str | None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The call, once the operands are checked."""
     check_score(score)
+    check_bool("return_lse", return_lse)
     scale = scale_of(query, scale)
     name = choice.choose(backend, query.device.type, query.dtype, query.shape[-1], neighborhood.kind)
     record(name, query, key, bias, neighborhood, score, scale)
     if name == "reference":
-        return reference.attention(query, key, value, bias, neighborhood, score, scale)
+        output, lse = reference.attention(query, key, value, bias, neighborhood, score, scale, return_lse)
+        return (output, lse) if return_lse else output
     forward = OPERATORS[name].forward
-    output, _ = forward(query, key, value, bias, neighborhood.encode(), score == "l2", scale)
-    return output
+    output, _, lse = forward(query, key, value, bias, neighborhood.encode(), score == "l2", scale, return_lse)
+    return (output, lse.movedim(1, -1)) if return_lse else output

@@ -14,7 +14,7 @@ import torch
 
 from .backends.choice import FUSED
 from .derivatives import differentiable, vmap_rule
-from .orders import FORWARD, ORDERS, Order
+from .orders import INPUTS, ORDERS, Order
 
 OPERATORS = {backend: getattr(torch.ops, f"natten_ext_{backend}") for backend in FUSED}
 """By backend, the operators as attributes."""
@@ -29,12 +29,11 @@ def _fake(order: Order, *arguments: Any) -> tuple[torch.Tensor, ...]:
     if len(devices) > 1:
         raise ValueError(f"operands must be on one device, got {', '.join(sorted(map(str, devices)))}")
     query = operands.query
-    if order is FORWARD:
-        lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        batch, *tokens, heads, _ = query.shape
-        return query.new_empty(query.shape), query.new_empty((2, batch, heads, *tokens), dtype=lse_dtype)
-    of = [getattr(operands, result.removeprefix("grad_")) for result in order.results]
-    pairs = zip(of, operands.needs, strict=True)
+    batch, *tokens, heads, _ = query.shape
+    lse = query.new_empty((2, batch, heads, *tokens), dtype=torch.promote_types(query.dtype, torch.float32))
+    like = {"output": query, "lse": lse, "natural_lse": lse[0], "grad_grad_output": query, "grad_grad_lse": lse[0]}
+    like |= {f"grad_{name}": getattr(operands, name) for name in INPUTS}
+    pairs = zip((like[name] for name in order.results), order.asked(operands), strict=True)
     return tuple(x.new_empty(x.shape) if need else query.new_empty((0,)) for x, need in pairs)
 
 

@@ -6,6 +6,9 @@ Tensors are sequences ``(batch, tokens, heads, head_dim)`` or maps ``(batch, hei
 ``lse`` is each row's log-sum-exp in two parts ``(2, batch, heads, *tokens)``, in the units of the kernels: the score,
 times log2(e), from which weights were counted (``base``, about the largest), and log2 of the sum of those weights
 (``log_sum``). Added up they would round: scores of 1e5 would leave float32 weights two digits.
+
+``natural_lse`` is the log-sum-exp as users get it, ``(batch, heads, *tokens)``: of the true score (for l2 -s|q-k|^2),
+in natural units. ``grad_lse`` is its gradient: what operators differentiate is ``output`` and ``natural_lse``.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 INPUTS = {"query": Tensor, "key": Tensor, "value": Tensor, "bias": Tensor | None}
 """What the output is differentiated by."""
 RESULTS = {"output": Tensor, "lse": Tensor}
+"""What the forward gives the other orders."""
 CHOICES = {"neighborhood": list[int], "l2": bool, "scale": float}
 """The integer code of ``natten_ext.geometry``, whether the score is "l2" rather than "dot", the factor of the score."""
 
@@ -45,6 +49,10 @@ class Order:
         arguments = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in (self.types | more).items())
         return f"({arguments}) -> ({', '.join(f'Tensor {name}' for name in self.results)})"
 
+    def asked(self, operands: Any) -> list[bool]:
+        """Which results a call asks for."""
+        return [*[True] * len(RESULTS), operands.return_lse] if self.name == "forward" else operands.needs
+
     def checked(self, arguments: Sequence[Any]) -> Any:
         """The operands, by name; TypeError or ValueError for what torch lets through and no backend can take."""
         operands = self.operands(*arguments)
@@ -59,13 +67,14 @@ class Order:
 
 
 _GRADIENTS = [f"grad_{name}" for name in INPUTS]
+_OUTGOING = {"grad_output": Tensor, "grad_lse": Tensor | None}
 
-FORWARD = Order("forward", INPUTS | CHOICES, RESULTS)
-BACKWARD = Order("backward", {"grad_output": Tensor} | INPUTS | RESULTS | CHOICES | {"needs": list[bool]}, _GRADIENTS)
+FORWARD = Order("forward", INPUTS | CHOICES | {"return_lse": bool}, [*RESULTS, "natural_lse"])
+BACKWARD = Order("backward", _OUTGOING | INPUTS | RESULTS | CHOICES | {"needs": list[bool]}, _GRADIENTS)
 # Cotangents belong to the gradients of the backward; one is absent where its gradient was not used.
 DOUBLE_BACKWARD = Order(
     "double_backward",
     {f"cot_{name}": Tensor | None for name in INPUTS} | BACKWARD.types,
-    ["grad_grad_output", *_GRADIENTS],
+    [*(f"grad_{name}" for name in _OUTGOING), *_GRADIENTS],
 )
 ORDERS = (FORWARD, BACKWARD, DOUBLE_BACKWARD)

@@ -42,9 +42,10 @@ def run_orders(shape: Any, dtype: torch.dtype, device: str, orders: Iterable[str
     inputs = query, key, value, bias
     needs = [True, True, True, bias is not None]
     if "forward" in orders:
-        forward.forward(FORWARD.operands(*inputs, *choices))
+        forward.forward(FORWARD.operands(*inputs, *choices, False))
     if "backward" in orders:
-        backward.backward(BACKWARD.operands(query, *inputs, query, lse, *choices, needs))
+        backward.backward(BACKWARD.operands(query, None, *inputs, query, lse, *choices, needs))
     if "double" in orders:
-        operands = DOUBLE_BACKWARD.operands(*inputs, query, *inputs, query, lse, *choices, [True, *needs])
+        needs = [True, False, *needs]
+        operands = DOUBLE_BACKWARD.operands(*inputs, query, None, *inputs, query, lse, *choices, needs)
         double_backward.double_backward(operands)

@@ -1,5 +1,6 @@
 // Backward of the dense kernels. With P = exp(S - lse) and D = rowsum(P * dP):
-//   dP = dO V^T   dS = P (dP - D)   dQ = a dS K   dK = a dS^T Q (l2: - a K colsum(dS))   dV = P^T dO
+//   dP = dO V^T   dS = P (dP - D + y)   dQ = a dS K   dK = a dS^T Q (l2: - a K colsum(dS))   dV = P^T dO
+// with y the gradient of the log-sum-exp,
 // and the table's gradient is the sum of dS over equal offsets. Q, K and V are counted from the places in origin.h.
 //
 // Where a whole row of keys is at hand, D is summed there. Otherwise it is rowsum(dO * O), with the rounding of O.
@@ -27,8 +28,9 @@ class BackwardQueries : public SavedQueries<T> {
         grad_output(plan.block_queries * plan.padded),
         grad_output_t(plan.padded * plan.block_queries),
         delta(plan.block_queries),
+        grad_lse(plan.block_queries),
         output_t_(need_output ? plan.padded * plan.block_queries : 0) {
-    std::fill_n(delta.data(), plan.block_queries, T(0));
+    for (Buffer<T>* zero : {&delta, &grad_lse}) std::fill_n(zero->data(), plan.block_queries, T(0));
   }
 
   // The origins are those of the job's keys and values.
@@ -40,14 +42,23 @@ class BackwardQueries : public SavedQueries<T> {
       dot_lanes<T>(delta, grad_output_t, output_t_, plan_.channels, plan_.block_queries);
     }
     SavedQueries<T>::load(job, first, count, key_origin);
+    if (!a_.grad_lse) return;
+    RowCursor row(a_.grad_lse, job, plan_.window_x, first);
+    for (int64_t i = 0; i < count; ++i, ++row) grad_lse[i] = static_cast<const T*>(a_.grad_lse.data)[row.offset];
+    std::fill(grad_lse + count, grad_lse + plan_.block_queries, T(0));
   }
   // The l2 term of a gradient of the queries of the tensor that `packed` holds: row[i] -= sums[i] q_i, in units of `row`.
-  // The sums vanish but for rounding, which they keep from being multiplied by whole keys rather than distances.
+  // Without grad_lse the sums vanish but for rounding, which they keep from being multiplied by whole keys rather than
+  // distances.
   void subtract_own(T* row, const T* packed, const T* sums, int64_t count) const {
     const T factor = T(a_.problem.dot_scale()) * kLog2E<T>;
     for (int64_t i = 0; i < count && std::isnormal(factor); ++i) {
       subtract_row<T>(row + i * plan_.padded, packed + i * plan_.padded, sums[i] / factor, plan_.channels);
     }
+  }
+  // The same for dot, where keys are counted from their origin: row[i] += y m.
+  void add_origin(T* row, const T* key_origin, int64_t count) const {
+    for (int64_t i = 0; a_.grad_lse && i < count; ++i) subtract_row<T>(row + i * plan_.padded, key_origin, -grad_lse[i], plan_.channels);
   }
 
  private:
@@ -57,7 +68,8 @@ class BackwardQueries : public SavedQueries<T> {
 
  public:
   Buffer<T> grad_output, grad_output_t;
-  Buffer<T> delta;  // D so far
+  Buffer<T> delta;     // D so far
+  Buffer<T> grad_lse;  // y
 
  private:
   Buffer<T> output_t_;
@@ -116,6 +128,7 @@ class DenseBackward {
       }
       if (share.want_query_side && a_.grad_query) {
         if (a_.problem.l2) queries_.subtract_own(grad_query_, queries_.query, row_sum_, count);
+        else queries_.add_origin(grad_query_, key_.origin(), count);
         unpack_rows<T>(grad_query_, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
       }
     }
@@ -165,7 +178,7 @@ class DenseBackward {
     const bool l2 = a_.problem.l2;
     const LaneWeights<T> weights(queries_, table, index_, l2 ? key_bias_.data() : nullptr, lane);
     const bool whole_row = keys == plan_.keys;
-    Vector<T> delta = load(queries_.delta + lane), row_sum = load(row_sum_ + lane);
+    Vector<T> delta = load(queries_.delta + lane) - load(queries_.grad_lse + lane), row_sum = load(row_sum_ + lane);
     const auto finish = [&](int64_t j, Vector<T> probability) __attribute__((always_inline)) {
       T* dp = grad_score_ + j * lanes + lane;
       const Vector<T> grad = probability * (load(dp) - delta);

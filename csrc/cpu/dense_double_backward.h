@@ -2,7 +2,7 @@
 // first gradients and a the factor of q.k:
 //   X = a (gQ K^T + Q gK^T) + gbias   (l2: - a gK.K per key)      G = dO gV^T
 //   first pass, per row:   D = sum P dP   r = sum P X   w = P gV   t = sum P (X - r) (dP - D) + dO.w
-//   second pass:   Sb = P ((X - r) (dP - D) + G - t)   dS = P (dP - D)
+//   second pass, with dP - D + y in the place of dP - D:   Sb = P ((X - r) (dP - D) + G - t)   dS = P (dP - D)
 //     q_bar = a (Sb K + dS gK)     k_bar = a (Sb^T Q + dS^T gQ)   (l2: - a (K colsum(Sb) + gK colsum(dS)))
 //     v_bar = (P (X - r))^T dO     dO_bar = P (X - r) V + w       table: sum of Sb over equal offsets
 // Q, K and V are counted from the places in origin.h, dP from dO.O, which is D but for the rounding of O.
@@ -85,6 +85,7 @@ class DenseDoubleBackward {
       if (share.want_query_side && a_.grad_grad_output) {
         unpack_rows<T>(grad_grad_output_, a_.grad_grad_output, plan_, job, plan_.window_x, first, count, 1);
       }
+      if (share.want_query_side && a_.grad_grad_lse) store_means(job, first, count);
       if (share.want_query_side && a_.grad_query) {
         if (a_.problem.l2) {
           queries_.subtract_own(grad_query_, queries_.query, score_bar_sum_, count);
@@ -175,8 +176,14 @@ class DenseDoubleBackward {
     for (int64_t i = 0; i < lanes; ++i) {
       t_[i] -= r_[i] * excess_[i];
       if (a_.cot_value) t_[i] += score_bar_sum_[i];
+      excess_[i] -= queries_.grad_lse[i];
     }
     for (Buffer<T>* sums : {&score_bar_sum_, &grad_score_sum_}) std::fill_n(sums->data(), lanes, T(0));
+  }
+
+  void store_means(const DenseJob& job, int64_t first, int64_t count) {
+    RowCursor row(a_.grad_grad_lse, job, plan_.window_x, first);
+    for (int64_t i = 0; i < count; ++i, ++row) static_cast<T*>(a_.grad_grad_lse.data)[row.offset] = r_[i] + r_rest_[i];
   }
 
   void second_pass(const DenseJob& job, const DenseShare& share, int64_t first, int64_t count, int64_t first_key,

@@ -1,6 +1,7 @@
 // Tangent of the dense kernels: the derivative of the output along tangents (gQ, gK, gV, gbias) of the inputs. With X as
 // in dense_saved.h:
 //   r = sum P X      tangent = sum P (X - r) V + sum P gV
+// and r is that of the log-sum-exp.
 // Q, K and V are counted from the places in origin.h.
 #pragma once
 
@@ -79,7 +80,12 @@ class DenseTangent {
     for (int64_t i = 0; moves_ && !keep_ && i < count; ++i) {
       subtract_row<T>(tangent_ + i * plan_.padded, output_ + i * plan_.padded, rest_[i] / total_[i], plan_.channels);
     }
-    unpack_rows<T>(tangent_, a_.grad_grad_output, plan_, job, plan_.window_x, first, count, 1);
+    if (a_.grad_grad_output) unpack_rows<T>(tangent_, a_.grad_grad_output, plan_, job, plan_.window_x, first, count, 1);
+    if (!a_.grad_grad_lse) return;
+    RowCursor row(a_.grad_grad_lse, job, plan_.window_x, first);
+    for (int64_t i = 0; i < count; ++i, ++row) {
+      static_cast<T*>(a_.grad_grad_lse.data)[row.offset] = moves_ ? mean_[i] + rest_[i] / total_[i] : T(0);
+    }
   }
 
   // P of one block of keys, and X less its mean: kept, or times P.

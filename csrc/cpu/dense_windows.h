@@ -46,6 +46,10 @@ class WindowsInstead {
         look_for_large<T>(strange, *v, row.offset, plan_.channels);
       }
     }
+    if (a_.grad_lse) {
+      RowCursor row(a_.grad_lse, job, plan_.window_x, 0);
+      for (int64_t r = 0; r < plan_.queries; ++r, ++row) look_for_large<T>(strange, a_.grad_lse, row.offset, 1);
+    }
     return horizontal_sum<T>(strange) == 0;
   }
 

@@ -60,7 +60,10 @@ class BackwardRows : public SavedRows<T> {
     channels_ = channels;
     grad_output.resize(kGroup, channels, g);
     output.resize(kGroup, channels, g);
-    for (Buffer<T>& row : delta) row = Buffer<T>(g.padded);
+    for (int r = 0; r < kGroup; ++r) {
+      delta[r] = Buffer<T>(g.padded), grad_lse[r] = Buffer<T>(g.padded);
+      std::fill_n(grad_lse[r].data(), g.padded, T(0));
+    }
   }
   void load(NeighborhoodRows<T>& rows, const RowGroup& group) {
     const NeighborhoodJob& job = rows.job;
@@ -73,6 +76,9 @@ class BackwardRows : public SavedRows<T> {
       rows.transposer.load(output.row(y), output.stride(), a_.output, job, y, 1, rows.value_origin());
       for (int64_t x = 0; x < g.padded; x += L) {
         store(delta[r] + x, dot(grad_output.row(y) + x, output.row(y) + x, output.stride()));
+      }
+      for (int64_t x = 0; a_.grad_lse && x < g.width; ++x) {
+        grad_lse[r][x] = static_cast<const T*>(a_.grad_lse.data)[job.offset(a_.grad_lse, y, x)];
       }
       for (int64_t x = 0; x < g.width; ++x) strange = strange || !std::isfinite(log_sum[r][x]) || !std::isfinite(delta[r][x]);
     }
@@ -92,7 +98,7 @@ class BackwardRows : public SavedRows<T> {
 
  public:
   RowRing<T> grad_output, output;
-  Buffer<T> delta[kGroup];  // D
+  Buffer<T> delta[kGroup], grad_lse[kGroup];  // D and y
   bool strange = false;  // a query or a gradient of an output may be NaN or infinite
 };
 
@@ -191,9 +197,10 @@ class NeighborhoodBackward {
       for (int r = 0; r < group.count; ++r) {
         const int64_t y = group.y + r;
         if (!rows_.job.owns(y)) continue;
-        if (a_.problem.l2) rows_.subtract_own(grad_query_.row(b - begin, r), rows_.query.row(y) + b * L, row_sum_[b - begin][r]);
-        rows_.transposer.unload(grad_query_.row(b - begin, r), L, a_.grad_query, rows_.job, y, b * L,
-                                T(a_.problem.dot_scale()));
+        T* gradient = grad_query_.row(b - begin, r);
+        if (a_.problem.l2) rows_.subtract_own(gradient, rows_.query.row(y) + b * L, row_sum_[b - begin][r]);
+        else if (a_.grad_lse) rows_.add_origin(gradient, load(backward_.grad_lse[r] + b * L));
+        rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, y, b * L, T(a_.problem.dot_scale()));
       }
     }
   }
@@ -215,6 +222,7 @@ class NeighborhoodBackward {
       store(weights + i * L, weight);
       store(scores + i * L, centred);
     }
+    excess -= load(backward_.grad_lse[r] + x);
     T* weight_row = weight_rows_.rows[r] + x;
     T* score_row = score_rows_.rows[r] + x;
     for (int64_t i = 0, ky = 0; ky < g.ky; ++ky) {

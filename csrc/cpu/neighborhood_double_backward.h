@@ -97,6 +97,11 @@ class NeighborhoodDoubleBackward {
         rows_.transposer.unload(grad_grad_output_.row(slot, r), L, a_.grad_grad_output, rows_.job, group.y + r, b * L, 1);
       });
     }
+    if (a_.grad_grad_lse && own) {
+      for_each_block([&](int r, int64_t b, int64_t slot) {
+        if (rows_.job.owns(group.y + r)) rows_.store_lanes(a_.grad_grad_lse, group.y + r, b, r_sum_[slot][r] + r_rest_[slot][r]);
+      });
+    }
     if (!a_.grad_query || !own) return;
     gather(kScoreBar, rows_.key, grad_query_, false);
     if (a_.cot_key) gather(kGradScore, cotangents_.key, grad_query_, true);
@@ -140,7 +145,7 @@ class NeighborhoodDoubleBackward {
     for (int64_t i = 0; a_.problem.l2 && i < n * L; i += L) {
       rest += NATTEN_EXT_ISA::load(probabilities + i) * (NATTEN_EXT_ISA::load(values + i) - r_sum);
     }
-    excess_[slot][r] = excess;
+    excess_[slot][r] = excess - NATTEN_EXT_ISA::load(backward_.grad_lse[r] + b * L);
     r_sum_[slot][r] = r_sum;
     r_rest_[slot][r] = rest;
     t_[slot][r] = t - r_sum * excess;
@@ -240,7 +245,7 @@ class NeighborhoodDoubleBackward {
   StripWeights<T> weights_[kWeights];
   RowWeights<T> score_bar_rows_, score_rows_, value_rows_;
   StripResults<T> grad_grad_output_, grad_query_;
-  // What D lacks, r in two parts, t without its last term; sums of Sb and dS.
+  // What D lacks, less y; r in two parts, t without its last term; sums of Sb and dS.
   Vector<T> excess_[kStrip][kGroup], r_sum_[kStrip][kGroup], r_rest_[kStrip][kGroup], t_[kStrip][kGroup];
   Vector<T> score_bar_sum_[kStrip][kGroup], grad_score_sum_[kStrip][kGroup];
   bool strange_ = false;  // as BackwardRows, and gQ

@@ -218,6 +218,13 @@ class NeighborhoodRows {
     next_key_ = std::max(next_key_, group.last());
   }
 
+  // Block b of a row of numbers.
+  void store_lanes(const View& numbers, int64_t y, int64_t b, Vector<T> values) const {
+    for (int64_t lane = 0, x = b * kLanes<T>; lane < kLanes<T> && x < geometry.width; ++lane, ++x) {
+      static_cast<T*>(numbers.data)[job.offset(numbers, y, x)] = values[lane];
+    }
+  }
+
   const T* key_origin() { return key_origin_.at(job.batch, job.head); }
   const T* value_origin() { return about_origin_ ? value_origin_.at(job.batch, job.head) : nullptr; }
 
@@ -239,6 +246,14 @@ class NeighborhoodRows {
     for (int64_t c = 0; c < channels; ++c) {
       T* target = gradient + c * kLanes<T>;
       store(target, NATTEN_EXT_ISA::load(target) - sums * NATTEN_EXT_ISA::load(packed + c * query.stride()));
+    }
+  }
+
+  // The same for dot, where keys are counted from their origin: gradient[c] += sums m[c].
+  void add_origin(T* gradient, Vector<T> sums) {
+    const T* origin = key_origin();
+    for (int64_t c = 0; c < channels; ++c) {
+      store(gradient + c * kLanes<T>, NATTEN_EXT_ISA::load(gradient + c * kLanes<T>) + sums * origin[c]);
     }
   }
 

@@ -47,7 +47,7 @@ class NeighborhoodTangent {
     };
     if (a_.cot_value) gather(probability_, cotangents_.value, false);
     if (moves_) gather(x_, rows_.value, static_cast<bool>(a_.cot_value));
-    for (int64_t b = begin; b < end; ++b) {
+    for (int64_t b = begin; a_.grad_grad_output && b < end; ++b) {
       for (int r = 0; r < group.count; ++r) {
         rows_.transposer.unload(tangent_.row(b - begin, r), L, a_.grad_grad_output, rows_.job, group.y + r, b * L, 1);
       }
@@ -71,8 +71,9 @@ class NeighborhoodTangent {
       mean += probability * value;
       store(values + i, value);
     }
+    for (int64_t i = 0; moves_ && i < n; i += L) rest += load(probabilities + i) * (load(values + i) - mean);
+    if (a_.grad_grad_lse) rows_.store_lanes(a_.grad_grad_lse, group.y + r, b, mean + rest);
     if (!moves_) return;
-    for (int64_t i = 0; i < n; i += L) rest += load(probabilities + i) * (load(values + i) - mean);
     for (int64_t i = 0; i < n; i += L) store(values + i, load(probabilities + i) * (load(values + i) - mean - rest));
   }
 

@@ -23,8 +23,9 @@ def attention(
     neighborhood: AnyNeighborhood,
     score: str,
     scale: float,
-) -> torch.Tensor:
-    """Attention over ``neighborhood``; shapes as in the public functions of ``natten_ext.functional``.
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over ``neighborhood`` and, if asked for, its log-sum-exp; shapes as in ``natten_ext.functional``.
 
     Half precision is computed, and its derivatives are added up, in float32.
     """
@@ -35,7 +36,8 @@ def attention(
         bias = None if bias is None else bias.to(wide)
         if score == "l2":
             query, key = _distances_as_products(query, key)
-        return _attention(query * scale, key, value, bias, neighborhood).to(dtype)
+        output, lse = _attention(query * scale, key, value, bias, neighborhood, return_lse)
+        return output.to(dtype), lse
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -65,47 +67,53 @@ def _distances_as_products(query, key):
     return query, torch.cat([key, torch.ones_like(key_square), key_square], -1)
 
 
-def _attention(query, key, value, bias, neighborhood):
+def _attention(query, key, value, bias, neighborhood, return_lse):
     if isinstance(neighborhood, Full):
-        return _full(query, key, value, None)
+        return _full(query, key, value, None, return_lse)
     if isinstance(neighborhood, Grid):
-        return _grid(query, key, value, bias, neighborhood)
+        return _grid(query, key, value, bias, neighborhood, return_lse)
     parts = []
     for first, last in neighborhood.head_groups():
         heads = slice(first, last)
         group_bias = None if bias is None else bias[heads]
         group = query[..., heads, :], key[..., heads, :], value[..., heads, :]
-        parts.append(_neighborhood(*group, group_bias, neighborhood, first))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+        parts.append(_neighborhood(*group, group_bias, neighborhood, first, return_lse))
+    if len(parts) == 1:
+        return parts[0]
+    outputs, lses = zip(*parts, strict=True)
+    return torch.cat(outputs, -2), torch.cat(lses, -1) if return_lse else None
 
 
-def _full(query, key, value, bias):
+def _full(query, key, value, bias, return_lse):
     """Sequences ``(batch, tokens, heads, channels)``; bias ``(heads, queries, keys)``."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     scores = query @ key.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
-    return (softmax(scores) @ value).transpose(1, 2)
+    return (softmax(scores) @ value).transpose(1, 2), scores.logsumexp(-1).transpose(1, 2) if return_lse else None
 
 
-def _grid(query, key, value, bias, neighborhood):
-    batch, height, width, heads, head_dim = value.shape
+def _grid(query, key, value, bias, neighborhood, return_lse):
+    batch, height, width, heads, _ = value.shape
     rows, columns = neighborhood.window
 
     def partition(x):
         x = x.reshape(batch, height // rows, rows, width // columns, columns, *x.shape[3:])
         return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
 
+    def whole(x):
+        x = x.reshape(batch, height // rows, width // columns, rows, columns, *x.shape[2:])
+        return x.transpose(2, 3).flatten(1, 2).flatten(2, 3)
+
     if bias is not None:
         dy = (window_offsets(rows) + rows - 1).to(bias.device)
         dx = (window_offsets(columns) + columns - 1).to(bias.device)
         bias = bias[:, dy[:, None, :, None], dx[None, :, None, :]].reshape(heads, rows * columns, rows * columns)
-    output = _full(partition(query), partition(key), partition(value), bias)
-    output = output.reshape(batch, height // rows, width // columns, rows, columns, heads, head_dim)
-    return output.transpose(2, 3).reshape(value.shape)
+    output, lse = _full(partition(query), partition(key), partition(value), bias, return_lse)
+    return whole(output), whole(lse) if return_lse else None
 
 
-def _neighborhood(query, key, value, bias, neighborhood, head):
+def _neighborhood(query, key, value, bias, neighborhood, head, return_lse):
     """Heads that share the kernel and the dilation of ``head``: keys are gathered per query."""
     height, width = query.shape[1:3]
     (rows, columns), (step_y, step_x) = neighborhood.kernels[head], neighborhood.dilations[head]
@@ -122,4 +130,5 @@ def _neighborhood(query, key, value, bias, neighborhood, head):
         dy = neighbor_offsets(height, rows, step_y).to(query.device)[:, None, :, None] + largest_rows - 1
         dx = neighbor_offsets(width, columns, step_x).to(query.device)[None, :, None, :] + largest_columns - 1
         scores = scores + bias[:, dy, dx].flatten(3, 4).permute(1, 2, 0, 3)
-    return (softmax(scores).unsqueeze(-2) @ gather(value)).squeeze(-2)
+    output = (softmax(scores).unsqueeze(-2) @ gather(value)).squeeze(-2)
+    return output, scores.logsumexp(-1) if return_lse else None

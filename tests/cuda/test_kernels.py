@@ -66,7 +66,7 @@ def test_too_little_shared_memory_is_an_error():
     ):
         emulated.solve(case, torch.float32)
     inputs = inputs_of(case, torch.float32)
-    arguments = *inputs.values(), None, [0], False, 1.0, False
+    arguments = *inputs.values(), None, [0], False, 1.0, False, False
     with emulated.settings(shared_limit=4096), pytest.raises(RuntimeError, match=r"head_dim 200.*4096 bytes"):
         torch.ops.natten_ext_cuda.forward_kernels(*arguments)
 

@@ -140,10 +140,10 @@ def arguments_of(case: Case, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tens
     return q, k, v, inputs.get("bias")
 
 
-def forward(case: Case, inputs: Mapping[str, Tensor], backend: str | None) -> Tensor:
+def forward(case: Case, inputs: Mapping[str, Tensor], backend: str | None, **options) -> Tensor:
     """Run the case through the public function of `natten_ext`."""
     q, k, v, table = arguments_of(case, inputs)
-    options = {"scale": case.scale, "backend": backend}
+    options |= {"scale": case.scale, "backend": backend}
     if case.kind == "full":
         if case.score == "l2":
             return natten_ext.l2_attention(q, k, v, **options)
@@ -159,17 +159,18 @@ def oracle_forward(case: Case, inputs: Mapping[str, Tensor], expanded: bool = Fa
     """Run the case through the oracle, in the precision of its inputs (on the CPU)."""
     q, k, v, table = arguments_of(case, inputs)
     options = {"score": case.score, "scale": case.effective_scale, "expanded": expanded}
-    return oracle.attend(q, k, v, table, case.neighbors, **options)
+    return oracle.attend(q, k, v, table, case.neighbors, **options)[0]
 
 
 def tangent(case: Case, inputs: Inputs, tangents: Mapping[str, Tensor], backend: str) -> Tensor:
     """The derivative of the output along `tangents` of some inputs, by the operators."""
     operators, operands, choices = OPERATORS[backend], arguments_of(case, inputs), (case.code, case.score == "l2")
     choices += (case.effective_scale,)
-    output, lse = operators.forward(*operands, *choices)
+    output, lse, _ = operators.forward(*operands, *choices, False)
     given = [tangents.get("query" if name in case.tied else name) for name in ("query", "key", "value", "bias")]
-    needs = [True, False, False, False, False]
-    return operators.double_backward(*given, torch.zeros_like(output), *operands, output, lse, *choices, needs)[0]
+    needs = [True, False, False, False, False, False]
+    outgoing = torch.zeros_like(output), None
+    return operators.double_backward(*given, *outgoing, *operands, output, lse, *choices, needs)[0]
 
 
 def derivatives(

@@ -84,15 +84,16 @@ def attend(
     score: str,
     scale: float,
     expanded: bool = False,
-) -> Tensor:
-    """Attention of every query over its listed keys, all scores held at once.
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query over its listed keys, all scores held at once, and the log-sum-exp of each query's scores.
 
     `query`, `key` and `value` are `(batch, *positions, heads, head_dim)`, `table` is `(heads, rows, columns)` with
     offset (0, 0) in its centre, and `neighbors` has one entry per head. The score "l2" is computed as defined, from
-    differences, or with `expanded` as everybody computes it in practice: from products, less what softmax removes.
+    differences, or with `expanded` as everybody computes it in practice: from products, less what softmax removes (the
+    log-sum-exp is not that of the scores then).
     """
     query_tokens, key_tokens, value_tokens = (tensor.flatten(1, -3) for tensor in (query, key, value))
-    outputs = []
+    outputs, lses = [], []
     for head, sets in enumerate(neighbors):
         allowed, rows, columns = pair_tables(sets, key_tokens.shape[1])
         q, k, v = (tokens[:, :, head] for tokens in (query_tokens, key_tokens, value_tokens))
@@ -106,5 +107,7 @@ def attend(
             raise ValueError(f"score {score!r}")
         if table is not None:
             scores = scores + table[head, rows + table.shape[1] // 2, columns + table.shape[2] // 2]
-        outputs.append(scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v)
-    return torch.stack(outputs, -2).reshape(query.shape)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        outputs.append(scores.softmax(-1) @ v)
+        lses.append(scores.logsumexp(-1))
+    return torch.stack(outputs, -2).reshape(query.shape), torch.stack(lses, -1).reshape(query.shape[:-1])

@@ -95,11 +95,11 @@ def attend(neighborhood: Any, shape: tuple[int, ...], table: tuple[int, ...] | N
     inputs = query, key, value, bias
     choices = neighborhood.encode(), score == "l2", 0.3
     needs = [True, True, True, bias is not None]
-    output, lse = forward.forward(FORWARD.operands(*inputs, *choices))
-    rest = grad, *inputs, output, lse, *choices
+    output, lse, _ = forward.forward(FORWARD.operands(*inputs, *choices, False))
+    rest = grad, None, *inputs, output, lse, *choices
     backward.backward(BACKWARD.operands(*rest, needs))
-    double_backward.double_backward(DOUBLE_BACKWARD.operands(*inputs, *rest, [True, *needs]))
-    some = DOUBLE_BACKWARD.operands(query, None, value, None, *rest, [True, False, True, False, False])
+    double_backward.double_backward(DOUBLE_BACKWARD.operands(*inputs, *rest, [True, False, *needs]))
+    some = DOUBLE_BACKWARD.operands(query, None, value, None, *rest, [True, False, False, True, False, False])
     double_backward.double_backward(some)
 
 

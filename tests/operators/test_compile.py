@@ -47,18 +47,18 @@ def test_opcheck(target, problem):
     def leaves(tensors) -> list:
         return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
 
-    torch.library.opcheck(ops.forward.default, (*leaves(tensors), *choices))
+    torch.library.opcheck(ops.forward.default, (*leaves(tensors), *choices, False))
 
-    output, lse = ops.forward(*tensors, *choices)
+    output, lse, _ = ops.forward(*tensors, *choices, False)
     (grad_output,) = leaves([torch.randn_like(output)])
     needs = [True, True, True, tensors[3] is not None]
-    backward = (grad_output, *leaves(tensors), output, lse, *choices, needs)
+    backward = (grad_output, None, *leaves(tensors), output, lse, *choices, needs)
     torch.library.opcheck(ops.backward.default, backward)
 
     # The third derivative is an error by design, so nothing here requires grad.
     cotangents = [None if t is None else torch.randn_like(t) for t in tensors]
     for given in (cotangents, [cotangents[0], None, cotangents[2], None]):
-        double = (*given, grad_output.detach(), *tensors, output, lse, *choices, [True, *needs])
+        double = (*given, grad_output.detach(), None, *tensors, output, lse, *choices, [True, False, *needs])
         torch.library.opcheck(ops.double_backward.default, double)
 
 
@@ -68,12 +68,12 @@ def test_opcheck_with_part_of_the_gradients(target, needs):
     target.skip_unless_can(torch.float32, case.head_dim)
     tensors, choices = operator_arguments(case, neighborhood, target)
     ops = OPERATORS[target.backend]
-    output, lse = ops.forward(*tensors, *choices)
-    arguments = (torch.randn_like(output), *tensors, output, lse, *choices)
+    output, lse, _ = ops.forward(*tensors, *choices, False)
+    arguments = (torch.randn_like(output), None, *tensors, output, lse, *choices)
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.backward.default, (*arguments, needs), test_utils=utils)
     cotangents = [torch.randn_like(t) if need else None for t, need in zip(tensors, needs, strict=True)]
-    for double_needs in ([False, *needs], [True, *needs]):
+    for double_needs in ([False, False, *needs], [True, False, *needs]):
         double = (*cotangents, *arguments, double_needs)
         torch.library.opcheck(ops.double_backward.default, double, test_utils=utils)
 

@@ -50,14 +50,14 @@ def call_of(order: str, kind: str, backend: str, device: str) -> Call:
     operands = {"query": query, "key": key, "value": value, "bias": bias}
     choices = {"neighborhood": neighborhood.encode(), "l2": False, "scale": 0.5}
     if order == "forward":
-        return Call(order, backend, operands, choices)
-    output, lse = OPERATORS[backend].forward(*operands.values(), *choices.values())
-    backward = {"grad_output": grad_output, **operands, "output": output, "lse": lse}
+        return Call(order, backend, operands, choices | {"return_lse": False})
+    output, lse, _ = OPERATORS[backend].forward(*operands.values(), *choices.values(), False)
+    backward = {"grad_output": grad_output, "grad_lse": None, **operands, "output": output, "lse": lse}
     needs = [True, True, True, bias is not None]
     if order == "backward":
         return Call(order, backend, backward, choices | {"needs": needs})
     cotangents = {f"cot_{name}": None if x is None else torch.randn_like(x) for name, x in operands.items()}
-    return Call(order, backend, cotangents | backward, choices | {"needs": [True, *needs]})
+    return Call(order, backend, cotangents | backward, choices | {"needs": [True, False, *needs]})
 
 
 def misfits(tensor: Tensor) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ def test_results_that_do_not_fit():
 def test_sizes_without_kernels(target, shape):
     operand = torch.zeros(shape, device=target.device)
     with pytest.raises(REFUSED):
-        OPERATORS[target.backend].forward(operand, operand, operand, None, [0], False, 1.0)
+        OPERATORS[target.backend].forward(operand, operand, operand, None, [0], False, 1.0, False)
 
 
 @pytest.mark.parametrize(

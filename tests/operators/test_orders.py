@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from natten_ext.operators import OPERATORS
-from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, FORWARD, INPUTS, ORDERS
+from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, INPUTS, ORDERS, RESULTS
 
 ROOT = Path(__file__).parents[2]
 IN_CPP = {
@@ -44,13 +44,13 @@ def test_every_backend_has_the_same_operators(backend):
 def test_operands_of_an_order_are_those_of_the_one_before_and_its_cotangents():
     """What autograd hands on by position (``natten_ext.operators``)."""
     forward, backward, double = (list(order.types) for order in ORDERS)
-    assert backward == ["grad_output", *INPUTS, *FORWARD.results, *forward[len(INPUTS) :], "needs"]
+    assert backward == ["grad_output", "grad_lse", *INPUTS, *RESULTS, *forward[len(INPUTS) : -1], "needs"]
     assert double == [f"cot_{result.removeprefix('grad_')}" for result in BACKWARD.results] + backward
-    assert DOUBLE_BACKWARD.results == ("grad_grad_output", *BACKWARD.results)
+    assert DOUBLE_BACKWARD.results == ("grad_grad_output", "grad_grad_lse", *BACKWARD.results)
 
 
 def test_operators_of_a_backend_that_is_not_there_take_meta_tensors():
     """They are declared whether or not its library is loaded."""
     q = torch.empty(2, 5, 2, 8, device="meta")
-    output, lse = OPERATORS["cuda"].forward(q, q, q, None, [0], False, 1.0)
-    assert (output.shape, lse.shape) == (q.shape, (2, 2, 2, 5))
+    output, lse, natural_lse = OPERATORS["cuda"].forward(q, q, q, None, [0], False, 1.0, True)
+    assert (output.shape, lse.shape, natural_lse.shape) == (q.shape, (2, 2, 2, 5), (2, 2, 5))

@@ -165,7 +165,7 @@ def test_tf32_follows_torch(precision):
 def test_more_programs_than_a_launch_can_have():
     launch = pytest.importorskip("natten_ext.backends.triton.launch")
     query = torch.empty(2**20, 64, 2**6, 1, device="meta")
-    problem = launch.Launch(FORWARD.operands(query, query, query, None, [0], False, 1.0))
+    problem = launch.Launch(FORWARD.operands(query, query, query, None, [0], False, 1.0, False))
     with pytest.raises(RuntimeError, match="programs"):
         problem.start(None, 2**31, (), launch.configs.Config(16, 16, 4, 1))
 

@@ -215,11 +215,11 @@ def double_key_kernel(
 
 
 def double_backward(operands):
-    """Gradients of ``(grad_output, query, key, value, bias)``; see ``natten_ext.orders``."""
+    """Gradients of ``(grad_output, grad_lse, query, key, value, bias)``; see ``natten_ext.orders``."""
     query, key, value = operands.query, operands.key, operands.value
     lse, needs = operands.lse, operands.needs
     if not any(needs):
-        return asked(query, (None,) * 5, needs)
+        return asked(query, (None,) * 6, needs)
     launch = Launch(operands)
     table = padded_table(launch, operands.cot_bias)
     cot_table = None if operands.cot_bias is None else table
@@ -229,17 +229,17 @@ def double_backward(operands):
     maps = do, launch.query, launch.key, score_terms(launch), v
     numbers = lse.new_empty((*launch.row_shape, SECOND.value))
     grad_grad_output = query.new_empty(query.shape)
-    grad_query = query.new_empty(query.shape) if needs[1] else None
+    grad_query = query.new_empty(query.shape) if needs[2] else None
     launch.run(
         double_query_kernel, "double_query", QUERY, *cots, *maps, out, *lse, numbers,
-        rows_of(grad_grad_output), rows_of(grad_query) if needs[1] else None, table,
+        rows_of(grad_grad_output), rows_of(grad_query) if needs[2] else None, table,
     )  # fmt: skip
     grad_key, grad_value, grad_bias = None, None, None
-    if needs[2] or needs[3]:
+    if needs[3] or needs[4]:
         grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
         launch.run(
             double_key_kernel, "double_key", KEY, *cots, *maps, numbers, rows_of(grad_key), rows_of(grad_value), table
         )  # fmt: skip
-    if needs[4]:
+    if needs[5]:
         grad_bias = table_gradient(launch, "double_table", table, cots, maps, numbers)
-    return asked(query, (grad_grad_output, grad_query, grad_key, grad_value, grad_bias), needs)
+    return asked(query, (grad_grad_output, None, grad_query, grad_key, grad_value, grad_bias), needs)
