@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .backends.reference import softmax, without_autocast
+from .backends.reference import log_sum_exp, softmax, without_autocast
 from .checks import check_dense, shape_of, shown
 
 
@@ -16,7 +16,7 @@ def merge_attention(outputs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor
 
     ``sum_p exp(lse_p - lse) output_p`` with ``lse = log(sum_p exp(lse_p))``: what one softmax over all keys gives, to
     rounding (Dao et al., "FlashAttention", arXiv 2205.14135, section 3.1). Its derivatives of every order are PyTorch's
-    own; those of its arguments are the limit.
+    own, as far as those of its arguments go.
 
     Args:
         outputs: at least one, of one shape ``(..., head_dim)``, dtype and device: results of any attention function.
@@ -54,7 +54,7 @@ def merge_attention(outputs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor
         for output, lse, weight in zip(outputs, lses, softmax(parts).unbind(-1), strict=True):
             counted = torch.where(lse.unsqueeze(-1) == -torch.inf, 0, output.to(wide))
             merged = merged + weight.unsqueeze(-1) * counted
-        return merged.to(first.dtype), parts.logsumexp(-1)
+        return merged.to(first.dtype), log_sum_exp(parts)
 
 
 def _sequence(name: str, tensors: Any) -> Sequence[torch.Tensor]:
@@ -66,9 +66,10 @@ def _sequence(name: str, tensors: Any) -> Sequence[torch.Tensor]:
 
 
 def _check_alike(name: str, tensors: Sequence[torch.Tensor]) -> None:
-    for i, tensor in enumerate(tensors):
-        if (tensor.shape, tensor.dtype, tensor.device) != (tensors[0].shape, tensors[0].dtype, tensors[0].device):
+    first, *others = [(shape_of(tensor), tensor.dtype, tensor.device) for tensor in tensors]
+    for i, other in enumerate(others, 1):
+        if other != first:
             raise ValueError(
-                f"{name}[{i}] must have the shape, dtype and device of {name}[0], {shape_of(tensors[0])},"
-                f" {tensors[0].dtype} and {tensors[0].device}, got {shape_of(tensor)}, {tensor.dtype} and {tensor.device}"
+                f"{name}[{i}] must have the shape, dtype and device of {name}[0], {', '.join(map(str, first))},"
+                f" got {', '.join(map(str, other))}"
             )

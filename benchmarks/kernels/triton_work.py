@@ -47,7 +47,7 @@ def launch_of(shape: Any, dtype: torch.dtype) -> Launch:
     query, key = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.query_shape, shape.key_shape))
     bias = torch.empty(shape.table_shape, dtype=dtype, device="meta") if shape.table else None
     choices = neighborhood_of(shape).encode(), shape.score == "l2", shape.head_dim**-0.5
-    return Launch(FORWARD.operands(query, key, key, bias, *choices))
+    return Launch(FORWARD.operands(query, key, key, bias, *choices, False))
 
 
 def main() -> None:

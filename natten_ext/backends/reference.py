@@ -55,6 +55,15 @@ def softmax(scores: torch.Tensor) -> torch.Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
+def log_sum_exp(scores: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the sum of exponentials along the last dimension that can be differentiated in every way."""
+    if forward_ad._current_level < 0:
+        return scores.logsumexp(-1)
+    largest = scores.detach().amax(-1, keepdim=True)  # as softmax
+    largest = torch.where(largest.isinf(), 0, largest)
+    return (scores - largest).exp().sum(-1).log() + largest.squeeze(-1)
+
+
 def _distances_as_products(query, key):
     """Vectors of two more channels whose products are -|q-k|^2 = 2 q.k - |q|^2 - |k|^2.
 
@@ -90,7 +99,7 @@ def _full(query, key, value, bias, return_lse):
     scores = query @ key.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
-    return (softmax(scores) @ value).transpose(1, 2), scores.logsumexp(-1).transpose(1, 2) if return_lse else None
+    return (softmax(scores) @ value).transpose(1, 2), log_sum_exp(scores).transpose(1, 2) if return_lse else None
 
 
 def _grid(query, key, value, bias, neighborhood, return_lse):
@@ -131,4 +140,4 @@ def _neighborhood(query, key, value, bias, neighborhood, head, return_lse):
         dx = neighbor_offsets(width, columns, step_x).to(query.device)[None, :, None, :] + largest_columns - 1
         scores = scores + bias[:, dy, dx].flatten(3, 4).permute(1, 2, 0, 3)
     output = (softmax(scores).unsqueeze(-2) @ gather(value)).squeeze(-2)
-    return output, scores.logsumexp(-1) if return_lse else None
+    return output, log_sum_exp(scores) if return_lse else None

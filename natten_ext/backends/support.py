@@ -25,7 +25,7 @@ def cannot_take(dtype: torch.dtype, dtypes: Sequence[torch.dtype], head_dim: int
 
 
 def refuse_lse(backend: str, operands: Any) -> None:
-    """RuntimeError where the log-sum-exp, a gradient of it or along it is wanted: this backend has no kernels for it."""
+    """RuntimeError where the log-sum-exp or a derivative of it is wanted: this backend has no kernels for it."""
     of_double_backward = len(getattr(operands, "needs", ())) == 6 and operands.needs[1]
     if getattr(operands, "return_lse", False) or getattr(operands, "grad_lse", None) is not None or of_double_backward:
         raise RuntimeError(f"backend {backend!r} cannot run this: it has no log-sum-exp as a result yet")

@@ -36,13 +36,13 @@ def na2d(
     return_lse: bool = False,
     *,
     rpb: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Neighborhood attention on a map with the signature of ``natten.na2d`` (NATTEN 0.21), and three derivative orders.
 
     What this package lacks raises NotImplementedError with the argument's name: a ``stride`` other than 1, causal
-    masks, additional keys and values, the log-sum-exp, fewer key heads than query heads, and NATTEN's tuning of tiles
-    and schedules. ``rpb``, the relative position table that NATTEN dropped in 0.20, is here again.
-    ``neighborhood_attention`` also takes kernels and dilations per group of heads, and other scores.
+    masks, additional keys and values, fewer key heads than query heads, and NATTEN's tuning of tiles and schedules.
+    ``rpb``, the relative position table that NATTEN dropped in 0.20, is here again. ``neighborhood_attention`` also
+    takes kernels and dilations per group of heads, and other scores.
 
     Args:
         query, key, value: ``(batch, height, width, heads, head_dim)``, one shape and dtype.
@@ -50,10 +50,11 @@ def na2d(
             ``kernel_size * dilation`` must not exceed the map.
         scale: positive factor of the score; ``head_dim ** -0.5`` if None.
         backend: a name from ``natten_ext.list_backends()``, not one of NATTEN's.
+        return_lse: whether to return the log-sum-exp as well, as ``neighborhood_attention`` does.
         rpb: ``(heads, 2 * kernel_height - 1, 2 * kernel_width - 1)``, added to the scaled scores.
 
     Returns:
-        ``(batch, height, width, heads, head_dim)``.
+        ``(batch, height, width, heads, head_dim)``; with ``return_lse`` a tuple of it and the log-sum-exp.
 
     Raises:
         As ``neighborhood_attention``; NotImplementedError as above.
@@ -63,7 +64,6 @@ def na2d(
     refuse("additional_keys", additional_keys, "additional keys", allowed=additional_keys is None)
     refuse("additional_values", additional_values, "additional values", allowed=additional_values is None)
     refuse("attention_kwargs", attention_kwargs, "options of another attention", allowed=attention_kwargs is None)
-    refuse("return_lse", return_lse, "a log-sum-exp as a result", allowed=not return_lse)
     tuning = {
         "q_tile_shape": (q_tile_shape, None),
         "kv_tile_shape": (kv_tile_shape, None),
@@ -82,7 +82,7 @@ def na2d(
     if query.dim() == key.dim() == 5:
         same = query.shape[3] == key.shape[3]
         refuse("key", tuple(key.shape), f"other heads than the query's {query.shape[3]}", allowed=same)
-    return fused(query, key, value, kernel_size, dilation, rpb, scale, backend)
+    return fused(query, key, value, kernel_size, dilation, rpb, scale, backend, return_lse)
 
 
 def fused(
@@ -94,13 +94,14 @@ def fused(
     rpb: torch.Tensor | None,
     scale: float | None,
     backend: str | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``neighborhood_attention`` with NATTEN's names of arguments in its messages."""
     query, key, value = checked_maps(query, key, value)
     kernel, step = pair_of("kernel_size", kernel_size), pair_of("dilation", dilation)
     neighborhood = neighborhood_of(query.shape[1:3], query.shape[3], kernel, step)
     check_bias("rpb", rpb, query, neighborhood)
-    return functional.run(query, key, value, rpb, neighborhood, "dot", scale, backend)
+    return functional.run(query, key, value, rpb, neighborhood, "dot", scale, backend, return_lse)
 
 
 def pair_of(name: str, size: Any) -> IntPair:

@@ -155,11 +155,12 @@ def forward(case: Case, inputs: Mapping[str, Tensor], backend: str | None, **opt
     return natten_ext.neighborhood_attention(q, k, v, kernel, dilation, **options)
 
 
-def oracle_forward(case: Case, inputs: Mapping[str, Tensor], expanded: bool = False) -> Tensor:
+def oracle_forward(case: Case, inputs: Mapping[str, Tensor], expanded: bool = False, return_lse: bool = False):
     """Run the case through the oracle, in the precision of its inputs (on the CPU)."""
     q, k, v, table = arguments_of(case, inputs)
     options = {"score": case.score, "scale": case.effective_scale, "expanded": expanded}
-    return oracle.attend(q, k, v, table, case.neighbors, **options)[0]
+    output, lse = oracle.attend(q, k, v, table, case.neighbors, **options)
+    return (output, lse) if return_lse else output
 
 
 def tangent(case: Case, inputs: Inputs, tangents: Mapping[str, Tensor], backend: str) -> Tensor:

@@ -85,7 +85,7 @@ def attend(
     scale: float,
     expanded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query over its listed keys, all scores held at once, and the log-sum-exp of each query's scores.
+    """Attention of every query over its listed keys, all scores held at once, and the log-sum-exp of its scores.
 
     `query`, `key` and `value` are `(batch, *positions, heads, head_dim)`, `table` is `(heads, rows, columns)` with
     offset (0, 0) in its centre, and `neighbors` has one entry per head. The score "l2" is computed as defined, from

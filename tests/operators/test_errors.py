@@ -38,6 +38,7 @@ def three(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 S, M = three(sequence()), three(image())
 DOUBLE = {"dtype": torch.float64}
+MERGE, ROWS = natten_ext.merge_attention, torch.zeros(2, 6, 2)
 
 # (what is wrong, function, positional arguments, options, exception, pieces of the message)
 BAD = [
@@ -86,6 +87,25 @@ BAD = [
     ("window list", GRID, (*M, [2, 2]), {}, TypeError, ["window_size", "[2, 2]"]),
     ("window triple", GRID, (*M, (2, 2, 2)), {}, TypeError, ["window_size", "(2, 2, 2)"]),
     ("window None", GRID, (*M, None), {}, TypeError, ["window_size", "None"]),
+    # log-sum-exp
+    ("return_lse None", ATTENTION, S, {"return_lse": None}, TypeError, ["return_lse", "None"]),
+    ("return_lse 1", NA, (*M, 3), {"return_lse": 1}, TypeError, ["return_lse", "1"]),
+    ("outputs a tensor", MERGE, (S[0], [ROWS]), {}, TypeError, ["outputs", "tensor("]),
+    ("lses None", MERGE, ([S[0]], None), {}, TypeError, ["lses", "None"]),
+    ("outputs hold None", MERGE, ([S[0], None], [ROWS] * 2), {}, TypeError, ["outputs[1]", "NoneType"]),
+    ("lses hold a list", MERGE, ([S[0]], [[1.0]]), {}, TypeError, ["lses[0]", "list"]),
+    ("no outputs", MERGE, ([], []), {}, ValueError, ["outputs", "0"]),
+    ("fewer lses", MERGE, (S[:2], [ROWS]), {}, ValueError, ["2 outputs", "1 lses"]),
+    ("outputs of two shapes", MERGE, ([S[0], sequence(2, 5, 2, 8)], [ROWS] * 2), {}, ValueError,
+     ["outputs[1]", "(2, 6, 2, 8)", "(2, 5, 2, 8)"]),
+    ("outputs of two dtypes", MERGE, ([S[0], sequence(**DOUBLE)], [ROWS] * 2), {}, ValueError, ["[1]", "float64"]),
+    ("outputs on two devices", MERGE, ([S[0], sequence(device="meta")], [ROWS] * 2), {}, ValueError,
+     ["outputs[1]", "meta"]),
+    ("integer outputs", MERGE, ([sequence(dtype=torch.int64)], [ROWS]), {}, ValueError, ["outputs", "int64"]),
+    ("lses with a channel", MERGE, ([S[0]], [S[0]]), {}, ValueError, ["lses", "(2, 6, 2)", "(2, 6, 2, 8)"]),
+    ("lses of heads first", MERGE, ([S[0]], [ROWS.movedim(-1, 1)]), {}, ValueError, ["lses", "(2, 6, 2)", "(2, 2, 6)"]),
+    ("lses of half precision", MERGE, ([S[0].half()], [ROWS.half()]), {}, ValueError, ["lses", "float32", "float16"]),
+    ("lses of two dtypes", MERGE, (S[:2], [ROWS, ROWS.double()]), {}, ValueError, ["lses[1]", "float64"]),
     # kernel and dilation
     ("kernel larger than the map", NA, (*M, 7), {}, ValueError, ["kernel_size", "height", "7", "6"]),
     ("kernel * dilation", NA, (*M, 3, 3), {}, ValueError, ["kernel_size", "dilation", "3 * 3", "6"]),
@@ -238,7 +258,8 @@ def test_signatures_of_modules_are_explicit(kind):
     function = {"Attention": ATTENTION, "L2Attention": L2, "GridAttention": GRID, "NeighborhoodAttention": NA}[kind]
     parameters = inspect.signature(module).parameters
     assert all(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
-    shared = [name for name in inspect.signature(function).parameters if name not in ("query", "key", "value")]
+    of_operands = ("query", "key", "value", "return_lse")
+    shared = [name for name in inspect.signature(function).parameters if name not in of_operands]
     own = ["embed_dim", "num_heads", "qkv_bias", "proj_bias", "proj_drop"]
     assert sorted(parameters) == sorted(shared + own)
 

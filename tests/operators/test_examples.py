@@ -12,8 +12,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "derivatives.md"
 EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
 
 
-def test_there_are_five():
-    assert len(EXAMPLES) == 5
+def test_there_are_six():
+    assert len(EXAMPLES) == 6
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
@@ -26,6 +26,8 @@ def test_example(title):
         for module in modules:
             weights = [p for n, p in module.named_parameters() if not n.endswith(("proj.bias", "embed.bias"))]
             assert any(p.grad is not None and p.grad.abs().max() > 0 for p in weights)
+    if "registers" in names:
+        assert names["registers"].grad.abs().amax((0, 2, 3)).min() > 0
     if "gradients" in names:
         for name, gradient in names["gradients"].items():
             single = torch.func.grad(names["loss"])(names["parameters"], names["images"][3])[name]

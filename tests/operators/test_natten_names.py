@@ -180,6 +180,13 @@ def test_fused_na2d_of_both_generations(any_target, case, order):
         close({name: result.cpu() for name, result in derivatives(function, *arguments, order=order).items()}, expected)
 
 
+def test_log_sum_exp_of_na2d():
+    query, key, value = torch.randn(3, 1, 4, 5, 2, 8)
+    expected = natten_ext.neighborhood_attention(query, key, value, 3, return_lse=True)
+    for one, other in zip(natten_ext.na2d(query, key, value, 3, return_lse=True), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_signature_is_that_of_natten_0_21():
     names = list(inspect.signature(natten_ext.na2d).parameters)
     assert names == [
@@ -209,7 +216,6 @@ def nested(tensor: torch.Tensor) -> torch.Tensor:
         {"additional_keys": torch.zeros(2, 3, 4, 8)},
         {"additional_values": torch.zeros(2, 3, 4, 8)},
         {"attention_kwargs": {"backend": "x"}},
-        {"return_lse": True},
         {"q_tile_shape": (8, 8)},
         {"kv_tile_shape": (8, 8)},
         {"backward_q_tile_shape": (8, 8)},
