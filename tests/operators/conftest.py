@@ -29,7 +29,7 @@ import natten_ext
 NATIVE_ON_CPU = {"reference", "cpu"}
 INTERPRETED_ON_CPU = {"triton"}
 # Backends that have the log-sum-exp as a result.
-LSE_BACKENDS = {"cpu", "reference"}
+LSE_BACKENDS = {"cpu", "reference", "triton"}
 TEST_ALL = os.environ.get("NATTEN_EXT_TEST_ALL") == "1"
 
 

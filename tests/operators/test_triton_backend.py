@@ -12,7 +12,7 @@ import torch
 
 import natten_ext
 from natten_ext.backends.triton import backend
-from natten_ext.orders import FORWARD
+from natten_ext.orders import DOUBLE_BACKWARD, FORWARD
 from tests.operators.budget import assert_equal_to_rounding
 from tests.operators.cases import (
     Case,
@@ -24,7 +24,9 @@ from tests.operators.cases import (
     inputs_of,
     oracle_derivatives,
 )
+from tests.operators.conftest import Target
 from tests.operators.interpreter import environment_without_interpreter
+from tests.operators.test_log_sum_exp import compare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -112,6 +114,40 @@ def test_several_tiles_and_blocks(case):
     configs = pytest.importorskip("natten_ext.backends.triton.configs")
     with configs.forced(configs.Config(16, 16, 4, 1)):
         check(case)
+
+
+@pytest.mark.parametrize("chunk", [0, 16], ids=["held", "streamed"])
+def test_the_log_sum_exp_in_several_tiles(chunk):
+    configs = pytest.importorskip("natten_ext.backends.triton.configs")
+    if backend.cannot_run(DEVICE, torch.float64, 8):
+        pytest.skip("the triton backend cannot run here")
+    case = find("na-8x6-k4", bias=True, score="l2", shape=(1, 8, 7, 1, 18))
+    with configs.forced(configs.Config(16, 16, 4, 1, chunk)):
+        compare(Target("triton", DEVICE), case, inputs_of(case))
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=["output", "lse", "both"])
+def test_tangents_alone(wanted):
+    """One launch, which has no rows' numbers to write and no other gradient."""
+    launch = pytest.importorskip("natten_ext.backends.triton.launch")
+    double_backward = pytest.importorskip("natten_ext.backends.triton.double_backward").double_backward
+    x = torch.empty(1, 8, 8, 1, 16, device="meta")
+    lse = torch.empty(2, 1, 1, 8, 8, device="meta")
+    launches = []
+    with launch.recorded_launches(lambda *one: launches.append(one)):
+        results = double_backward(
+            DOUBLE_BACKWARD.operands(
+                x, x, x, None, x, None, x, x, x, None, x, lse, [1, 4, 4], False, 1.0, [*wanted, *[False] * 4]
+            )
+        )
+    ((kernel, _, arguments, _),) = launches
+    given = dict(zip(kernel.arg_names, arguments, strict=False))
+    assert kernel.fn.__name__ == "double_query_kernel"
+    assert given["numbers"] is given["grad_query"] is None
+    assert (given["grad_grad_output"] is not None, given["grad_grad_lse"] is not None) == wanted
+    assert [tuple(result.shape) for result in results] == [
+        x.shape if wanted[0] else (0,), lse.shape[1:] if wanted[1] else (0,), *[(0,)] * 4,
+    ]  # fmt: skip
 
 
 WHOLE = [

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...orders import Order
-from ..support import asked_once, cannot_take, cannot_use_gpu, refuse_lse
+from ..support import asked_once, cannot_take, cannot_use_gpu
 from .operands import check_operands
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -37,7 +37,6 @@ def run(order: Order, operands: Any) -> tuple[torch.Tensor, ...]:
     query = operands.query
     if reason := cannot_run(query.device.type, query.dtype, query.shape[-1]):
         raise RuntimeError(f"backend 'triton' cannot run this: {reason}")
-    refuse_lse("triton", operands)
     return getattr(importlib.import_module(f".{order.name}", __package__), order.name)(operands)
 
 

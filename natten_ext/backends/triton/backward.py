@@ -49,14 +49,16 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_query_kernel(
-    grad_output, query, key, score_terms, value, output, base, log_sum, numbers, grad_query, table, members,
+    grad_output, grad_lse, query, key, score_terms, value, output, base, log_sum, numbers, grad_query, table, members,
     scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
-    """D for the other passes, and dQ unless ``grad_query`` is None: three products per block.
+    """D, less the gradient of the log-sum-exp, for the other passes, and dQ unless ``grad_query`` is None: three
+    products per block.
 
-    D = rowsum(dO * O) has the rounding of O. So the sum of a row of dS, which should be zero, is what D lacks. And dQ
-    is taken from keys relative to the row's own: what is left in the sum then counts keys' differences only.
+    D = rowsum(dO * O) has the rounding of O. So the sum of a row of dS, which should be that gradient or zero, shows
+    what D lacks. And dQ is taken from keys relative to the row's own: what is left in the sum then counts keys'
+    differences only.
     """
     OWN: tl.constexpr = S.own_h * S.own_w
     lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
@@ -72,6 +74,9 @@ def backward_query_kernel(
     q_term = per_query(score_terms, lattice, tile, S)
     do = load_rows(grad_output, lattice, tile, S)
     near_d = row_products(do, load_rows(output, lattice, tile, S), OWN, S)
+    if grad_lse is not None:
+        dl = load_column(grad_lse, lattice, tile)
+        near_d -= dl
     rest = zero_totals(OWN, S)
     dq = zero_rows(OWN, S)
     halo = keys_of(box, lattice, S)
@@ -82,10 +87,14 @@ def backward_query_kernel(
         rest = add_totals(rest, ds, S)
         if grad_query is not None:
             dq = add_weighted(dq, ds, k, S)
-    found = RowNumbers(base, log_sum, near_d + totals_of(rest), q_term)
-    store_numbers(numbers, lattice, tile, found, 0, FIRST, S)
+    rest = totals_of(rest)
+    if grad_lse is not None:
+        rest -= dl
+    store_numbers(numbers, lattice, tile, RowNumbers(base, log_sum, near_d + rest, q_term), 0, FIRST, S)
     if grad_query is not None:
-        store_about_own_keys(grad_query, lattice, tile, dq, totals_of(rest), key, scale, S)
+        if S.l2 and grad_lse is not None:
+            dq = subtract_scaled(dq, dl, q, S)
+        store_about_own_keys(grad_query, lattice, tile, dq, rest, key, scale, S)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -139,13 +148,14 @@ def backward(operands):
         return asked(query, (None,) * 4, needs)
     q, k, terms = launch.query, launch.key, score_terms(launch)
     do, v, out = (rows_of(tensor) for tensor in (operands.grad_output, value, operands.output))
+    dl = None if operands.grad_lse is None else operands.grad_lse.contiguous()
     table = padded_table(launch)
     numbers = lse.new_empty((*launch.row_shape, FIRST.value))
     dq = None
     if needs[0]:
         grad_query = query.new_empty(query.shape)
         dq = rows_of(grad_query)
-    launch.run(backward_query_kernel, "backward_query", QUERY, do, q, k, terms, v, out, *lse, numbers, dq, table)
+    launch.run(backward_query_kernel, "backward_query", QUERY, do, dl, q, k, terms, v, out, *lse, numbers, dq, table)
     if needs[1] or needs[2]:
         grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
         dk, dv = rows_of(grad_key), rows_of(grad_value)

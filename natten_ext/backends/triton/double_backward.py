@@ -46,6 +46,7 @@ from .tiles import (
     row_products,
     scaled,
     store_about_own_keys,
+    store_column,
     store_rows,
     subtract_scaled,
     totals_of,
@@ -72,14 +73,18 @@ def _weights_and_x(
 
 @triton.jit(do_not_specialize=SIZES)
 def double_query_kernel(
-    cot_query, cot_key, x_terms, cot_value, cot_table, grad_output, query, key, score_terms, value, output,
-    base, log_sum, numbers, grad_grad_output, grad_query, table, members,
+    cot_query, cot_key, x_terms, cot_value, cot_table, grad_output, grad_lse, query, key, score_terms, value, output,
+    base, log_sum, numbers, grad_grad_output, grad_grad_lse, grad_query, table, members,
     scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
-    """Two walks over the keys. The first gives D, r and t (up to five products per block); the second the gradients of
-    dO and, unless ``grad_query`` is None, of Q (up to nine)."""
+    """Two walks over the keys. The first gives r and, where others need them, t and D less the gradient of the
+    log-sum-exp (up to five products per block); the second the gradients of dO and of Q (up to nine).
+
+    What is None is not asked for. With neither ``numbers`` nor ``grad_query`` nothing depends on dO: tangents alone.
+    """
     OWN: tl.constexpr = S.own_h * S.own_w
+    SECOND_ORDER: tl.constexpr = numbers is not None or grad_query is not None
     lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
     if empty(box):
         return
@@ -93,63 +98,81 @@ def double_query_kernel(
     q = load_rows(query, lattice, tile, S)
     q_term = per_query(score_terms, lattice, tile, S)
     q_x_term = per_query(x_terms, lattice, tile, S)
-    do = load_rows(grad_output, lattice, tile, S)
     gq = load_rows(cot_query, lattice, tile, S)
     halo = keys_of(box, lattice, S)
 
-    # From the rounded O, D is near enough to be subtracted from dP; the rest follows from the sums.
-    row = RowNumbers(base, log_sum, row_products(do, load_rows(output, lattice, tile, S), OWN, S), q_term)
+    near_d = zeros(OWN, 1, S.accumulate)
+    if SECOND_ORDER:
+        do = load_rows(grad_output, lattice, tile, S)
+        # From the rounded O, D is near enough to be subtracted from dP; the rest follows from the sums.
+        near_d = row_products(do, load_rows(output, lattice, tile, S), OWN, S)
+    row = RowNumbers(base, log_sum, near_d, q_term)
     rest = zeros(OWN, 1, S.accumulate)
     r = zeros(OWN, 1, S.accumulate)
     t = zeros(OWN, 1, S.accumulate)
     for block in tl.range(block_count(halo, S), disable_licm=S.streamed or wide(S.chunks)):
         there = block_place(halo, block, S)
         k = load_rows(key, lattice, there, S)
-        v = load_rows(value, lattice, there, S)
+        v = load_rows(value, lattice, there, S) if SECOND_ORDER else None
         gk = load_rows(cot_key, lattice, there, S)
-        gv = load_rows(cot_value, lattice, there, S)
+        gv = load_rows(cot_value, lattice, there, S) if SECOND_ORDER else None
         weights, x = _weights_and_x(
             q, gq, row, q_x_term, k, gk, score_terms, x_terms, queries, there, table, cot_table, scale, lattice, S
         )
-        c = pair_products(do, v, False, S) - row.d
-        rest += tl.sum(weights * c, 1, keep_dims=True)
-        r += tl.sum(weights * x, 1, keep_dims=True)
-        inner = x * c
-        if gv is not None:
-            inner += pair_products(do, gv, False, S)
-        t += tl.sum(weights * inner, 1, keep_dims=True)
-    row = RowNumbers(base, log_sum, row.d + rest, q_term)
-    t -= r * rest
-    store_numbers(numbers, lattice, tile, row, 0, SECOND, S)
-    store_numbers(numbers, lattice, tile, SecondNumbers(r, t, q_x_term), FIRST, SECOND, S)
-
-    d_do = zero_rows(OWN, S)
-    dq = zero_rows(OWN, S)
-    sb_sums = zero_totals(OWN, S)
-    for block in tl.range(block_count(halo, S), disable_licm=S.streamed or wide(S.chunks)):
-        there = block_place(halo, block, S)
-        k = load_rows(key, lattice, there, S)
-        v = load_rows(value, lattice, there, S)
-        gk = load_rows(cot_key, lattice, there, S)
-        gv = load_rows(cot_value, lattice, there, S)
-        weights, x = _weights_and_x(
-            q, gq, row, q_x_term, k, gk, score_terms, x_terms, queries, there, table, cot_table, scale, lattice, S
-        )
-        y = x - r
-        d_do = add_weighted(d_do, rounded(weights * y, v, S), v, S)
-        if gv is not None:
-            d_do = add_weighted(d_do, rounded(weights, gv, S), gv, S)
-        if grad_query is not None:
+        if SECOND_ORDER:
             c = pair_products(do, v, False, S) - row.d
-            g = pair_products(do, gv, False, S) if gv is not None else None
-            sb = rounded(second_score_gradient(weights, y, c, g, t), k, S)
-            dq = add_weighted(dq, sb, k, S)
-            sb_sums = add_totals(sb_sums, sb, S)
-            if gk is not None:
-                dq = add_weighted(dq, rounded(weights * c, gk, S), gk, S)
-    store_rows(grad_grad_output, lattice, tile, d_do, S)
-    if grad_query is not None:
-        store_about_own_keys(grad_query, lattice, tile, dq, totals_of(sb_sums), key, scale, S)
+            rest += tl.sum(weights * c, 1, keep_dims=True)
+        r += tl.sum(weights * x, 1, keep_dims=True)
+        if SECOND_ORDER:
+            inner = x * c
+            if gv is not None:
+                inner += pair_products(do, gv, False, S)
+            t += tl.sum(weights * inner, 1, keep_dims=True)
+    if SECOND_ORDER:
+        d = row.d + rest
+        t -= r * rest
+        if grad_lse is not None:
+            dl = load_column(grad_lse, lattice, tile)
+            d -= dl
+        row = RowNumbers(base, log_sum, d, q_term)
+    if numbers is not None:
+        store_numbers(numbers, lattice, tile, row, 0, SECOND, S)
+        store_numbers(numbers, lattice, tile, SecondNumbers(r, t, q_x_term), FIRST, SECOND, S)
+    if grad_grad_lse is not None:
+        store_column(grad_grad_lse, lattice, tile, r)
+
+    if grad_grad_output is not None or grad_query is not None:
+        d_do = zero_rows(OWN, S)
+        dq = zero_rows(OWN, S)
+        sb_sums = zero_totals(OWN, S)
+        for block in tl.range(block_count(halo, S), disable_licm=S.streamed or wide(S.chunks)):
+            there = block_place(halo, block, S)
+            k = load_rows(key, lattice, there, S)
+            v = load_rows(value, lattice, there, S)
+            gk = load_rows(cot_key, lattice, there, S)
+            gv = load_rows(cot_value, lattice, there, S)
+            weights, x = _weights_and_x(
+                q, gq, row, q_x_term, k, gk, score_terms, x_terms, queries, there, table, cot_table, scale, lattice, S
+            )
+            y = x - r
+            if grad_grad_output is not None:
+                d_do = add_weighted(d_do, rounded(weights * y, v, S), v, S)
+                if gv is not None:
+                    d_do = add_weighted(d_do, rounded(weights, gv, S), gv, S)
+            if grad_query is not None:
+                c = pair_products(do, v, False, S) - row.d
+                g = pair_products(do, gv, False, S) if gv is not None else None
+                sb = rounded(second_score_gradient(weights, y, c, g, t), k, S)
+                dq = add_weighted(dq, sb, k, S)
+                sb_sums = add_totals(sb_sums, sb, S)
+                if gk is not None:
+                    dq = add_weighted(dq, rounded(weights * c, gk, S), gk, S)
+        if grad_grad_output is not None:
+            store_rows(grad_grad_output, lattice, tile, d_do, S)
+        if grad_query is not None:
+            if S.l2 and gq is not None and grad_lse is not None:
+                dq = subtract_scaled(dq, dl, gq, S)
+            store_about_own_keys(grad_query, lattice, tile, dq, totals_of(sb_sums), key, scale, S)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -226,20 +249,24 @@ def double_backward(operands):
     gq, gk, gv = (rows_of(tensor) for tensor in (operands.cot_query, operands.cot_key, operands.cot_value))
     cots = gq, gk, x_terms(launch, gq, gk), gv, cot_table
     do, v, out = (rows_of(tensor) for tensor in (operands.grad_output, value, operands.output))
-    maps = do, launch.query, launch.key, score_terms(launch), v
-    numbers = lse.new_empty((*launch.row_shape, SECOND.value))
-    grad_grad_output = query.new_empty(query.shape)
-    grad_query = query.new_empty(query.shape) if needs[2] else None
+    dl = None if operands.grad_lse is None else operands.grad_lse.contiguous()
+    terms = score_terms(launch)
+    of_output, of_lse, of_query, of_key, of_value, of_bias = needs
+    numbers = lse.new_empty((*launch.row_shape, SECOND.value)) if of_key or of_value or of_bias else None
+    grad_grad_output = query.new_empty(query.shape) if of_output else None
+    grad_grad_lse = lse.new_empty(launch.row_shape) if of_lse else None
+    grad_query = query.new_empty(query.shape) if of_query else None
     launch.run(
-        double_query_kernel, "double_query", QUERY, *cots, *maps, out, *lse, numbers,
-        rows_of(grad_grad_output), rows_of(grad_query) if needs[2] else None, table,
+        double_query_kernel, "double_query", QUERY, *cots, do, dl, launch.query, launch.key, terms, v, out, *lse,
+        numbers, rows_of(grad_grad_output), grad_grad_lse, rows_of(grad_query), table,
     )  # fmt: skip
+    maps = do, launch.query, launch.key, terms, v
     grad_key, grad_value, grad_bias = None, None, None
-    if needs[3] or needs[4]:
+    if of_key or of_value:
         grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
         launch.run(
             double_key_kernel, "double_key", KEY, *cots, *maps, numbers, rows_of(grad_key), rows_of(grad_value), table
         )  # fmt: skip
-    if needs[5]:
+    if of_bias:
         grad_bias = table_gradient(launch, "double_table", table, cots, maps, numbers)
-    return asked(query, (grad_grad_output, None, grad_query, grad_key, grad_value, grad_bias), needs)
+    return asked(query, (grad_grad_output, grad_grad_lse, grad_query, grad_key, grad_value, grad_bias), needs)

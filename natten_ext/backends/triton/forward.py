@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -56,11 +58,13 @@ def forward_kernel(
 
 
 def forward(operands):
-    """``(output, lse)``; see ``natten_ext.orders``."""
+    """``(output, lse, natural_lse)``; see ``natten_ext.orders``."""
     launch = Launch(operands)
     query = operands.query
     output = query.new_empty(query.shape)
     lse = query.new_empty((2, *launch.row_shape), dtype=launch.accumulate)
     maps = launch.query, launch.key, score_terms(launch), rows_of(operands.value), rows_of(output)
     launch.run(forward_kernel, "forward", QUERY, *maps, *lse, padded_table(launch))
-    return output, lse, query.new_empty((0,))
+    # Scores are true, those of l2 as well (``distances.py``).
+    natural_lse = lse.sum(0) * math.log(2) if operands.return_lse else lse.new_empty((0,))
+    return output, lse, natural_lse

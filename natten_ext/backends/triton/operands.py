@@ -46,9 +46,11 @@ def check_operands(operands: Any) -> None:
             if like is None:
                 raise ValueError(f"{name} must be absent where {_LIKE[name]} is")
             _require(name, tensor, like.shape, like.dtype, like.device)
+    row_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if "grad_lse" in given:
+        _require("grad_lse", operands.grad_lse, (batch, heads, *tokens), row_dtype, query.device)
     if "lse" in given:
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        _require("lse", operands.lse, (2, batch, heads, *tokens), dtype, query.device)
+        _require("lse", operands.lse, (2, batch, heads, *tokens), row_dtype, query.device)
         if not operands.lse.is_contiguous():
             raise ValueError("lse must be contiguous")
 
