@@ -1,6 +1,6 @@
 // Backward, in two kernels that gather what they write: the query-centred one has the gradients of queries and of the
 // table, and leaves D for the key-centred one, which has those of keys and values. D = rowsum(dO * O) lacks what O lost
-// by rounding; the sum of the row's dS has it.
+// by rounding; the sum of the row's dS has it. The gradient y of the log-sum-exp is taken off D.
 // The formulas are in docs/double_backward.md.
 #include "launch.h"
 #include "rows.h"
@@ -55,6 +55,8 @@ struct BackwardQuery {
           }
           if (i == 0 && !careful) {
             row_products<M, Dim>(d, shared.own(1), shared.own(2), own);
+            const RowNumbers<Real> y(p, p.grad_lse, again(), own);
+            for (int h = 0; h < 2; ++h) d[h] -= y[h];
             if (p.l2) own_half_norms<M, Dim>(half_norm, shared.own(0), own);
             sync_warp();
             stage_own_keys<M, Dim>(shared.own(2), p.key, p, again(), own);
@@ -87,13 +89,15 @@ struct BackwardQuery {
       });
 
       await_own_keys();
-      subtract_rows<M, Dim, kChannels>(acc, sums, shared.own(2), own, first);
+      // Rows of dS sum to y. What is left over is what D lacks, and roundings.
+      const RowNumbers<Real> y(p, p.grad_lse, again(), own);
+      const Real lacking[2] = {sums[0] - y[0], sums[1] - y[1]};
+      subtract_rows<M, Dim, kChannels>(acc, lacking, shared.own(2), own, first);
+      if (p.l2 && p.grad_lse != nullptr) subtract_rows<M, Dim, kChannels>(acc, y, shared.own(0), own, first);
       if (p.grad_query.data != nullptr) {
         const Real scale = static_cast<Real>(p.scale);
         write_rows<M, Dim, kChannels>(acc, {scale, scale}, p.grad_query, shared.own(2), p, again(), own, first);
       }
-      // Rows of dS sum to zero. What is left over is what D lacks, and roundings.
-      const Real lacking[2] = {sums.total(0), sums.total(1)};
       for (int h = 0; h < 2 && first == 0; ++h) {
         write_row_numbers<4>(p, again(), own, h, {base[h], log_sum[h], d[h] + lacking[h], half_norm[h]});
       }

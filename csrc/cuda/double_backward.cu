@@ -59,9 +59,9 @@ struct DoubleBackwardQuery {
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.query;
-    p.own[1] = p.grad_output;
+    p.own[1] = p.tangents_only ? Rows{} : p.grad_output;
     p.own[2] = p.cot_query;
-    p.own[3] = p.output;
+    p.own[3] = p.tangents_only ? Rows{} : p.output;
     p.staged[0] = p.key;
     p.staged[1] = p.value;
     p.staged[2] = p.cot_key;
@@ -77,7 +77,7 @@ struct DoubleBackwardQuery {
     TableGradient<Real> table(p, head, block_of_head(p));
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
     const bool has_cot_query = p.cot_query.data != nullptr, has_cot_key = p.cot_key.data != nullptr;
-    const bool has_cot_value = p.cot_value.data != nullptr;
+    const bool has_cot_value = p.cot_value.data != nullptr, has_grad_query = p.grad_query.data != nullptr;
 
     for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
       const OwnRows<false> own(tile);
@@ -106,10 +106,10 @@ struct DoubleBackwardQuery {
         for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<false>& pairs) {
           PairTerms<Real> terms;
           scores<M, Dim>(terms.p, query, shared.rows(stage, kKey), unit);
-          scores<M, Dim>(terms.dp, grad_output, shared.rows(stage, kValue), unit);
+          if (!p.tangents_only) scores<M, Dim>(terms.dp, grad_output, shared.rows(stage, kValue), unit);
           if (has_cot_query) scores<M, Dim>(terms.x, cot_query, shared.rows(stage, kKey), unit);
           if (has_cot_key) scores<M, Dim>(terms.x, query, shared.rows(stage, kCotKey), unit);
-          if (has_cot_value) scores<M, Dim>(terms.g, grad_output, shared.rows(stage, kCotValue), unit);
+          if (has_cot_value && !p.tangents_only) scores<M, Dim>(terms.g, grad_output, shared.rows(stage, kCotValue), unit);
           terms.fold(pairs);
           pairs.for_each_block([&](int b, const BlockPairs& block) {
             finish_scores(terms.p[b], block, factor, bias, p.l2, half_norm,
@@ -126,14 +126,14 @@ struct DoubleBackwardQuery {
 
       // D, r, t, and `product`, that is e. First D is rowsum(dO * O), to which the sum over the keys adds what O lost by
       // rounding: with dP counted from there, nothing cancels that is larger than the result.
-      Real d[2], sums[5][2];
+      Real d[2] = {0, 0}, sums[5][2];
       auto &mass = sums[0], &lacking = sums[1], &r = sums[2], &product = sums[3], &t = sums[4];
       with_care<M>([&](bool careful) {
         for (auto& sum : sums) sum[0] = sum[1] = 0;
         for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
           write_key_terms(i, stage);
           if (i == 0) {
-            row_products<M, Dim>(d, shared.own(kGradOutput), shared.own(kOutput), own);
+            if (!p.tangents_only) row_products<M, Dim>(d, shared.own(kGradOutput), shared.own(kOutput), own);
             if (p.l2) own_half_norms<M, Dim>(half_norm, shared.own(kQuery), own);
             if (p.l2 && has_cot_query) row_products<M, Dim>(cot_product, shared.own(kCotQuery), shared.own(kQuery), own);
           }
@@ -143,11 +143,15 @@ struct DoubleBackwardQuery {
               if (masks) terms.mask(b, block);
               NATTEN_EXT_UNROLL
               for (int e = 0; e < 4; ++e) {
+                mass[e / 2] += terms.p[b][e];
+                r[e / 2] = fused_multiply_add(terms.p[b][e], terms.x[b][e], r[e / 2]);
+              }
+              if (p.tangents_only) return;
+              NATTEN_EXT_UNROLL
+              for (int e = 0; e < 4; ++e) {
                 const int h = e / 2;
-                mass[h] += terms.p[b][e];
                 const Real weighted = terms.p[b][e] * (terms.dp[b][e] - d[h]);
                 lacking[h] += weighted;
-                r[h] = fused_multiply_add(terms.p[b][e], terms.x[b][e], r[h]);
                 product[h] = fused_multiply_add(weighted, terms.x[b][e], product[h]);
                 t[h] = fused_multiply_add(terms.p[b][e], terms.g[b][e], t[h]);
               }
@@ -163,11 +167,18 @@ struct DoubleBackwardQuery {
         t[h] = (t[h] + fused_multiply_add(-lacking[h], r[h], product[h])) * inverse;
         d[h] += lacking[h];
       }
+      const RowNumbers<Real> grad_lse(p, p.grad_lse, again(), own);
+      for (int h = 0; h < 2; ++h) d[h] -= grad_lse[h];  // t does not change with it, since rows of P (X - r) sum to zero
       for (int h = 0; h < 2 && first == 0; ++h) {
-        write_row_numbers<8>(p, again(), own, h,
-                             {base[h], log_sum[h], d[h], half_norm[h], r[h], t[h], cot_product[h], Real(0)});
+        if (!p.tangents_only) {
+          write_row_numbers<8>(p, again(), own, h,
+                               {base[h], log_sum[h], d[h], half_norm[h], r[h], t[h], cot_product[h], Real(0)});
+        }
+        if (p.grad_grad_lse != nullptr && thread_index() % 4 == 0 && own.exists[h]) {
+          store_global(static_cast<Real*>(p.grad_grad_lse) + again().row_index(p, own.y[h], own.x), r[h]);
+        }
       }
-      if (p.grad_query.data == nullptr && p.grad_grad_output.data == nullptr && !table) return;
+      if (!has_grad_query && p.grad_grad_output.data == nullptr && !table) return;
 
       WeightSums<M> score_sums, first_sums, value_sums;  // of Sb, dS and P (X - r)
       Real grad_query[kChannels / 8][4], grad_grad_output[kChannels / 8][4];
@@ -193,28 +204,38 @@ struct DoubleBackwardQuery {
             terms.unfold(pairs);
             if (table && !careful) table.add(terms.x, own, unit, tile.x.kernel);
             const auto rows = [&](StagedTensor tensor) { return shared.rows(stage, tensor) + first * sizeof(Element); };
-            score_sums.add(terms.x);
-            accumulate<M, Dim, kChannels>(grad_query, terms.x, rows(kKey), unit, careful);
             value_sums.add(terms.g);
             accumulate<M, Dim, kChannels>(grad_grad_output, terms.g, rows(kValue), unit, careful);
+            if (has_cot_value) accumulate<M, Dim, kChannels>(grad_grad_output, terms.p, rows(kCotValue), unit, careful);
+            if (!has_grad_query) return;
+            score_sums.add(terms.x);
+            accumulate<M, Dim, kChannels>(grad_query, terms.x, rows(kKey), unit, careful);
             if (has_cot_key) {
               first_sums.add(terms.dp);
               accumulate<M, Dim, kChannels>(grad_query, terms.dp, rows(kCotKey), unit, careful);
             }
-            if (has_cot_value) accumulate<M, Dim, kChannels>(grad_grad_output, terms.p, rows(kCotValue), unit, careful);
           });
         });
         return all_finite(grad_query) && all_finite(grad_grad_output);
       });
+      // Rows of Sb and of P (X - r) sum to zero, those of dS to y.
+      const RowNumbers<Real> y(p, p.grad_lse, again(), own);
+      if (p.l2 && has_cot_query && p.grad_lse != nullptr) {
+        subtract_rows<M, Dim, kChannels>(grad_query, y, shared.own(kCotQuery), own, first);
+        sync_warp();
+      }
       // The tile's own rows are needed no more.
       stage_own_keys<M, Dim>(shared.own(kQuery), p.key, p, again(), own);
       stage_own_keys<M, Dim>(shared.own(kGradOutput), p.value, p, again(), own);
       if (has_cot_key) stage_own_keys<M, Dim>(shared.own(kCotQuery), p.cot_key, p, again(), own);
       await_own_keys();
-      subtract_rows<M, Dim, kChannels>(grad_query, score_sums, shared.own(kQuery), own, first);
-      if (has_cot_key) subtract_rows<M, Dim, kChannels>(grad_query, first_sums, shared.own(kCotQuery), own, first);
       subtract_rows<M, Dim, kChannels>(grad_grad_output, value_sums, shared.own(kGradOutput), own, first);
-      if (p.grad_query.data != nullptr) {
+      if (has_grad_query) {
+        subtract_rows<M, Dim, kChannels>(grad_query, score_sums, shared.own(kQuery), own, first);
+        if (has_cot_key) {
+          const Real left_over[2] = {first_sums[0] - y[0], first_sums[1] - y[1]};
+          subtract_rows<M, Dim, kChannels>(grad_query, left_over, shared.own(kCotQuery), own, first);
+        }
         write_rows<M, Dim, kChannels>(grad_query, {scale, scale}, p.grad_query, shared.own(kOutput), p, again(), own, first);
       }
       if (p.grad_grad_output.data != nullptr) {

@@ -86,6 +86,10 @@ struct Forward {
           const auto row = tile.row_index(p, own.y[h], own.x);
           store_global(static_cast<Real*>(p.base) + row, softmax.base[h]);
           store_global(static_cast<Real*>(p.log_sum) + row, softmax.log_sum(h));
+          // Scores of l2 are -s|q - k|^2, to the last term.
+          if (p.natural_lse != nullptr) {
+            store_global(static_cast<Real*>(p.natural_lse) + row, (softmax.base[h] + softmax.log_sum(h)) / kLog2E<Real>);
+          }
         }
       }
     });

@@ -87,9 +87,12 @@ struct Launcher {
     params.grad_grad_output = rows(a.grad_grad_output);
     params.bias = table_of(a.bias), params.cot_bias = table_of(a.cot_bias), params.grad_bias = table_of(a.grad_bias);
     params.table_gradient = static_cast<bool>(a.grad_bias);
+    params.tangents_only = !a.grad_query && !a.grad_key && !a.grad_value && !a.grad_bias;
     const size_t real = a.query.dtype == DType::float64 ? 8 : 4;
     params.base = a.lse;
     params.log_sum = static_cast<char*>(a.lse) + p.rows() * real;
+    params.natural_lse = a.natural_lse.data;
+    params.grad_lse = a.grad_lse.data, params.grad_grad_lse = a.grad_grad_lse.data;
     params.vector_bytes = vector_bytes(p, {&a.query, &a.key, &a.value, &a.output, &a.grad_output, &a.cot_query,
                                            &a.cot_key, &a.cot_value});
     params.output_vector_bytes =
@@ -148,7 +151,11 @@ void Launcher::note_memory(const Arguments& a) {
   for (const View* v : {&a.bias, &a.cot_bias}) note_table(*v, false);
   note_table(a.grad_bias, true);
   const size_t real = a.query.dtype == DType::float64 ? 8 : 4;
-  context.memory.push_back({a.lse, 2 * static_cast<size_t>(p.rows()) * real, true});
+  const size_t numbers = static_cast<size_t>(p.rows()) * real;
+  context.memory.push_back({a.lse, 2 * numbers, true});
+  for (const View* v : {&a.natural_lse, &a.grad_lse, &a.grad_grad_lse}) {
+    if (*v) context.memory.push_back({v->data, numbers, v != &a.grad_lse});
+  }
 }
 
 bool on_device(const Tensor& t) { return t.is_cpu(); }

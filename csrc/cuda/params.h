@@ -105,9 +105,11 @@ struct Params {
   Rows grad_query, grad_key, grad_value, grad_grad_output;
   Table bias, cot_bias, grad_bias;
   bool table_gradient;
+  bool tangents_only;  // a double backward that is asked for dO_bar and r, and for no gradient: it needs neither dP nor G
   // Per kernel, from the tensors above: what is staged once per tile and once per piece.
   Rows own[kMaxTensors], staged[kMaxTensors];
   void *base, *log_sum;  // (batch, heads, queries) in Real: the two parts of L of docs/double_backward.md
+  void *natural_lse, *grad_lse, *grad_grad_lse;  // likewise, of Arguments; null: absent, or not asked for
   void* row_numbers;     // (batch, heads, queries, numbers) in Real, see rows.h
   void* table_partials;  // (partials, launch_heads, table) in Real
   Plan plan;

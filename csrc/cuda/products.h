@@ -267,7 +267,7 @@ struct WeightSums {
     sum[1] += c[2];
   }
   // Once all are added: of the lane's own row h.
-  NATTEN_EXT_DEVICE Real total(int h) const {
+  NATTEN_EXT_DEVICE Real operator[](int h) const {
     Real total = sum[h];
     if constexpr (!M::kTensor) {
       total += shuffle_xor(total, 1);

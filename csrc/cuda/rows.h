@@ -5,14 +5,14 @@
 
 namespace natten_ext::cuda {
 
-// What a (batch, heads, queries) array has for the lane's two rows; 0 for rows that do not exist.
+// What a (batch, heads, queries) array has for the lane's two rows; 0 for rows that do not exist, and without an array.
 template <class Real>
 struct RowNumbers {
   Real value[2];
   NATTEN_EXT_DEVICE RowNumbers(const Params& p, const void* source, const Tile<false>& tile, const OwnRows<false>& own) {
     for (int h = 0; h < 2; ++h) {
       value[h] = 0;
-      if (own.exists[h]) {
+      if (own.exists[h] && source != nullptr) {
         value[h] = load_global(static_cast<const Real*>(source) + tile.row_index(p, own.y[h], own.x));
       }
     }
@@ -21,7 +21,7 @@ struct RowNumbers {
 };
 
 // What query-centred kernels leave for the key-centred ones of each query, in p.row_numbers: L in two parts, D, of l2
-// |q|^2 / 2; in the double backward also r, t, of l2 gQ.q, and room.
+// |q|^2 / 2; in the double backward also r, t, of l2 gQ.q, and room. From D the gradient of the log-sum-exp, y, is taken off.
 enum RowNumber { kBase, kLogSum, kD, kHalfNorm, kR, kT, kCotProduct };
 
 template <class Real>
@@ -79,21 +79,22 @@ NATTEN_EXT_DEVICE void own_half_norms(typename M::Real (&half_norms)[2], Shared 
   for (int h = 0; h < 2; ++h) half_norms[h] *= typename M::Real(0.5);
 }
 
-// acc -= sum * row, for channels `first` and on of a warp's rows of a tile.
+// acc -= total * row, for channels `first` and on of a warp's rows of a tile.
 //
-// Of keys at the places of queries (stage_own_keys): what multiplies keys (dS) sums to zero along a row, so any vector may be
-// taken off the keys. Roundings, in D above all, leave a sum over; so it multiplies only the differences of keys, not what
-// they have in common, and nothing where a query attends itself alone.
-template <class M, int Dim, int Channels, class Own>
-NATTEN_EXT_DEVICE void subtract_rows(typename M::Real (&acc)[Channels / 8][4], const WeightSums<M>& sums, Shared tile,
-                                     const Own& own, int first) {
+// Of keys at the places of queries (stage_own_keys): what multiplies keys (Sb, and dS where y is zero) sums to zero along a row,
+// so any vector may be taken off the keys. Roundings, in D above all, leave a sum over; so it multiplies only the differences
+// of keys, not what they have in common, and nothing where a query attends itself alone. Rows of dS sum to y: of them it is
+// the sum without y that is left over.
+template <class M, int Dim, int Channels, class Totals, class Own>
+NATTEN_EXT_DEVICE void subtract_rows(typename M::Real (&acc)[Channels / 8][4], const Totals& totals, Shared tile, const Own& own,
+                                     int first) {
   using Element = typename M::Element;
   struct alignas(2 * sizeof(Element)) Pair {
     Element e[2];
   };
   const int lane = thread_index() % kWarp;
   for (int h = 0; h < 2; ++h) {
-    const typename M::Real total = sums.total(h);
+    const typename M::Real total = totals[h];
     const Shared row = tile + own.slot_of(lane / 4 + 8 * h) * kPitch<M, Dim> + (first + lane % 4 * 2) * static_cast<uint32_t>(sizeof(Element));
     NATTEN_EXT_UNROLL
     for (int n = 0; n < Channels / 8; ++n) {

@@ -19,7 +19,7 @@ import torch
 from ..orders import ORDERS, Order
 from ..version import __version__
 from .origin import about_origin
-from .support import MAX_HEAD_DIM, asked_once, cannot_take, cannot_use_gpu, refuse_lse
+from .support import MAX_HEAD_DIM, asked_once, cannot_take, cannot_use_gpu
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -61,7 +61,6 @@ def run(order: Order, operands: Any) -> tuple[torch.Tensor, ...]:
     """The results of an order; RuntimeError where there are no kernels."""
     if reason := _not_loaded():
         raise RuntimeError(f"backend 'cuda' cannot run this: {reason}")
-    refuse_lse("cuda", operands)
     query, key = operands.query, operands.key
     # l2 scores need vectors near zero: far from it, their products would cancel. Those of bfloat16 are sums of 16-bit
     # numbers in float32, which lose nothing.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -22,13 +22,6 @@ def cannot_take(dtype: torch.dtype, dtypes: Sequence[torch.dtype], head_dim: int
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {head_dim}"
     return ""
-
-
-def refuse_lse(backend: str, operands: Any) -> None:
-    """RuntimeError where the log-sum-exp or a derivative of it is wanted: this backend has no kernels for it."""
-    of_double_backward = len(getattr(operands, "needs", ())) == 6 and operands.needs[1]
-    if getattr(operands, "return_lse", False) or getattr(operands, "grad_lse", None) is not None or of_double_backward:
-        raise RuntimeError(f"backend {backend!r} cannot run this: it has no log-sum-exp as a result yet")
 
 
 def asked_once(question: Callable[..., Answer]) -> Callable[..., Answer]:

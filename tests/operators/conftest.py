@@ -28,8 +28,6 @@ import natten_ext
 # Backends whose kernels are not made for the CPU run there through an interpreter or an emulator.
 NATIVE_ON_CPU = {"reference", "cpu"}
 INTERPRETED_ON_CPU = {"triton"}
-# Backends that have the log-sum-exp as a result.
-LSE_BACKENDS = {"cpu", "reference", "triton"}
 TEST_ALL = os.environ.get("NATTEN_EXT_TEST_ALL") == "1"
 
 
@@ -84,15 +82,12 @@ def _targets(with_reference: bool) -> list[Target]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cases(cases): the attention problems that a test runs on")
-    config.addinivalue_line("markers", "lse: the backend must have the log-sum-exp as a result")
     config.addinivalue_line("markers", "interpreted(count): how many of a test's parameters an interpreter gets")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     name = next((n for n in ("target", "any_target") if n in metafunc.fixturenames), None)
     targets = _targets(with_reference=name == "any_target") if name else []
-    if metafunc.definition.get_closest_marker("lse"):
-        targets = [target for target in targets if target.backend in LSE_BACKENDS]
     marker = metafunc.definition.get_closest_marker("cases")
     cases: list[Case] = list(marker.args[0]) if marker else []
     if name and "case" in metafunc.fixturenames:

@@ -16,7 +16,6 @@ import natten_ext
 from natten_ext.backends import cuda
 from natten_ext.geometry import Full, Grid, Neighborhood
 from natten_ext.operators import OPERATORS
-from tests.operators.conftest import LSE_BACKENDS
 
 ORDERS = ["forward", "backward", "double_backward"]
 NEIGHBORHOODS = {
@@ -53,13 +52,13 @@ def call_of(order: str, kind: str, backend: str, device: str) -> Call:
     if order == "forward":
         return Call(order, backend, operands, choices | {"return_lse": False})
     output, lse, _ = OPERATORS[backend].forward(*operands.values(), *choices.values(), False)
-    grad_lse = torch.randn_like(lse[0]) if backend in LSE_BACKENDS else None
+    grad_lse = torch.randn_like(lse[0])
     backward = {"grad_output": grad_output, "grad_lse": grad_lse, **operands, "output": output, "lse": lse}
     needs = [True, True, True, bias is not None]
     if order == "backward":
         return Call(order, backend, backward, choices | {"needs": needs})
     cotangents = {f"cot_{name}": None if x is None else torch.randn_like(x) for name, x in operands.items()}
-    return Call(order, backend, cotangents | backward, choices | {"needs": [True, grad_lse is not None, *needs]})
+    return Call(order, backend, cotangents | backward, choices | {"needs": [True, True, *needs]})
 
 
 def misfits(tensor: Tensor) -> dict[str, Tensor]:
@@ -160,7 +159,6 @@ def test_a_gpu_that_is_full_is_torchs_own_error(order, monkeypatch):
 
     call = replace(call_of(order, "grid", "cpu", "cpu"), backend="cuda")
     monkeypatch.setattr(cuda, "_not_loaded", lambda: "")
-    monkeypatch.setattr(cuda, "refuse_lse", lambda *_: None)
     monkeypatch.setattr(torch.ops.natten_ext_cuda, f"{order}_kernels", full)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         call()

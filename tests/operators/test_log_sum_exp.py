@@ -38,8 +38,6 @@ from tests.operators.test_forward_mode import SOME, tangent_of
 from tests.operators.test_third_derivatives import second_derivatives
 from tests.operators.test_transforms import close, transforms
 
-pytestmark = pytest.mark.lse
-
 # Rows of several blocks of keys that are kept in the cache, and of more than are kept.
 LONG = [
     Case("lse-kept", "full", (1, 40, 1, 4), keys=300),

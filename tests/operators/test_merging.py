@@ -10,8 +10,6 @@ import natten_ext
 from tests.operators.budget import assert_equal_to_rounding
 from tests.operators.cases import Case, Inputs, cotangents_of, derivatives, inputs_of, on, random
 
-pytestmark = pytest.mark.lse
-
 
 def gradients(target, case: Case, inputs: Inputs, attend, whole) -> None:
     """Value, first and second derivatives of both results of `attend`, which are those of `whole`."""
