@@ -7,6 +7,7 @@ import torch
 
 import natten_ext
 from tests.cuda import emulated
+from tests.operators import test_log_sum_exp
 from tests.operators.budget import assert_equal_to_rounding, assert_same_bits
 from tests.operators.cases import (
     Case,
@@ -19,6 +20,8 @@ from tests.operators.cases import (
     magnitude,
     oracle_derivatives,
 )
+from tests.operators.conftest import Target
+from tests.operators.test_forward_mode import tangent_of
 
 pytestmark = pytest.mark.skipif(
     not any(status.name == "cuda" and status.available for status in natten_ext.list_backends()),
@@ -56,6 +59,16 @@ def test_little_shared_memory(case, shared_limit):
     for name, true in inputs.items():
         error = magnitude([results[name].double() - true])
         assert error <= 1e-5 * max(1.0, magnitude([true])), name
+
+
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_log_sum_exp_and_tangents_alone_in_many_pieces(case):
+    inputs = inputs_of(case)
+    tangents = cotangents_of(case, inputs)
+    with emulated.settings(shared_limit=48 * 1024):
+        test_log_sum_exp.compare(Target("cuda", "cpu"), case, inputs)
+        result = tangent_of(test_log_sum_exp.fused(case, "cuda"), inputs, tangents)
+    assert_equal_to_rounding({"t": result}, {"t": test_log_sum_exp.true_tangent(case, inputs, tangents)}, 1e-12)
 
 
 def test_too_little_shared_memory_is_an_error():
