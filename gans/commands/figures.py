@@ -8,14 +8,19 @@ from pathlib import Path
 
 import tyro
 
-from gans.evaluation.plots import plot_curves, plot_samples, sample_steps
+from gans.data.images import to_uint8
+from gans.data.loading import load_images
+from gans.data.sources import open_source
+from gans.evaluation.plots import plot_curves, plot_neighbours, plot_samples, read_tiles, sample_steps
 from gans.recipes.config import RunConfig, TrainConfig, from_dict
 from gans.training import logs
 
 
 @dataclass(frozen=True)
 class FigureArguments:
-    """Draws the development of a run's samples (`samples.png`) and its losses and distance (`curves.png`)."""
+    """Draws the development of a run's samples (`samples.png`) and its losses and distance (`curves.png`); with
+    `--neighbours`, the real images nearest to the last samples as well (`neighbours.png`).
+    """
 
     run: Path
     """Folder of a run."""
@@ -23,6 +28,12 @@ class FigureArguments:
     """Folder to write to."""
     steps: tuple[int, ...] = ()
     """Steps to show, of those that have a sample grid; all if none are given."""
+    neighbours: int = 0
+    """How many samples to look up among all real images, pixel by pixel; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 0:
+            raise ValueError(f"neighbours is {self.neighbours}; it cannot be negative")
 
 
 def run(arguments: list[str]) -> None:
@@ -32,7 +43,15 @@ def run(arguments: list[str]) -> None:
     config, run_config = from_dict(TrainConfig, resolved["recipe"]), from_dict(RunConfig, resolved["run"])
     parsed.out.mkdir(parents=True, exist_ok=True)
     size = config.generator.image_size
-    plot_samples(parsed.run, parsed.steps or sample_steps(parsed.run), size, parsed.out / "samples.png")
+    steps = parsed.steps or tuple(sample_steps(parsed.run))
+    plot_samples(parsed.run, steps, size, parsed.out / "samples.png")
     network = run_config.metric.partition(":")[0]
     plot_curves(logs.read(parsed.run), parsed.out / "curves.png", f"distance ({network})")
     print(f"wrote {parsed.out / 'samples.png'} and {parsed.out / 'curves.png'}")
+    if parsed.neighbours:
+        source = open_source(run_config.data, config.images.split)
+        channels, broken = config.generator.channels, config.images.broken
+        real = to_uint8(load_images(source, size=size, channels=channels, limit=len(source), broken=broken))
+        tiles = read_tiles(parsed.run / "samples" / f"step-{max(steps):08d}.png", size)[: parsed.neighbours]
+        plot_neighbours(tiles, real.squeeze(-1) if channels == 1 else real, parsed.out / "neighbours.png")
+        print(f"wrote {parsed.out / 'neighbours.png'}")

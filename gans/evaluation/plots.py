@@ -54,6 +54,27 @@ def plot_samples(run: Path, steps: Sequence[int], size: int, path: Path, columns
     plt.close(figure)
 
 
+def nearest(tile: np.ndarray, real: np.ndarray, count: int) -> np.ndarray:
+    """The numbers of the `count` real images `(N, ...)` whose pixels are nearest to those of `tile`."""
+    rows, row = real.reshape(len(real), -1).astype(np.float32), tile.reshape(-1).astype(np.float32)
+    return np.argsort(np.square(rows).sum(1) - 2 * rows @ row, kind="stable")[:count]
+
+
+def plot_neighbours(tiles: Sequence[np.ndarray], real: np.ndarray, path: Path) -> None:
+    """Samples, and below each the two real images `(N, H, W[, 3])` nearest to it: copies would show."""
+    columns = [[tile, *real[nearest(tile, real, 2)]] for tile in tiles]
+    figure, axes = plt.subplots(3, len(columns), figsize=(0.8 * len(columns) + 1, 2.6), squeeze=False)
+    for line, label in zip(axes, ("sample", "nearest", "second"), strict=True):
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    for column, images in zip(axes.T, columns, strict=True):
+        for axis, image in zip(column, images, strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    figure.subplots_adjust(left=0.12, right=0.995, bottom=0.01, top=0.99, wspace=0.05, hspace=0.05)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def plot_curves(lines: Sequence[dict[str, float]], path: Path, distance: str = "distance") -> None:
     """Each network's loss terms, and the distance to the real images with its floor if the run measured it.
 

@@ -37,8 +37,9 @@ def test_train_sample_and_resume(tmp_path, capsys):
     arguments = ["sample", "--checkpoint", str(out), "--out", str(picture), "--seeds", "0-3", "--scale", "2"]
     assert main(arguments) == 0
     assert Image.open(picture).size == (64, 64)
-    assert main(["figures", "--run", str(out), "--out", str(tmp_path / "figures")]) == 0
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"samples.png", "curves.png"}
+    assert main(["figures", "--run", str(out), "--out", str(tmp_path / "figures"), "--neighbours", "2"]) == 0
+    expected = {"samples.png", "curves.png", "neighbours.png"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == expected
 
 
 def test_overrides_start_from_the_preset():
