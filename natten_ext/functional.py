@@ -32,7 +32,7 @@ def attention(
     backend: str | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every query to every key, with three derivative orders and memory linear in the tokens.
+    """Attention of every query to every key, with first and second derivatives and memory linear in the tokens.
 
     ``softmax_j(scale * score(q_i, k_j)) v_j`` with ``score`` "dot" (q.k; Vaswani et al., arXiv 1706.03762) or "l2"
     (-|q-k|^2; Kim et al., arXiv 2006.04710).

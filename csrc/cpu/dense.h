@@ -46,7 +46,7 @@ struct DensePlan {
       window_y = p.window_y, window_x = p.window_x;
       windows_y = p.height / window_y, windows_x = p.width / window_x;
     } else {
-      windows_y = window().dilation_y, windows_x = window().dilation_x;
+      windows_y = head_window().dilation_y, windows_x = head_window().dilation_x;
       window_y = p.height / windows_y, window_x = p.width / windows_x;
     }
     queries = window_y * window_x;
@@ -61,7 +61,7 @@ struct DensePlan {
   }
 
   // The window of all heads of neighborhood attention.
-  const HeadWindow& window() const { return problem.windows[heads.first]; }
+  const HeadWindow& head_window() const { return problem.windows[heads.first]; }
 
   DenseJob job(int64_t head, int64_t index) const {
     const int64_t windows = windows_y * windows_x, y = index % windows / windows_x, x = index % windows_x;
@@ -82,11 +82,6 @@ struct DensePlan {
     const int64_t larger = round_up_to_lanes<T>(even_block(queries, limit + limit / 4));
     const auto lanes = [&](int64_t size) { return (queries + size - 1) / size * size; };
     return lanes(larger) < lanes(block) ? larger : block;
-  }
-  // Largest block size that splits n into equal blocks of at most `limit`.
-  static int64_t even_block(int64_t n, int64_t limit) {
-    const int64_t blocks = (n + limit - 1) / limit;
-    return blocks == 0 ? 1 : (n + blocks - 1) / blocks;
   }
 };
 

@@ -27,10 +27,10 @@ class BackwardQueries : public SavedQueries<T> {
         need_output_(need_output),
         grad_output(plan.block_queries * plan.padded),
         grad_output_t(plan.padded * plan.block_queries),
-        delta(plan.block_queries),
+        d(plan.block_queries),
         grad_lse(plan.block_queries),
         output_t_(need_output ? plan.padded * plan.block_queries : 0) {
-    for (Buffer<T>* zero : {&delta, &grad_lse}) std::fill_n(zero->data(), plan.block_queries, T(0));
+    for (Buffer<T>* zero : {&d, &grad_lse}) std::fill_n(zero->data(), plan.block_queries, T(0));
   }
 
   // The origins are those of the job's keys and values.
@@ -39,7 +39,7 @@ class BackwardQueries : public SavedQueries<T> {
     // As long as they are not in use, the queries' rows hold those of the output.
     if (need_output_) {
       pack_queries<T>(query, output_t_, a_.output, plan_, job, first, count, 1, value_origin);
-      dot_lanes<T>(delta, grad_output_t, output_t_, plan_.channels, plan_.block_queries);
+      dot_lanes<T>(d, grad_output_t, output_t_, plan_.channels, plan_.block_queries);
     }
     SavedQueries<T>::load(job, first, count, key_origin);
     if (!a_.grad_lse) return;
@@ -68,7 +68,7 @@ class BackwardQueries : public SavedQueries<T> {
 
  public:
   Buffer<T> grad_output, grad_output_t;
-  Buffer<T> delta;     // D so far
+  Buffer<T> d;     // D so far
   Buffer<T> grad_lse;  // y
 
  private:
@@ -178,10 +178,10 @@ class DenseBackward {
     const bool l2 = a_.problem.l2;
     const LaneWeights<T> weights(queries_, table, index_, l2 ? key_bias_.data() : nullptr, lane);
     const bool whole_row = keys == plan_.keys;
-    Vector<T> delta = load(queries_.delta + lane) - load(queries_.grad_lse + lane), row_sum = load(row_sum_ + lane);
+    Vector<T> d = load(queries_.d + lane) - load(queries_.grad_lse + lane), row_sum = load(row_sum_ + lane);
     const auto finish = [&](int64_t j, Vector<T> probability) __attribute__((always_inline)) {
       T* dp = grad_score_ + j * lanes + lane;
-      const Vector<T> grad = probability * (load(dp) - delta);
+      const Vector<T> grad = probability * (load(dp) - d);
       if (l2) row_sum += grad;
       store(dp, grad);
       if (grad_table != nullptr) index_.add(grad_table, first_key + j, lane, grad);
@@ -190,7 +190,7 @@ class DenseBackward {
       T* s = probability_ + j * lanes + lane;
       const Vector<T> probability = weights(load(s), first_key, j);
       store(s, probability);
-      if (whole_row) delta += probability * load(grad_score_ + j * lanes + lane);
+      if (whole_row) d += probability * load(grad_score_ + j * lanes + lane);
       else finish(j, probability);
     }
     for (int64_t j = 0; whole_row && j < keys; ++j) finish(j, load(probability_ + j * lanes + lane));

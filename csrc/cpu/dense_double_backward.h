@@ -43,7 +43,7 @@ class DenseDoubleBackward {
         scratch_(plan.block_keys * plan.block_queries),
         grad_grad_output_(plan.block_queries * plan.padded),
         grad_query_(plan.block_queries * plan.padded),
-        excess_(plan.block_queries),
+        d_rest_(plan.block_queries),
         r_(plan.block_queries),
         r_rest_(plan.block_queries),
         t_(plan.block_queries),
@@ -125,14 +125,14 @@ class DenseDoubleBackward {
     const T* table = tables_.head(job.head);
     for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
       const LaneWeights<T> weights(queries_, table, index_, p.l2 ? key_bias_.data() : nullptr, lane);
-      const Vector<T> delta = load(queries_.delta + lane);
-      Vector<T> excess = load(excess_ + lane), r = load(r_ + lane), t = load(t_ + lane);
+      const Vector<T> d = load(queries_.d + lane);
+      Vector<T> d_rest = load(d_rest_ + lane), r = load(r_ + lane), t = load(t_ + lane);
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * lanes + lane;
-        const Vector<T> prob = weights(load(probability + at), first_key, j), centred = load(grad_probability + at) - delta;
+        const Vector<T> prob = weights(load(probability + at), first_key, j), centred = load(grad_probability + at) - d;
         const Vector<T> value = score_tangent_.read(x, index_, first_key, j, lane);
         const Vector<T> weighted = prob * value;
-        excess += prob * centred;
+        d_rest += prob * centred;
         r += weighted;
         t += weighted * centred;
         store(probability + at, prob);
@@ -140,7 +140,7 @@ class DenseDoubleBackward {
         store(x + at, value);
       }
       if (!sum_rows) continue;
-      store(excess_ + lane, excess);
+      store(d_rest_ + lane, d_rest);
       store(r_ + lane, r);
       store(t_ + lane, t);
     }
@@ -149,7 +149,7 @@ class DenseDoubleBackward {
   // Row sums: what D as it comes from the output lacks, r, t; and the rows w = P gV, to which dO_bar is added later.
   void first_pass(const DenseJob& job, int64_t count) {
     const int64_t lanes = plan_.block_queries, padded = plan_.padded;
-    for (Buffer<T>* sums : {&excess_, &r_, &t_}) std::fill_n(sums->data(), lanes, T(0));
+    for (Buffer<T>* sums : {&d_rest_, &r_, &t_}) std::fill_n(sums->data(), lanes, T(0));
     for (int64_t k = 0; k < plan_.keys; k += plan_.block_keys) {
       const int64_t keys = std::min(plan_.block_keys, plan_.keys - k);
       scores(job, k, keys, true);
@@ -174,9 +174,9 @@ class DenseDoubleBackward {
       store(r_rest_ + lane, rest);
     }
     for (int64_t i = 0; i < lanes; ++i) {
-      t_[i] -= r_[i] * excess_[i];
+      t_[i] -= r_[i] * d_rest_[i];
       if (a_.cot_value) t_[i] += score_bar_sum_[i];
-      excess_[i] -= queries_.grad_lse[i];
+      d_rest_[i] -= queries_.grad_lse[i];
     }
     for (Buffer<T>* sums : {&score_bar_sum_, &grad_score_sum_}) std::fill_n(sums->data(), lanes, T(0));
   }
@@ -202,12 +202,12 @@ class DenseDoubleBackward {
               score_bar, lanes, false);
     }
     for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
-      const Vector<T> excess = load(excess_ + lane), r = load(r_ + lane), t = load(t_ + lane);
+      const Vector<T> d_rest = load(d_rest_ + lane), r = load(r_ + lane), t = load(t_ + lane);
       const Vector<T> r_rest = load(r_rest_ + lane);
       Vector<T> score_bar_sum = load(score_bar_sum_ + lane), grad_score_sum = load(grad_score_sum_ + lane);
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * lanes + lane;
-        const Vector<T> prob = load(probability + at), centred = load(grad_score + at) - excess;
+        const Vector<T> prob = load(probability + at), centred = load(grad_score + at) - d_rest;
         const Vector<T> x = load(value_weight + at) - r - r_rest;
         Vector<T> inner = x * centred - t;
         if (a_.cot_value) inner += load(score_bar + at);
@@ -267,7 +267,7 @@ class DenseDoubleBackward {
   T* partial_ = nullptr;
   TableIndex<T> index_;
   Buffer<T> probability_, grad_probability_, x_, scratch_, grad_grad_output_, grad_query_;
-  Buffer<T> excess_, r_, r_rest_, t_, score_bar_sum_, grad_score_sum_, key_bias_;
+  Buffer<T> d_rest_, r_, r_rest_, t_, score_bar_sum_, grad_score_sum_, key_bias_;
 };
 
 template <class T>

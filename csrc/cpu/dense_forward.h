@@ -70,9 +70,9 @@ class DenseForward {
     RowCursor row(a_.output, job, plan_.window_x, first), lse = lse_cursor(p, job, plan_.window_x, first);
     for (int64_t i = 0; i < count; ++i, ++row, ++lse) {
       store_row(output_ + i * padded, a_.output, row.offset, plan_.channels, 1 / sum_[i]);
-      T* base = static_cast<T*>(a_.lse) + lse.offset;
-      base[0] = maximum_[i];
-      base[p.rows()] = log2_of(sum_[i]);
+      T* to = static_cast<T*>(a_.lse) + lse.offset;
+      to[0] = maximum_[i];
+      to[p.rows()] = log2_of(sum_[i]);
     }
   }
 

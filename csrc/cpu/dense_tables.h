@@ -9,7 +9,7 @@ namespace natten_ext::NATTEN_EXT_ISA {
 // key in the window of each query.
 template <class T, class Visit>
 void for_each_in_windows(const DensePlan<T>& plan, const Visit& visit) {
-  const HeadWindow& w = plan.window();
+  const HeadWindow& w = plan.head_window();
   const int64_t center_y = plan.problem.table_kernel_y() - 1, center_x = plan.problem.table_kernel_x() - 1;
   for (int64_t query = 0; query < plan.queries; ++query) {
     const int64_t y = query / plan.window_x, x = query % plan.window_x;

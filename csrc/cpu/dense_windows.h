@@ -30,7 +30,7 @@ class WindowsInstead {
       if (!started_) windows_->start(partial_);
       started_ = true;
     }
-    const HeadWindow& window = plan_.window();
+    const HeadWindow& window = plan_.head_window();
     windows_->run({job.batch, job.head, window, job.y0, job.x0, plan_.window_y, plan_.window_x, 0, plan_.window_y});
     return true;
   }

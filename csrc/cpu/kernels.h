@@ -13,7 +13,7 @@ struct Kernels {
   void (*double_backward)(const Arguments&);
 };
 
-// Runs task(context, index) for 0 <= index < count on torch's threads; each thread takes the next index when free.
+// Calls the worker once on each of torch's threads; next(queue) gives it indices below count, each once, then -1.
 void parallel_tasks(int64_t count, void (*worker)(void* context, int64_t (*next)(void*), void* queue), void* context);
 
 // How many threads that is at most.

@@ -61,7 +61,7 @@ class BackwardRows : public SavedRows<T> {
     grad_output.resize(kGroup, channels, g);
     output.resize(kGroup, channels, g);
     for (int r = 0; r < kGroup; ++r) {
-      delta[r] = Buffer<T>(g.padded), grad_lse[r] = Buffer<T>(g.padded);
+      d[r] = Buffer<T>(g.padded), grad_lse[r] = Buffer<T>(g.padded);
       std::fill_n(grad_lse[r].data(), g.padded, T(0));
     }
   }
@@ -75,12 +75,12 @@ class BackwardRows : public SavedRows<T> {
       rows.transposer.load(grad_output.row(y), grad_output.stride(), a_.grad_output, job, y, 1);
       rows.transposer.load(output.row(y), output.stride(), a_.output, job, y, 1, rows.value_origin());
       for (int64_t x = 0; x < g.padded; x += L) {
-        store(delta[r] + x, dot(grad_output.row(y) + x, output.row(y) + x, output.stride()));
+        store(d[r] + x, dot(grad_output.row(y) + x, output.row(y) + x, output.stride()));
       }
       for (int64_t x = 0; a_.grad_lse && x < g.width; ++x) {
         grad_lse[r][x] = static_cast<const T*>(a_.grad_lse.data)[job.offset(a_.grad_lse, y, x)];
       }
-      for (int64_t x = 0; x < g.width; ++x) strange = strange || !std::isfinite(log_sum[r][x]) || !std::isfinite(delta[r][x]);
+      for (int64_t x = 0; x < g.width; ++x) strange = strange || !std::isfinite(log_sum[r][x]) || !std::isfinite(d[r][x]);
     }
   }
   // Product over the channels of a vector of queries in a row of `grad_output` and another; see dot_lanes.
@@ -98,7 +98,7 @@ class BackwardRows : public SavedRows<T> {
 
  public:
   RowRing<T> grad_output, output;
-  Buffer<T> delta[kGroup], grad_lse[kGroup];  // D and y
+  Buffer<T> d[kGroup], grad_lse[kGroup];  // D and y
   bool strange = false;  // a query or a gradient of an output may be NaN or infinite
 };
 
@@ -163,11 +163,11 @@ class NeighborhoodBackward {
       const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
       for (int64_t b = 0; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
       if (a_.grad_key) {
-        gatherer_.run(g, group, score_rows_, rows_.query, rows_.query_channels, grad_key_.ring, job.begin, job.end,
+        gatherer_.run(g, group, grad_score_rows_, rows_.query, rows_.query_channels, grad_key_.ring, job.begin, job.end,
                       backward_.strange);
       }
       if (a_.grad_value) {
-        gatherer_.run(g, group, weight_rows_, backward_.grad_output, rows_.channels, grad_value_.ring, job.begin, job.end,
+        gatherer_.run(g, group, probability_rows_, backward_.grad_output, rows_.channels, grad_value_.ring, job.begin, job.end,
                       backward_.strange);
       }
       close(y + kGroup < end ? g.start_y(y + kGroup) : g.height);
@@ -180,7 +180,7 @@ class NeighborhoodBackward {
     grad_key_.ring.resize(g.ky + kGroup - 1, rows_.query_channels, g);
     grad_value_.ring.resize(g.ky + kGroup - 1, rows_.channels, g);
     for (StripWeights<T>* weights : {&weights_, &scores_}) weights->resize(g);
-    for (RowWeights<T>* weights : {&weight_rows_, &score_rows_}) weights->resize(g);
+    for (RowWeights<T>* weights : {&probability_rows_, &grad_score_rows_}) weights->resize(g);
   }
 
   // Blocks [begin, end): P and dS of the windows, to the group's rows of weights; dQ and the table's gradient.
@@ -214,20 +214,20 @@ class NeighborhoodBackward {
     T* const weights = weights_.block(r, slot);
     T* const scores = scores_.block(r, slot);
     const Vector<T> base = load(backward_.base[r] + x), log_sum = load(backward_.log_sum[r] + x);
-    const Vector<T> delta = load(backward_.delta[r] + x);
-    Vector<T> excess{}, row_sum{};
+    const Vector<T> d = load(backward_.d[r] + x);
+    Vector<T> d_rest{}, row_sum{};
     for (int64_t i = 0; i < n; ++i) {
-      const Vector<T> weight = exp2(load(weights + i * L) - base - log_sum), centred = load(scores + i * L) - delta;
-      excess += weight * centred;
+      const Vector<T> weight = exp2(load(weights + i * L) - base - log_sum), centred = load(scores + i * L) - d;
+      d_rest += weight * centred;
       store(weights + i * L, weight);
       store(scores + i * L, centred);
     }
-    excess -= load(backward_.grad_lse[r] + x);
-    T* weight_row = weight_rows_.rows[r] + x;
-    T* score_row = score_rows_.rows[r] + x;
+    d_rest -= load(backward_.grad_lse[r] + x);
+    T* weight_row = probability_rows_.rows[r] + x;
+    T* score_row = grad_score_rows_.rows[r] + x;
     for (int64_t i = 0, ky = 0; ky < g.ky; ++ky) {
       for (int64_t kx = 0; kx < g.kx; ++kx, ++i) {
-        const Vector<T> weight = load(weights + i * L), gradient = weight * (load(scores + i * L) - excess);
+        const Vector<T> weight = load(weights + i * L), gradient = weight * (load(scores + i * L) - d_rest);
         row_sum += gradient;
         store(scores + i * L, gradient);
         const int64_t at = ky * g.weights_stride + kx * g.padded;
@@ -260,7 +260,7 @@ class NeighborhoodBackward {
   TableGradient<T> table_gradient_;
   GradientRows<T> grad_key_, grad_value_;
   StripWeights<T> weights_, scores_;        // P and dS
-  RowWeights<T> weight_rows_, score_rows_;  // the same
+  RowWeights<T> probability_rows_, grad_score_rows_;  // the same
   StripResults<T> grad_query_;
   Vector<T> row_sum_[kStrip][kGroup];  // of dS
   std::vector<Term<T>> terms_;

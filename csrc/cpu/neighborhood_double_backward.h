@@ -56,7 +56,7 @@ class NeighborhoodDoubleBackward {
     grad_key_.ring.resize(g.ky + kGroup - 1, rows_.query_channels, g);
     grad_value_.ring.resize(g.ky + kGroup - 1, rows_.channels, g);
     for (StripWeights<T>& weights : weights_) weights.resize(g);
-    for (RowWeights<T>* weights : {&score_bar_rows_, &score_rows_, &value_rows_}) weights->resize(g);
+    for (RowWeights<T>* weights : {&score_bar_rows_, &grad_score_rows_, &value_rows_}) weights->resize(g);
   }
 
   void load(const RowGroup& group) {
@@ -127,14 +127,14 @@ class NeighborhoodDoubleBackward {
     T* const grad_scores = weights_[kGradScore].block(r, slot);
     const Vector<T> base = NATTEN_EXT_ISA::load(backward_.base[r] + b * L);
     const Vector<T> log_sum = NATTEN_EXT_ISA::load(backward_.log_sum[r] + b * L);
-    const Vector<T> delta = NATTEN_EXT_ISA::load(backward_.delta[r] + b * L);
-    Vector<T> excess{}, r_sum{}, t{};
+    const Vector<T> d = NATTEN_EXT_ISA::load(backward_.d[r] + b * L);
+    Vector<T> d_rest{}, r_sum{}, t{};
     for (int64_t i = 0; i < n * L; i += L) {
       const Vector<T> probability = exp2(NATTEN_EXT_ISA::load(probabilities + i) - base - log_sum);
-      const Vector<T> centred = NATTEN_EXT_ISA::load(grad_scores + i) - delta;
+      const Vector<T> centred = NATTEN_EXT_ISA::load(grad_scores + i) - d;
       const Vector<T> value = cotangents_.read(values, cot_table, i);
       const Vector<T> weighted = probability * value;
-      excess += probability * centred;
+      d_rest += probability * centred;
       r_sum += weighted;
       t += weighted * centred;
       store(probabilities + i, probability);
@@ -145,10 +145,10 @@ class NeighborhoodDoubleBackward {
     for (int64_t i = 0; a_.problem.l2 && i < n * L; i += L) {
       rest += NATTEN_EXT_ISA::load(probabilities + i) * (NATTEN_EXT_ISA::load(values + i) - r_sum);
     }
-    excess_[slot][r] = excess - NATTEN_EXT_ISA::load(backward_.grad_lse[r] + b * L);
+    d_rest_[slot][r] = d_rest - NATTEN_EXT_ISA::load(backward_.grad_lse[r] + b * L);
     r_sum_[slot][r] = r_sum;
     r_rest_[slot][r] = rest;
-    t_[slot][r] = t - r_sum * excess;
+    t_[slot][r] = t - r_sum * d_rest;
     strange_ = strange_ || horizontal_sum<T>(r_sum * T(0)) != 0;
   }
 
@@ -156,7 +156,7 @@ class NeighborhoodDoubleBackward {
   void second_pass(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t y = group.y + r, x = b * L;
-    const Vector<T> excess = excess_[slot][r], r_sum = r_sum_[slot][r], r_rest = r_rest_[slot][r];
+    const Vector<T> d_rest = d_rest_[slot][r], r_sum = r_sum_[slot][r], r_rest = r_rest_[slot][r];
     Vector<T> t = t_[slot][r];
     if (a_.cot_value) t += backward_.dot(backward_.grad_output.row(y) + x, grad_grad_output_.row(slot, r), L);
     T* grad_table = a_.grad_bias && rows_.job.owns(y)
@@ -171,7 +171,7 @@ class NeighborhoodDoubleBackward {
     for (int64_t i = 0, ky = 0; ky < g.ky; ++ky) {
       for (int64_t kx = 0; kx < g.kx; ++kx, i += L) {
         const Vector<T> probability = NATTEN_EXT_ISA::load(probabilities + i);
-        const Vector<T> centred = NATTEN_EXT_ISA::load(grad_scores + i) - excess;
+        const Vector<T> centred = NATTEN_EXT_ISA::load(grad_scores + i) - d_rest;
         const Vector<T> value = NATTEN_EXT_ISA::load(values + i) - r_sum - r_rest;
         Vector<T> inner = value * centred - t;
         if (a_.cot_value) inner += NATTEN_EXT_ISA::load(score_bars + i);  // G so far
@@ -183,7 +183,7 @@ class NeighborhoodDoubleBackward {
         store(value_weights + i, probability * value);
         const int64_t at = ky * g.weights_stride + kx * g.padded + x;
         store(score_bar_rows_.rows[r] + at, score_bar);
-        store(score_rows_.rows[r] + at, grad_score);
+        store(grad_score_rows_.rows[r] + at, grad_score);
         store(value_rows_.rows[r] + at, probability * value);
         if (grad_table != nullptr) store(grad_table + i, NATTEN_EXT_ISA::load(grad_table + i) + score_bar);
       }
@@ -201,7 +201,7 @@ class NeighborhoodDoubleBackward {
     };
     if (a_.grad_key) {
       run(score_bar_rows_, rows_.query, rows_.query_channels, grad_key_.ring);
-      if (a_.cot_query) run(score_rows_, cotangents_.query, rows_.query_channels, grad_key_.ring);
+      if (a_.cot_query) run(grad_score_rows_, cotangents_.query, rows_.query_channels, grad_key_.ring);
       // colsum(dS) is wanted for the l2 term of gK even without gQ.
       else if (a_.cot_key && a_.problem.l2) add_column_sums(group);
     }
@@ -213,7 +213,7 @@ class NeighborhoodDoubleBackward {
       cotangents_.query.clear(y);
       cotangents_.fill_sum_channel(rows_, y);
     }
-    gatherer_.run(rows_.geometry, group, score_rows_, cotangents_.query, rows_.query_channels, grad_key_.ring,
+    gatherer_.run(rows_.geometry, group, grad_score_rows_, cotangents_.query, rows_.query_channels, grad_key_.ring,
                   rows_.job.begin, rows_.job.end, false);
   }
 
@@ -243,10 +243,10 @@ class NeighborhoodDoubleBackward {
   TableGradient<T> table_gradient_;
   GradientRows<T> grad_key_, grad_value_;
   StripWeights<T> weights_[kWeights];
-  RowWeights<T> score_bar_rows_, score_rows_, value_rows_;
+  RowWeights<T> score_bar_rows_, grad_score_rows_, value_rows_;
   StripResults<T> grad_grad_output_, grad_query_;
   // What D lacks, less y; r in two parts, t without its last term; sums of Sb and dS.
-  Vector<T> excess_[kStrip][kGroup], r_sum_[kStrip][kGroup], r_rest_[kStrip][kGroup], t_[kStrip][kGroup];
+  Vector<T> d_rest_[kStrip][kGroup], r_sum_[kStrip][kGroup], r_rest_[kStrip][kGroup], t_[kStrip][kGroup];
   Vector<T> score_bar_sum_[kStrip][kGroup], grad_score_sum_[kStrip][kGroup];
   bool strange_ = false;  // as BackwardRows, and gQ
   std::vector<Term<T>> terms_;

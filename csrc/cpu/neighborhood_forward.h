@@ -67,9 +67,9 @@ class NeighborhoodForward {
     }
     const Vector<T> sum = sums[0] + sums[1];
     const NeighborhoodJob& job = rows_.job;
-    T* base = static_cast<T*>(a_.lse) + job.lse_offset(a_.problem, y);
+    T* lse = static_cast<T*>(a_.lse) + job.lse_offset(a_.problem, y);
     for (int lane = 0; lane < L && x + lane < g.width; ++lane) {
-      T* row = base + (x + lane) * job.window.dilation_x;
+      T* row = lse + (x + lane) * job.window.dilation_x;
       row[0] = top[lane];
       row[a_.problem.rows()] = log2_of(sum[lane]);
     }

@@ -52,12 +52,6 @@ NATTEN_EXT_INLINE void score_tile(const T* const* query, const T* key, int64_t s
   }
 }
 
-// The smallest number of equal tiles of at most `limit`; their size.
-constexpr int64_t even_tile(int64_t n, int64_t limit) {
-  const int64_t tiles = (n + limit - 1) / limit;
-  return (n + tiles - 1) / tiles;
-}
-
 // One row of keys for ROWS rows of queries.
 template <class T, int ROWS, bool PERMUTE>
 void score_row(const T* const* query, const T* key, int64_t stride, int64_t channels, Integers<T> shift, int64_t kx,
@@ -65,7 +59,7 @@ void score_row(const T* const* query, const T* key, int64_t stride, int64_t chan
   constexpr int L = kLanes<T>;
   // Accumulators for 16 registers; a permutation takes two of them.
   constexpr int kLimit = ROWS == 1 ? 7 : ROWS == 3 && PERMUTE ? 3 : 4;
-  const int64_t tile = even_tile(kx, kLimit);
+  const int64_t tile = even_block(kx, kLimit);
   T* target[ROWS];
   const T* from[ROWS];
   for (int64_t j = 0; j < kx; j += tile) {

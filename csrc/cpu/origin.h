@@ -11,7 +11,8 @@
 namespace natten_ext::NATTEN_EXT_ISA {
 
 // The median, per channel, of what three times three rows spread over a (batch, head) have for medians: a few rows that
-// lie far from the rest, or hold NaN or infinity, do not move it away. The Python twin is natten_ext/backends/origin.py.
+// lie far from the rest, or hold NaN or infinity, do not move it away. natten_ext/backends/origin.py does the
+// same for the other backends, with the median of nine rows.
 template <class T>
 class Origin {
  public:

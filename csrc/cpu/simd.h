@@ -44,6 +44,12 @@ constexpr int64_t round_up_to_lanes(int64_t n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+// The size of the fewest equal blocks of at most `limit` that n falls into.
+constexpr int64_t even_block(int64_t n, int64_t limit) {
+  const int64_t blocks = (n + limit - 1) / limit;
+  return blocks == 0 ? 1 : (n + blocks - 1) / blocks;
+}
+
 template <class T>
 NATTEN_EXT_INLINE Vector<T> load(const T* p) {
   return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);

@@ -148,8 +148,8 @@ def latents(generator: nn.Module, count: int) -> Tensor:
 def backward(terms: Terms, parts: int, totals: Terms, *, every: int = 1) -> None:
     """Adds the gradients of the terms' sum over `parts`, and the terms, for the log, to `totals`.
 
-    Terms of every so many updates only weigh as much more; `totals` get what they are on average. ValueError for a term
-    that is not a scalar.
+    A term that is computed only every `every` updates comes multiplied by that, which `totals` take out again.
+    ValueError for a term that is not a scalar.
     """
     for name, term in terms.items():
         if term.dim():

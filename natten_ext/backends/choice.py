@@ -74,7 +74,7 @@ def list_backends(
     if not isinstance(neighborhood, str) or neighborhood not in KINDS:
         raise ValueError(f"neighborhood must be one of {KINDS}, got {shown(neighborhood)}")
     device_type = torch.device(device).type
-    order = _order(device_type, dtype, head_dim, neighborhood)
+    order = _candidates(device_type, dtype, head_dim, neighborhood)
     return tuple(_status(name, device_type, dtype, head_dim) for name in order)
 
 
@@ -113,7 +113,7 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int
             raise RuntimeError(f"backend {name!r} cannot run this: {status.reason}")
         return name
     reasons = []
-    for candidate in _order(device_type, dtype, head_dim, neighborhood):
+    for candidate in _candidates(device_type, dtype, head_dim, neighborhood):
         status = _status(candidate, device_type, dtype, head_dim)
         if status.available:
             break
@@ -125,15 +125,15 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int
     return candidate
 
 
-def _order(device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, ...]:
+def _candidates(device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, ...]:
     """All backends in the order in which ``auto`` tries them; it never gets past ``reference``."""
     others = [name for name in NAMES if name not in _MADE_FOR_GPUS]
     if device_type == "cpu":
         return (*others, *_MADE_FOR_GPUS)
-    return (*_gpu_order(dtype, head_dim, neighborhood), *others)
+    return (*_gpu_candidates(dtype, head_dim, neighborhood), *others)
 
 
-def _gpu_order(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, ...]:
+def _gpu_candidates(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, ...]:
     """The GPU backends, the faster one first.
 
     As measured on an H100 on the named shapes (docs/gpu.md), and taken for other GPUs until they are. For full

@@ -1,6 +1,6 @@
 """Lattices, windows and tiles inside a kernel: the device side of ``problem.py``.
 
-``window_start`` is the neighborhood rule of ``natten_ext.geometry``, for every kind of neighborhood.
+``class_window_start`` is the neighborhood rule of ``natten_ext.geometry``, for every kind of neighborhood.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def empty(box):
 
 
 @triton.jit
-def window_start(query, length, window, S: tl.constexpr):
+def class_window_start(query, length, window, S: tl.constexpr):
     """First key that a query sees on one axis."""
     if S.kind == NEIGHBORHOOD:
         return tl.maximum(tl.minimum(query - window // 2, length - window), 0)
@@ -179,10 +179,10 @@ def _queries_of(first, last, length, window, S: tl.constexpr):
 @triton.jit
 def keys_of(box, lattice, S: tl.constexpr):
     """Box of the keys that a box of queries sees."""
-    low_y = window_start(box.low_y, lattice.queries_y, lattice.window_y, S)
-    low_x = window_start(box.low_x, lattice.queries_x, lattice.window_x, S)
-    high_y = window_start(box.high_y - 1, lattice.queries_y, lattice.window_y, S) + lattice.window_y
-    high_x = window_start(box.high_x - 1, lattice.queries_x, lattice.window_x, S) + lattice.window_x
+    low_y = class_window_start(box.low_y, lattice.queries_y, lattice.window_y, S)
+    low_x = class_window_start(box.low_x, lattice.queries_x, lattice.window_x, S)
+    high_y = class_window_start(box.high_y - 1, lattice.queries_y, lattice.window_y, S) + lattice.window_y
+    high_x = class_window_start(box.high_x - 1, lattice.queries_x, lattice.window_x, S) + lattice.window_x
     return Box(low_y, low_x, high_y, high_x)
 
 
@@ -282,8 +282,8 @@ class Keys(NamedTuple):
 @triton.jit
 def as_queries(place, box, lattice, AXIS: tl.constexpr, S: tl.constexpr):
     """Queries along axis 1 - AXIS of the scores. Those beyond the box see nothing."""
-    start_y = tl.where(place.y < box.high_y, window_start(place.y, lattice.queries_y, lattice.window_y, S), FAR)
-    start_x = tl.where(place.x < box.high_x, window_start(place.x, lattice.queries_x, lattice.window_x, S), FAR)
+    start_y = tl.where(place.y < box.high_y, class_window_start(place.y, lattice.queries_y, lattice.window_y, S), FAR)
+    start_x = tl.where(place.x < box.high_x, class_window_start(place.x, lattice.queries_x, lattice.window_x, S), FAR)
     return Queries(
         tl.expand_dims(place.y, AXIS),
         tl.expand_dims(place.x, AXIS),

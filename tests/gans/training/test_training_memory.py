@@ -112,7 +112,7 @@ def test_estimate_names_the_backends_that_run(tiny, monkeypatch):
     def order(device_type, dtype, head_dim, neighborhood):
         return ("reference",) if neighborhood == "grid" else ("cpu", "reference")
 
-    monkeypatch.setattr(natten_ext.backends.choice, "_order", order)
+    monkeypatch.setattr(natten_ext.backends.choice, "_candidates", order)
     shown = describe(tiny, RunConfig(data="x", out="y", device="cpu"))
     named = {(row["kind"], row["backend"]) for row in shown["attention"]}
     networks = make_networks(tiny, torch.device("cpu"))
