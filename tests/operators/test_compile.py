@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import natten_ext
-from natten_ext.backends import choice
+from natten_ext.backends import choice, cuda
 from natten_ext.backends.support import asked_once
 from natten_ext.geometry import Full, Grid, Neighborhood
 from natten_ext.operators import OPERATORS
@@ -240,6 +240,9 @@ def test_the_choice_on_a_gpu_compiles(monkeypatch):
     for module in choice.FUSED.values():
         if hasattr(module, "cannot_use_gpu"):
             monkeypatch.setattr(module, "cannot_use_gpu", lambda: "")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "_shared_limit", lambda device: 0)
+    monkeypatch.setattr(cuda, "_most_channels", lambda dtype, limit: 256)
     torch._dynamo.reset()
     chosen = []
 

@@ -1,4 +1,4 @@
-"""The examples of docs/derivatives.md run, and what they differentiate has a gradient."""
+"""The examples of docs/derivatives.md and docs/choosing.md run, and what they differentiate has a gradient."""
 
 from __future__ import annotations
 
@@ -8,12 +8,32 @@ from pathlib import Path
 import pytest
 import torch
 
-PAGE = Path(__file__).parents[2] / "docs" / "derivatives.md"
-EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_there_are_six():
-    assert len(EXAMPLES) == 6
+def examples_of(page: str) -> dict[str, str]:
+    """The first example under each heading of a page."""
+    text = (DOCS / page).read_text()
+    return dict(re.findall(r"^##+ ([^\n]+)\n(?:(?!^##+ ).)*?^```python\n(.*?)^```", text, re.M | re.S))
+
+
+EXAMPLES = examples_of("derivatives.md")
+MODELS = examples_of("choosing.md")
+
+
+def test_there_are_six_and_four():
+    assert (len(EXAMPLES), len(MODELS)) == (6, 4)
+
+
+@pytest.mark.parametrize("title", MODELS)
+def test_model_of_ones_own(title):
+    """It runs, and all that it has learns."""
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(MODELS[title], names)
+    names["output"].square().mean().backward()
+    models = [x for x in names.values() if isinstance(x, torch.nn.Module)]
+    assert any(all(p.grad is not None for p in model.parameters()) for model in models)
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
