@@ -109,9 +109,29 @@ STYLENAT64 = TrainConfig(
 constant rate the discriminator wins after some 200 steps, and samples get worse.
 """
 
+DIGITS = replace(
+    STYLENAT64,
+    generator=replace(STYLENAT64.generator, latent_dim=64, dims=(128, 128, 64), dilations=("1", "1,2"), channels=1),
+    discriminator=replace(STYLENAT64.discriminator, image_size=16, channels=1, width=1024),
+    loss=LossConfig(adversarial="relativistic", gp_weight=0, drift=0, r1=0.1, r2=0.1, penalty_every=4),
+    ema=EMAConfig(half_life=2_000),
+    steps=1_200,
+    batch_d=32,
+    batch_g=32,
+    lr_d=1e-3,
+    lr_g=5e-4,
+    decay_start=400,
+    decay_end=1_200,
+    decay_to=0.05,
+)
+"""StyleNAT on scikit-learn's scanned digits at 16 px, for a CPU. The loss is R3GAN's (Huang et al. 2024, arXiv
+2501.05441), relativistic with R1 and R2.
+"""
+
 PRESETS = {
     "stylenat-ffhq256": Preset(FFHQ256, "published", "StyleNAT, 256 px, two dilations"),
     "stylenat-ffhq1024": Preset(FFHQ1024, "published", "StyleNAT, 1024 px; the recipe is StyleSwin's"),
     "stylenat-church256": Preset(CHURCH256, "ours", "StyleNAT, 256 px, 2 to 8 dilations of our choice"),
     "stylenat-64": Preset(STYLENAT64, "ours", "StyleNAT, 64 px with a quarter of the channels"),
+    "stylenat-digits": Preset(DIGITS, "ours", "StyleNAT, 16 px grey: scanned digits on a CPU"),
 }

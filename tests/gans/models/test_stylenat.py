@@ -13,7 +13,8 @@ from gans.losses.path_length import PathLengthLossConfig
 from gans.models.stylenat import Generator, dilation_of_heads
 from gans.models.stylenat_layers import AdaptiveInstanceNorm, ImageNetNormalization, LevelUp, fir_blur, fir_upsample
 from gans.recipes.named import preset
-from natten_ext import compat
+from gans.recipes.registry import build
+from natten_ext import compat, use_backend
 from tests.gans.style_generators import CONFIGS, generator_of
 
 TINY = CONFIGS["stylenat"]
@@ -162,6 +163,15 @@ def test_normalisation_is_undone():
     unit = inner * std[:, None, None] + mean[:, None, None]  # in [0, 1] as published
     torch.testing.assert_close(images, 2 * unit - 1, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ImageNetNormalization()(images.float()), inner.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_digits_are_small_grey_images():
+    recipe = preset("stylenat-digits")
+    with torch.no_grad(), use_backend("reference"):
+        images = build(recipe.generator)(torch.randn(4, 64))
+        scores = build(recipe.discriminator)(images)
+    assert images.shape == (4, 1, 16, 16)
+    assert scores.shape == (4,)
 
 
 def test_losses_that_do_not_fit_are_refused():
