@@ -30,6 +30,10 @@ _THIRD = (
     "natten_ext: the third derivative of a fused attention is not implemented;"
     ' use backend="reference", which has every order'
 )
+_THIRD_IN_LEVEL = (
+    f"{_THIRD} (a gradient that is taken inside of forward_ad.dual_level() is given its tangent as well: where that is"
+    " not wanted, leave the level first)"
+)
 _FORWARD_OVER_FORWARD = (
     "natten_ext: forward mode over forward mode is not implemented for a fused attention; take reverse mode for one of"
     ' the two, or backend="reference", which has every mix'
@@ -124,8 +128,12 @@ class _Forward(_SingleLevelFunction):
         outgoing = _outgoing(grad_output, grad_lse, output)
         if outgoing is None:
             return (None,) * (1 + _COUNT[FORWARD])
+        query, key, value, bias = inputs
+        if grad_output is None:
+            # The log-sum-exp does not depend on values: zero times NaN must not tell otherwise.
+            value, output = torch.zeros_like(value), torch.zeros_like(output)
         needs = list(ctx.needs_input_grad[1 : 1 + len(INPUTS)])
-        grads = ctx.operators.backward(*outgoing, *inputs, output, lse, *ctx.choices, needs)
+        grads = ctx.operators.backward(*outgoing, query, key, value, bias, output, lse, *ctx.choices, needs)
         return None, *_asked(grads, needs), *(None,) * (_COUNT[FORWARD] - len(INPUTS))
 
     @staticmethod
@@ -214,7 +222,7 @@ class _DoubleBackward(_SingleLevelFunction):
         inputs = len(INPUTS)
         of_cots, of_others = tangents[:inputs], tangents[inputs : 2 * inputs + _OUTGOING]
         if any(t is not None for t in of_others):
-            raise RuntimeError(_THIRD if any(ctx.needs[_OUTGOING:]) else _FORWARD_OVER_FORWARD)
+            raise RuntimeError(_THIRD_IN_LEVEL if any(ctx.needs[_OUTGOING:]) else _FORWARD_OVER_FORWARD)
         return ctx.operators.double_backward(*of_cots, *ctx.saved_tensors[inputs:], *ctx.choices, ctx.needs)
 
 
@@ -252,6 +260,18 @@ _FUNCTIONS = {FORWARD: _Forward, BACKWARD: _Backward, DOUBLE_BACKWARD: _DoubleBa
 # ---------------------------------------------------------------------------------------------- vmap
 
 
+def _vmap_over_nothing(operator, operands, dims, given):
+    """Empty results of the right shapes: kernels know a batch of zero, not zero heads."""
+
+    def one(name: str, operand: Any) -> Any:
+        mapped = isinstance(operand, Tensor) and dims[name] is not None
+        return operand.new_zeros(operand.movedim(dims[name], 0).shape[1:]) if mapped else operand
+
+    results = operator(*(one(name, operand) for name, operand in operands._asdict().items()))
+    empty = tuple(r.new_empty((0, *r.shape)) if need else r for r, need in zip(results, given, strict=True))
+    return empty, tuple(0 if need else None for need in given)
+
+
 def vmap_rule(order: Order, operator: Callable) -> Callable:
     """The new dimension becomes part of the batch, or of the heads where there is a table for each of its entries."""
     names = list(order.types)
@@ -260,6 +280,8 @@ def vmap_rule(order: Order, operator: Callable) -> Callable:
         operands = order.operands(*arguments)
         given = order.asked(operands)
         dims = dict(zip(names, in_dims, strict=True))
+        if info.batch_size == 0:
+            return _vmap_over_nothing(operator, operands, dims, given)
         tables = [d for name, d in dims.items() if name.endswith("bias")]
         tables += [need or None for name, need in zip(order.results, given, strict=True) if name.endswith("bias")]
         by_heads = any(d is not None for d in tables)

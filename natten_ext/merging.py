@@ -21,7 +21,8 @@ def merge_attention(outputs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor
     Args:
         outputs: at least one, of one shape ``(..., head_dim)``, dtype and device: results of any attention function.
         lses: the log-sum-exp of each, ``(...)``: the second result with ``return_lse=True``. Minus infinity marks rows
-            without any key, whose outputs do not count.
+            without any key, whose outputs do not count. (The attention that made such a row has no derivative there:
+            its own backward gives NaN, as a softmax of nothing does, whatever comes down to it.)
 
     Returns:
         The output, shaped and typed like each, and its log-sum-exp. Half precision is merged in float32. A row without

@@ -315,6 +315,18 @@ def test_nan_in_a_gradient_reaches_what_its_query_sees(target, case):
     assert query.isnan().any(-1).sum() == 1 and query[0, 1, 1, 0].isnan().all()
 
 
+@pytest.mark.cases(ONE_OF_EACH)
+def test_values_do_not_count_in_what_is_made_of_it_alone(any_target, case):
+    leaves = {n: x.requires_grad_() for n, x in inputs_of(case, torch.float32, any_target.device).items()}
+    scores = [x for n, x in leaves.items() if n != "value"]
+    found = []
+    for value in (leaves["value"], torch.full_like(leaves["value"], torch.nan)):
+        _, lse = forward(case, leaves | {"value": value}, any_target.backend, return_lse=True)
+        first = torch.autograd.grad(lse.square().sum(), scores, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), scores)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.cases(ONE_OF_EACH[1:3])
 def test_a_row_without_keys_is_minus_infinity(any_target, case):
     inputs = inputs_of(case, torch.float32, any_target.device)

@@ -95,6 +95,23 @@ def test_vmap_over_every_subset_of_inputs(target, case, dim):
 
 
 @pytest.mark.cases(SMALL)
+def test_vmap_over_nothing(target, case):
+    """Of every order, with tables for each entry and without."""
+    target.skip_unless_can(torch.float64, case.head_dim)
+    names, tensors, _, _ = tensors_of(case, target.device)
+    attend = attend_of(case, names, target.backend)
+    every = tuple(range(len(tensors)))
+    slopes = grad(lambda *x: attend(*x).square().sum(), every)
+    for mapped in ([True] * len(names), [name == "query" for name in names]):
+        given = [x.new_empty((0, *x.shape)) if m else x for m, x in zip(mapped, tensors, strict=True)]
+        dims = tuple(0 if m else None for m in mapped)
+        assert vmap(attend, dims)(*given).shape == (0, *tensors[0].shape)
+        assert [g.shape for g in vmap(slopes, dims)(*given)] == [(0, *x.shape) for x in tensors]
+        second = vmap(lambda *x: jvp(slopes, x, x)[1], dims)(*given)
+        assert [g.shape for g in second] == [(0, *x.shape) for x in tensors]
+
+
+@pytest.mark.cases(SMALL)
 def test_per_sample_gradients(target, case):
     """vmap of grad, over the batch: of tensors that samples share, a gradient for each."""
     target.skip_unless_can(torch.float64, case.head_dim)
