@@ -125,7 +125,7 @@ PRECISION = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def figures_to_reach(record: Record) -> list[Figure]:
-    """Every figure of the device that a record is of, for each of our backends; none in another precision."""
+    """Every figure of a record's device and orders, for each of our backends; none in another precision."""
     device = "cuda" if "gpu" in record.environment else "cpu"
     if record.precision != PRECISION[device]:
         return []
@@ -134,6 +134,8 @@ def figures_to_reach(record: Record) -> list[Figure]:
 
 def _figures(goal: Goal, backend: str, record: Record) -> Iterator[Figure]:
     for order, target in goal.targets.items():
+        if order not in record.orders:
+            continue
         cells = {
             shape: cell
             for (shape, of), cell in record.cells.items()
