@@ -113,14 +113,14 @@ DIGITS = TrainConfig(
     loss=LossConfig(adversarial="relativistic", gp_weight=0, drift=0, r1=0.004, r2=0.004, penalty_every=4),
     images=DataConfig(flip=False),
     ema=EMAConfig(half_life=2_000),
-    steps=1_800,
+    steps=1_000,
     n_critic=1,
     batch_d=32,
     batch_g=32,
     lr_d=1e-3,
     lr_g=1e-3,
-    decay_start=700,
-    decay_end=1_800,
+    decay_start=388,
+    decay_end=1_000,
     decay_to=0.05,
 )
 """The demo: scikit-learn's scanned digits, enlarged to 16 px grey; about three minutes on two CPU cores.

@@ -54,7 +54,7 @@ def test_the_demo_decays_over_the_steps_that_it_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "train", record)
     with pytest.raises(KeyboardInterrupt):
         demo.run(["--out", str(tmp_path), "--steps", "180", "--device", "cpu"])
-    assert seen == [(180, 70, 180)]
+    assert seen == [(180, 69, 180)]
 
 
 def test_the_last_samples_fill_three_rows(tmp_path, monkeypatch):
