@@ -34,8 +34,8 @@ from tests.operators.cases import (
     oracle_forward,
     random,
 )
-from tests.operators.test_forward_mode import SOME, tangent_of
-from tests.operators.test_third_derivatives import second_derivatives
+from tests.operators.test_forward_mode import SOME, second_order, tangent_of
+from tests.operators.test_third_derivatives import check_what_the_third_order_has, second_derivatives
 from tests.operators.test_transforms import close, transforms
 
 # Rows of several blocks of keys that are kept in the cache, and of more than are kept.
@@ -123,12 +123,6 @@ def test_tangents_of_every_subset_of_inputs(any_target, case, requires_grad):
         assert_equal_to_rounding({"t": result.detach()}, {"t": true_tangent(case, inputs, given)}, 1e-12)
 
 
-def second_order(case: Case, inputs: Inputs, y: Tensor, tangents: Inputs, part: str) -> Inputs:
-    """Of <y, J t>, by reverse mode over reverse mode of the oracle."""
-    second = derivatives(true(case, part), inputs, y, tangents)
-    return {n: second[f"dd_{n}"] for n in inputs} | {"y": second["dd_grad_output"]}
-
-
 @pytest.mark.cases(SOME)
 @pytest.mark.parametrize("part", PARTS)
 def test_reverse_over_forward(any_target, case, part):
@@ -139,8 +133,9 @@ def test_reverse_over_forward(any_target, case, part):
     weights = y.to(any_target.device).requires_grad_()
     slope = (tangent_of(fused(case, any_target.backend, part), leaves, on(any_target, tangents)) * weights).sum()
     grads = torch.autograd.grad(slope, [*leaves.values(), weights], materialize_grads=True)
-    results = dict(zip([*leaves, "y"], grads, strict=True))
-    assert_equal_to_rounding(results, second_order(case, inputs, y.detach(), tangents, part), 1e-12)
+    expected = second_order(true(case, part), inputs, y.detach(), tangents)
+    results = dict(zip([*(f"in {n}" for n in leaves), "in y"], grads, strict=True))
+    assert_equal_to_rounding(results, {name: expected[name] for name in results}, 1e-12)
 
 
 @pytest.mark.cases(SOME)
@@ -158,9 +153,9 @@ def test_forward_over_reverse(any_target, case, part):
         result = fused(case, any_target.backend, part)(duals)
         grads = torch.autograd.grad(result, list(duals.values()), weights)
         results = {n: forward_ad.unpack_dual(g).tangent for n, g in zip(inputs, grads, strict=True)}
-    by_inputs = second_order(case, inputs, y, tangents, part)
+    by_inputs = second_order(true(case, part), inputs, y, tangents)
     by_y = derivatives(true(case, part), inputs, s, order=1)
-    assert_equal_to_rounding(results, {n: by_inputs[n] + by_y[f"d_{n}"] for n in inputs}, 1e-12)
+    assert_equal_to_rounding(results, {n: by_inputs[f"in {n}"] + by_y[f"d_{n}"] for n in inputs}, 1e-12)
 
 
 @pytest.mark.cases(TINY)
@@ -225,22 +220,12 @@ def test_third_derivatives(target, case):
     target.skip_unless_can(torch.float64, case.head_dim)
     inputs = inputs_of(case)
     y, cotangents = gradient_of(case, inputs), cotangents_of(case, inputs)
-
-    def third(attend, device: str) -> list[Tensor]:
-        there = [{n: t.to(device) for n, t in tensors.items()} for tensors in (inputs, cotangents)]
-        second, sources = second_derivatives(attend, there[0], y.to(device), there[1])
-        linear = [t for n, t in sources.items() if n.startswith("cot")]
-        of_all = torch.autograd.grad(sum(x.sin().sum() for x in second.values()), linear, retain_graph=True)
-        slope = second["grad_output"].sin().sum()
-        if attend is attends[0]:
-            for source in (n for n in sources if not n.startswith("cot")):
-                with pytest.raises(RuntimeError, match="third"):
-                    torch.autograd.grad(second["key"].sum(), sources[source], allow_unused=True, retain_graph=True)
-        return [*of_all, *torch.autograd.grad(slope, list(sources.values()), materialize_grads=True)]
-
-    attends = fused(case, target.backend), true(case)
-    for one, other in zip(third(attends[0], target.device), third(attends[1], "cpu"), strict=True):
-        torch.testing.assert_close(one.cpu(), other, rtol=1e-11, atol=1e-11)
+    attend = fused(case, target.backend)
+    second, sources = second_derivatives(attend, on(target, inputs), y.to(target.device), on(target, cotangents))
+    for source in (n for n in sources if not n.startswith("cot")):
+        with pytest.raises(RuntimeError, match="third"):
+            torch.autograd.grad(second["key"].sum(), sources[source], allow_unused=True, retain_graph=True)
+    check_what_the_third_order_has(target, attend, true(case), inputs, y, cotangents)
 
 
 @pytest.mark.cases([ONE_OF_EACH[0], ONE_OF_EACH[3]])

@@ -13,6 +13,7 @@ from tests.operators.cases import (
     forward,
     grad_output_of,
     inputs_of,
+    on,
     oracle_forward,
 )
 
@@ -43,24 +44,27 @@ def test_a_third_derivative_raises(target, case):
         sum(result.square().sum() for result in second.values()).backward()
 
 
+def check_what_the_third_order_has(target, attend, true, inputs: Inputs, y: Tensor, cotangents: Inputs) -> None:
+    def third(second: Inputs, sources: Inputs) -> list[Tensor]:
+        linear = [t for n, t in sources.items() if n.startswith("cot")]
+        of_all = torch.autograd.grad(sum(x.sin().sum() for x in second.values()), linear, retain_graph=True)
+        slope = second["grad_output"].sin().sum()
+        return [*of_all, *torch.autograd.grad(slope, list(sources.values()), materialize_grads=True)]
+
+    there = on(target, inputs), y.to(target.device), on(target, cotangents)
+    result = third(*second_derivatives(attend, *there))
+    for one, other in zip(result, third(*second_derivatives(true, inputs, y, cotangents)), strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.cases(ONE_OF_EACH)
 def test_what_the_third_order_has(target, case):
     """Second derivatives are linear in cotangents; that of the incoming gradient is a derivative of the output."""
     target.skip_unless_can(torch.float64, case.head_dim)
     inputs = inputs_of(case)
     y, cotangents = grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
-
-    def third(attend, device: str) -> list[Tensor]:
-        there = [{n: t.to(device) for n, t in tensors.items()} for tensors in (inputs, cotangents)]
-        second, sources = second_derivatives(attend, there[0], y.to(device), there[1])
-        linear = [t for n, t in sources.items() if n.startswith("cot")]
-        of_all = torch.autograd.grad(sum(x.sin().sum() for x in second.values()), linear, retain_graph=True)
-        slope = second["grad_output"].sin().sum()
-        return [*of_all, *torch.autograd.grad(slope, list(sources.values()), materialize_grads=True)]
-
-    result = third(lambda x: forward(case, x, target.backend), target.device)
-    for one, other in zip(result, third(lambda x: oracle_forward(case, x), "cpu"), strict=True):
-        torch.testing.assert_close(one.cpu(), other, rtol=1e-11, atol=1e-11)
+    attends = (lambda x: forward(case, x, target.backend)), (lambda x: oracle_forward(case, x))
+    check_what_the_third_order_has(target, *attends, inputs, y, cotangents)
 
 
 @pytest.mark.cases(ONE_OF_EACH[1:3])
