@@ -58,6 +58,11 @@ def lookup(table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return table.flatten(1).index_select(1, places.flatten()).view(-1, *places.shape)
 
 
+def dense_bias(shape: Shape, table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """``(heads, tokens, tokens)``: a table's values at the places of ``dense_index``."""
+    return torch.cat([lookup(table[heads], places[i]) for i, (heads, _) in enumerate(shape.head_groups)])
+
+
 def to_windows(x: torch.Tensor, window: int) -> torch.Tensor:
     """``(batch, height, width, heads, d)`` to ``(batch * windows, heads, window**2, d)``."""
     batch, height, width, heads, channels = x.shape

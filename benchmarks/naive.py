@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from .layout import dense_index, heads_first, heads_last, lookup, neighborhood_index
+from .layout import dense_bias, dense_index, heads_first, heads_last, lookup, neighborhood_index
 from .problem import Attend
 from .shapes import Shape
 
@@ -30,15 +30,14 @@ def covers(name: str, shape: Shape) -> bool:
 
 def prepare_mask(shape: Shape, device: torch.device, dtype: torch.dtype) -> Attend:
     places, masked = dense_index(shape, device)
-    groups = shape.head_groups
+    mask = masked.repeat_interleave(shape.heads // len(masked), 0)
 
     def attend(query, key, value, table):
         query, key, value = map(heads_first, (query, key, value))
         scores = (query * shape.head_dim**-0.5) @ key.transpose(-2, -1)
-        bias = torch.cat([lookup(table[heads], places[i]) for i, (heads, _) in enumerate(groups)])
-        mask = masked.repeat_interleave(shape.heads // len(groups), 0)
-        scores = (scores + bias).masked_fill(mask, -math.inf)
-        return heads_last(scores.softmax(-1) @ value, shape)
+        if table is not None:
+            scores = scores + dense_bias(shape, table, places)
+        return heads_last(scores.masked_fill(mask, -math.inf).softmax(-1) @ value, shape)
 
     return attend
 
@@ -53,7 +52,9 @@ def prepare_loop(shape: Shape, device: torch.device, dtype: torch.dtype) -> Atte
         query, key, value = (x.flatten(1, 2) for x in (query, key, value))
         query = query * shape.head_dim**-0.5
         scores = torch.stack([(query * key.index_select(1, at)).sum(-1) for at in keys], -1)
-        weights = (scores + lookup(table, places).transpose(0, 1)).softmax(-1)
+        if table is not None:
+            scores = scores + lookup(table, places).transpose(0, 1)
+        weights = scores.softmax(-1)
         output = 0
         for weight, at in zip(weights.unbind(-1), keys, strict=True):
             output = output + weight.unsqueeze(-1) * value.index_select(1, at)
@@ -61,7 +62,9 @@ def prepare_loop(shape: Shape, device: torch.device, dtype: torch.dtype) -> Atte
 
     def attend(query, key, value, table):
         parts = [
-            attend_group(*(x[..., heads, :] for x in (query, key, value)), table[heads], keys, places)
+            attend_group(
+                *(x[..., heads, :] for x in (query, key, value)), None if table is None else table[heads], keys, places
+            )
             for heads, keys, places in groups
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)

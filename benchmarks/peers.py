@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .layout import dense_index, from_windows, grid_index, heads_first, heads_last, lookup, to_windows
+from .layout import dense_bias, dense_index, from_windows, grid_index, heads_first, heads_last, lookup, to_windows
 from .problem import Attend, CannotError
 from .shapes import Shape
 
@@ -81,13 +81,13 @@ def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: 
     else:
         _refuse_large(shape, dtype, 1, MASK_BYTES[device.type])
         places, masked = dense_index(shape, device)
-        per_group = shape.heads // len(shape.dilations)
+        masked = masked.repeat_interleave(shape.heads // len(masked), 0)
+        no_table = torch.zeros((), dtype=dtype, device=device).expand(masked.shape)
 
         def attend(query, key, value, table):
             query, key, value = map(heads_first, (query, key, value))
-            groups = [lookup(table[heads], places[i]) for i, (heads, _) in enumerate(shape.head_groups)]
-            mask = torch.cat(groups).masked_fill(masked.repeat_interleave(per_group, 0), -math.inf)
-            return heads_last(run(query, key, value, mask[None]), shape)
+            mask = no_table if table is None else dense_bias(shape, table, places)
+            return heads_last(run(query, key, value, mask.masked_fill(masked, -math.inf)[None]), shape)
 
     return attend
 
@@ -178,7 +178,8 @@ def prepare_flex(shape: Shape, device: torch.device, dtype: torch.dtype) -> Atte
             dx = torch.clamp((k % width - q % width) // step, -window + 1, window - 1)
             return score + table[h, dy + window - 1, dx + window - 1]
 
-        output = compiled(query, key, value, score_mod=add_table, block_mask=block_mask, scale=scale)
+        mod = None if table is None else add_table
+        output = compiled(query, key, value, score_mod=mod, block_mask=block_mask, scale=scale)
         return heads_last(output, shape)
 
     return attend

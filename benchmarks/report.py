@@ -20,8 +20,8 @@ beyond     peak MiB of that order's operator alone beyond what it got and return
 step MiB   peak of the whole step beyond its inputs"""
 
 
-def heading(shape: Shape) -> str:
-    """What stands above the rows of a shape."""
+def describe_features(shape: Shape) -> str:
+    """Window, dilations, score and table of a shape in words."""
     what = {
         "full": "full attention",
         "grid": f"grid {shape.window}x{shape.window}",
@@ -29,7 +29,12 @@ def heading(shape: Shape) -> str:
     }[shape.kind]
     features = [what, shape.score if shape.score != "dot" else "", "tied" if shape.tied else ""]
     features.append("table" if shape.table else "no table")
-    return f"\n{shape.name}: {shape.describe()}  {', '.join(filter(None, features))}  [{how_scaled(shape)}]\n{_HEADER}"
+    return ", ".join(filter(None, features))
+
+
+def heading(shape: Shape) -> str:
+    """What stands above the rows of a shape."""
+    return f"\n{shape.name}: {shape.describe()}  {describe_features(shape)}  [{how_scaled(shape)}]\n{_HEADER}"
 
 
 def order_block(rows: list[Row]) -> str:
