@@ -9,12 +9,12 @@ namespace natten_ext {
 
 enum class DType { float32, float64, bfloat16, float16 };
 
-// A tensor (batch, y, x, head, channel) of any strides but contiguous channels; a table (head, y, x) uses the
+// A tensor (batch, z, y, x, head, channel) of any strides but contiguous channels; a table (head, z, y, x) uses the
 // same names with x as its channel. Strides count elements. No data: absent, or not asked for.
 struct View {
   void* data = nullptr;
   DType dtype = DType::float32;
-  int64_t batch = 0, y = 0, x = 0, head = 0;
+  int64_t batch = 0, z = 0, y = 0, x = 0, head = 0;
   explicit operator bool() const { return data != nullptr; }
 };
 

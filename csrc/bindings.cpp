@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <utility>
 
 #include "geometry.h"
 
@@ -14,10 +15,13 @@ void require(bool condition, const char* rule) {
   if (!condition) throw std::invalid_argument(rule);
 }
 
-int64_t window_start(int64_t index, int64_t length, int64_t kernel, int64_t dilation) {
+std::pair<int64_t, int64_t> axis_keys(int64_t index, int64_t length, int64_t kernel, int64_t dilation, int64_t stride,
+                                      bool causal) {
   require(index >= 0 && index < length, "index must be from 0 to length - 1");
   require(kernel >= 1 && dilation >= 1 && kernel <= length / dilation, "kernel * dilation must be from 1 to length");
-  return natten_ext::window_start(index, length, kernel, dilation);
+  require(stride >= 1 && stride <= kernel, "stride must be from 1 to kernel");
+  const natten_ext::ClassKeys<int64_t> keys = natten_ext::axis_keys(index, length, {kernel, dilation, stride, causal});
+  return {keys.start, keys.end};
 }
 
 int64_t class_length(int64_t length, int64_t dilation, int64_t residue) {
@@ -30,8 +34,10 @@ int64_t class_length(int64_t length, int64_t dilation, int64_t residue) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ geometry functions of natten_ext.";
-  m.def("window_start", &window_start, py::arg("index"), py::arg("length"), py::arg("kernel"), py::arg("dilation"),
-        "First key of a query's window on one axis; the twin of natten_ext.geometry.window_start. Raises ValueError.");
+  m.def("axis_keys", &axis_keys, py::arg("index"), py::arg("length"), py::arg("kernel"), py::arg("dilation"),
+        py::arg("stride") = 1, py::arg("causal") = false,
+        "Keys of a query on one axis, from the first to before the second, a dilation apart; the twin of"
+        " natten_ext.geometry.AxisWindow.keys. Raises ValueError.");
   m.def("class_length", &class_length, py::arg("length"), py::arg("dilation"), py::arg("residue"),
         "Positions of an axis in one residue class modulo the dilation. Raises ValueError.");
 }

@@ -92,12 +92,13 @@ class Call {
        const std::vector<int64_t>& neighborhood, bool l2, double scale, Options... options)
       : query_(given(query, "query")), backend_(query, options...) {
     const int64_t n = query.dim();
-    require(n == 4 || n == 5, "query must have 4 or 5 dimensions");
+    require(n >= 4 && n <= 6, "query must have 4 to 6 dimensions");
     require(given(key, "key").dim() == n && given(value, "value").dim() == n,
             "key and value must have the query's dimensions");
     Problem& p = arguments.problem;
     p.batch = query.size(0);
-    p.height = n == 5 ? query.size(1) : 1;
+    p.depth = n == 6 ? query.size(1) : 1;
+    p.height = n >= 5 ? query.size(n - 4) : 1;
     p.width = query.size(n - 3);
     p.key_width = key.size(n - 3);
     p.heads = query.size(n - 2);
@@ -106,7 +107,7 @@ class Call {
     p.scale = scale;
     decode_neighborhood(neighborhood, p);
     std::vector<int64_t> expected = sizes(query);
-    require((p.kind == Kind::full) == (n == 4), "full attention takes sequences, the others maps");
+    require(p.kind != Kind::full || n == 4, "full attention takes sequences");
     expected[n - 3] = p.key_width;
     require(sizes(key) == expected && sizes(value) == expected, "key and value must match the query");
     require(p.kind == Kind::full || p.key_width == p.width, "key and value must have the query's map");
@@ -119,7 +120,10 @@ class Call {
     require(a.key.dtype == a.query.dtype && a.value.dtype == a.query.dtype, "query, key and value must have one dtype");
     if (!bias) return;
     require(p.kind != Kind::full, "full attention takes no bias");
-    require(sizes(*bias) == std::vector<int64_t>{p.heads, p.table_height(), p.table_width()}, "bias has the wrong shape");
+    std::vector<int64_t> table{p.table_depth(), p.table_height(), p.table_width()};
+    table.erase(table.begin(), table.end() - (n - 3));  // one axis per map axis
+    table.insert(table.begin(), p.heads);
+    require(sizes(*bias) == table, "bias has the wrong shape");
     a.bias = rows(*bias, "bias");
     require(a.bias.dtype == a.query.dtype || a.bias.dtype == DType::float32, "bias must have the query's dtype or float32");
   }
@@ -150,7 +154,8 @@ class Call {
     if (!t->is_contiguous()) copies_.push_back(torch::stable::contiguous(*t));
     const Problem& p = arguments.problem;
     const DType dtype = lse_dtype(query_) == ScalarType::Double ? DType::float64 : DType::float32;
-    return {(t->is_contiguous() ? *t : copies_.back()).mutable_data_ptr(), dtype, p.heads * p.queries(), p.width, 1, p.queries()};
+    void* data = (t->is_contiguous() ? *t : copies_.back()).mutable_data_ptr();
+    return {data, dtype, p.heads * p.queries(), p.height * p.width, p.width, 1, p.queries()};
   }
 
   Tensor new_row_numbers(bool needed, View& view) {
@@ -192,8 +197,13 @@ class Call {
       copies_.push_back(torch::stable::contiguous(t));
       return rows(copies_.back(), name);
     }
-    if (n == 3) return {t.mutable_data_ptr(), *dtype, 0, t.stride(1), t.stride(2), t.stride(0)};
-    return {t.mutable_data_ptr(), *dtype, t.stride(0), n == 5 ? t.stride(1) : 0, t.stride(n - 3), t.stride(n - 2)};
+    void* data = t.mutable_data_ptr();
+    const bool table = n < query_.dim();
+    if (table) {
+      return {data, *dtype, 0, n == 4 ? t.stride(1) : 0, n >= 3 ? t.stride(n - 2) : 0, t.stride(n - 1), t.stride(0)};
+    }
+    const int64_t z = n == 6 ? t.stride(1) : 0, y = n >= 5 ? t.stride(n - 4) : 0;
+    return {data, *dtype, t.stride(0), z, y, t.stride(n - 3), t.stride(n - 2)};
   }
 
   Arguments arguments{};

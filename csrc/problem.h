@@ -11,7 +11,7 @@
 namespace natten_ext {
 
 struct HeadWindow {
-  int64_t kernel_y, kernel_x, dilation_y, dilation_x;
+  AxisWindow z, y, x;
   bool operator==(const HeadWindow&) const = default;
 };
 
@@ -21,17 +21,26 @@ struct HeadRange {
   int64_t count() const { return last - first; }
 };
 
-// Sequences are maps of height 1. `key_width` differs from `width` only for full attention.
+// Maps of two axes have a depth of 1, sequences a height of 1 as well. `key_width` differs from `width` only for full
+// attention.
 struct Problem {
   Kind kind;
-  int64_t batch, height, width, key_width, heads, head_dim;
-  int64_t window_y = 1, window_x = 1;  // grid
-  std::vector<HeadWindow> windows;     // neighborhood, one per head
+  int64_t batch, depth, height, width, key_width, heads, head_dim;
+  int64_t window_z = 1, window_y = 1, window_x = 1;  // grid
+  std::vector<HeadWindow> windows;                   // neighborhood, one per head
   bool l2;
   double scale;
 
-  int64_t queries() const { return height * width; }
+  int64_t queries() const { return depth * height * width; }
   int64_t rows() const { return batch * heads * queries(); }
+
+  // Whether it has more than windows that slide on two map axes: a third axis, a stride or causal windows.
+  bool general() const {
+    for (const HeadWindow& w : windows) {
+      if (!w.y.sliding() || !w.x.sliding()) return true;
+    }
+    return depth > 1;
+  }
 
   // Factor of q.k: -s|q-k|^2 is 2s q.k - s|k|^2 up to a constant of the row.
   double dot_scale() const { return l2 ? 2 * scale : scale; }
@@ -48,16 +57,18 @@ struct Problem {
   }
 
   // Largest kernel over the heads, which sizes the relative position table.
-  int64_t table_kernel_y() const { return largest(&HeadWindow::kernel_y, window_y); }
-  int64_t table_kernel_x() const { return largest(&HeadWindow::kernel_x, window_x); }
+  int64_t table_kernel_z() const { return largest(&HeadWindow::z, window_z); }
+  int64_t table_kernel_y() const { return largest(&HeadWindow::y, window_y); }
+  int64_t table_kernel_x() const { return largest(&HeadWindow::x, window_x); }
+  int64_t table_depth() const { return 2 * table_kernel_z() - 1; }
   int64_t table_height() const { return 2 * table_kernel_y() - 1; }
   int64_t table_width() const { return 2 * table_kernel_x() - 1; }
 
  private:
-  int64_t largest(int64_t HeadWindow::*member, int64_t otherwise) const {
+  int64_t largest(AxisWindow HeadWindow::*axis, int64_t otherwise) const {
     if (kind != Kind::neighborhood) return otherwise;
     int64_t result = 0;
-    for (const HeadWindow& window : windows) result = window.*member > result ? window.*member : result;
+    for (const HeadWindow& window : windows) result = (window.*axis).kernel > result ? (window.*axis).kernel : result;
     return result;
   }
 };
@@ -73,19 +84,23 @@ inline void decode_neighborhood(const std::vector<int64_t>& code, Problem& probl
   if (problem.kind == Kind::full) {
     require(code.size() == 1, "full must have no values");
   } else if (problem.kind == Kind::grid) {
-    require(code.size() == 3, "grid must have 2 extents");
-    problem.window_y = code[1];
-    problem.window_x = code[2];
-    require(code[1] > 0 && code[2] > 0 && problem.height % code[1] == 0 && problem.width % code[2] == 0,
+    require(code.size() == 4, "grid must have 3 extents");
+    problem.window_z = code[1];
+    problem.window_y = code[2];
+    problem.window_x = code[3];
+    require(code[1] > 0 && code[2] > 0 && code[3] > 0 && problem.depth % code[1] == 0 && problem.height % code[2] == 0 &&
+                problem.width % code[3] == 0,
             "the window must divide the map");
   } else if (problem.kind == Kind::neighborhood) {
-    require(static_cast<int64_t>(code.size()) == 1 + 4 * problem.heads, "neighborhood must have 4 values per head");
-    for (int64_t head = 0; head < problem.heads; ++head) {
-      const int64_t* v = code.data() + 1 + 4 * head;
-      // Quotients, because products of any two numbers may overflow.
-      require(v[0] > 0 && v[1] > 0 && v[2] > 0 && v[3] > 0 && v[0] <= problem.height / v[2] && v[1] <= problem.width / v[3],
-              "kernel and dilation must be positive and their product at most the map");
-      problem.windows.push_back({v[0], v[1], v[2], v[3]});
+    require(static_cast<int64_t>(code.size()) == 1 + 12 * problem.heads, "neighborhood must have 12 values per head");
+    const auto axis = [&](const int64_t* v, int64_t length) {
+      // A quotient, because products of any two numbers may overflow.
+      require(v[0] > 0 && v[1] > 0 && v[0] <= length / v[1], "kernel and dilation must be positive and their product at most the map");
+      require(v[2] > 0 && v[2] <= v[0] && (v[3] == 0 || v[3] == 1), "stride must be from 1 to the kernel, causal 0 or 1");
+      return AxisWindow{v[0], v[1], v[2], v[3] == 1};
+    };
+    for (const int64_t* v = code.data() + 1; v < code.data() + code.size(); v += 12) {
+      problem.windows.push_back({axis(v, problem.depth), axis(v + 4, problem.height), axis(v + 8, problem.width)});
     }
   }
 }

@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 
-from .geometry import AnyNeighborhood, Grid, IntPair, Neighborhood
+from .geometry import MAP_AXES, AnyNeighborhood, AxisWindow, Extents, Grid, Neighborhood
 
 SCORES = ("dot", "l2")
-SizePerAxis = int | IntPair
-"""Of both axes, or (height, width)."""
+SizePerAxis = int | Extents
+"""Of all map axes, or a tuple with one number per axis, such as (height, width)."""
 SizePerGroup = SizePerAxis | list[SizePerAxis]
 """Of all heads, or a list with one entry per equal group of heads: ``[7, 7]`` is two groups, ``(7, 7)`` two axes."""
+FlagPerAxis = bool | tuple[bool, ...]
 
+AXES = ("depth", "height", "width")
+"""Of maps; one of fewer axes has the last ones."""
 SEQUENCE = "(batch, tokens, heads, head_dim)"
-MAP = "(batch, height, width, heads, head_dim)"
+MAPS = {axes: f"(batch, {', '.join(AXES[-axes:])}, heads, head_dim)" for axes in range(1, MAP_AXES + 1)}
+"""By number of map axes."""
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -93,32 +97,43 @@ def check_cross(query: torch.Tensor, key: torch.Tensor) -> None:
     if (query.shape[0], *query.shape[-2:]) != (key.shape[0], *key.shape[-2:]):
         raise ValueError(
             "query and key must agree in batch, heads and head_dim"
-            f" {MAP if query.dim() == 5 else SEQUENCE}, got {shape_of(query)} and {shape_of(key)}"
+            f" {SEQUENCE if query.dim() == 4 else map_layout(query)}, got {shape_of(query)} and {shape_of(key)}"
         )
     if 0 in key.shape[1:-2]:
         raise ValueError(f"key must hold at least one token, got shape {shape_of(key)}")
 
 
+def map_layout(query: Any) -> str:
+    """The layout of a map of as many axes as the query has; of two where it can have none."""
+    axes = query.dim() - 3 if isinstance(query, torch.Tensor) and not query.is_nested else 0
+    return MAPS.get(axes, MAPS[2])
+
+
 def checked_maps(query: Any, key: Any, value: Any) -> tuple[torch.Tensor, ...]:
-    """Operands of attention on maps, which have one shape."""
-    query, key, value = alike(MAP, query=query, key=key, value=value)
+    """Operands of attention on maps of one to three axes, which have one shape."""
+    query, key, value = alike(map_layout(query), query=query, key=key, value=value)
     check_heads(query)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != query.shape:
             raise ValueError(f"{name} must have the query's shape {shape_of(query)}, got {shape_of(tensor)}")
-    if 0 in query.shape[1:3]:
-        raise ValueError(f"query must have a height and width of at least 1, got shape {shape_of(query)}")
+    check_extents(query)
     return query, key, value
 
 
-def check_table(name: str, table: Any, query: torch.Tensor, heads: int, kernel: IntPair) -> None:
+def check_extents(query: torch.Tensor) -> None:
+    """Of the map that the query is."""
+    if 0 in query.shape[1:-2]:
+        axes = ", ".join(AXES[3 - query.dim() :])
+        raise ValueError(f"query must have a {axes} of at least 1, got shape {shape_of(query)}")
+
+
+def check_table(name: str, table: Any, query: torch.Tensor, heads: int, kernel: Extents) -> None:
     """Of relative positions, for a query of so many heads."""
     check_dense(name, table)
-    expected = (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+    expected = (heads, *(2 * extent - 1 for extent in kernel))
     if shape_of(table) != expected:
-        raise ValueError(
-            f"{name} must have shape (heads, 2 * rows - 1, 2 * columns - 1) = {expected}, got {shape_of(table)}"
-        )
+        rule = ", ".join(f"2 * kernel {axis} - 1" for axis in AXES[-len(kernel) :])
+        raise ValueError(f"{name} must have shape (heads, {rule}) = {expected}, got {shape_of(table)}")
     if table.dtype not in (query.dtype, torch.float32):
         raise TypeError(f"{name} must have the query's dtype {query.dtype} or float32, got {table.dtype}")
     if table.device != query.device:
@@ -169,49 +184,89 @@ def check_bool(name: str, value: Any) -> None:
 
 def grid_of(extents: Sequence[int], window_size: Any) -> Grid:
     """The windows on a map of these extents."""
-    window = pair("window_size", window_size)
-    for axis, size, extent in zip(("height", "width"), extents, window, strict=True):
+    window = extents_of("window_size", window_size, len(extents))
+    for axis, size, extent in zip(AXES[-len(extents) :], extents, window, strict=True):
         if size % extent:
             raise ValueError(f"window_size must divide the map: {axis} {size} is not a multiple of {shown(extent)}")
     return Grid(window)
 
 
-def neighborhood_of(extents: Sequence[int], heads: int, kernel_size: Any, dilation: Any) -> Neighborhood:
+def neighborhood_of(
+    extents: Sequence[int], heads: int, kernel_size: Any, dilation: Any, stride: Any = 1, is_causal: Any = False
+) -> Neighborhood:
     """The neighborhoods of so many heads on a map of these extents."""
-    kernels = per_head("kernel_size", kernel_size, heads)
-    dilations = per_head("dilation", dilation, heads)
-    for kernel, step in dict.fromkeys(zip(kernels, dilations, strict=True)):
-        check_reach(extents, kernel, step)
-    return Neighborhood(kernels, dilations)
+    neighborhood = windows_of(len(extents), heads, kernel_size, dilation, stride, is_causal)
+    check_windows(neighborhood, extents)
+    return neighborhood
 
 
-def check_reach(extents: Sequence[int], kernel: IntPair, dilation: IntPair) -> None:
-    for axis, size, k, d in zip(("height", "width"), extents, kernel, dilation, strict=True):
-        if k * d > size:
-            raise ValueError(f"kernel_size * dilation must not exceed the map: {shown(k)} * {shown(d)} > {axis} {size}")
+def check_windows(neighborhood: Neighborhood, extents: Sequence[int]) -> None:
+    """Of a neighborhood on a map of these extents."""
+    for windows in dict.fromkeys(neighborhood.windows):
+        for axis, size, (kernel, dilation, stride, _) in zip(AXES[-len(extents) :], extents, windows, strict=True):
+            if min(kernel, dilation, stride) < 1:
+                raise ValueError(
+                    f"kernel_size, dilation and stride must be at least 1, got {kernel}, {dilation}, {stride}"
+                )
+            if kernel * dilation > size:
+                raise ValueError(
+                    "kernel_size * dilation must not exceed the map:"
+                    f" {shown(kernel)} * {shown(dilation)} > {axis} {size}"
+                )
+            check_stride(stride, kernel)
 
 
-def pair(name: str, size: Any) -> IntPair:
-    """(height, width) from an int or a tuple."""
-    extents = (size, size) if isinstance(size, int) else size
+def check_stride(stride: int, kernel: int) -> None:
+    if stride > kernel:
+        raise ValueError(f"stride must not exceed kernel_size: {shown(stride)} > {shown(kernel)}")
+
+
+def windows_of(
+    axes: int, heads: int, kernel_size: Any, dilation: Any, stride: Any = 1, is_causal: Any = False
+) -> Neighborhood:
+    """The neighborhoods of so many heads on any map of so many axes that is large enough."""
+    sizes = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride}
+    per_axis = [per_head(name, size, heads, axes) for name, size in sizes.items()]
+    causal = flags_of("is_causal", is_causal, axes)
+    windows = []
+    for of_head in zip(*per_axis, strict=True):
+        windows.append(tuple(AxisWindow(*numbers) for numbers in zip(*of_head, causal, strict=True)))
+        for window in windows[-1]:
+            check_stride(window.stride, window.kernel)
+    return Neighborhood(tuple(windows))
+
+
+def extents_of(name: str, size: Any, axes: int) -> Extents:
+    """One number per map axis, from an int or a tuple."""
+    extents = (size,) * axes if isinstance(size, int) else size
     if (
         not isinstance(extents, tuple)
-        or len(extents) != 2
+        or len(extents) != axes
         or not all(isinstance(extent, int) and not isinstance(extent, bool) for extent in extents)
     ):
-        raise TypeError(f"{name} must be an int or a tuple (height, width) of ints, got {shown(size)}")
+        layout = ", ".join(AXES[-axes:]) + ("," if axes == 1 else "")
+        raise TypeError(f"{name} must be an int or a tuple ({layout}) of ints, got {shown(size)}")
     if min(extents) < 1:
         raise ValueError(f"{name} must be at least 1 on each axis, got {shown(size)}")
     return extents
 
 
-def per_head(name: str, size: Any, heads: int) -> tuple[IntPair, ...]:
-    """One pair per head from an int, a pair, or a list with one entry per equal group of heads."""
+def flags_of(name: str, flag: Any, axes: int) -> tuple[bool, ...]:
+    """One bool per map axis, from a bool or a tuple."""
+    flags = (flag,) * axes if isinstance(flag, bool) else flag
+    if not isinstance(flags, tuple) or len(flags) != axes or not all(isinstance(entry, bool) for entry in flags):
+        layout = ", ".join(AXES[-axes:]) + ("," if axes == 1 else "")
+        raise TypeError(f"{name} must be a bool or a tuple ({layout}) of bools, got {shown(flag)}")
+    return flags
+
+
+def per_head(name: str, size: Any, heads: int, axes: int) -> tuple[Extents, ...]:
+    """Extents of every head, from those of all or a list with one entry per equal group of heads."""
     groups: Sequence[Any] = size if isinstance(size, list) else [size]
     if not groups or heads % len(groups):
         raise ValueError(
             f"{name} as a list has one entry per group of heads, so its length must divide the {heads} heads"
-            f" (height and width are a tuple), got {len(groups)} entries"
+            f" (map axes are a tuple), got {len(groups)} entries"
         )
-    pairs = [pair(f"{name} entry" if isinstance(size, list) else name, entry) for entry in groups]
-    return tuple(extents for extents in pairs for _ in range(heads // len(groups)))
+    entries = [extents_of(f"{name} entry" if isinstance(size, list) else name, entry, axes) for entry in groups]
+    return tuple(extents for extents in entries for _ in range(heads // len(groups)))

@@ -6,6 +6,7 @@ import torch
 
 from .backends import choice, reference
 from .checks import (
+    FlagPerAxis,
     SizePerAxis,
     SizePerGroup,
     check_bias,
@@ -98,23 +99,24 @@ def grid_attention(
     With the window equal to the map it is full attention with a relative position bias.
 
     Args:
-        query, key, value: ``(batch, height, width, heads, head_dim)``; dtypes and strides as ``attention``.
-        window_size: int or (height, width); must divide the map.
-        bias: relative position table ``(heads, 2 * window_height - 1, 2 * window_width - 1)``, added to the scaled
+        query, key, value: ``(batch, *map, heads, head_dim)`` with a map of one axis (width), two (height, width) or
+            three (depth, height, width); dtypes and strides as ``attention``.
+        window_size: int, or a tuple with one per map axis; must divide the map.
+        bias: relative position table ``(heads, *(2 * window - 1))`` with one axis per map axis, added to the scaled
             score and indexed by key minus query plus ``window - 1``; the query's dtype or float32.
             Minus infinity masks; finite entries, however large, do not overflow.
         score, scale, backend, return_lse: as ``attention``.
 
     Returns:
-        ``(batch, height, width, heads, head_dim)``. A NaN or infinity reaches what attends it; in the
+        ``(batch, *map, heads, head_dim)``. A NaN or infinity reaches what attends it; in the
         backend `triton` it may also reach others in a tile (docs/triton.md). With ``return_lse`` a tuple of it and the
-        log-sum-exp, ``(batch, height, width, heads)``, as ``attention``; the table counts among the scores.
+        log-sum-exp, ``(batch, *map, heads)``, as ``attention``; the table counts among the scores.
 
     Raises:
         As ``attention``.
     """
     query, key, value = checked_maps(query, key, value)
-    neighborhood = grid_of(query.shape[1:3], window_size)
+    neighborhood = grid_of(query.shape[1:-2], window_size)
     check_bias("bias", bias, query, neighborhood)
     return run(query, key, value, bias, neighborhood, score, scale, backend, return_lse)
 
@@ -126,6 +128,8 @@ def neighborhood_attention(
     kernel_size: SizePerGroup,
     dilation: SizePerGroup = 1,
     *,
+    stride: SizePerGroup = 1,
+    is_causal: FlagPerAxis = False,
     bias: torch.Tensor | None = None,
     score: str = "dot",
     scale: float | None = None,
@@ -134,31 +138,37 @@ def neighborhood_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Sliding-window attention on a map, dilated, with its own kernel and dilation per group of heads.
 
-    NATTEN's neighborhoods (arXiv 2204.07143, 2209.15001): exactly ``kernel_size`` keys per axis, ``dilation`` apart,
-    centred on the query and shifted inward at the borders. Lists make StyleNAT's Hydra-NA (arXiv 2211.05770) one
-    launch.
+    NATTEN's neighborhoods (arXiv 2204.07143, 2209.15001, 2504.16922): exactly ``kernel_size`` keys per axis,
+    ``dilation`` apart, centred on the query and shifted inward at the borders. Lists make StyleNAT's Hydra-NA
+    (arXiv 2211.05770) one launch. docs/neighborhoods.md has the rule as formulas.
 
     Args:
-        query, key, value: ``(batch, height, width, heads, head_dim)``; dtypes and strides as ``attention``.
-        kernel_size: int, (height, width), or a list of these with one entry per equal group of heads. A list is never
-            a pair: ``(7, 5)`` is 7 rows and 5 columns for all heads, ``[7, 5]`` 7 x 7 for the first half of the heads
-            and 5 x 5 for the second.
+        query, key, value: ``(batch, *map, heads, head_dim)`` with a map of one axis (width), two (height, width) or
+            three (depth, height, width); dtypes and strides as ``attention``.
+        kernel_size: int, a tuple with one per map axis, or a list of these with one entry per equal group of heads. A
+            list is never a tuple: ``(7, 5)`` is 7 rows and 5 columns for all heads, ``[7, 5]`` 7 x 7 for the first half
+            of the heads and 5 x 5 for the second.
         dilation: likewise. ``kernel_size * dilation`` must not exceed the map.
-        bias: relative position table ``(heads, 2 * Kh - 1, 2 * Kw - 1)`` with K the largest kernel over the heads,
-            indexed by (key minus query) / dilation plus ``K - 1``; the query's dtype or float32.
+        stride: likewise, at most ``kernel_size``. So many adjacent queries (of a residue class) share the window of
+            their middle one; with ``stride`` equal to ``kernel_size`` neighborhoods are blocks.
+        is_causal: bool, or a tuple with one per map axis. On a causal axis a query sees the last ``kernel_size`` keys
+            up to itself, fewer near the start.
+        bias: relative position table ``(heads, *(2 * K - 1))`` with one axis per map axis and K the largest kernel over
+            the heads, indexed by (key minus query) / dilation plus ``K - 1``; the query's dtype or float32.
             Minus infinity masks; finite entries, however large, do not overflow.
         score, scale, backend, return_lse: as ``attention``.
 
     Returns:
-        ``(batch, height, width, heads, head_dim)``. A NaN or infinity reaches what attends it; in the
+        ``(batch, *map, heads, head_dim)``. A NaN or infinity reaches what attends it; in the
         backend `triton` it may also reach others in a tile (docs/triton.md). With ``return_lse`` a tuple of it and the
-        log-sum-exp, ``(batch, height, width, heads)``, as ``attention``; the table counts among the scores.
+        log-sum-exp, ``(batch, *map, heads)``, as ``attention``; the table counts among the scores.
 
     Raises:
         As ``attention``.
     """
     query, key, value = checked_maps(query, key, value)
-    neighborhood = neighborhood_of(query.shape[1:3], query.shape[3], kernel_size, dilation)
+    extents, heads = query.shape[1:-2], query.shape[-2]
+    neighborhood = neighborhood_of(extents, heads, kernel_size, dilation, stride, is_causal)
     check_bias("bias", bias, query, neighborhood)
     return run(query, key, value, bias, neighborhood, score, scale, backend, return_lse)
 
@@ -178,7 +188,8 @@ def run(
     check_score(score)
     check_bool("return_lse", return_lse)
     scale = scale_of(query, scale)
-    name = choice.choose(backend, query.device.type, query.dtype, query.shape[-1], neighborhood.kind)
+    device, dtype, head_dim = query.device.type, query.dtype, query.shape[-1]
+    name = choice.choose(backend, device, dtype, head_dim, neighborhood.kind, neighborhood.general)
     record(name, query, key, bias, neighborhood, score, scale)
     if name == "reference":
         output, lse = reference.attention(query, key, value, bias, neighborhood, score, scale, return_lse)

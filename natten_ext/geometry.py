@@ -5,16 +5,63 @@ The C++ twin is ``csrc/geometry.h``; ``tests/operators/test_geometry.py`` holds 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
-IntPair = tuple[int, int]
+Extents = tuple[int, ...]
+"""Of a map, a window or a kernel, one per map axis: (width,), (height, width) or (depth, height, width)."""
 
 # Leading code of the integer list that describes a neighborhood to the operators (csrc/problem.h).
 FULL, GRID, NEIGHBORHOOD = 0, 1, 2
+
+MAP_AXES = 3
+"""How many axes the code has; a map of fewer has an extent of 1 on the first ones."""
+
+
+class AxisWindow(NamedTuple):
+    """Which keys a query sees on one axis: keys of its residue class modulo the dilation, in a row.
+
+    Positions are counted inside the class. Queries fall into groups of ``stride``; all of a group have the window of
+    its leader, which is the middle query (of an even number the right one of two), or the last one where windows are
+    causal. A window has ``kernel`` keys about the leader, of an even number one more on the left, and is shifted inward
+    at the borders, never padded. A causal one has the ``kernel`` keys that end with the leader, less those before the
+    first position and those after the query itself.
+
+    NATTEN's rule (Hassani et al., arXiv 2204.07143; dilation: 2209.15001; stride: "Generalized Neighborhood Attention",
+    2504.16922).
+    """
+
+    kernel: int
+    dilation: int = 1
+    stride: int = 1
+    causal: bool = False
+
+    def keys(self, index: int, length: int) -> range:
+        """The keys that the query at ``index`` sees, on an axis of this length."""
+        residue, position = index % self.dilation, index // self.dilation
+        class_length = (length - residue + self.dilation - 1) // self.dilation
+        group = position // self.stride * self.stride
+        if self.causal:
+            leader = min(group + self.stride - 1, class_length - 1)
+            start, end = max(leader - self.kernel + 1, 0), position + 1
+        else:
+            leader = min(group + self.stride // 2, class_length - 1)
+            start = min(max(leader - self.kernel // 2, 0), class_length - self.kernel)
+            end = start + self.kernel
+        return range(residue + start * self.dilation, residue + end * self.dilation, self.dilation)
+
+    @property
+    def sliding(self) -> bool:
+        """Whether it moves with every query and has as many keys everywhere."""
+        return self.stride == 1 and not self.causal
+
+
+HeadWindow = tuple[AxisWindow, ...]
+"""Of one head, one per map axis."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +69,7 @@ class Full:
     """Every query attends every key."""
 
     kind: ClassVar[str] = "full"
+    general: ClassVar[bool] = False
 
     def keys(self, tokens: int) -> int:
         """The most keys that a query attends, of ``tokens``."""
@@ -33,62 +81,62 @@ class Full:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every query attends the keys of the non-overlapping ``window`` (height, width) that holds it."""
+    """Every query attends the keys of the non-overlapping ``window`` that holds it."""
 
-    window: IntPair
+    window: Extents
     kind: ClassVar[str] = "grid"
 
     @property
-    def kernel(self) -> IntPair:
+    def kernel(self) -> Extents:
         """Extent that sizes the relative position table."""
         return self.window
 
+    @property
+    def general(self) -> bool:
+        """As of ``Neighborhood``."""
+        return len(self.window) > 2
+
     def keys(self, tokens: int) -> int:
         """The most keys that a query attends, of ``tokens``."""
-        return self.window[0] * self.window[1]
+        return math.prod(self.window)
 
     def encode(self) -> list[int]:
-        return [GRID, *self.window]
+        return [GRID, *(1,) * (MAP_AXES - len(self.window)), *self.window]
 
 
 @dataclass(frozen=True)
 class Neighborhood:
-    """Sliding window with a kernel size and a dilation per head, each a (height, width) pair.
+    """Sliding windows, of their own for each head."""
 
-    A query attends exactly ``kernel`` keys of its residue class modulo the dilation. The window is
-    centred on the query and shifted inward at the borders, never padded (Hassani et al.,
-    "Neighborhood Attention Transformer", arXiv 2204.07143; dilated: arXiv 2209.15001).
-    """
-
-    kernels: tuple[IntPair, ...]
-    dilations: tuple[IntPair, ...]
+    windows: tuple[HeadWindow, ...]
     kind: ClassVar[str] = "neighborhood"
 
     @property
-    def kernel(self) -> IntPair:
+    def kernel(self) -> Extents:
         """Largest kernel over the heads: the extent that sizes the relative position table."""
-        return max(k[0] for k in self.kernels), max(k[1] for k in self.kernels)
+        return tuple(max(window.kernel for window in axis) for axis in zip(*self.windows, strict=True))
+
+    @property
+    def general(self) -> bool:
+        """Whether it has more than windows that slide on two map axes: a third axis, a stride or causal windows."""
+        return any(len(head) > 2 or not all(window.sliding for window in head) for head in self.windows)
 
     def encode(self) -> list[int]:
         code = [NEIGHBORHOOD]
-        for kernel, dilation in zip(self.kernels, self.dilations, strict=True):
-            code += [*kernel, *dilation]
+        for head in self.windows:
+            for window in (*(AxisWindow(1),) * (MAP_AXES - len(head)), *head):
+                code += map(int, window)
         return code
 
     def keys(self, tokens: int) -> int:
         """The most keys that a query attends, of ``tokens``."""
-        return max(rows * columns for rows, columns in self.kernels)
+        return max(math.prod(window.kernel for window in head) for head in self.windows)
 
     def head_groups(self) -> list[tuple[int, int]]:
-        """Ranges ``(first, last + 1)`` of consecutive heads that share kernel and dilation."""
+        """Ranges ``(first, last + 1)`` of consecutive heads that share their windows."""
         bounds = [0]
-        for head in range(1, len(self.kernels)):
-            if (self.kernels[head], self.dilations[head]) != (
-                self.kernels[head - 1],
-                self.dilations[head - 1],
-            ):
-                bounds.append(head)
-        return list(zip(bounds, [*bounds[1:], len(self.kernels)], strict=True))
+        bounds += [head for head in range(1, len(self.windows)) if self.windows[head] != self.windows[head - 1]]
+        return list(zip(bounds, [*bounds[1:], len(self.windows)], strict=True))
 
 
 AnyNeighborhood = Full | Grid | Neighborhood
@@ -96,23 +144,16 @@ AnyNeighborhood = Full | Grid | Neighborhood
 KINDS = (Full.kind, Grid.kind, Neighborhood.kind)
 
 
-def decode(code: Sequence[int]) -> AnyNeighborhood:
-    """Inverse of ``encode``."""
-    kind, rest = code[0], list(code[1:])
+def decode(code: Sequence[int], axes: int) -> AnyNeighborhood:
+    """Inverse of ``encode`` on maps of so many axes."""
+    kind, values = code[0], list(code[1:])
     if kind == FULL:
         return Full()
     if kind == GRID:
-        return Grid((rest[0], rest[1]))
-    quads = [rest[i : i + 4] for i in range(0, len(rest), 4)]
-    return Neighborhood(tuple((q[0], q[1]) for q in quads), tuple((q[2], q[3]) for q in quads))
-
-
-def window_start(index: int, length: int, kernel: int, dilation: int) -> int:
-    """First key on one axis of the window of the query at ``index``; the next keys follow ``dilation`` apart."""
-    residue, position = index % dilation, index // dilation
-    class_length = (length - residue + dilation - 1) // dilation
-    start = min(max(position - kernel // 2, 0), class_length - kernel)
-    return start * dilation + residue
+        return Grid(tuple(values[-axes:]))
+    windows = [AxisWindow(*values[i : i + 3], bool(values[i + 3])) for i in range(0, len(values), 4)]
+    heads = [windows[i : i + MAP_AXES] for i in range(0, len(windows), MAP_AXES)]
+    return Neighborhood(tuple(tuple(head[-axes:]) for head in heads))
 
 
 def indices(count: int) -> torch.Tensor:
@@ -120,20 +161,28 @@ def indices(count: int) -> torch.Tensor:
     return torch.arange(count, dtype=torch.int64, device="cpu")
 
 
-def window_starts(queries: Iterable[int], length: int, kernel: int, dilation: int) -> torch.Tensor:
-    """``window_start`` of several queries: int64 on the CPU."""
-    starts = [window_start(i, length, kernel, dilation) for i in queries]
-    return torch.tensor(starts, dtype=torch.int64, device="cpu")
+class AxisKeys(NamedTuple):
+    """The keys of several queries on one axis, int64 ``(queries, kernel)`` on the CPU."""
+
+    index: torch.Tensor
+    """Where they are. A query with fewer keys has its first one again in the place of the missing."""
+    offset: torch.Tensor
+    """Key minus query, in units of the dilation."""
+    exists: torch.Tensor
+    """Whether it is a key; bool."""
 
 
-def neighbor_indices(length: int, kernel: int, dilation: int) -> torch.Tensor:
-    """Keys of every query on one axis: int64 ``(length, kernel)`` on the CPU."""
-    return window_starts(range(length), length, kernel, dilation)[:, None] + dilation * indices(kernel)
-
-
-def neighbor_offsets(length: int, kernel: int, dilation: int) -> torch.Tensor:
-    """Key minus query on one axis, in units of the dilation: int64 ``(length, kernel)`` on the CPU."""
-    return (neighbor_indices(length, kernel, dilation) - indices(length)[:, None]) // dilation
+def axis_keys(queries: Iterable[int], length: int, window: AxisWindow) -> AxisKeys:
+    """The keys that the queries see on an axis of this length."""
+    queries = list(queries)
+    ranges = [window.keys(query, length) for query in queries]
+    start = torch.tensor([keys.start for keys in ranges], dtype=torch.int64, device="cpu")[:, None]
+    count = torch.tensor([len(keys) for keys in ranges], dtype=torch.int64, device="cpu")[:, None]
+    steps = indices(window.kernel)
+    exists = steps < count
+    index = start + torch.where(exists, steps, 0) * window.dilation
+    own = torch.tensor(queries, dtype=torch.int64, device="cpu")[:, None]
+    return AxisKeys(index, (index - own) // window.dilation, exists)
 
 
 def window_offsets(window: int) -> torch.Tensor:

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import functional
 from .backends import choice
-from .checks import SizePerAxis, SizePerGroup, check_dense, check_scale, check_score, pair, per_head, shape_of, shown
-from .geometry import IntPair, Neighborhood
+from .checks import (
+    AXES,
+    FlagPerAxis,
+    SizePerAxis,
+    SizePerGroup,
+    check_dense,
+    check_scale,
+    check_score,
+    extents_of,
+    shape_of,
+    shown,
+    windows_of,
+)
+from .geometry import MAP_AXES, Extents
 from .weights import attention_weights
 
 
 class _AttentionModule(nn.Module):
     """Projections and table that the four modules share. Channels are the last dimension of the input."""
 
-    _layout: ClassVar[str]
+    _layout: str
     """Of the input."""
 
     def __init__(
@@ -28,7 +40,7 @@ class _AttentionModule(nn.Module):
         num_heads: int,
         *,
         projections: int,
-        table_kernel: IntPair | None,
+        table_kernel: Extents | None,
         score: str,
         scale: float | None,
         qkv_bias: bool,
@@ -60,8 +72,7 @@ class _AttentionModule(nn.Module):
         if table_kernel is None:
             self.register_parameter("rel_pos_bias", None)
         else:
-            rows, columns = table_kernel
-            self.rel_pos_bias = nn.Parameter(torch.zeros(num_heads, 2 * rows - 1, 2 * columns - 1))
+            self.rel_pos_bias = nn.Parameter(torch.zeros(num_heads, *(2 * extent - 1 for extent in table_kernel)))
             nn.init.trunc_normal_(self.rel_pos_bias, std=0.02)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -104,7 +115,16 @@ def _check_heads(embed_dim: int, num_heads: int) -> None:
         raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
 
 
-def _table_kernel(bias: bool, kernel: IntPair) -> IntPair | None:
+def _map_layout(map_axes: int) -> str:
+    """Of the input of a module on maps."""
+    if not isinstance(map_axes, int) or isinstance(map_axes, bool):
+        raise TypeError(f"map_axes must be an int, got {shown(map_axes)}")
+    if not 1 <= map_axes <= MAP_AXES:
+        raise ValueError(f"map_axes must be from 1 to {MAP_AXES}, got {shown(map_axes)}")
+    return f"(batch, {', '.join(AXES[-map_axes:])}, channels)"
+
+
+def _table_kernel(bias: bool, kernel: Extents) -> Extents | None:
     """The kernel that sizes the table, if there is to be one."""
     if not isinstance(bias, bool):
         raise TypeError(f"bias must be True or False (the module makes the table), got {shown(bias)}")
@@ -196,15 +216,14 @@ class L2Attention(_AttentionModule):
 
 
 class GridAttention(_AttentionModule):
-    """Self-attention inside the windows of ``(batch, height, width, embed_dim)``; see ``natten_ext.grid_attention``.
+    """Self-attention inside the windows of ``(batch, *map, embed_dim)``; see ``natten_ext.grid_attention``.
 
     Args:
-        window_size: int or (height, width).
+        window_size: int, or a tuple such as (height, width).
+        map_axes: how many axes maps have, one to three.
         bias: whether there is a relative position table, the parameter ``rel_pos_bias``.
         Others as ``Attention``.
     """
-
-    _layout = "(batch, height, width, channels)"
 
     def __init__(
         self,
@@ -212,6 +231,7 @@ class GridAttention(_AttentionModule):
         num_heads: int,
         window_size: SizePerAxis,
         *,
+        map_axes: int = 2,
         bias: bool = True,
         score: str = "dot",
         scale: float | None = None,
@@ -220,7 +240,8 @@ class GridAttention(_AttentionModule):
         proj_drop: float = 0.0,
         backend: str | None = None,
     ):
-        window = pair("window_size", window_size)
+        layout = _map_layout(map_axes)
+        window = extents_of("window_size", window_size, map_axes)
         super().__init__(
             embed_dim,
             num_heads,
@@ -233,6 +254,7 @@ class GridAttention(_AttentionModule):
             proj_drop=proj_drop,
             backend=backend,
         )
+        self._layout = layout
         self.window_size = window
 
     def _neighborhood(self) -> dict[str, Any]:
@@ -257,16 +279,15 @@ class GridAttention(_AttentionModule):
 
 
 class NeighborhoodAttention(_AttentionModule):
-    """Dilated neighborhood self-attention of ``(batch, height, width, embed_dim)``.
+    """Neighborhood self-attention of ``(batch, *map, embed_dim)``; see ``natten_ext.neighborhood_attention``.
 
     Args:
-        kernel_size, dilation: as ``natten_ext.neighborhood_attention``; lists give one entry per equal group of heads,
-            and only a tuple is a (height, width).
+        kernel_size, dilation, stride, is_causal: as ``natten_ext.neighborhood_attention``; lists give one entry per
+            equal group of heads, and only a tuple is a (height, width).
+        map_axes: how many axes maps have, one to three.
         bias: whether there is a relative position table, the parameter ``rel_pos_bias``.
         Others as ``Attention``.
     """
-
-    _layout = "(batch, height, width, channels)"
 
     def __init__(
         self,
@@ -275,6 +296,9 @@ class NeighborhoodAttention(_AttentionModule):
         kernel_size: SizePerGroup,
         dilation: SizePerGroup = 1,
         *,
+        stride: SizePerGroup = 1,
+        is_causal: FlagPerAxis = False,
+        map_axes: int = 2,
         bias: bool = True,
         score: str = "dot",
         scale: float | None = None,
@@ -284,12 +308,13 @@ class NeighborhoodAttention(_AttentionModule):
         backend: str | None = None,
     ):
         _check_heads(embed_dim, num_heads)
-        kernels, dilations = per_head("kernel_size", kernel_size, num_heads), per_head("dilation", dilation, num_heads)
+        layout = _map_layout(map_axes)
+        neighborhood = windows_of(map_axes, num_heads, kernel_size, dilation, stride, is_causal)
         super().__init__(
             embed_dim,
             num_heads,
             projections=3,
-            table_kernel=_table_kernel(bias, Neighborhood(kernels, dilations).kernel),
+            table_kernel=_table_kernel(bias, neighborhood.kernel),
             score=score,
             scale=scale,
             qkv_bias=qkv_bias,
@@ -297,11 +322,14 @@ class NeighborhoodAttention(_AttentionModule):
             proj_drop=proj_drop,
             backend=backend,
         )
+        self._layout = layout
         # The caller may go on to change its lists.
-        self.kernel_size, self.dilation = copy(kernel_size), copy(dilation)
+        self.kernel_size, self.dilation, self.stride = copy(kernel_size), copy(dilation), copy(stride)
+        self.is_causal = is_causal
 
     def _neighborhood(self) -> dict[str, Any]:
-        return {"kernel_size": self.kernel_size, "dilation": self.dilation}
+        names = ("kernel_size", "dilation", "stride", "is_causal")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self._project(x)
@@ -318,4 +346,5 @@ class NeighborhoodAttention(_AttentionModule):
         return self._merge(output)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+        neighborhood = ", ".join(f"{name}={value}" for name, value in self._neighborhood().items())
+        return f"{super().extra_repr()}, {neighborhood}"

@@ -9,8 +9,10 @@ import torch
 
 from .backends.reference import softmax, without_autocast
 from .checks import (
-    MAP,
+    AXES,
+    MAPS,
     SEQUENCE,
+    FlagPerAxis,
     SizePerAxis,
     SizePerGroup,
     alike,
@@ -20,22 +22,25 @@ from .checks import (
     check_heads,
     check_score,
     grid_of,
+    map_layout,
     neighborhood_of,
     scale_of,
     shape_of,
     shown,
 )
-from .geometry import AnyNeighborhood, Full, Grid, Neighborhood, indices, window_starts
+from .geometry import AnyNeighborhood, AxisKeys, Extents, Full, Grid, Neighborhood, axis_keys, indices
 
 
 def attention_weights(
     query: torch.Tensor,
     key: torch.Tensor,
-    positions: torch.Tensor | Sequence[int] | Sequence[tuple[int, int]],
+    positions: torch.Tensor | Sequence[int] | Sequence[Extents],
     *,
     window_size: SizePerAxis | None = None,
     kernel_size: SizePerGroup | None = None,
     dilation: SizePerGroup = 1,
+    stride: SizePerGroup = 1,
+    is_causal: FlagPerAxis = False,
     bias: torch.Tensor | None = None,
     score: str = "dot",
     scale: float | None = None,
@@ -43,32 +48,34 @@ def attention_weights(
     """The exact softmax weights with which the queries at ``positions`` attend to every key.
 
     The neighborhood is the one of the function that takes the same arguments: ``grid_attention`` with
-    ``window_size``, ``neighborhood_attention`` with ``kernel_size`` (and ``dilation``), ``attention`` with neither.
+    ``window_size``, ``neighborhood_attention`` with ``kernel_size`` (and ``dilation``, ``stride``, ``is_causal``),
+    ``attention`` with neither.
     Only the scores of the chosen queries are computed, by plain PyTorch operations on any device, which can be
     differentiated to any order.
 
     Args:
-        query, key: sequences ``(batch, tokens, heads, head_dim)`` or maps ``(batch, height, width, heads, head_dim)``,
-            as in those functions; without a window or a kernel either will do (every query of a map attends every
-            key of it).
-        positions: the queries: int64 ``(P,)`` or a list of ints for sequences, ``(P, 2)`` or a list of (row, column)
-            for maps; the same for every image of the batch.
-        window_size, kernel_size, dilation, bias, score, scale: as in those functions.
+        query, key: sequences ``(batch, tokens, heads, head_dim)`` or maps ``(batch, *map, heads, head_dim)`` of one to
+            three axes, as in those functions; without a window or a kernel either will do (every query of a map
+            attends every key of it).
+        positions: the queries: int64 ``(P,)`` or a list of ints for sequences and maps of one axis, ``(P, axes)`` or a
+            list of tuples such as (row, column) for other maps; the same for every image of the batch.
+        window_size, kernel_size, dilation, stride, is_causal, bias, score, scale: as in those functions.
 
     Returns:
-        ``(batch, P, heads, keys)`` for sequences and ``(batch, P, heads, height, width)`` for maps, zero outside the
-        neighborhood; float64 for float64 inputs, otherwise float32. Each ``[b, p, h]`` sums to 1.
+        ``(batch, P, heads, *map)``, for sequences ``(batch, P, heads, keys)``, zero outside the neighborhood; float64
+        for float64 inputs, otherwise float32. Each ``[b, p, h]`` sums to 1.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above; the message names it.
     """
-    dims = query.dim() if isinstance(query, torch.Tensor) and query.dim() in (4, 5) else 4
-    if window_size is not None or kernel_size is not None:
-        dims = 5
-    query, key = alike(SEQUENCE if dims == 4 else MAP, query=query, key=key)
+    full = window_size is None and kernel_size is None
+    layout = map_layout(query)
+    if full and (layout == MAPS[1] or not isinstance(query, torch.Tensor) or query.dim() != layout.count(",") + 1):
+        layout = SEQUENCE
+    query, key = alike(layout, query=query, key=key)
     check_heads(query)
     check_cross(query, key)
-    if dims == 5 and query.shape != key.shape:
+    if layout != SEQUENCE and query.shape != key.shape:
         raise ValueError(f"key must have the query's shape {shape_of(query)}, got {shape_of(key)}")
     check_score(score)
     scale = scale_of(query, scale)
@@ -79,12 +86,14 @@ def attention_weights(
         raise ValueError(
             f"window_size and kernel_size cannot both be given, got {shown(window_size)} and {shown(kernel_size)}"
         )
-    if kernel_size is None and not (isinstance(dilation, int) and dilation == 1):
-        raise ValueError(f"dilation needs a kernel_size, got {shown(dilation)}")
+    extents, heads = query.shape[1:-2], query.shape[-2]
+    for name, option, default in (("dilation", dilation, 1), ("stride", stride, 1), ("is_causal", is_causal, False)):
+        if kernel_size is None and (type(option), option) != (type(default), default):
+            raise ValueError(f"{name} needs a kernel_size, got {shown(option)}")
     if window_size is not None:
-        neighborhood = grid_of(query.shape[1:3], window_size)
+        neighborhood = grid_of(extents, window_size)
     elif kernel_size is not None:
-        neighborhood = neighborhood_of(query.shape[1:3], query.shape[3], kernel_size, dilation)
+        neighborhood = neighborhood_of(extents, heads, kernel_size, dilation, stride, is_causal)
     check_bias("bias", bias, query, neighborhood)
 
     with without_autocast(query.device.type):
@@ -98,7 +107,11 @@ def _checked_positions(positions: Any, query: torch.Tensor) -> torch.Tensor:
         if positions.is_meta:
             raise ValueError("positions must have contents, got a meta tensor")
     extents = query.shape[1:-2]
-    wanted = "(P,) for a sequence" if len(extents) == 1 else "(P, 2), rows and columns, for a map"
+    wanted = (
+        "(P,) for a sequence"
+        if len(extents) == 1
+        else f"(P, {len(extents)}), {', '.join(AXES[-len(extents) :])}, for a map"
+    )
     try:
         index = torch.as_tensor(positions, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:  # no list or array; ragged; beyond int64
@@ -131,7 +144,7 @@ def _weights(query, key, bias, index, neighborhood, score, scale):
     groups = neighborhood.head_groups() if isinstance(neighborhood, Neighborhood) else [(0, heads)]
     parts = []
     for first, last in groups:
-        keys, offsets = _keys(index, extents, neighborhood, first)
+        keys, offsets, exists = _keys(index, extents, neighborhood, first)
         keys = keys.to(device)
         group_query = chosen[:, :, first:last]
         group_key = tokens[:, :, first:last][:, keys].to(dtype)  # (batch, P, keys, heads, head_dim)
@@ -140,28 +153,40 @@ def _weights(query, key, bias, index, neighborhood, score, scale):
         else:
             scores = (group_query.unsqueeze(2) - group_key).square().sum(-1).transpose(2, 3) * -scale
         if bias is not None:
-            rows, columns = (o.to(device) + k - 1 for o, k in zip(offsets, neighborhood.kernel, strict=True))
-            scores = scores + bias[first:last, rows, columns].transpose(0, 1)
+            places = [o.to(device) + k - 1 for o, k in zip(offsets, neighborhood.kernel, strict=True)]
+            scores = scores + bias[(slice(first, last), *places)].transpose(0, 1)
+        scores = scores.masked_fill(~exists[:, None].to(device), -torch.inf)
         zeros = scores.new_zeros(*scores.shape[:-1], tokens.shape[1])
-        parts.append(zeros.scatter(-1, keys[:, None].expand(scores.shape), softmax(scores)))
+        # Missing keys have the place of one that is there, and a weight of zero.
+        parts.append(zeros.scatter_add(-1, keys[:, None].expand(scores.shape), softmax(scores)))
     return torch.cat(parts, 2).unflatten(-1, extents)
 
 
 def _keys(index, extents, neighborhood, head):
-    """Of every chosen query its keys in row-major order, ``(P, keys)``, and their offsets, one such tensor an axis."""
+    """Of every chosen query its keys in row-major order, ``(P, keys)``, their offsets, one such tensor an axis, and
+    which of them exist."""
     if isinstance(neighborhood, Full):
-        return indices(extents.numel()).expand(len(index), -1), ()
-    keys_of_axis, offsets_of_axis = [], []
+        keys = indices(extents.numel()).expand(len(index), -1)
+        return keys, (), torch.ones_like(keys, dtype=torch.bool)
+    axes = []
     for axis, length in enumerate(extents):
         queries = index[:, axis]
         if isinstance(neighborhood, Grid):
-            count, step = neighborhood.window[axis], 1
-            start = queries // count * count
+            count = neighborhood.window[axis]
+            keys = (queries // count * count)[:, None] + indices(count)
+            axes.append(AxisKeys(keys, keys - queries[:, None], torch.ones_like(keys, dtype=torch.bool)))
         else:
-            count, step = neighborhood.kernels[head][axis], neighborhood.dilations[head][axis]
-            start = window_starts(queries.tolist(), length, count, step)
-        keys_of_axis.append(start[:, None] + step * indices(count))
-        offsets_of_axis.append((keys_of_axis[-1] - queries[:, None]) // step)
-    keys = (keys_of_axis[0][:, :, None] * extents[1] + keys_of_axis[1][:, None, :]).flatten(1)
-    rows, columns = torch.broadcast_tensors(offsets_of_axis[0][:, :, None], offsets_of_axis[1][:, None, :])
-    return keys, (rows.flatten(1), columns.flatten(1))
+            axes.append(axis_keys(queries.tolist(), length, neighborhood.windows[head][axis]))
+    dims = len(axes)
+
+    def spread(numbers, axis):
+        return numbers.reshape(len(index), *(-1 if other == axis else 1 for other in range(dims)))
+
+    def on_map(field):
+        numbers = torch.broadcast_tensors(*(spread(getattr(keys, field), axis) for axis, keys in enumerate(axes)))
+        return [number.flatten(1) for number in numbers]
+
+    keys = 0
+    for of_axis, length in zip(on_map("index"), extents, strict=True):
+        keys = keys * length + of_axis
+    return keys, on_map("offset"), torch.stack(on_map("exists")).all(0)

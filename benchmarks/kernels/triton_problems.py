@@ -9,6 +9,7 @@ import torch
 
 from natten_ext import geometry
 from natten_ext.backends.triton import backward, double_backward, forward
+from natten_ext.checks import windows_of
 from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, FORWARD
 
 ORDERS = ("forward", "backward", "double")
@@ -27,7 +28,7 @@ def neighborhood_of(shape: Any) -> geometry.AnyNeighborhood:
     if shape.kind == "grid":
         return geometry.Grid((shape.window, shape.window))
     dilations = [d for group, d in shape.head_groups for _ in range(*group.indices(shape.heads))]
-    return geometry.Neighborhood(((shape.window, shape.window),) * shape.heads, tuple((d, d) for d in dilations))
+    return windows_of(2, shape.heads, shape.window, list(dilations))
 
 
 def run_orders(shape: Any, dtype: torch.dtype, device: str, orders: Iterable[str] = ORDERS) -> None:

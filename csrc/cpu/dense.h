@@ -20,9 +20,9 @@ struct DenseJob {
 // Whether a window of neighborhood attention is run here: its classes are of one size and small, and at least half of
 // each is in the window of each query.
 inline bool is_dense(const Problem& p, const HeadWindow& w) {
-  const int64_t height = p.height / w.dilation_y, width = p.width / w.dilation_x;
-  return p.height % w.dilation_y == 0 && p.width % w.dilation_x == 0 && height * width <= 128 &&
-         2 * w.kernel_y * w.kernel_x >= height * width;
+  const int64_t height = p.height / w.y.dilation, width = p.width / w.x.dilation;
+  return p.height % w.y.dilation == 0 && p.width % w.x.dilation == 0 && height * width <= 128 &&
+         2 * w.y.kernel * w.x.kernel >= height * width;
 }
 
 // Calls run(compute type, heads, is_dense) for each range of heads with one window.
@@ -46,7 +46,7 @@ struct DensePlan {
       window_y = p.window_y, window_x = p.window_x;
       windows_y = p.height / window_y, windows_x = p.width / window_x;
     } else {
-      windows_y = head_window().dilation_y, windows_x = head_window().dilation_x;
+      windows_y = head_window().y.dilation, windows_x = head_window().x.dilation;
       window_y = p.height / windows_y, window_x = p.width / windows_x;
     }
     queries = window_y * window_x;

@@ -13,10 +13,10 @@ void for_each_in_windows(const DensePlan<T>& plan, const Visit& visit) {
   const int64_t center_y = plan.problem.table_kernel_y() - 1, center_x = plan.problem.table_kernel_x() - 1;
   for (int64_t query = 0; query < plan.queries; ++query) {
     const int64_t y = query / plan.window_x, x = query % plan.window_x;
-    const int64_t first_y = class_window_start(y, plan.window_y, w.kernel_y);
-    const int64_t first_x = class_window_start(x, plan.window_x, w.kernel_x);
-    for (int64_t ky = first_y; ky < first_y + w.kernel_y; ++ky) {
-      for (int64_t kx = first_x; kx < first_x + w.kernel_x; ++kx) {
+    const int64_t first_y = class_window_start(y, plan.window_y, w.y.kernel);
+    const int64_t first_x = class_window_start(x, plan.window_x, w.x.kernel);
+    for (int64_t ky = first_y; ky < first_y + w.y.kernel; ++ky) {
+      for (int64_t kx = first_x; kx < first_x + w.x.kernel; ++kx) {
         visit(ky * plan.window_x + kx, query, ky - y + center_y, kx - x + center_x);
       }
     }

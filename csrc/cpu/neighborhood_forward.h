@@ -69,7 +69,7 @@ class NeighborhoodForward {
     const NeighborhoodJob& job = rows_.job;
     T* lse = static_cast<T*>(a_.lse) + job.lse_offset(a_.problem, y);
     for (int lane = 0; lane < L && x + lane < g.width; ++lane) {
-      T* row = lse + (x + lane) * job.window.dilation_x;
+      T* row = lse + (x + lane) * job.window.x.dilation;
       row[0] = top[lane];
       row[a_.problem.rows()] = log2_of(sum[lane]);
     }

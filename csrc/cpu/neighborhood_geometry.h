@@ -123,13 +123,13 @@ struct NeighborhoodJob {
   int64_t begin, end;  // the band: rows of the class
 
   int64_t offset(const View& v, int64_t y, int64_t x) const {
-    return batch * v.batch + head * v.head + (y * window.dilation_y + residue_y) * v.y +
-           (x * window.dilation_x + residue_x) * v.x;
+    return batch * v.batch + head * v.head + (y * window.y.dilation + residue_y) * v.y +
+           (x * window.x.dilation + residue_x) * v.x;
   }
   bool owns(int64_t y) const { return begin <= y && y < end; }
   bool owns_any(int64_t y, int64_t count) const { return y < end && y + count > begin; }
   int64_t lse_offset(const Problem& p, int64_t y) const {
-    return ((batch * p.heads + head) * p.height + y * window.dilation_y + residue_y) * p.width + residue_x;
+    return ((batch * p.heads + head) * p.height + y * window.y.dilation + residue_y) * p.width + residue_x;
   }
 };
 
@@ -137,22 +137,22 @@ struct NeighborhoodJob {
 class HeadJobs {
  public:
   HeadJobs(const Problem& p, int64_t head, int64_t band_rows) : p_(p), window_(p.windows[head]) {
-    const int64_t longest = class_length(p.height, window_.dilation_y, 0);
+    const int64_t longest = class_length(p.height, window_.y.dilation, 0);
     bands_ = std::max<int64_t>(1, (longest + band_rows - 1) / band_rows);
   }
-  int64_t count() const { return p_.batch * window_.dilation_y * window_.dilation_x * bands_; }
+  int64_t count() const { return p_.batch * window_.y.dilation * window_.x.dilation * bands_; }
   NeighborhoodJob job(int64_t head, int64_t index) const {
     NeighborhoodJob job{};
     job.head = head;
     job.window = window_;
     const int64_t band = index % bands_;
     index /= bands_;
-    job.residue_x = index % window_.dilation_x;
-    index /= window_.dilation_x;
-    job.residue_y = index % window_.dilation_y;
-    job.batch = index / window_.dilation_y;
-    job.class_height = class_length(p_.height, window_.dilation_y, job.residue_y);
-    job.class_width = class_length(p_.width, window_.dilation_x, job.residue_x);
+    job.residue_x = index % window_.x.dilation;
+    index /= window_.x.dilation;
+    job.residue_y = index % window_.y.dilation;
+    job.batch = index / window_.y.dilation;
+    job.class_height = class_length(p_.height, window_.y.dilation, job.residue_y);
+    job.class_width = class_length(p_.width, window_.x.dilation, job.residue_x);
     job.begin = band * job.class_height / bands_;
     job.end = (band + 1) * job.class_height / bands_;
     return job;

@@ -49,7 +49,7 @@ class RowTransposer {
   // A row of the tensor, less `origin` (none if null), times `factor`.
   void load(T* target, int64_t stride, const View& v, const NeighborhoodJob& job, int64_t y, T factor,
             const T* origin = nullptr) const {
-    const int64_t step = job.window.dilation_x * v.x;
+    const int64_t step = job.window.x.dilation * v.x;
     const bool direct = v.dtype == DType::float32 || v.dtype == DType::float64;
     for (int64_t x = 0; x < job.class_width; x += L) {
       const int64_t lanes = std::min<int64_t>(L, job.class_width - x), from = job.offset(v, y, x);
@@ -91,7 +91,7 @@ class RowTransposer {
     }
     const int64_t lanes = std::min<int64_t>(L, job.class_width - x);
     int64_t to = job.offset(v, y, x);
-    for (int64_t lane = 0; lane < lanes; ++lane, to += job.window.dilation_x * v.x) {
+    for (int64_t lane = 0; lane < lanes; ++lane, to += job.window.x.dilation * v.x) {
       store_row<T>(rows_ + lane * padded_, v, to, channels_, factor);
     }
   }
@@ -182,7 +182,7 @@ class NeighborhoodRows {
     job = new_job;
     if (changed) {
       tables_.clear();
-      geometry.prepare(job.class_height, job.class_width, job.window.kernel_y, job.window.kernel_x);
+      geometry.prepare(job.class_height, job.class_width, job.window.y.kernel, job.window.x.kernel);
       query.resize(kGroup, query_channels, geometry);
       key.resize(geometry.ky + kGroup - 1, score_channels, geometry);
       value.resize(geometry.ky + kGroup - 1, channels, geometry);

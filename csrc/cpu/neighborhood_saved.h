@@ -23,7 +23,7 @@ class SavedRows {
       const T* lse = static_cast<const T*>(a_.lse) + job.lse_offset(a_.problem, group.y + r);
       for (int64_t x = 0; x < g.padded; ++x) {
         // Lanes without a query: their P vanishes.
-        const T* parts = lse + x * job.window.dilation_x;
+        const T* parts = lse + x * job.window.x.dilation;
         base[r][x] = x < g.width ? parts[0] : std::numeric_limits<T>::infinity();
         log_sum[r][x] = x < g.width ? parts[a_.problem.rows()] : T(0);
       }

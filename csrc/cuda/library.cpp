@@ -52,6 +52,7 @@ struct Launcher {
 
   Launcher(const Arguments& a, const Tensor& like) : like(like) {
     const Problem& p = a.problem;
+    require(!p.general(), "the GPU has no kernels for three map axes, strides and causal windows");
     const bool sequence = p.kind == Kind::full;
     params.kind = p.kind;
     params.batch = static_cast<int>(p.batch);
@@ -70,11 +71,11 @@ struct Launcher {
                                       static_cast<int>(p.height * p.width)};
     }
     for (int64_t head = 0; head < p.heads; ++head) {
-      HeadWindow w{1, 1, 1, 1};
-      if (p.kind == Kind::grid) w = {p.window_y, p.window_x, 1, 1};
+      HeadWindow w{};
+      if (p.kind == Kind::grid) w.y.kernel = p.window_y, w.x.kernel = p.window_x;
       if (p.kind == Kind::neighborhood) w = p.windows[head];
-      windows.push_back({static_cast<uint16_t>(w.kernel_y), static_cast<uint16_t>(w.kernel_x),
-                         static_cast<uint16_t>(w.dilation_y), static_cast<uint16_t>(w.dilation_x)});
+      windows.push_back({static_cast<uint16_t>(w.y.kernel), static_cast<uint16_t>(w.x.kernel),
+                         static_cast<uint16_t>(w.y.dilation), static_cast<uint16_t>(w.x.dilation)});
     }
     const bool table = a.bias || a.cot_bias;
     params.table_rows = table ? static_cast<int>(p.table_height()) : 0;

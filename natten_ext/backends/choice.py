@@ -27,6 +27,9 @@ FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
 # On CPU tensors these run in an interpreter or an emulator, and only when they are asked for by name.
 _MADE_FOR_GPUS = ("cuda", "triton")
 
+SLIDING_ONLY = ("cuda", "triton", "cpu")
+"""Backends without kernels for general neighborhoods, as natten_ext.geometry says of one."""
+
 NAMES = (*FUSED, "reference")
 
 ENVIRONMENT_VARIABLE = "NATTEN_EXT_BACKEND"
@@ -99,7 +102,9 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {shown(name)}")
 
 
-def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> str:
+def choose(
+    name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str, general: bool = False
+) -> str:
     """The backend that runs a problem: ``name``, what ``use_backend`` or the environment says, or the first that can.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run the problem.
@@ -108,13 +113,13 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int
         name = _override or "auto"
     check_name(name)
     if name != "auto":
-        status = _status(name, device_type, dtype, head_dim)
+        status = _status(name, device_type, dtype, head_dim, general)
         if not status.available:
             raise RuntimeError(f"backend {name!r} cannot run this: {status.reason}")
         return name
     reasons = []
     for candidate in _candidates(device_type, dtype, head_dim, neighborhood):
-        status = _status(candidate, device_type, dtype, head_dim)
+        status = _status(candidate, device_type, dtype, head_dim, general)
         if status.available:
             break
         reasons.append(f"{candidate}: {status.reason}")
@@ -146,8 +151,10 @@ def _gpu_candidates(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tup
     return ("triton", "cuda") if wide else ("cuda", "triton")
 
 
-def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> BackendStatus:
+def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int, general: bool = False) -> BackendStatus:
     reason = "" if name == "reference" else FUSED[name].cannot_run(device_type, dtype, head_dim)
+    if not reason and general and name in SLIDING_ONLY:
+        reason = "it has no kernels for three map axes, strides and causal windows"
     return BackendStatus(name, not reason, reason)
 
 

@@ -17,10 +17,10 @@ def origin_of(key: torch.Tensor) -> torch.Tensor:
     NaN or infinity, the rest lose nothing.
 
     Args:
-        key: ``(batch, tokens, heads, head_dim)`` or ``(batch, height, width, heads, head_dim)``, at least one token.
+        key: ``(batch, tokens, heads, head_dim)`` or ``(batch, *map, heads, head_dim)``, at least one token.
 
     Returns:
-        ``(batch, 1, heads, head_dim)`` or ``(batch, 1, 1, heads, head_dim)``, the key's dtype, detached; finite.
+        The same with one token: the key's dtype, detached; finite.
     """
     tokens = key.detach().flatten(1, -3)
     step = -(-tokens.shape[1] // 9)
@@ -28,7 +28,7 @@ def origin_of(key: torch.Tensor) -> torch.Tensor:
     # Sorted, for CUDA's median is not deterministic. NaN comes last.
     middle = sample.sort(1).values[:, (sample.shape[1] - 1) // 2 : (sample.shape[1] + 1) // 2]
     middle = torch.where(middle.abs() < _LARGEST, middle, 0)
-    return middle.unsqueeze(1) if key.dim() == 5 else middle
+    return middle.unflatten(1, (1,) * (key.dim() - 3))
 
 
 def about_origin(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

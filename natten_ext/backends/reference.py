@@ -6,12 +6,15 @@ tested against, what the benchmark calls naive, and the fallback for what no fus
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.autograd import forward_ad
 
-from ..geometry import AnyNeighborhood, Full, Grid, neighbor_indices, neighbor_offsets, window_offsets
+from ..geometry import AnyNeighborhood, AxisKeys, Full, Grid, Neighborhood, axis_keys, window_offsets
 from .origin import origin_of
 
 
@@ -103,41 +106,67 @@ def _full(query, key, value, bias, return_lse):
 
 
 def _grid(query, key, value, bias, neighborhood, return_lse):
-    batch, height, width, heads, _ = value.shape
-    rows, columns = neighborhood.window
+    window = neighborhood.window
+    axes = len(window)
+    counts = [extent // size for extent, size in zip(value.shape[1:-2], window, strict=True)]
+    # Dimensions of a map whose every axis is split in two: which window, and where in it.
+    outer, inner = [1 + 2 * axis for axis in range(axes)], [2 + 2 * axis for axis in range(axes)]
 
     def partition(x):
-        x = x.reshape(batch, height // rows, rows, width // columns, columns, *x.shape[3:])
-        return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
+        x = x.reshape(x.shape[0], *itertools.chain(*zip(counts, window, strict=True)), *x.shape[1 + axes :])
+        x = x.permute(0, *outer, *inner, *range(1 + 2 * axes, x.dim()))
+        return x.flatten(0, axes).flatten(1, axes)
 
     def whole(x):
-        x = x.reshape(batch, height // rows, width // columns, rows, columns, *x.shape[2:])
-        return x.transpose(2, 3).flatten(1, 2).flatten(2, 3)
+        x = x.reshape(value.shape[0], *counts, *window, *x.shape[2:])
+        x = x.permute(0, *itertools.chain(*zip(range(1, 1 + axes), range(1 + axes, 1 + 2 * axes), strict=True)),
+                      *range(1 + 2 * axes, x.dim()))  # fmt: skip
+        return x.reshape(value.shape[0], *value.shape[1 : 1 + axes], *x.shape[1 + 2 * axes :])
 
     if bias is not None:
-        dy = (window_offsets(rows) + rows - 1).to(bias.device)
-        dx = (window_offsets(columns) + columns - 1).to(bias.device)
-        bias = bias[:, dy[:, None, :, None], dx[None, :, None, :]].reshape(heads, rows * columns, rows * columns)
+        places = [(window_offsets(size) + size - 1).to(bias.device) for size in window]
+        bias = bias[_each(_spread(places))].flatten(1, axes).flatten(2)
     output, lse = _full(partition(query), partition(key), partition(value), bias, return_lse)
     return whole(output), whole(lse) if return_lse else None
 
 
 def _neighborhood(query, key, value, bias, neighborhood, head, return_lse):
-    """Heads that share the kernel and the dilation of ``head``: keys are gathered per query."""
-    height, width = query.shape[1:3]
-    (rows, columns), (step_y, step_x) = neighborhood.kernels[head], neighborhood.dilations[head]
-    y = neighbor_indices(height, rows, step_y).to(query.device)[:, None, :, None]
-    x = neighbor_indices(width, columns, step_x).to(query.device)[None, :, None, :]
+    """Heads that share the windows of ``head``: keys are gathered per query."""
+    keys = keys_on_map(query.shape[1:-2], neighborhood, head)
+    axes = len(keys)
+    index = _spread([of_axis.index.to(query.device) for of_axis in keys])
 
     def gather(tensor):
-        """``(batch, height, width, heads, channels)`` to ``(batch, height, width, heads, keys, channels)``."""
-        return tensor[:, y, x].flatten(3, 4).transpose(3, 4)
+        """``(batch, *map, heads, channels)`` to ``(batch, *map, heads, keys, channels)``."""
+        return tensor[_each(index)].flatten(1 + axes, 2 * axes).transpose(-3, -2)
 
     scores = (gather(key) @ query.unsqueeze(-1)).squeeze(-1)
     if bias is not None:
-        largest_rows, largest_columns = neighborhood.kernel
-        dy = neighbor_offsets(height, rows, step_y).to(query.device)[:, None, :, None] + largest_rows - 1
-        dx = neighbor_offsets(width, columns, step_x).to(query.device)[None, :, None, :] + largest_columns - 1
-        scores = scores + bias[:, dy, dx].flatten(3, 4).permute(1, 2, 0, 3)
+        places = [(k.offset + size - 1).to(query.device) for k, size in zip(keys, neighborhood.kernel, strict=True)]
+        scores = scores + bias[_each(_spread(places))].flatten(1 + axes).movedim(0, -2)
+    if any(window.causal for window in neighborhood.windows[head]):
+        exists = math.prod(_spread([of_axis.exists.to(query.device) for of_axis in keys]))
+        scores = scores.masked_fill(~exists.bool().flatten(axes).unsqueeze(-2), -torch.inf)
     output = (softmax(scores).unsqueeze(-2) @ gather(value)).squeeze(-2)
     return output, log_sum_exp(scores) if return_lse else None
+
+
+def keys_on_map(extents: Sequence[int], neighborhood: Neighborhood, head: int) -> list[AxisKeys]:
+    """The keys that queries see, one map axis after the other."""
+    return [axis_keys(range(n), n, window) for n, window in zip(extents, neighborhood.windows[head], strict=True)]
+
+
+def _each(index):
+    """An index of the dimensions after the first, for each entry of the first."""
+    return slice(None), *index
+
+
+def _spread(of_axes):
+    """Of each axis a ``(queries, keys)``, as they broadcast to ``(*queries of the axes, *keys of the axes)``."""
+    axes = len(of_axes)
+    spread = []
+    for axis, numbers in enumerate(of_axes):
+        shape = [1] * (2 * axes)
+        shape[axis], shape[axes + axis] = numbers.shape
+        spread.append(numbers.reshape(shape))
+    return spread

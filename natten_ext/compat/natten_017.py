@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..checks import SizePerAxis, alike, check_reach, check_table, shape_of
-from ..geometry import IntPair, neighbor_indices, neighbor_offsets
+from ..checks import SizePerAxis, alike, check_table, neighborhood_of, shape_of
+from ..geometry import AxisWindow, Extents, axis_keys
 from .natten_021 import fused, pair_of, refuse, refuse_causal
 
 Causal = bool | tuple[bool, bool] | None
@@ -74,7 +74,7 @@ def na2d_qk(
     if rpb is None:
         return scores
     rows, columns = (
-        neighbor_offsets(length, k, d).to(query.device) + k - 1
+        axis_keys(range(length), length, AxisWindow(k, d)).offset.to(query.device) + k - 1
         for length, k, d in zip(query.shape[2:4], kernel, step, strict=True)
     )
     # In float32, because the table's gradient is a sum over all queries that is rounded once.
@@ -133,9 +133,9 @@ def natten2dav(
     return na2d_av(attn, value, kernel_size, dilation)
 
 
-def _checked_sizes(maps: torch.Tensor, kernel_size: Any, dilation: Any) -> tuple[IntPair, IntPair]:
+def _checked_sizes(maps: torch.Tensor, kernel_size: Any, dilation: Any) -> tuple[Extents, Extents]:
     kernel, step = pair_of("kernel_size", kernel_size), pair_of("dilation", dilation)
-    check_reach(maps.shape[2:4], kernel, step)
+    neighborhood_of(maps.shape[2:4], 1, kernel, step)
     return kernel, step
 
 
@@ -225,14 +225,14 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _indices(maps: torch.Tensor, kernel: IntPair, step: IntPair) -> tuple[torch.Tensor, torch.Tensor]:
+def _indices(maps: torch.Tensor, kernel: Extents, step: Extents) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys of every query on the two axes: ``(height, kernel_height)`` and ``(width, kernel_width)``."""
     pairs = zip(maps.shape[2:4], kernel, step, strict=True)
-    rows, columns = (neighbor_indices(length, k, d).to(maps.device) for length, k, d in pairs)
+    rows, columns = (axis_keys(range(length), length, AxisWindow(k, d)).index.to(maps.device) for length, k, d in pairs)
     return rows, columns
 
 
-def _shifts(maps: torch.Tensor, kernel: IntPair, step: IntPair):
+def _shifts(maps: torch.Tensor, kernel: Extents, step: Extents):
     """The map of every query's n-th key, and n, for n in row-major order."""
     rows, columns = _indices(maps, kernel, step)
     for n in range(kernel[0] * kernel[1]):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .. import functional
-from ..checks import SizePerAxis, check_bias, check_dense, checked_maps, neighborhood_of, pair, shown
-from ..geometry import IntPair
+from ..checks import SizePerAxis, check_bias, check_dense, checked_maps, extents_of, neighborhood_of, shown
+from ..geometry import Extents
 
 
 def na2d(
@@ -104,9 +104,9 @@ def fused(
     return functional.run(query, key, value, rpb, neighborhood, "dot", scale, backend, return_lse)
 
 
-def pair_of(name: str, size: Any) -> IntPair:
+def pair_of(name: str, size: Any) -> Extents:
     """(height, width) from an int, a tuple or, as in NATTEN, a list of two; never one entry per group of heads."""
-    return pair(name, tuple(size) if isinstance(size, list) else size)
+    return extents_of(name, tuple(size) if isinstance(size, list) else size, 2)
 
 
 def refuse(name: str, value: Any, what: str, *, allowed: bool) -> None:

@@ -17,13 +17,15 @@ from torch import Tensor
 
 import natten_ext
 from natten_ext import geometry
+from natten_ext.checks import windows_of
 from natten_ext.operators import OPERATORS
 from tests.operators import oracle
 
-Pair = tuple[int, int]
-Size = int | Pair
+Extents = tuple[int, ...]
+Size = int | Extents
 Inputs = dict[str, Tensor]
 
+SIZES = ("kernel", "dilation", "stride")
 FORWARD, BACKWARD, DOUBLE = 0, 1, 2
 
 
@@ -38,7 +40,9 @@ class Case:
     window: Size = 1
     kernel: Size | tuple[Size, ...] = 1  # a tuple of Size per group is passed on as a list, see `groups`
     dilation: Size | tuple[Size, ...] = 1
-    groups: tuple[str, ...] = ()  # which of "kernel" and "dilation" are lists with one entry per group of heads
+    stride: Size | tuple[Size, ...] = 1
+    causal: bool | tuple[bool, ...] = False
+    groups: tuple[str, ...] = ()  # which of the sizes are lists with one entry per group of heads
     score: str = "dot"
     bias: bool = False
     scale: float | None = None
@@ -61,40 +65,53 @@ class Case:
     def effective_scale(self) -> float:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
-    def per_head(self, field: str) -> list[Pair]:
-        """Kernel or dilation of every head, as pairs."""
+    @property
+    def axes(self) -> int:
+        """Of the map."""
+        return len(self.shape) - 3
+
+    def on_axes(self, size: Size | bool) -> tuple:
+        return size if isinstance(size, tuple) else (size,) * self.axes
+
+    def per_head(self, field: str) -> list[Extents]:
+        """Kernel, dilation or stride of every head, on every axis."""
         setting = getattr(self, field)
         entries = list(setting) if field in self.groups else [setting]
-        return [as_pair(entry) for entry in entries for _ in range(self.heads // len(entries))]
+        return [self.on_axes(entry) for entry in entries for _ in range(self.heads // len(entries))]
 
     @property
     def neighbors(self) -> tuple[oracle.Neighbors, ...]:
         if self.kind == "full":
             tokens = self.shape[1]
             return (oracle.full_neighbors(tokens, self.keys or tokens),) * self.heads
-        height, width = self.shape[1:3]
+        extents = self.shape[1:-2]
         if self.kind == "grid":
-            return (oracle.grid_neighbors(height, width, as_pair(self.window)),) * self.heads
-        return tuple(
-            oracle.sliding_neighbors(height, width, kernel, dilation)
-            for kernel, dilation in zip(self.per_head("kernel"), self.per_head("dilation"), strict=True)
-        )
+            return (oracle.grid_neighbors(extents, self.on_axes(self.window)),) * self.heads
+        sizes = zip(*map(self.per_head, SIZES), strict=True)
+        return tuple(oracle.sliding_neighbors(extents, *of_head, self.on_axes(self.causal)) for of_head in sizes)
 
     @property
     def lattices(self) -> int:
         """Independent parts of the problem: residue classes and heads of the images (windows may share a part)."""
-        classes = [d[0] * d[1] for d in self.per_head("dilation")] if self.kind == "neighborhood" else [1] * self.heads
+        classes = [1] * self.heads
+        if self.kind == "neighborhood":
+            classes = [math.prod(dilation) for dilation in self.per_head("dilation")]
         return self.shape[0] * sum(classes)
 
     @property
-    def table_shape(self) -> tuple[int, int, int]:
-        extents = [as_pair(self.window)] if self.kind == "grid" else self.per_head("kernel")
-        return self.heads, 2 * max(e[0] for e in extents) - 1, 2 * max(e[1] for e in extents) - 1
+    def table_shape(self) -> tuple[int, ...]:
+        extents = [self.on_axes(self.window)] if self.kind == "grid" else self.per_head("kernel")
+        return self.heads, *(2 * max(of_axis) - 1 for of_axis in zip(*extents, strict=True))
 
     def argument(self, field: str) -> object:
-        """Kernel or dilation as the public function takes it."""
+        """Kernel, dilation or stride as the public function takes it."""
         setting = getattr(self, field)
         return list(setting) if field in self.groups else setting
+
+    @property
+    def general(self) -> bool:
+        """Whether it takes three map axes, a stride or causal windows."""
+        return geometry.decode(self.code, self.axes).general
 
     @property
     def code(self) -> list[int]:
@@ -102,12 +119,9 @@ class Case:
         if self.kind == "full":
             return geometry.Full().encode()
         if self.kind == "grid":
-            return geometry.Grid(as_pair(self.window)).encode()
-        return geometry.Neighborhood(tuple(self.per_head("kernel")), tuple(self.per_head("dilation"))).encode()
-
-
-def as_pair(size: Size) -> Pair:
-    return size if isinstance(size, tuple) else (size, size)
+            return geometry.Grid(self.on_axes(self.window)).encode()
+        sizes = map(self.per_head, SIZES)
+        return windows_of(self.axes, self.heads, *sizes, self.on_axes(self.causal)).encode()
 
 
 def random(case: Case, label: str, shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
@@ -151,7 +165,8 @@ def forward(case: Case, inputs: Mapping[str, Tensor], backend: str | None, **opt
     options |= {"score": case.score, "bias": table}
     if case.kind == "grid":
         return natten_ext.grid_attention(q, k, v, case.window, **options)
-    kernel, dilation = case.argument("kernel"), case.argument("dilation")
+    kernel, dilation, stride = map(case.argument, SIZES)
+    options |= {"stride": stride, "is_causal": case.causal}
     return natten_ext.neighborhood_attention(q, k, v, kernel, dilation, **options)
 
 
@@ -244,10 +259,11 @@ def _grid(name: str, shape: tuple[int, ...], window: Size, **fields) -> Case:
     return Case(f"grid-{name}", "grid", shape, window=window, **fields)
 
 
-def _na(name: str, shape: tuple[int, ...], kernel, dilation=1, **fields) -> Case:
-    groups = tuple(n for n, s in (("kernel", kernel), ("dilation", dilation)) if isinstance(s, list))
-    kernel, dilation = (tuple(s) if isinstance(s, list) else s for s in (kernel, dilation))
-    return Case(f"na-{name}", "neighborhood", shape, kernel=kernel, dilation=dilation, groups=groups, **fields)
+def _na(name: str, shape: tuple[int, ...], kernel, dilation=1, stride=1, **fields) -> Case:
+    sizes = dict(zip(SIZES, (kernel, dilation, stride), strict=True))
+    groups = tuple(field for field, size in sizes.items() if isinstance(size, list))
+    sizes = {field: tuple(size) if isinstance(size, list) else size for field, size in sizes.items()}
+    return Case(f"na-{name}", "neighborhood", shape, groups=groups, **sizes, **fields)
 
 
 FULL = [
@@ -307,9 +323,35 @@ NEIGHBORHOOD = [
     _na("scaled", (1, 6, 6, 1, 8), 3, 2, scale=2.5),
 ]
 
+# What geometry.AnyNeighborhood.general says of one: three map axes, strides, causal windows. And lines.
+GENERAL = [
+    _grid("line-12-w4", (2, 12, 2, 8), 4, small=True),
+    _grid("4x6x4-w2x3x4", (1, 4, 6, 4, 2, 8), (2, 3, 4), small=True),
+    _grid("3x4x5-map", (1, 3, 4, 5, 1, 5), (3, 4, 5)),
+    _na("line-19-k5-d3", (2, 19, 2, 8), 5, 3, small=True),
+    _na("line-40-k7", (1, 40, 3, 16), 7),
+    _na("line-23-k4-causal", (2, 23, 1, 8), 4, 2, causal=True, small=True),
+    _na("line-21-k6-s4", (1, 21, 2, 4), 6, 1, 4, small=True),
+    _na("line-37-k9-s4-causal", (1, 37, 2, 16), 9, 1, 4, causal=True),
+    _na("4x5x6-k3", (2, 4, 5, 6, 2, 8), 3, small=True),
+    _na("3x7x6-k2x3x4", (1, 3, 7, 6, 1, 4), (2, 3, 4), (1, 2, 1), small=True),
+    _na("5x6x9-d", (1, 5, 6, 9, 4, 8), [(3, 3, 3), (2, 1, 5)], [(1, 2, 3), (2, 3, 1)]),
+    _na("4x4x20-k3-causal", (1, 4, 4, 20, 2, 8), 3, causal=(True, False, False), small=True),
+    _na("5x4x6-s", (1, 5, 4, 6, 2, 7), (3, 2, 4), 1, (2, 1, 3), small=True),
+    _na("9x10-causal", (2, 9, 10, 2, 8), 3, 2, causal=True, small=True),
+    _na("8x21-causal-x", (1, 8, 21, 2, 8), (3, 5), causal=(False, True)),
+    _na("10x7-causal-y", (1, 10, 7, 2, 8), (4, 3), causal=(True, False)),
+    _na("9x14-k5-s2x3", (1, 9, 14, 2, 8), 5, 1, (2, 3), small=True),
+    _na("8x8-blocks", (2, 8, 8, 2, 8), 4, 1, 4, small=True),
+    _na("11x13-s-per-head", (1, 11, 13, 4, 8), [3, 5], [2, 1], [(3, 2), 4], causal=(False, True), small=True),
+    _na("13x24-k6-s5-causal", (1, 13, 24, 1, 24), 6, 2, 5, causal=True),
+    _na("1x1x1-causal", (2, 1, 1, 1, 2, 4), 1, causal=True, small=True),
+    _na("3d-batch-0", (0, 3, 4, 4, 2, 8), 2, 1, 2, causal=(True, False, True), small=True),
+]
+
 CASES = FULL + [
     replace(case, score=score, bias=bias)
-    for case in GRID + NEIGHBORHOOD
+    for case in GRID + NEIGHBORHOOD + GENERAL
     for score in ("dot", "l2")
     for bias in (False, True)
 ]

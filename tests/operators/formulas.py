@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.operators.cases import Case, Inputs, arguments_of
-from tests.operators.oracle import pair_tables
+from tests.operators.oracle import pair_tables, table_index
 
 
 def plain_formulas(case: Case, inputs: Inputs, grad_output: Tensor, cotangents: Inputs, dtype: torch.dtype) -> Inputs:
@@ -55,16 +55,13 @@ def _formulas(
     a = case.effective_scale * (2 if l2 else 1)
     minus = 1 if absolute else -1
 
-    allowed, down, right = (
-        torch.stack(tensors)
-        for tensors in zip(*(pair_tables(sets, k.shape[2]) for sets in case.neighbors), strict=True)
-    )
+    pairs = zip(*(pair_tables(sets, k.shape[2]) for sets in case.neighbors), strict=True)
+    allowed, offsets = (torch.stack(tensors, -3) for tensors in pairs)
     scores = a * (q @ turned(k))
     if l2:
         scores = scores - a / 2 * k.square().sum(-1).unsqueeze(-2)
     if table is not None:
-        columns = table.shape[2]
-        offsets = (down + table.shape[1] // 2) * columns + right + columns // 2
+        offsets = table_index(offsets, table)
         scores = scores + table.flatten(1).gather(1, offsets.flatten(1)).view(offsets.shape)
     scores = scores.masked_fill(~allowed, -torch.inf)
     # Fused kernels keep the logarithm of the sum, and so a rounding error of the weights as large as the score.

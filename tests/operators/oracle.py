@@ -1,6 +1,6 @@
 """Attention written from its definition, to judge every implementation by.
 
-For each head and query the neighborhood is a plain list of `(key, row offset, column offset)`, made by Python loops
+For each head and query the neighborhood is a plain list of keys and offsets, made by Python loops
 that build residue classes as lists of positions; nothing here is shared with `natten_ext`. The arithmetic is PyTorch
 on the gathered keys, so autograd gives every order of derivative. Run in float64 it is the truth; run in a lower
 precision it is "the same computation in plain PyTorch", which the error budget is measured against.
@@ -8,21 +8,31 @@ precision it is "the same computation in plain PyTorch", which the error budget 
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import torch
 from torch import Tensor
 
-Neighbors = tuple[tuple[tuple[int, int, int], ...], ...]
-"""For every query (row-major), its keys as (key index, row offset, column offset); offsets are key minus query."""
+Extents = tuple[int, ...]
+Neighbors = tuple[tuple[tuple[int, Extents], ...], ...]
+"""For every query (row-major), its keys as (key index, offset on each map axis); offsets are key minus query."""
 
 
-def axis_neighbors(position: int, length: int, kernel: int, dilation: int) -> list[int]:
-    """Positions that `position` attends to along one axis: `kernel` members of its residue class, kept inside it."""
+def axis_neighbors(
+    position: int, length: int, kernel: int, dilation: int, stride: int = 1, causal: bool = False
+) -> list[int]:
+    """Positions that `position` attends to along one axis: members of its residue class, kept inside it."""
     members = [p for p in range(length) if (p - position) % dilation == 0]
     if len(members) < kernel:
         raise ValueError(f"{length} positions at dilation {dilation} hold {len(members)} members, fewer than {kernel}")
-    first = members.index(position) - kernel // 2
+    groups = [members[i : i + stride] for i in range(0, len(members), stride)]
+    (group,) = (group for group in groups if position in group)
+    place = stride - 1 if causal else stride // 2
+    leader = members.index(group[place] if place < len(group) else group[-1])
+    if causal:
+        return [key for key in members[: leader + 1][-kernel:] if key <= position]
+    first = leader - kernel // 2
     while first < 0:
         first += 1
     while first + kernel > len(members):
@@ -30,48 +40,71 @@ def axis_neighbors(position: int, length: int, kernel: int, dilation: int) -> li
     return members[first : first + kernel]
 
 
-@cache
 def full_neighbors(queries: int, keys: int) -> Neighbors:
     """Every query attends to every key; there is no table, so offsets are zero."""
-    return tuple(tuple((key, 0, 0) for key in range(keys)) for _ in range(queries))
+    return tuple(tuple((key, (0,)) for key in range(keys)) for _ in range(queries))
+
+
+def _on_map(extents: Extents, keys_of, units: Extents) -> Neighbors:
+    """`keys_of(axis, position)` of every axis together; offsets in units."""
+    result = []
+    for query in itertools.product(*map(range, extents)):
+        entries = []
+        for key in itertools.product(*(keys_of(axis, position) for axis, position in enumerate(query))):
+            index = 0
+            for position, extent in zip(key, extents, strict=True):
+                index = index * extent + position
+            entries.append((index, tuple((k - q) // u for k, q, u in zip(key, query, units, strict=True))))
+        result.append(tuple(entries))
+    return tuple(result)
 
 
 @cache
-def grid_neighbors(height: int, width: int, window: tuple[int, int]) -> Neighbors:
+def grid_neighbors(extents: Extents, window: Extents) -> Neighbors:
     """Every query attends to the keys with which it shares a cell of the grid."""
-    result = []
-    for y in range(height):
-        for x in range(width):
-            rows = [j for j in range(height) if j // window[0] == y // window[0]]
-            columns = [i for i in range(width) if i // window[1] == x // window[1]]
-            result.append(tuple((j * width + i, j - y, i - x) for j in rows for i in columns))
-    return tuple(result)
+
+    def keys_of(axis: int, position: int) -> list[int]:
+        return [key for key in range(extents[axis]) if key // window[axis] == position // window[axis]]
+
+    return _on_map(extents, keys_of, (1,) * len(extents))
 
 
 @cache
-def sliding_neighbors(height: int, width: int, kernel: tuple[int, int], dilation: tuple[int, int]) -> Neighbors:
+def sliding_neighbors(
+    extents: Extents, kernel: Extents, dilation: Extents, stride: Extents, causal: tuple[bool, ...]
+) -> Neighbors:
     """Every query attends to a window that slides with it; offsets are in units of the dilation."""
-    result = []
-    for y in range(height):
-        for x in range(width):
-            rows = axis_neighbors(y, height, kernel[0], dilation[0])
-            columns = axis_neighbors(x, width, kernel[1], dilation[1])
-            result.append(
-                tuple((j * width + i, (j - y) // dilation[0], (i - x) // dilation[1]) for j in rows for i in columns)
-            )
-    return tuple(result)
+
+    def keys_of(axis: int, position: int) -> list[int]:
+        return axis_neighbors(position, extents[axis], kernel[axis], dilation[axis], stride[axis], causal[axis])
+
+    return _on_map(extents, keys_of, dilation)
 
 
 @cache
-def pair_tables(neighbors: Neighbors, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For every (query, key): whether it is a pair of the neighborhood, and its row and column offset (0 if not)."""
+def pair_tables(neighbors: Neighbors, keys: int) -> tuple[Tensor, Tensor]:
+    """For every (query, key): whether it is a pair of the neighborhood, and its offsets (0 if not), one map axis after
+    the other."""
+    axes = len(neighbors[0][0][1])
     allowed = torch.zeros(len(neighbors), keys, dtype=torch.bool)
-    rows, columns = (torch.zeros(len(neighbors), keys, dtype=torch.int64) for _ in range(2))
+    offsets = torch.zeros(axes, len(neighbors), keys, dtype=torch.int64)
     for query, entries in enumerate(neighbors):
-        for key, row, column in entries:
+        for key, offset in entries:
             assert not allowed[query, key], "a key is listed twice"
-            allowed[query, key], rows[query, key], columns[query, key] = True, row, column
-    return allowed, rows, columns
+            allowed[query, key] = True
+            offsets[:, query, key] = torch.tensor(offset)
+    return allowed, offsets
+
+
+def table_index(offsets: Tensor, table: Tensor) -> Tensor:
+    """Where pairs with these offsets, one map axis after the other, find their entry in a head's table, flattened.
+
+    `table` is `(heads, ...)`, with the offset of zero in its centre.
+    """
+    index = 0
+    for of_axis, extent in zip(offsets, table.shape[1:], strict=True):
+        index = index * extent + of_axis + extent // 2
+    return index
 
 
 def attend(
@@ -87,15 +120,15 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query over its listed keys, all scores held at once, and the log-sum-exp of its scores.
 
-    `query`, `key` and `value` are `(batch, *positions, heads, head_dim)`, `table` is `(heads, rows, columns)` with
-    offset (0, 0) in its centre, and `neighbors` has one entry per head. The score "l2" is computed as defined, from
-    differences, or with `expanded` as everybody computes it in practice: from products, less what softmax removes (the
-    log-sum-exp is not that of the scores then).
+    `query`, `key` and `value` are `(batch, *positions, heads, head_dim)`, `table` is `(heads, ...)` with one axis per
+    map axis and the offset of zero in its centre, and `neighbors` has one entry per head. The score "l2" is computed as
+    defined, from differences, or with `expanded` as everybody computes it in practice: from products, less what
+    softmax removes (the log-sum-exp is not that of the scores then).
     """
     query_tokens, key_tokens, value_tokens = (tensor.flatten(1, -3) for tensor in (query, key, value))
     outputs, lses = [], []
     for head, sets in enumerate(neighbors):
-        allowed, rows, columns = pair_tables(sets, key_tokens.shape[1])
+        allowed, offsets = pair_tables(sets, key_tokens.shape[1])
         q, k, v = (tokens[:, :, head] for tokens in (query_tokens, key_tokens, value_tokens))
         if score == "dot":
             scores = scale * (q @ k.transpose(1, 2))
@@ -106,7 +139,7 @@ def attend(
         else:
             raise ValueError(f"score {score!r}")
         if table is not None:
-            scores = scores + table[head, rows + table.shape[1] // 2, columns + table.shape[2] // 2]
+            scores = scores + table[head].flatten()[table_index(offsets, table)]
         scores = scores.masked_fill(~allowed, -torch.inf)
         outputs.append(scores.softmax(-1) @ v)
         lses.append(scores.logsumexp(-1))

@@ -24,7 +24,8 @@ from triton.backends.nvidia.driver import CudaLauncher
 from benchmarks.kernels import triton_resources as resources
 from natten_ext.backends.triton import backward, configs, double_backward, forward
 from natten_ext.backends.triton.launch import recorded_launches
-from natten_ext.geometry import Full, Grid, Neighborhood
+from natten_ext.checks import windows_of
+from natten_ext.geometry import Full, Grid
 from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, FORWARD
 
 
@@ -114,7 +115,7 @@ def main(folder: Path) -> None:
 
     with recorded_launches(record), configs.assumed_architecture("sm_90"):
         attend(Full(), (2, 65, 2, 24), None, "l2")
-        attend(Neighborhood(((3, 3), (5, 2)), ((1, 1), (2, 3))), (2, 11, 13, 2, 4), (2, 9, 5), "dot")
+        attend(windows_of(2, 2, [3, (5, 2)], [1, (2, 3)]), (2, 11, 13, 2, 4), (2, 9, 5), "dot")
         attend(Grid((4, 4)), (2, 8, 12, 2, 24), (2, 7, 7), "dot")
     print(len(launched), *sorted(set(launched)))
 

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import natten_ext
 from natten_ext.backends import choice, cuda
 from natten_ext.backends.support import asked_once
-from natten_ext.geometry import Full, Grid, Neighborhood
+from natten_ext.checks import windows_of
+from natten_ext.geometry import Full, Grid
 from natten_ext.operators import OPERATORS
 from tests.operators.cases import Inputs, find, forward, grad_output_of, inputs_of
 
@@ -17,7 +18,7 @@ OPCHECK_CASES = [
     (find("full-self-9"), Full()),
     (find("full-cross-13x29", score="l2"), Full()),
     (find("grid-6x10-w3x5", bias=True), Grid((3, 5))),
-    (find("na-7x9-k3", score="l2", bias=True, shape=(1, 4, 5, 1, 5)), Neighborhood(((3, 3),), ((1, 1),))),
+    (find("na-7x9-k3", score="l2", bias=True, shape=(1, 4, 5, 1, 5)), windows_of(2, 1, 3, 1)),
 ]
 
 COMPILED = [

@@ -36,7 +36,7 @@ def three(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensor, tensor, tensor
 
 
-S, M = three(sequence()), three(image())
+S, M, V = three(sequence()), three(image()), three(sequence(1, 3, 4, 5, 2, 8))
 DOUBLE = {"dtype": torch.float64}
 MERGE, ROWS = natten_ext.merge_attention, torch.zeros(2, 6, 2)
 
@@ -49,8 +49,11 @@ BAD = [
     ("query of rank 3", ATTENTION, three(sequence(2, 6, 8)), {}, ValueError, ["query", "(2, 6, 8)"]),
     ("query of rank 5", ATTENTION, M, {}, ValueError, ["query", "(2, 6, 8, 4, 8)"]),
     ("key of rank 3", ATTENTION, (S[0], sequence(2, 6, 8), S[2]), {}, ValueError, ["key", "(2, 6, 8)"]),
-    ("map of rank 4", GRID, (*S, 2), {}, ValueError, ["query", "(2, 6, 2, 8)"]),
-    ("map of rank 4 in na", NA, (*S, 3), {}, ValueError, ["query", "(2, 6, 2, 8)"]),
+    ("map of rank 3", GRID, (*three(sequence(2, 6, 8)), 2), {}, ValueError, ["query", "(2, 6, 8)"]),
+    ("map of rank 7", NA, (*three(sequence(1, 2, 3, 3, 3, 2, 8)), 3), {}, ValueError, ["query", "(1, 2, 3, 3, 3, 2"]),
+    ("key of another rank", NA, (*M[:1], S[1], M[2], 3), {}, ValueError, ["key", "height, width", "(2, 6, 2, 8)"]),
+    ("depth 0", NA, (*three(sequence(1, 0, 3, 3, 2, 8)), 1), {}, ValueError, ["depth", "(1, 0, 3, 3, 2, 8)"]),
+    ("line of width 0", GRID, (*three(sequence(1, 0, 2, 8)), 1), {}, ValueError, ["width", "(1, 0, 2, 8)"]),
     ("integers", ATTENTION, three(sequence(dtype=torch.int64)), {}, TypeError, ["query", "int64"]),
     ("complex", ATTENTION, three(sequence(dtype=torch.complex64)), {}, TypeError, ["query", "complex64"]),
     ("bool", NA, (*three(image(dtype=torch.bool)), 3), {}, TypeError, ["query", "bool"]),
@@ -128,6 +131,20 @@ BAD = [
     ("pair as a list", NA, (*M, [3, 5, 3]), {}, ValueError, ["kernel_size", "4 heads", "tuple"]),
     ("no groups", NA, (*M, []), {}, ValueError, ["kernel_size", "0"]),
     ("list in a list", NA, (*M, [[3, 3], [3, 3]]), {}, TypeError, ["kernel_size", "[3, 3]"]),
+    ("pair on a line", NA, (*S, (3, 3)), {}, TypeError, ["kernel_size", "(width,)", "(3, 3)"]),
+    ("pair on a volume", NA, (*V, (2, 2)), {}, TypeError, ["kernel_size", "(depth, height, width)", "(2, 2)"]),
+    ("window not dividing the depth", GRID, (*V, 2), {}, ValueError, ["window_size", "depth", "3", "2"]),
+    ("kernel deeper than the map", NA, (*V, (4, 2, 2)), {}, ValueError, ["kernel_size", "depth", "4", "3"]),
+    ("stride 0", NA, (*M, 3), {"stride": 0}, ValueError, ["stride", "0"]),
+    ("stride beyond the kernel", NA, (*M, 3), {"stride": 4}, ValueError, ["stride", "4 > 3"]),
+    ("stride of one group", NA, (*M, [3, 5]), {"stride": 4}, ValueError, ["stride", "4 > 3"]),
+    ("stride float", NA, (*M, 3), {"stride": 1.5}, TypeError, ["stride", "1.5"]),
+    ("stride True", NA, (*M, 3), {"stride": True}, TypeError, ["stride", "True"]),
+    ("3 strides for 4 heads", NA, (*M, 3), {"stride": [1, 2, 3]}, ValueError, ["stride", "4 heads", "3"]),
+    ("causal None", NA, (*M, 3), {"is_causal": None}, TypeError, ["is_causal", "None"]),
+    ("causal 1", NA, (*M, 3), {"is_causal": 1}, TypeError, ["is_causal", "1"]),
+    ("causal triple", NA, (*M, 3), {"is_causal": (True,) * 3}, TypeError, ["is_causal", "(height, width)"]),
+    ("causal list", NA, (*M, 3), {"is_causal": [True, False]}, TypeError, ["is_causal", "[True, False]"]),
     # table
     ("table of another kernel", NA, (*M, 3), {"bias": torch.zeros(4, 7, 7)},
      ValueError, ["bias", "(4, 5, 5)", "(4, 7, 7)"]),
@@ -241,6 +258,10 @@ def test_head_dims_beyond_the_fused_limit_fall_back_on_the_cpu():
         (lambda: natten_ext.GridAttention(8, 2, 2).attention_weights(torch.zeros(4, 8), [0]), ["input", "(4, 8)"]),
         (lambda: natten_ext.L2Attention(8, 2, score="dot"), ["score"]),
         (lambda: natten_ext.Attention(8, 2, bias=True), ["bias"]),
+        (lambda: natten_ext.GridAttention(8, 2, 2, map_axes=4), ["map_axes", "4"]),
+        (lambda: natten_ext.NeighborhoodAttention(8, 2, 3, map_axes=0), ["map_axes", "0"]),
+        (lambda: natten_ext.NeighborhoodAttention(8, 2, 3, map_axes=2.0), ["map_axes", "2.0"]),
+        (lambda: natten_ext.NeighborhoodAttention(8, 2, 3, stride=4), ["stride", "4 > 3"]),
         (lambda: natten_ext.Attention(8, 2, projections=2), ["projections"]),
     ],
 )
@@ -261,6 +282,7 @@ def test_signatures_of_modules_are_explicit(kind):
     of_operands = ("query", "key", "value", "return_lse")
     shared = [name for name in inspect.signature(function).parameters if name not in of_operands]
     own = ["embed_dim", "num_heads", "qkv_bias", "proj_bias", "proj_drop"]
+    own += ["map_axes"] if function in (GRID, NA) else []
     assert sorted(parameters) == sorted(shared + own)
 
 

@@ -1,4 +1,4 @@
-"""The examples of docs/derivatives.md and docs/choosing.md run, and what they differentiate has a gradient."""
+"""The examples of docs/derivatives.md, docs/choosing.md and docs/neighborhoods.md run, and what they differentiate has a gradient."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def test_model_of_ones_own(title):
     names["output"].square().mean().backward()
     models = [x for x in names.values() if isinstance(x, torch.nn.Module)]
     assert any(all(p.grad is not None for p in model.parameters()) for model in models)
+
+
+def test_neighborhoods_on_lines_maps_and_volumes():
+    (example,) = examples_of("neighborhoods.md").values()
+    exec(example, {})
 
 
 @pytest.mark.parametrize("title", EXAMPLES)

@@ -10,56 +10,71 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natten_ext import geometry
+from natten_ext.geometry import AxisWindow
 from tests.operators import oracle
 
-axes = st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(0, 30)).map(
-    lambda t: (t[0] * t[1] + t[2], t[0], t[1])
-)
-"""(length, kernel, dilation) with kernel * dilation <= length."""
+axes = st.builds(
+    lambda kernel, dilation, more, stride, causal: (
+        kernel * dilation + more,
+        AxisWindow(kernel, dilation, min(stride, kernel), causal),
+    ),
+    st.integers(1, 9), st.integers(1, 7), st.integers(0, 30), st.integers(1, 9), st.booleans(),
+)  # fmt: skip
+"""(length, window) with kernel * dilation <= length and stride <= kernel."""
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 @given(axes)
 @quick
-def test_neighbors_on_an_axis(axis):
-    length, kernel, dilation = axis
-    indices, offsets = geometry.neighbor_indices(*axis), geometry.neighbor_offsets(*axis)
+def test_keys_on_an_axis(axis):
+    length, window = axis
+    keys = geometry.axis_keys(range(length), *axis)
     for position in range(length):
-        expected = oracle.axis_neighbors(position, length, kernel, dilation)
-        assert geometry.window_start(position, length, kernel, dilation) == expected[0]
-        assert indices[position].tolist() == expected
-        assert (offsets[position] * dilation + position).tolist() == expected
+        expected = oracle.axis_neighbors(position, length, *window)
+        assert list(window.keys(position, length)) == expected
+        exists = keys.exists[position]
+        assert exists.tolist() == [True] * len(expected) + [False] * (window.kernel - len(expected))
+        assert keys.index[position][exists].tolist() == expected
+        assert (keys.index[position][~exists] == expected[0]).all()
+        assert torch.equal(keys.offset[position] * window.dilation + position, keys.index[position])
 
 
 @given(axes)
 @quick
 def test_properties_of_the_rule(axis):
-    """The oracle itself: exactly `kernel` keys of the query's residue class, in a row, the query among them."""
-    length, kernel, dilation = axis
+    """The oracle itself: keys of the query's residue class, in a row, the query among them; as many as the kernel says
+    unless windows are causal."""
+    length, (kernel, dilation, stride, causal) = axis
     for position in range(length):
-        keys = oracle.axis_neighbors(position, length, kernel, dilation)
-        assert len(keys) == kernel and position in keys
+        keys = oracle.axis_neighbors(position, length, kernel, dilation, stride, causal)
+        assert position in keys
         assert all(0 <= key < length for key in keys)
         assert all(b - a == dilation for a, b in pairwise(keys))
-        left = (position - keys[0]) // dilation
-        if keys[0] >= dilation and keys[-1] + dilation < length:  # no border near
-            assert left == kernel // 2 and kernel - 1 - left == (kernel - 1) // 2
         assert all(abs(key - position) <= (kernel - 1) * dilation for key in keys)
+        if causal:
+            assert keys[-1] == position
+            assert len(keys) <= kernel
+            assert len(keys) == min(kernel, position // dilation + 1) or stride > 1
+        else:
+            assert len(keys) == kernel
+            if stride == 1 and keys[0] >= dilation and keys[-1] + dilation < length:  # no border near
+                left = (position - keys[0]) // dilation
+                assert left == kernel // 2 and kernel - 1 - left == (kernel - 1) // 2
 
 
 @given(axes)
 @quick
 def test_which_queries_see_a_key_is_a_range(axis):
     """The inverse neighborhood, which backward kernels walk: consecutive members of the residue class."""
-    length, kernel, dilation = axis
+    length, window = axis
     seen_by: dict[int, list[int]] = {key: [] for key in range(length)}
     for position in range(length):
-        for key in oracle.axis_neighbors(position, length, kernel, dilation):
+        for key in oracle.axis_neighbors(position, length, *window):
             seen_by[key].append(position)
     for queries in seen_by.values():
         assert queries
-        assert queries == list(range(queries[0], queries[-1] + 1, dilation))
+        assert queries == list(range(queries[0], queries[-1] + 1, window.dilation))
 
 
 @given(st.integers(1, 12))
@@ -70,21 +85,18 @@ def test_window_offsets(window):
     assert all(offsets[q, k] == k - q for q in range(window) for k in range(window))
 
 
-pairs = st.tuples(st.integers(1, 9), st.integers(1, 9))
+axis_windows = st.builds(AxisWindow, st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.booleans())
 
 
-@given(st.lists(st.tuples(pairs, pairs), min_size=1, max_size=6))
+@given(st.integers(1, 3).flatmap(lambda n: st.lists(st.tuples(*[axis_windows] * n), min_size=1, max_size=6)))
 @quick
 def test_codes_come_back(heads):
-    kernels, dilations = (tuple(field) for field in zip(*heads, strict=True))
-    for neighborhood in (
-        geometry.Full(),
-        geometry.Grid(kernels[0]),
-        geometry.Neighborhood(kernels, dilations),
-    ):
-        assert geometry.decode(neighborhood.encode()) == neighborhood
-    neighborhood = geometry.Neighborhood(kernels, dilations)
-    assert neighborhood.kernel == (max(k[0] for k in kernels), max(k[1] for k in kernels))
+    count = len(heads[0])
+    neighborhood = geometry.Neighborhood(tuple(heads))
+    for other in (geometry.Full(), geometry.Grid(neighborhood.kernel), neighborhood):
+        assert geometry.decode(other.encode(), count) == other
+    assert neighborhood.kernel == tuple(max(head[axis].kernel for head in heads) for axis in range(count))
+    assert neighborhood.general == (count > 2 or any(w.causal or w.stride > 1 for head in heads for w in head))
     groups = neighborhood.head_groups()
     assert [head for first, last in groups for head in range(first, last)] == list(range(len(heads)))
     for first, last in groups:
@@ -96,12 +108,13 @@ def test_codes_come_back(heads):
 @quick
 def test_cpp_agrees_with_python(axis):
     extension = pytest.importorskip("natten_ext._C")
-    length, _, dilation = axis
+    length, window = axis
     for position in range(length):
-        assert extension.window_start(position, *axis) == geometry.window_start(position, *axis)
-    for residue in range(dilation):
-        members = [p for p in range(length) if p % dilation == residue]
-        assert extension.class_length(length, dilation, residue) == len(members)
+        keys = window.keys(position, length)
+        assert extension.axis_keys(position, length, *window) == (keys.start, keys.stop)
+    for residue in range(window.dilation):
+        members = [p for p in range(length) if p % window.dilation == residue]
+        assert extension.class_length(length, window.dilation, residue) == len(members)
 
 
 def test_examples_by_hand():
@@ -112,6 +125,22 @@ def test_examples_by_hand():
     assert oracle.axis_neighbors(0, 8, 3, 2) == [0, 2, 4]
     assert oracle.axis_neighbors(7, 8, 3, 2) == [3, 5, 7]
     assert oracle.axis_neighbors(4, 9, 3, 2) == [2, 4, 6]
-    assert oracle.grid_neighbors(2, 4, (2, 2))[2] == ((2, 0, 0), (3, 0, 1), (6, 1, 0), (7, 1, 1))
-    assert oracle.sliding_neighbors(3, 3, (1, 3), (1, 1))[3] == ((3, 0, 0), (4, 0, 1), (5, 0, 2))
-    assert torch.equal(geometry.neighbor_indices(5, 2, 2)[:, 0], torch.tensor([0, 1, 0, 1, 2]))
+    assert oracle.axis_neighbors(4, 9, 3, 1, stride=3) == [3, 4, 5]  # the leader of 3, 4, 5 is 4
+    assert oracle.axis_neighbors(3, 9, 3, 1, stride=3) == [3, 4, 5]
+    assert oracle.axis_neighbors(2, 9, 4, 1, stride=2) == [1, 2, 3, 4]  # of 2, 3 it is 3
+    assert oracle.axis_neighbors(8, 9, 4, 1, stride=2) == [5, 6, 7, 8]
+    assert oracle.axis_neighbors(1, 9, 3, 1, causal=True) == [0, 1]
+    assert oracle.axis_neighbors(5, 9, 3, 1, causal=True) == [3, 4, 5]
+    assert oracle.axis_neighbors(4, 9, 4, 1, stride=2, causal=True) == [2, 3, 4]  # the window of 5, up to 4
+    assert oracle.axis_neighbors(5, 9, 4, 1, stride=2, causal=True) == [2, 3, 4, 5]
+    first = oracle.grid_neighbors((2, 4), (2, 2))[2]
+    assert first == ((2, (0, 0)), (3, (0, 1)), (6, (1, 0)), (7, (1, 1)))
+    sliding = oracle.sliding_neighbors((3, 3), (1, 3), (1, 1), (1, 1), (False, False))
+    assert sliding[3] == ((3, (0, 0)), (4, (0, 1)), (5, (0, 2)))
+    deep = oracle.sliding_neighbors((2, 1, 2), (2, 1, 1), (1, 1, 1), (1, 1, 1), (True, False, False))
+    assert deep == (
+        ((0, (0, 0, 0)),),
+        ((1, (0, 0, 0)),),
+        ((0, (-1, 0, 0)), (2, (0, 0, 0))),
+        ((1, (-1, 0, 0)), (3, (0, 0, 0))),
+    )

@@ -19,11 +19,13 @@ from tests.operators.cases import (
     inputs_of,
     oracle_derivatives,
 )
-from tests.operators.oracle import sliding_neighbors
 
 # NATTEN has one kernel and one dilation for all heads.
 NATTEN_CASES = [
-    case for case in CASES if case.kind == "neighborhood" and case.score == "dot" and not case.groups and not case.tied
+    case
+    for case in CASES
+    if case.kind == "neighborhood" and case.axes == 2 and not (case.general or case.groups or case.tied)
+    if case.score == "dot"
 ]
 SMALL = [case for case in NATTEN_CASES if case.small and case.shape[0]]
 
@@ -60,12 +62,11 @@ def test_scores_are_in_row_major_order(case):
     inputs = inputs_of(case)
     query, key = (heads_first(inputs[name]) for name in ("query", "key"))
     scores = compat.na2d_qk(query, key, case.kernel, case.dilation, rpb=inputs.get("bias")).flatten(2, 3)
-    height, width = case.shape[1:3]
-    sets = sliding_neighbors(height, width, case.per_head("kernel")[0], case.per_head("dilation")[0])
-    keys = torch.tensor([[key for key, _, _ in entries] for entries in sets])
+    sets = case.neighbors[0]
+    keys = torch.tensor([[key for key, _ in entries] for entries in sets])
     expected = (query.flatten(2, 3).unsqueeze(3) * key.flatten(2, 3)[:, :, keys]).sum(-1)
     if case.bias:
-        rows, columns = torch.tensor([[entry[1:] for entry in entries] for entries in sets]).unbind(-1)
+        rows, columns = torch.tensor([[offset for _, offset in entries] for entries in sets]).unbind(-1)
         table = inputs["bias"]
         expected = expected + table[:, rows + table.shape[1] // 2, columns + table.shape[2] // 2]
     torch.testing.assert_close(scores, expected)

@@ -25,7 +25,7 @@ from tests.operators.cases import (
     oracle_forward,
     tangent,
 )
-from tests.operators.oracle import pair_tables
+from tests.operators.oracle import pair_tables, table_index
 
 # Rows of more keys than are kept in the cache, which are passed over once. Float64 keeps half as many as float32.
 LONG = Case("tangent-long", "full", (2, 40, 2, 5), keys=2500)
@@ -56,16 +56,15 @@ def two_passes(case: Case, inputs: Inputs, tangents: Inputs) -> Tensor:
     to_q, to_k, to_v, to_table = (None if x is None else x.cpu() for x in arguments_of(case, tangents))
     q, k, v, to_q, to_k, to_v = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v, to_q, to_k, to_v))
     pairs = zip(*(pair_tables(sets, k.shape[2]) for sets in case.neighbors), strict=True)
-    allowed, down, right = (torch.stack(tensors) for tensors in pairs)
+    allowed, offsets = (torch.stack(tensors, -3) for tensors in pairs)
     l2 = case.score == "l2"
     a = case.effective_scale * (2 if l2 else 1)
     scores, x = a * (q @ k.mT), a * (to_q @ k.mT + q @ to_k.mT)
     if l2:
         scores, x = scores - a / 2 * k.square().sum(-1).unsqueeze(-2), x - a * (to_k * k).sum(-1).unsqueeze(-2)
     if table is not None:
-        heads = torch.arange(case.heads).view(-1, 1, 1)
-        at = (heads, down + table.shape[1] // 2, right + table.shape[2] // 2)
-        scores, x = scores + table[at], x + to_table[at]
+        at = torch.arange(case.heads).view(-1, 1, 1), table_index(offsets, table)
+        scores, x = scores + table.flatten(1)[at], x + to_table.flatten(1)[at]
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
     x = x.masked_fill(~allowed, 0)
     r = (weights * x).sum(-1, keepdim=True)

@@ -137,7 +137,7 @@ def test_tangents_alone(wanted):
     with launch.recorded_launches(lambda *one: launches.append(one)):
         results = double_backward(
             DOUBLE_BACKWARD.operands(
-                x, x, x, None, x, None, x, x, x, None, x, lse, [1, 4, 4], False, 1.0, [*wanted, *[False] * 4]
+                x, x, x, None, x, None, x, x, x, None, x, lse, [1, 1, 4, 4], False, 1.0, [*wanted, *[False] * 4]
             )
         )
     ((kernel, _, arguments, _),) = launches

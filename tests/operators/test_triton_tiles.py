@@ -16,7 +16,8 @@ from benchmarks.kernels import triton_work
 from natten_ext.backends.triton import configs
 from natten_ext.backends.triton.launch import chunks_of
 from natten_ext.backends.triton.problem import KEY, QUERY, Axis, _problem_of, displaced_pairs, displacements, tiling
-from natten_ext.geometry import FULL, GRID, NEIGHBORHOOD, Full, Grid, Neighborhood
+from natten_ext.checks import windows_of
+from natten_ext.geometry import FULL, GRID, NEIGHBORHOOD, Full, Grid
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -60,9 +61,9 @@ PROBLEMS = [
         (Grid((3, 5)).encode(), (1, 6, 10, 2, 24), 6),
         (Grid((12, 12)).encode(), (1, 24, 12, 1, 24), 24),
         (Grid((8, 1)).encode(), (1, 16, 6, 1, 24), 16),
-        (Neighborhood(((7, 7),) * 2, ((1, 1), (2, 2))).encode(), (1, 16, 19, 2, 32), 16),
-        (Neighborhood(((3, 3), (5, 2)), ((1, 4), (2, 3))).encode(), (1, 13, 17, 2, 32), 13),
-        (Neighborhood(((6, 4),), ((1, 1),)).encode(), (1, 6, 33, 1, 32), 6),
+        (windows_of(2, 2, 7, [1, 2]).encode(), (1, 16, 19, 2, 32), 16),
+        (windows_of(2, 2, [3, (5, 2)], [(1, 4), (2, 3)]).encode(), (1, 13, 17, 2, 32), 13),
+        (windows_of(2, 1, (6, 4), 1).encode(), (1, 6, 33, 1, 32), 6),
     )
 ]
 
@@ -109,7 +110,7 @@ def test_displacements_hold_every_pair(problem, sizes):
 
 def test_displacements_are_few():
     """Tiles of 8 x 8 see 14 x 14 keys of a window of 7 x 7: two blocks on each axis, one where the map is one tile."""
-    problem = _problem_of(tuple(Neighborhood(((7, 7),) * 2, ((1, 1), (8, 8))).encode()), (2, 64, 64, 2, 32), 64)
+    problem = _problem_of(tuple(windows_of(2, 2, 7, [1, 8]).encode()), (2, 64, 64, 2, 32), 64)
     tiles = tiling(problem, 64, 64, QUERY)
     assert tiles.own == tiles.block == (8, 8)
     visits = {}

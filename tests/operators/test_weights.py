@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import natten_ext
-from tests.operators.cases import CASES, Case, arguments_of, find, inputs_of
-from tests.operators.oracle import pair_tables
+from tests.operators.cases import CASES, SIZES, Case, arguments_of, find, inputs_of
+from tests.operators.oracle import pair_tables, table_index
 
 # One of each neighborhood, score and table; every problem whose maps or kernels are peculiar.
 WEIGHT_CASES = [case for case in CASES if case.small and case.shape[0]]
@@ -22,13 +22,13 @@ def full_weights(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     query, key = query.flatten(1, -3), key.flatten(1, -3)
     weights = []
     for head, sets in enumerate(case.neighbors):
-        allowed, rows, columns = pair_tables(sets, key.shape[1])
+        allowed, offsets = pair_tables(sets, key.shape[1])
         q, k = query[:, :, head], key[:, :, head]
         distance = q.unsqueeze(2) - k.unsqueeze(1)
         scores = q @ k.mT if case.score == "dot" else -distance.square().sum(-1)
         scores = scores * case.effective_scale
         if table is not None:
-            scores = scores + table[head, rows + table.shape[1] // 2, columns + table.shape[2] // 2]
+            scores = scores + table[head].flatten()[table_index(offsets, table)]
         weights.append(scores.masked_fill(~allowed, -torch.inf).softmax(-1))
     return torch.stack(weights, 2)
 
@@ -38,7 +38,8 @@ def options_of(case: Case, inputs: dict[str, torch.Tensor]) -> dict:
     if case.kind == "grid":
         options["window_size"] = case.window
     elif case.kind == "neighborhood":
-        options |= {"kernel_size": case.argument("kernel"), "dilation": case.argument("dilation")}
+        options |= dict(zip(("kernel_size", "dilation", "stride"), map(case.argument, SIZES), strict=True))
+        options["is_causal"] = case.causal
     return options
 
 
@@ -49,14 +50,14 @@ def test_weights_of_some_queries_are_rows_of_the_whole_matrix(case):
     extents = case.shape[1:-2]
     chosen = torch.randperm(math.prod(extents))[:7]
     chosen = torch.cat([chosen, chosen[:1]])  # a position may be asked for twice
-    positions = chosen if len(extents) == 1 else torch.stack([chosen // extents[1], chosen % extents[1]], 1)
+    positions = chosen if len(extents) == 1 else torch.stack(torch.unravel_index(chosen, extents), 1)
     weights = natten_ext.attention_weights(query, key, positions, **options_of(case, inputs))
     expected = full_weights(case, inputs)[:, chosen]
     assert weights.shape == (case.shape[0], len(chosen), case.heads, *key.shape[1:-2])
     torch.testing.assert_close(weights.flatten(3), expected, rtol=1e-12, atol=1e-13)
     for head, sets in enumerate(case.neighbors):  # exactly zero where no key is
         for place, query_index in enumerate(chosen.tolist()):
-            keys = [key for key, _, _ in sets[query_index]]
+            keys = [key for key, _ in sets[query_index]]
             outside = weights[:, place, head].flatten(1).clone()
             outside[:, keys] = 0
             assert not outside.any()
@@ -182,7 +183,9 @@ def nested(tensor: torch.Tensor) -> torch.Tensor:
         ((S, S, [0]), {"scale": 10**400}, ValueError, ["scale", "100000"]),
         ((S, M, [0]), {}, ValueError, ["key", "(2, 6, 8, 4, 8)"]),
         ((S, torch.zeros(2, 6, 1, 8), [0]), {}, ValueError, ["key", "heads"]),
-        ((S, S, [0]), {"kernel_size": 3}, ValueError, ["query", "(2, 6, 2, 8)"]),
+        ((S, S, [0]), {"kernel_size": 7}, ValueError, ["kernel_size", "width 6"]),
+        ((S, S, [0]), {"kernel_size": 3, "stride": 4}, ValueError, ["stride", "4 > 3"]),
+        ((S, S, [0]), {"is_causal": True}, ValueError, ["is_causal needs a kernel_size", "True"]),
         ((S, S, [0]), {"bias": torch.zeros(2, 5, 5)}, ValueError, ["bias", "window_size"]),
         ((S, S, [0]), {"score": "cosine"}, ValueError, ["score", "cosine"]),
         ((M, M, [(0, 0)]), {"kernel_size": 3, "window_size": 2}, ValueError, ["window_size", "kernel_size"]),

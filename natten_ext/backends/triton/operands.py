@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ...checks import check_dense, grid_of, neighborhood_of
-from ...geometry import FULL, GRID, NEIGHBORHOOD, AnyNeighborhood, Full
+from ...checks import check_dense, check_windows, grid_of
+from ...geometry import FULL, GRID, MAP_AXES, NEIGHBORHOOD, AnyNeighborhood, Full, Grid, Neighborhood, decode
 from ...orders import INPUTS
 
 _LIKE = {"value": "key", "grad_output": "query", "output": "query"} | {f"cot_{name}": name for name in INPUTS}
@@ -25,13 +25,14 @@ def check_operands(operands: Any) -> None:
     for name, tensor in given.items():
         check_dense(name, tensor)
     query, key, bias, code = operands.query, operands.key, operands.bias, operands.neighborhood
-    dims = 4 if tuple(code) == (FULL,) else 5
-    if query.dim() != dims or key.dim() != dims:
+    full = tuple(code) == (FULL,)
+    if key.dim() != query.dim() or not 4 <= query.dim() <= (4 if full else 6):
+        dims = "4" if full else "4 to 6"
         raise ValueError(f"query and key must have {dims} dimensions for neighborhood code {list(code)}")
     if 0 in query.shape[-2:] or key.shape[1] == 0:
         raise ValueError(f"there must be a key, a head and a channel, got {tuple(query.shape)}, {tuple(key.shape)}")
     batch, *tokens, heads, head_dim = query.shape
-    keys = key.shape[1:2] if dims == 4 else tokens
+    keys = key.shape[1:2] if full else tokens
     _require("key", key, (batch, *keys, heads, head_dim), query.dtype, query.device)
     neighborhood = _decoded(tuple(code), tuple(tokens), heads)
     if bias is not None:
@@ -66,12 +67,14 @@ def _require(name: str, tensor: torch.Tensor, shape: Sequence[int], dtype: torch
 @functools.lru_cache(maxsize=4096)
 def _decoded(code: tuple[int, ...], extents: tuple[int, ...], heads: int) -> AnyNeighborhood:
     """The neighborhood of a code, found to fit a map of these extents."""
-    kind, values = code[:1], code[1:]
-    if kind == (FULL,) and not values:
-        return Full()
-    if kind == (GRID,) and len(values) == 2:
-        return grid_of(extents, values)
-    if kind == (NEIGHBORHOOD,) and len(values) == 4 * heads:
-        quads = [values[i : i + 4] for i in range(0, len(values), 4)]
-        return neighborhood_of(extents, heads, [q[:2] for q in quads], [q[2:] for q in quads])
-    raise ValueError(f"neighborhood code {list(code)} must be [0], [1, height, width] or [2, four values per head]")
+    axes, size = len(extents), len(code) - 1
+    known = {FULL: size == 0, GRID: size == MAP_AXES, NEIGHBORHOOD: size == 4 * MAP_AXES * heads}
+    if not code or not known.get(code[0], False) or list(code) != (neighborhood := decode(code, axes)).encode():
+        raise ValueError(
+            f"neighborhood code {list(code)} must be [0], [1, three extents] or [2, twelve values per head]"
+        )
+    if isinstance(neighborhood, Grid):
+        return grid_of(extents, neighborhood.window)
+    if isinstance(neighborhood, Neighborhood):
+        check_windows(neighborhood, extents)
+    return neighborhood

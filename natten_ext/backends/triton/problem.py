@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from ...geometry import FULL, GRID, NEIGHBORHOOD, IntPair
+from ...geometry import FULL, GRID, NEIGHBORHOOD
 
+IntPair = tuple[int, int]
 QUERY, KEY = "query", "key"
 SMALL_WINDOW = 32
 
@@ -188,9 +189,10 @@ def _problem_of(code: tuple[int, ...], shape: tuple[int, ...], keys: int) -> Pro
     if kind == FULL:
         window = 1, keys
     elif kind == GRID:
-        window = code[1], code[2]
+        window = code[-2], code[-1]
     else:
-        members = tuple(tuple(code[i : i + 4]) for i in range(1, len(code), 4))
+        heads_windows = [[code[i : i + 4] for i in (head + 4, head + 8)] for head in range(1, len(code), 12)]
+        members = tuple((y[0], x[0], y[1], x[1]) for y, x in heads_windows)
         window = max(m[0] for m in members), max(m[1] for m in members)
     return Problem(kind, batch, height, width, heads, head_dim, window, members)
 
