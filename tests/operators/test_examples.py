@@ -1,4 +1,4 @@
-"""The examples of docs/derivatives.md, docs/choosing.md and docs/neighborhoods.md run, and what they differentiate has a gradient."""
+"""The examples of the documentation run, and what they differentiate has a gradient."""
 
 from __future__ import annotations
 
