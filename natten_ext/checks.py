@@ -87,20 +87,34 @@ def checked_sequences(query: Any, key: Any, value: Any) -> tuple[torch.Tensor, .
     """Operands of full attention."""
     query, key, value = alike(SEQUENCE, query=query, key=key, value=value)
     check_heads(query)
-    if key.shape != value.shape:
-        raise ValueError(f"key and value must have one shape, got {shape_of(key)} and {shape_of(value)}")
     check_cross(query, key)
+    check_values("value", value, "key", key)
     return query, key, value
 
 
-def check_cross(query: torch.Tensor, key: torch.Tensor) -> None:
-    if (query.shape[0], *query.shape[-2:]) != (key.shape[0], *key.shape[-2:]):
+def check_cross(query: torch.Tensor, key: torch.Tensor, name: str = "key") -> None:
+    """Of keys that queries attend: their heads may be fewer, each shared by as many query heads."""
+    layout = SEQUENCE if key.dim() == 4 else map_layout(key)
+    if (query.shape[0], query.shape[-1]) != (key.shape[0], key.shape[-1]):
         raise ValueError(
-            "query and key must agree in batch, heads and head_dim"
-            f" {SEQUENCE if query.dim() == 4 else map_layout(query)}, got {shape_of(query)} and {shape_of(key)}"
+            f"query and {name} must agree in batch and head_dim {layout}, got {shape_of(query)} and {shape_of(key)}"
+        )
+    if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            f"{name} must have heads that divide the query's {query.shape[-2]} {layout}, got {shape_of(key)}"
         )
     if 0 in key.shape[1:-2]:
-        raise ValueError(f"key must hold at least one token, got shape {shape_of(key)}")
+        raise ValueError(f"{name} must hold at least one token, got shape {shape_of(key)}")
+
+
+def check_values(name: str, value: torch.Tensor, key_name: str, key: torch.Tensor) -> None:
+    """Of values of those keys: their vectors may have another width."""
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the shape of {key_name} but for head_dim, got {shape_of(value)} and {shape_of(key)}"
+        )
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name} must have head_dim of at least 1, got shape {shape_of(value)}")
 
 
 def map_layout(query: Any) -> str:
@@ -110,14 +124,39 @@ def map_layout(query: Any) -> str:
 
 
 def checked_maps(query: Any, key: Any, value: Any) -> tuple[torch.Tensor, ...]:
-    """Operands of attention on maps of one to three axes, which have one shape."""
+    """Operands of attention on maps of one to three axes, which have one map."""
     query, key, value = alike(map_layout(query), query=query, key=key, value=value)
     check_heads(query)
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != query.shape:
-            raise ValueError(f"{name} must have the query's shape {shape_of(query)}, got {shape_of(tensor)}")
-    check_extents(query)
+    check_map(query, key)
+    check_values("value", value, "key", key)
     return query, key, value
+
+
+def check_map(query: torch.Tensor, key: torch.Tensor) -> None:
+    """Of keys on the map of the queries."""
+    if key.shape[1:-2] != query.shape[1:-2]:
+        raise ValueError(f"key must have the query's map {shape_of(query)}, got {shape_of(key)}")
+    check_extents(query)
+    check_cross(query, key)
+
+
+def checked_additional(query: torch.Tensor, keys: Any, values: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Keys and values that every query of a map attends besides, or None for both."""
+    names = "additional_keys", "additional_values"
+    if keys is None and values is None:
+        return None, None
+    for name, other, tensor in zip(names, reversed(names), (keys, values), strict=True):
+        if tensor is None:
+            raise ValueError(f"{name} must be given where {other} is, got None")
+    layout = "(batch, additional tokens, heads, head_dim)"
+    keys, values = alike(layout, **dict(zip(names, (keys, values), strict=True)))
+    if keys.dtype != query.dtype:
+        raise TypeError(f"additional_keys must have the query's dtype {query.dtype}, got {keys.dtype}")
+    if keys.device != query.device:
+        raise ValueError(f"additional_keys must be on the query's device {query.device}, got {keys.device}")
+    check_cross(query, keys, "additional_keys")
+    check_values("additional_values", values, "additional_keys", keys)
+    return keys, values
 
 
 def check_extents(query: torch.Tensor) -> None:
@@ -182,13 +221,22 @@ def check_bool(name: str, value: Any) -> None:
 # ---------------------------------------------------------------------------------------------- neighborhoods
 
 
-def grid_of(extents: Sequence[int], window_size: Any) -> Grid:
+def grid_of(extents: Sequence[int], window_size: Any, shift: Any = 0) -> Grid:
     """The windows on a map of these extents."""
-    window = extents_of("window_size", window_size, len(extents))
-    for axis, size, extent in zip(AXES[-len(extents) :], extents, window, strict=True):
-        if size % extent:
-            raise ValueError(f"window_size must divide the map: {axis} {size} is not a multiple of {shown(extent)}")
-    return Grid(window)
+    grid = windows_of_grid(len(extents), window_size, shift)
+    for axis, size, extent in zip(AXES[-len(extents) :], extents, grid.window, strict=True):
+        if extent > size:
+            raise ValueError(f"window_size must not exceed the map: {shown(extent)} > {axis} {size}")
+    return grid
+
+
+def windows_of_grid(axes: int, window_size: Any, shift: Any = 0) -> Grid:
+    """The windows on any map of so many axes that is large enough."""
+    window, shift = extents_of("window_size", window_size, axes), extents_of("shift", shift, axes, least=0)
+    for extent, start in zip(window, shift, strict=True):
+        if start >= extent:
+            raise ValueError(f"shift must be less than window_size: {shown(start)} >= {shown(extent)}")
+    return Grid(window, shift)
 
 
 def neighborhood_of(
@@ -236,7 +284,7 @@ def windows_of(
     return Neighborhood(tuple(windows))
 
 
-def extents_of(name: str, size: Any, axes: int) -> Extents:
+def extents_of(name: str, size: Any, axes: int, least: int = 1) -> Extents:
     """One number per map axis, from an int or a tuple."""
     extents = (size,) * axes if isinstance(size, int) else size
     if (
@@ -246,8 +294,8 @@ def extents_of(name: str, size: Any, axes: int) -> Extents:
     ):
         layout = ", ".join(AXES[-axes:]) + ("," if axes == 1 else "")
         raise TypeError(f"{name} must be an int or a tuple ({layout}) of ints, got {shown(size)}")
-    if min(extents) < 1:
-        raise ValueError(f"{name} must be at least 1 on each axis, got {shown(size)}")
+    if min(extents) < least:
+        raise ValueError(f"{name} must be at least {least} on each axis, got {shown(size)}")
     return extents
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .backends import choice, reference
+from .backends import choice
 from .checks import (
     FlagPerAxis,
     SizePerAxis,
@@ -12,14 +12,15 @@ from .checks import (
     check_bias,
     check_bool,
     check_score,
+    checked_additional,
     checked_maps,
     checked_sequences,
     grid_of,
     neighborhood_of,
     scale_of,
 )
-from .geometry import AnyNeighborhood, Full
-from .operators import OPERATORS
+from .composition import Call, attend, attend_in_windows, attend_more
+from .geometry import AnyNeighborhood, Full, Grid
 from .recording import record
 
 
@@ -40,14 +41,16 @@ def attention(
 
     Args:
         query: ``(batch, queries, heads, head_dim)``; float32, float64, bfloat16 or float16, any strides.
-        key, value: ``(batch, keys, heads, head_dim)``, the same dtype and device; at least one key.
+        key, value: ``(batch, keys, heads, head_dim)``, the same dtype and device; at least one key. They may have fewer
+            heads, a divisor of the query's, each of which serves as many adjacent query heads (grouped-query attention,
+            arXiv 2305.13245). Values may have another width.
         score: "dot" or "l2".
         scale: factor of the score, positive and at most 8.5e37 (4.4e307 for float64); ``head_dim ** -0.5`` if None.
         backend: a name from ``natten_ext.list_backends()``; None lets ``use_backend`` or the package choose.
         return_lse: whether to return the log-sum-exp of the scores as well.
 
     Returns:
-        ``(batch, queries, heads, head_dim)``. With ``return_lse`` a tuple of it and the log-sum-exp of each query,
+        ``(batch, queries, heads, width of value)``. With ``return_lse`` a tuple of it and each query's log-sum-exp,
         ``log(sum_j exp(scale * score(q_i, k_j)))``: ``(batch, queries, heads)``, float64 for float64 inputs, otherwise
         float32. It has every derivative that the output has. ``natten_ext.merge_attention`` takes both.
 
@@ -88,6 +91,7 @@ def grid_attention(
     value: torch.Tensor,
     window_size: SizePerAxis,
     *,
+    shift: SizePerAxis = 0,
     bias: torch.Tensor | None = None,
     score: str = "dot",
     scale: float | None = None,
@@ -100,8 +104,12 @@ def grid_attention(
 
     Args:
         query, key, value: ``(batch, *map, heads, head_dim)`` with a map of one axis (width), two (height, width) or
-            three (depth, height, width); dtypes and strides as ``attention``.
-        window_size: int, or a tuple with one per map axis; must divide the map.
+            three (depth, height, width); dtypes, strides, heads and widths as ``attention``.
+        window_size: int, or a tuple with one per map axis; at most the map. Windows that do not divide it are cut off
+            at its end: the last ones have fewer keys.
+        shift: likewise, less than the window: windows begin there and every ``window_size`` from there, those at both
+            ends are cut off. Shifted windows as in Swin Transformer (arXiv 2103.14030): what it makes of a rolled map
+            and masks, without either.
         bias: relative position table ``(heads, *(2 * window - 1))`` with one axis per map axis, added to the scaled
             score and indexed by key minus query plus ``window - 1``; the query's dtype or float32.
             Minus infinity masks; finite entries, however large, do not overflow.
@@ -116,7 +124,7 @@ def grid_attention(
         As ``attention``.
     """
     query, key, value = checked_maps(query, key, value)
-    neighborhood = grid_of(query.shape[1:-2], window_size)
+    neighborhood = grid_of(query.shape[1:-2], window_size, shift)
     check_bias("bias", bias, query, neighborhood)
     return run(query, key, value, bias, neighborhood, score, scale, backend, return_lse)
 
@@ -130,6 +138,8 @@ def neighborhood_attention(
     *,
     stride: SizePerGroup = 1,
     is_causal: FlagPerAxis = False,
+    additional_keys: torch.Tensor | None = None,
+    additional_values: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     score: str = "dot",
     scale: float | None = None,
@@ -144,7 +154,7 @@ def neighborhood_attention(
 
     Args:
         query, key, value: ``(batch, *map, heads, head_dim)`` with a map of one axis (width), two (height, width) or
-            three (depth, height, width); dtypes and strides as ``attention``.
+            three (depth, height, width); dtypes, strides, heads and widths as ``attention``.
         kernel_size: int, a tuple with one per map axis, or a list of these with one entry per equal group of heads. A
             list is never a tuple: ``(7, 5)`` is 7 rows and 5 columns for all heads, ``[7, 5]`` 7 x 7 for the first half
             of the heads and 5 x 5 for the second.
@@ -153,6 +163,9 @@ def neighborhood_attention(
             their middle one; with ``stride`` equal to ``kernel_size`` neighborhoods are blocks.
         is_causal: bool, or a tuple with one per map axis. On a causal axis a query sees the last ``kernel_size`` keys
             up to itself, fewer near the start.
+        additional_keys, additional_values: ``(batch, additional tokens, heads, head_dim)``, heads and widths as key and
+            value: keys that every query attends besides, in the same softmax (registers, text). No table entry is
+            added to their scores.
         bias: relative position table ``(heads, *(2 * K - 1))`` with one axis per map axis and K the largest kernel over
             the heads, indexed by (key minus query) / dilation plus ``K - 1``; the query's dtype or float32.
             Minus infinity masks; finite entries, however large, do not overflow.
@@ -170,7 +183,8 @@ def neighborhood_attention(
     extents, heads = query.shape[1:-2], query.shape[-2]
     neighborhood = neighborhood_of(extents, heads, kernel_size, dilation, stride, is_causal)
     check_bias("bias", bias, query, neighborhood)
-    return run(query, key, value, bias, neighborhood, score, scale, backend, return_lse)
+    additional = checked_additional(query, additional_keys, additional_values)
+    return run(query, key, value, bias, neighborhood, score, scale, backend, return_lse, *additional)
 
 
 def run(
@@ -183,17 +197,21 @@ def run(
     scale: float | None,
     backend: str | None,
     return_lse: bool = False,
+    additional_keys: torch.Tensor | None = None,
+    additional_values: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The call, once the operands are checked."""
     check_score(score)
     check_bool("return_lse", return_lse)
     scale = scale_of(query, scale)
-    device, dtype, head_dim = query.device.type, query.dtype, query.shape[-1]
-    name = choice.choose(backend, device, dtype, head_dim, neighborhood.kind, neighborhood.general)
+    widest = max(query.shape[-1], value.shape[-1])
+    name = choice.choose(backend, query.device.type, query.dtype, widest, neighborhood.kind, neighborhood.general)
     record(name, query, key, bias, neighborhood, score, scale)
-    if name == "reference":
-        output, lse = reference.attention(query, key, value, bias, neighborhood, score, scale, return_lse)
-        return (output, lse) if return_lse else output
-    forward = OPERATORS[name].forward
-    output, _, lse = forward(query, key, value, bias, neighborhood.encode(), score == "l2", scale, return_lse)
-    return (output, lse.movedim(1, -1)) if return_lse else output
+    call = Call(name, score, scale, return_lse or additional_keys is not None)
+    if isinstance(neighborhood, Grid) and neighborhood.cut(query.shape[1:-2]):
+        results = attend_in_windows(call, query, key, value, bias, neighborhood)
+    else:
+        results = attend(call, query, key, value, bias, neighborhood)
+    if additional_keys is not None:
+        results = attend_more(call, results, query, additional_keys, additional_values)
+    return results if return_lse else results[0]

@@ -81,9 +81,13 @@ class Full:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every query attends the keys of the non-overlapping ``window`` that holds it."""
+    """Every query attends the keys of the non-overlapping ``window`` that holds it.
+
+    Windows begin at ``shift`` (empty: at zero) and every ``window`` from there; those at the map's borders are cut off.
+    """
 
     window: Extents
+    shift: Extents = ()
     kind: ClassVar[str] = "grid"
 
     @property
@@ -100,7 +104,12 @@ class Grid:
         """The most keys that a query attends, of ``tokens``."""
         return math.prod(self.window)
 
+    def cut(self, extents: Sequence[int]) -> bool:
+        """Whether the borders of a map of these extents cut windows off."""
+        return any(self.shift) or any(size % window for size, window in zip(extents, self.window, strict=True))
+
     def encode(self) -> list[int]:
+        """Of whole windows, which operators take."""
         return [GRID, *(1,) * (MAP_AXES - len(self.window)), *self.window]
 
 

@@ -19,10 +19,10 @@ from .checks import (
     check_dense,
     check_scale,
     check_score,
-    extents_of,
     shape_of,
     shown,
     windows_of,
+    windows_of_grid,
 )
 from .geometry import MAP_AXES, Extents
 from .weights import attention_weights
@@ -219,7 +219,7 @@ class GridAttention(_AttentionModule):
     """Self-attention inside the windows of ``(batch, *map, embed_dim)``; see ``natten_ext.grid_attention``.
 
     Args:
-        window_size: int, or a tuple such as (height, width).
+        window_size, shift: as ``natten_ext.grid_attention``.
         map_axes: how many axes maps have, one to three.
         bias: whether there is a relative position table, the parameter ``rel_pos_bias``.
         Others as ``Attention``.
@@ -231,6 +231,7 @@ class GridAttention(_AttentionModule):
         num_heads: int,
         window_size: SizePerAxis,
         *,
+        shift: SizePerAxis = 0,
         map_axes: int = 2,
         bias: bool = True,
         score: str = "dot",
@@ -241,12 +242,12 @@ class GridAttention(_AttentionModule):
         backend: str | None = None,
     ):
         layout = _map_layout(map_axes)
-        window = extents_of("window_size", window_size, map_axes)
+        grid = windows_of_grid(map_axes, window_size, shift)
         super().__init__(
             embed_dim,
             num_heads,
             projections=3,
-            table_kernel=_table_kernel(bias, window),
+            table_kernel=_table_kernel(bias, grid.kernel),
             score=score,
             scale=scale,
             qkv_bias=qkv_bias,
@@ -255,10 +256,10 @@ class GridAttention(_AttentionModule):
             backend=backend,
         )
         self._layout = layout
-        self.window_size = window
+        self.window_size, self.shift = grid.window, grid.shift
 
     def _neighborhood(self) -> dict[str, Any]:
-        return {"window_size": self.window_size}
+        return {"window_size": self.window_size, "shift": self.shift}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self._project(x)
@@ -275,7 +276,7 @@ class GridAttention(_AttentionModule):
         return self._merge(output)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, window_size={self.window_size}"
+        return f"{super().extra_repr()}, window_size={self.window_size}, shift={self.shift}"
 
 
 class NeighborhoodAttention(_AttentionModule):

@@ -20,6 +20,7 @@ from .checks import (
     check_cross,
     check_dense,
     check_heads,
+    check_map,
     check_score,
     grid_of,
     map_layout,
@@ -28,6 +29,7 @@ from .checks import (
     shape_of,
     shown,
 )
+from .composition import repeat_heads
 from .geometry import AnyNeighborhood, AxisKeys, Extents, Full, Grid, Neighborhood, axis_keys, indices
 
 
@@ -37,6 +39,7 @@ def attention_weights(
     positions: torch.Tensor | Sequence[int] | Sequence[Extents],
     *,
     window_size: SizePerAxis | None = None,
+    shift: SizePerAxis = 0,
     kernel_size: SizePerGroup | None = None,
     dilation: SizePerGroup = 1,
     stride: SizePerGroup = 1,
@@ -47,8 +50,8 @@ def attention_weights(
 ) -> torch.Tensor:
     """The exact softmax weights with which the queries at ``positions`` attend to every key.
 
-    The neighborhood is the one of the function that takes the same arguments: ``grid_attention`` with
-    ``window_size``, ``neighborhood_attention`` with ``kernel_size`` (and ``dilation``, ``stride``, ``is_causal``),
+    The neighborhood is the one of the function that takes the same arguments: ``grid_attention`` with ``window_size``
+    (and ``shift``), ``neighborhood_attention`` with ``kernel_size`` (and ``dilation``, ``stride``, ``is_causal``),
     ``attention`` with neither.
     Only the scores of the chosen queries are computed, by plain PyTorch operations on any device, which can be
     differentiated to any order.
@@ -59,7 +62,7 @@ def attention_weights(
             attends every key of it).
         positions: the queries: int64 ``(P,)`` or a list of ints for sequences and maps of one axis, ``(P, axes)`` or a
             list of tuples such as (row, column) for other maps; the same for every image of the batch.
-        window_size, kernel_size, dilation, stride, is_causal, bias, score, scale: as in those functions.
+        window_size, shift, kernel_size, dilation, stride, is_causal, bias, score, scale: as in those functions.
 
     Returns:
         ``(batch, P, heads, *map)``, for sequences ``(batch, P, heads, keys)``, zero outside the neighborhood; float64
@@ -75,8 +78,9 @@ def attention_weights(
     query, key = alike(layout, query=query, key=key)
     check_heads(query)
     check_cross(query, key)
-    if layout != SEQUENCE and query.shape != key.shape:
-        raise ValueError(f"key must have the query's shape {shape_of(query)}, got {shape_of(key)}")
+    if layout != SEQUENCE:
+        check_map(query, key)
+    key = repeat_heads(key, query.shape[-2])
     check_score(score)
     scale = scale_of(query, scale)
     index = _checked_positions(positions, query)
@@ -90,8 +94,10 @@ def attention_weights(
     for name, option, default in (("dilation", dilation, 1), ("stride", stride, 1), ("is_causal", is_causal, False)):
         if kernel_size is None and (type(option), option) != (type(default), default):
             raise ValueError(f"{name} needs a kernel_size, got {shown(option)}")
+    if window_size is None and (type(shift), shift) != (int, 0):
+        raise ValueError(f"shift needs a window_size, got {shown(shift)}")
     if window_size is not None:
-        neighborhood = grid_of(extents, window_size)
+        neighborhood = grid_of(extents, window_size, shift)
     elif kernel_size is not None:
         neighborhood = neighborhood_of(extents, heads, kernel_size, dilation, stride, is_causal)
     check_bias("bias", bias, query, neighborhood)
@@ -172,9 +178,11 @@ def _keys(index, extents, neighborhood, head):
     for axis, length in enumerate(extents):
         queries = index[:, axis]
         if isinstance(neighborhood, Grid):
-            count = neighborhood.window[axis]
-            keys = (queries // count * count)[:, None] + indices(count)
-            axes.append(AxisKeys(keys, keys - queries[:, None], torch.ones_like(keys, dtype=torch.bool)))
+            window, shift = neighborhood.window[axis], (neighborhood.shift or (0,) * len(extents))[axis]
+            keys = ((queries - shift) // window * window + shift)[:, None] + indices(window)
+            exists = (keys >= 0) & (keys < length)
+            keys = torch.where(exists, keys, queries[:, None])
+            axes.append(AxisKeys(keys, keys - queries[:, None], exists))
         else:
             axes.append(axis_keys(queries.tolist(), length, neighborhood.windows[head][axis]))
     dims = len(axes)

@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Extents = tuple[int, ...]
 Neighbors = tuple[tuple[tuple[int, Extents], ...], ...]
@@ -60,11 +61,14 @@ def _on_map(extents: Extents, keys_of, units: Extents) -> Neighbors:
 
 
 @cache
-def grid_neighbors(extents: Extents, window: Extents) -> Neighbors:
-    """Every query attends to the keys with which it shares a cell of the grid."""
+def grid_neighbors(extents: Extents, window: Extents, shift: Extents | None = None) -> Neighbors:
+    """Every query attends to the keys with which it shares a cell of the grid, whose lines are shifted."""
+    shift = shift or (0,) * len(extents)
 
     def keys_of(axis: int, position: int) -> list[int]:
-        return [key for key in range(extents[axis]) if key // window[axis] == position // window[axis]]
+        lines = range(shift[axis] - window[axis], extents[axis] + window[axis], window[axis])
+        start = max(line for line in lines if line <= position)
+        return [key for key in range(extents[axis]) if start <= key < start + window[axis]]
 
     return _on_map(extents, keys_of, (1,) * len(extents))
 
@@ -117,19 +121,23 @@ def attend(
     score: str,
     scale: float,
     expanded: bool = False,
+    additional: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query over its listed keys, all scores held at once, and the log-sum-exp of its scores.
 
     `query`, `key` and `value` are `(batch, *positions, heads, head_dim)`, `table` is `(heads, ...)` with one axis per
     map axis and the offset of zero in its centre, and `neighbors` has one entry per head. The score "l2" is computed as
     defined, from differences, or with `expanded` as everybody computes it in practice: from products, less what
-    softmax removes (the log-sum-exp is not that of the scores then).
+    softmax removes (the log-sum-exp is not that of the scores then). `additional` keys and values `(batch, tokens,
+    heads, ...)` are attended by every query as well.
     """
     query_tokens, key_tokens, value_tokens = (tensor.flatten(1, -3) for tensor in (query, key, value))
     outputs, lses = [], []
     for head, sets in enumerate(neighbors):
         allowed, offsets = pair_tables(sets, key_tokens.shape[1])
         q, k, v = (tokens[:, :, head] for tokens in (query_tokens, key_tokens, value_tokens))
+        if additional is not None:
+            k, v = (torch.cat([x, more[:, :, head]], 1) for x, more in zip((k, v), additional, strict=True))
         if score == "dot":
             scores = scale * (q @ k.transpose(1, 2))
         elif score == "l2" and expanded:
@@ -138,9 +146,11 @@ def attend(
             scores = -scale * (q.unsqueeze(2) - k.unsqueeze(1)).square().sum(-1)
         else:
             raise ValueError(f"score {score!r}")
+        more = k.shape[1] - allowed.shape[1]
         if table is not None:
-            scores = scores + table[head].flatten()[table_index(offsets, table)]
-        scores = scores.masked_fill(~allowed, -torch.inf)
+            scores = scores + pad(table[head].flatten()[table_index(offsets, table)], (0, more))
+        scores = scores.masked_fill(~pad(allowed, (0, more), value=True), -torch.inf)
         outputs.append(scores.softmax(-1) @ v)
         lses.append(scores.logsumexp(-1))
-    return torch.stack(outputs, -2).reshape(query.shape), torch.stack(lses, -1).reshape(query.shape[:-1])
+    output = torch.stack(outputs, -2).reshape(*query.shape[:-1], value.shape[-1])
+    return output, torch.stack(lses, -1).reshape(query.shape[:-1])

@@ -36,8 +36,13 @@ def three(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensor, tensor, tensor
 
 
+def more(keys: torch.Tensor, values: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    return dict(zip(MORE, (keys, keys if values is None else values), strict=True))
+
+
 S, M, V = three(sequence()), three(image()), three(sequence(1, 3, 4, 5, 2, 8))
 DOUBLE = {"dtype": torch.float64}
+MORE, X = ("additional_keys", "additional_values"), sequence(2, 5, 4, 8)
 MERGE, ROWS = natten_ext.merge_attention, torch.zeros(2, 6, 2)
 
 # (what is wrong, function, positional arguments, options, exception, pieces of the message)
@@ -63,12 +68,14 @@ BAD = [
     ("value device", GRID, (*M[:2], image(device="meta"), 2), {}, ValueError, ["value", "meta"]),
     ("key batch", ATTENTION, (S[0], *three(sequence(3, 6, 2, 8))[:2]), {}, ValueError,
      ["key", "(3, 6, 2, 8)"]),
-    ("key heads", L2, (S[0], *three(sequence(2, 6, 1, 8))[:2]), {}, ValueError, ["key", "(2, 6, 1, 8)"]),
+    ("key heads", L2, (S[0], *three(sequence(2, 6, 3, 8))[:2]), {}, ValueError, ["key", "query's 2", "(2, 6, 3, 8)"]),
+    ("no key heads", NA, (M[0], *three(image(2, 6, 8, 0, 8))[:2], 3), {}, ValueError, ["key", "query's 4"]),
     ("key head_dim", ATTENTION, (S[0], *three(sequence(2, 6, 2, 4))[:2]), {}, ValueError, ["key", "(2, 6, 2, 4)"]),
     ("value tokens", ATTENTION, (*S[:2], sequence(2, 5, 2, 8)), {}, ValueError, ["value", "(2, 5, 2, 8)"]),
-    ("value head_dim", ATTENTION, (*S[:2], sequence(2, 6, 2, 4)), {}, ValueError, ["value", "(2, 6, 2, 4)"]),
+    ("value head_dim 0", ATTENTION, (*S[:2], sequence(2, 6, 2, 0)), {}, ValueError, ["value", "(2, 6, 2, 0)"]),
+    ("value heads", ATTENTION, (*S[:2], sequence(2, 6, 1, 8)), {}, ValueError, ["value", "(2, 6, 1, 8)"]),
     ("key of another map", GRID, (M[0], image(2, 8, 6, 4, 8), M[2], 2), {}, ValueError, ["key", "(2, 8, 6, 4, 8)"]),
-    ("value of another map", NA, (*M[:2], image(2, 6, 8, 4, 4), 3), {}, ValueError, ["value", "(2, 6, 8, 4, 4)"]),
+    ("value of another map", NA, (*M[:2], image(2, 8, 6, 4, 8), 3), {}, ValueError, ["value", "(2, 8, 6, 4, 8)"]),
     ("no keys", ATTENTION, (S[0], *three(sequence(2, 0, 2, 8))[:2]), {}, ValueError, ["key", "0"]),
     ("head_dim 0", ATTENTION, three(sequence(2, 6, 2, 0)), {}, ValueError, ["head_dim", "(2, 6, 2, 0)"]),
     ("heads 0", NA, (*three(image(2, 6, 8, 0, 8)), 3), {}, ValueError, ["heads", "(2, 6, 8, 0, 8)"]),
@@ -79,8 +86,12 @@ BAD = [
     ("query nested", ATTENTION, three(nested(S[0])), {}, TypeError, ["query", "nested"]),
     ("value nested", NA, (*M[:2], nested(M[2]), 3), {}, TypeError, ["value", "nested"]),
     # window
-    ("window not dividing", GRID, (*M, 4), {}, ValueError, ["window_size", "height", "6", "4"]),
-    ("window not dividing the width", GRID, (*M, (3, 5)), {}, ValueError, ["window_size", "width", "8", "5"]),
+    ("window wider than the map", GRID, (*M, (3, 9)), {}, ValueError, ["window_size", "width 8", "9"]),
+    ("shift of a window", GRID, (*M, 3), {"shift": 3}, ValueError, ["shift", "window_size", "3 >= 3"]),
+    ("shift on an axis", GRID, (*M, (3, 2)), {"shift": 2}, ValueError, ["shift", "2 >= 2"]),
+    ("shift negative", GRID, (*M, 3), {"shift": -1}, ValueError, ["shift", "-1"]),
+    ("shift float", GRID, (*M, 3), {"shift": 1.0}, TypeError, ["shift", "1.0"]),
+    ("shift list", GRID, (*M, 3), {"shift": [1, 1]}, TypeError, ["shift", "[1, 1]"]),
     ("window larger than the map", GRID, (*M, 12), {}, ValueError, ["window_size", "12"]),
     ("window 0", GRID, (*M, 0), {}, ValueError, ["window_size", "0"]),
     ("window negative", GRID, (*M, (2, -2)), {}, ValueError, ["window_size", "-2"]),
@@ -133,7 +144,7 @@ BAD = [
     ("list in a list", NA, (*M, [[3, 3], [3, 3]]), {}, TypeError, ["kernel_size", "[3, 3]"]),
     ("pair on a line", NA, (*S, (3, 3)), {}, TypeError, ["kernel_size", "(width,)", "(3, 3)"]),
     ("pair on a volume", NA, (*V, (2, 2)), {}, TypeError, ["kernel_size", "(depth, height, width)", "(2, 2)"]),
-    ("window not dividing the depth", GRID, (*V, 2), {}, ValueError, ["window_size", "depth", "3", "2"]),
+    ("window deeper than the map", GRID, (*V, 4), {}, ValueError, ["window_size", "depth 3", "4"]),
     ("kernel deeper than the map", NA, (*V, (4, 2, 2)), {}, ValueError, ["kernel_size", "depth", "4", "3"]),
     ("stride 0", NA, (*M, 3), {"stride": 0}, ValueError, ["stride", "0"]),
     ("stride beyond the kernel", NA, (*M, 3), {"stride": 4}, ValueError, ["stride", "4 > 3"]),
@@ -145,6 +156,16 @@ BAD = [
     ("causal 1", NA, (*M, 3), {"is_causal": 1}, TypeError, ["is_causal", "1"]),
     ("causal triple", NA, (*M, 3), {"is_causal": (True,) * 3}, TypeError, ["is_causal", "(height, width)"]),
     ("causal list", NA, (*M, 3), {"is_causal": [True, False]}, TypeError, ["is_causal", "[True, False]"]),
+    # additional keys
+    ("additional keys alone", NA, (*M, 3), {"additional_keys": X}, ValueError, [*MORE, "None"]),
+    ("additional values alone", NA, (*M, 3), {"additional_values": X}, ValueError, [*MORE, "None"]),
+    ("additional map", NA, (*M, 3), more(image()), ValueError, ["additional_keys", "(2, 6, 8, 4, 8)"]),
+    ("additional dtype", NA, (*M, 3), more(X.double()), TypeError, ["additional_keys", "float32", "float64"]),
+    ("additional device", NA, (*M, 3), more(X.to("meta")), ValueError, ["additional_keys", "meta"]),
+    ("additional batch", NA, (*M, 3), more(sequence(3, 5, 4, 8)), ValueError, ["additional_keys", "(3, 5, 4, 8)"]),
+    ("additional heads", NA, (*M, 3), more(sequence(2, 5, 3, 8)), ValueError, ["additional_keys", "(2, 5, 3, 8)"]),
+    ("no additional keys", NA, (*M, 3), more(sequence(2, 0, 4, 8)), ValueError, ["additional_keys", "(2, 0, 4, 8)"]),
+    ("additional values' tokens", NA, (*M, 3), more(X, sequence(2, 4, 4, 8)), ValueError, [MORE[1], "(2, 4, 4, 8)"]),
     # table
     ("table of another kernel", NA, (*M, 3), {"bias": torch.zeros(4, 7, 7)},
      ValueError, ["bias", "(4, 5, 5)", "(4, 7, 7)"]),
@@ -251,7 +272,8 @@ def test_head_dims_beyond_the_fused_limit_fall_back_on_the_cpu():
         (lambda: natten_ext.Attention(8, 2)([1.0]), ["input", "list"]),
         (lambda: natten_ext.Attention(8, 2)(torch.zeros(2, 5, 8).to_sparse()), ["input", "sparse"]),
         (lambda: natten_ext.GridAttention(8, 2, 2)(torch.zeros(2, 16, 8)), ["(2, 16, 8)"]),
-        (lambda: natten_ext.GridAttention(8, 2, 3)(torch.zeros(2, 4, 6, 8)), ["window_size", "4", "3"]),
+        (lambda: natten_ext.GridAttention(8, 2, 5)(torch.zeros(2, 4, 6, 8)), ["window_size", "height 4", "5"]),
+        (lambda: natten_ext.GridAttention(8, 2, 2, shift=2), ["shift", "2 >= 2"]),
         (lambda: natten_ext.NeighborhoodAttention(8, 2, 5)(torch.zeros(2, 4, 6, 8)), ["kernel_size", "5"]),
         (lambda: natten_ext.Attention(8, 2).attention_weights([1.0], [0]), ["input", "list"]),
         (lambda: natten_ext.Attention(8, 2).attention_weights(torch.zeros(2, 5, 6), [0]), ["input", "8", "(2, 5, 6)"]),
@@ -280,7 +302,7 @@ def test_signatures_of_modules_are_explicit(kind):
     parameters = inspect.signature(module).parameters
     assert all(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
     of_operands = ("query", "key", "value", "return_lse")
-    shared = [name for name in inspect.signature(function).parameters if name not in of_operands]
+    shared = [name for name in inspect.signature(function).parameters if name not in (*of_operands, *MORE)]
     own = ["embed_dim", "num_heads", "qkv_bias", "proj_bias", "proj_drop"]
     own += ["map_axes"] if function in (GRID, NA) else []
     assert sorted(parameters) == sorted(shared + own)

@@ -182,7 +182,8 @@ def nested(tensor: torch.Tensor) -> torch.Tensor:
          ["bias", "mkldnn"]),
         ((S, S, [0]), {"scale": 10**400}, ValueError, ["scale", "100000"]),
         ((S, M, [0]), {}, ValueError, ["key", "(2, 6, 8, 4, 8)"]),
-        ((S, torch.zeros(2, 6, 1, 8), [0]), {}, ValueError, ["key", "heads"]),
+        ((S, torch.zeros(2, 6, 3, 8), [0]), {}, ValueError, ["key", "heads"]),
+        ((S, S, [0]), {"shift": 1}, ValueError, ["shift needs a window_size", "1"]),
         ((S, S, [0]), {"kernel_size": 7}, ValueError, ["kernel_size", "width 6"]),
         ((S, S, [0]), {"kernel_size": 3, "stride": 4}, ValueError, ["stride", "4 > 3"]),
         ((S, S, [0]), {"is_causal": True}, ValueError, ["is_causal needs a kernel_size", "True"]),
@@ -192,7 +193,7 @@ def nested(tensor: torch.Tensor) -> torch.Tensor:
         ((M, M, [(0, 0)]), {"window_size": 2, "dilation": 2}, ValueError, ["dilation needs a kernel_size", "2"]),
         ((S, S, [0]), {"dilation": [1, 2]}, ValueError, ["dilation needs a kernel_size", "[1, 2]"]),
         ((M, M, [(0, 0)]), {"kernel_size": 7}, ValueError, ["kernel_size", "7"]),
-        ((M, M, [(0, 0)]), {"window_size": 4}, ValueError, ["window_size", "4"]),
+        ((M, M, [(0, 0)]), {"window_size": 7}, ValueError, ["window_size", "7"]),
         ((M, M, [(0, 0)]), {"kernel_size": 3, "bias": torch.zeros(4, 3, 3)}, ValueError, ["bias", "(4, 5, 5)"]),
     ],
 )  # fmt: skip

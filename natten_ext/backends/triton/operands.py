@@ -73,8 +73,8 @@ def _decoded(code: tuple[int, ...], extents: tuple[int, ...], heads: int) -> Any
         raise ValueError(
             f"neighborhood code {list(code)} must be [0], [1, three extents] or [2, twelve values per head]"
         )
-    if isinstance(neighborhood, Grid):
-        return grid_of(extents, neighborhood.window)
+    if isinstance(neighborhood, Grid) and grid_of(extents, neighborhood.window).cut(extents):
+        raise ValueError(f"the window {neighborhood.window} must divide the map {extents}")
     if isinstance(neighborhood, Neighborhood):
         check_windows(neighborhood, extents)
     return neighborhood
