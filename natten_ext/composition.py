@@ -48,7 +48,7 @@ def attend(
 
 def _shared_keys(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Results:
     """Full attention of query heads that share keys: they are more queries of one head."""
-    batch, tokens, heads, _ = query.shape
+    tokens, heads = query.shape[1:3]
     shared = key.shape[-2], heads // key.shape[-2]
 
     def queries_of(x: Tensor) -> Tensor:
