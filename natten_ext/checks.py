@@ -250,7 +250,7 @@ def neighborhood_of(
 
 def check_windows(neighborhood: Neighborhood, extents: Sequence[int]) -> None:
     """Of a neighborhood on a map of these extents."""
-    for windows in dict.fromkeys(neighborhood.windows):
+    for windows in dict.fromkeys(neighborhood.windows):  # in this order, for the message
         for axis, size, (kernel, dilation, stride, _) in zip(AXES[-len(extents) :], extents, windows, strict=True):
             if min(kernel, dilation, stride) < 1:
                 raise ValueError(
@@ -276,12 +276,13 @@ def windows_of(
     sizes = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride}
     per_axis = [per_head(name, size, heads, axes) for name, size in sizes.items()]
     causal = flags_of("is_causal", is_causal, axes)
-    windows = []
-    for of_head in zip(*per_axis, strict=True):
-        windows.append(tuple(AxisWindow(*numbers) for numbers in zip(*of_head, causal, strict=True)))
-        for window in windows[-1]:
+    of_heads = list(zip(*per_axis, strict=True))
+    windows = {}
+    for sizes in set(of_heads):
+        windows[sizes] = tuple(AxisWindow(*numbers) for numbers in zip(*sizes, causal, strict=True))
+        for window in windows[sizes]:
             check_stride(window.stride, window.kernel)
-    return Neighborhood(tuple(windows))
+    return Neighborhood(tuple(windows[sizes] for sizes in of_heads))
 
 
 def extents_of(name: str, size: Any, axes: int, least: int = 1) -> Extents:

@@ -123,18 +123,19 @@ class Neighborhood:
     @property
     def kernel(self) -> Extents:
         """Largest kernel over the heads: the extent that sizes the relative position table."""
-        return tuple(max(window.kernel for window in axis) for axis in zip(*self.windows, strict=True))
+        return tuple(max(window.kernel for window in axis) for axis in zip(*set(self.windows), strict=True))
 
     @property
     def general(self) -> bool:
         """Whether it has more than windows that slide on two map axes: a third axis, a stride or causal windows."""
-        return any(len(head) > 2 or not all(window.sliding for window in head) for head in self.windows)
+        return any(len(head) > 2 or not all(window.sliding for window in head) for head in set(self.windows))
 
     def encode(self) -> list[int]:
         code = [NEIGHBORHOOD]
-        for head in self.windows:
-            for window in (*(AxisWindow(1),) * (MAP_AXES - len(head)), *head):
-                code += map(int, window)
+        for first, last in self.head_groups():
+            head = self.windows[first]
+            axes = (*(AxisWindow(1),) * (MAP_AXES - len(head)), *head)
+            code += [int(number) for window in axes for number in window] * (last - first)
         return code
 
     def keys(self, tokens: int) -> int:
