@@ -2,7 +2,7 @@
 
 from . import operators as _operators  # registers them  # noqa: F401
 from .backends.choice import BackendStatus, list_backends, use_backend
-from .compat.natten_021 import na2d
+from .compat.natten_021 import na1d, na2d, na3d
 from .functional import attention, grid_attention, l2_attention, neighborhood_attention
 from .merging import merge_attention
 from .modules import Attention, GridAttention, L2Attention, NeighborhoodAttention
@@ -24,7 +24,9 @@ __all__ = [
     "l2_attention",
     "list_backends",
     "merge_attention",
+    "na1d",
     "na2d",
+    "na3d",
     "neighborhood_attention",
     "record_calls",
     "use_backend",

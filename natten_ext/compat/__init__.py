@@ -1,21 +1,79 @@
-"""The two-dimensional functions of NATTEN 0.17 under their names there, for code written against it.
+"""NATTEN's functions and modules, for code written against it: docs/natten.md.
 
-NATTEN removed the unfused ``na2d_qk`` and ``na2d_av`` and the relative position table in 0.20, so StyleNAT, NAT, DiNAT
-and others no longer run. Put this module in its place and they do::
+NATTEN removed the unfused functions (``na2d_qk``, ``na2d_av``, ...) and the relative position table in 0.20, so
+StyleNAT, NAT, DiNAT and others no longer run. With this package they do::
 
-    import sys, natten_ext.compat
-    sys.modules["natten.functional"] = natten_ext.compat
+    import natten_ext.compat
+
+    natten_ext.compat.install()  # before whatever imports natten
 
 or change ``from natten.functional import na2d_qk, na2d_av`` to ``from natten_ext.compat import na2d_qk, na2d_av``.
-The older names ``natten2dqkrpb`` and ``natten2dav`` are here too.
 
-The scores between the two calls are a tensor of their own, ``kernel_height * kernel_width`` numbers a query and head:
-that is what the unfused interface is. ``natten_ext.neighborhood_attention`` never stores them; move to it where memory
-or speed counts. These functions work on any device and to any derivative order (in reverse mode, also
-by ``torch.func``), in memory proportional to their arguments. On a GPU the backward pass adds in no fixed order unless
-``torch.use_deterministic_algorithms`` asks for it.
+Names that mean the same in all of NATTEN's versions are here, and of the others those of 0.17: ``na1d``, ``na2d``,
+``na3d`` with its order of arguments, and its modules. ``natten_ext.compat.natten_021`` has them as in 0.21, and
+``natten_ext.compat.natten_014`` the modules as before 0.17.
 """
 
-from .natten_017 import na2d, na2d_av, na2d_qk, natten2dav, natten2dqkrpb
+from .installation import install, uninstall
+from .natten_014 import (
+    NATTEN1DAVFunction,
+    NATTEN1DQKRPBFunction,
+    NATTEN2DAVFunction,
+    NATTEN2DQKRPBFunction,
+    NATTEN3DAVFunction,
+    NATTEN3DQKRPBFunction,
+    natten1dav,
+    natten1dqk,
+    natten1dqkrpb,
+    natten2dav,
+    natten2dqk,
+    natten2dqkrpb,
+    natten3dav,
+    natten3dqk,
+    natten3dqkrpb,
+)
+from .natten_017 import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+    na1d,
+    na2d,
+    na3d,
+)
+from .natten_021 import attention, merge_attentions, neighborhood_attention_generic
+from .unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
-__all__ = ["na2d", "na2d_av", "na2d_qk", "natten2dav", "natten2dqkrpb"]
+__all__ = [
+    "NATTEN1DAVFunction",
+    "NATTEN1DQKRPBFunction",
+    "NATTEN2DAVFunction",
+    "NATTEN2DQKRPBFunction",
+    "NATTEN3DAVFunction",
+    "NATTEN3DQKRPBFunction",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "attention",
+    "install",
+    "merge_attentions",
+    "na1d",
+    "na1d_av",
+    "na1d_qk",
+    "na2d",
+    "na2d_av",
+    "na2d_qk",
+    "na3d",
+    "na3d_av",
+    "na3d_qk",
+    "natten1dav",
+    "natten1dqk",
+    "natten1dqkrpb",
+    "natten2dav",
+    "natten2dqk",
+    "natten2dqkrpb",
+    "natten3dav",
+    "natten3dqk",
+    "natten3dqkrpb",
+    "neighborhood_attention_generic",
+    "uninstall",
+]

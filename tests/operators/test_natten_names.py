@@ -1,157 +1,23 @@
-"""NATTEN's functions under its names: against the oracle, to the second derivative."""
+"""NATTEN's fused functions under its names, of both generations: against the oracle; and what is refused and how."""
 
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import pytest
 import torch
 
 import natten_ext
 from natten_ext import compat
-from tests.operators.cases import (
-    CASES,
-    Case,
-    cotangents_of,
-    derivatives,
-    find,
-    grad_output_of,
-    inputs_of,
-    oracle_derivatives,
-)
-
-# NATTEN has one kernel and one dilation for all heads.
-NATTEN_CASES = [
-    case
-    for case in CASES
-    if case.kind == "neighborhood" and case.axes == 2 and not (case.general or case.groups or case.tied)
-    if case.score == "dot"
-]
-SMALL = [case for case in NATTEN_CASES if case.small and case.shape[0]]
-
-
-def heads_first(x: torch.Tensor) -> torch.Tensor:
-    return x.movedim(3, 1)
-
-
-def unfused(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The case as code written for NATTEN 0.17 computes it."""
-    query, key, value = (heads_first(inputs[name]) for name in ("query", "key", "value"))
-    scores = compat.na2d_qk(query * case.effective_scale, key, case.kernel, case.dilation, rpb=inputs.get("bias"))
-    return compat.na2d_av(scores.softmax(-1), value, case.kernel, case.dilation).movedim(1, 3)
-
-
-def close(results, expected):
-    assert results.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(
-            results[name], expected[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-@pytest.mark.cases(NATTEN_CASES)
-def test_unfused_attention_to_the_second_derivative(case):
-    inputs = inputs_of(case)
-    arguments = inputs, grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
-    close(derivatives(lambda leaves: unfused(case, leaves), *arguments), oracle_derivatives(case, *arguments))
-
-
-@pytest.mark.cases(NATTEN_CASES)
-def test_scores_are_in_row_major_order(case):
-    """Column n of the scores belongs to the n-th key that the oracle lists."""
-    inputs = inputs_of(case)
-    query, key = (heads_first(inputs[name]) for name in ("query", "key"))
-    scores = compat.na2d_qk(query, key, case.kernel, case.dilation, rpb=inputs.get("bias")).flatten(2, 3)
-    sets = case.neighbors[0]
-    keys = torch.tensor([[key for key, _ in entries] for entries in sets])
-    expected = (query.flatten(2, 3).unsqueeze(3) * key.flatten(2, 3)[:, :, keys]).sum(-1)
-    if case.bias:
-        rows, columns = torch.tensor([[offset for _, offset in entries] for entries in sets]).unbind(-1)
-        table = inputs["bias"]
-        expected = expected + table[:, rows + table.shape[1] // 2, columns + table.shape[2] // 2]
-    torch.testing.assert_close(scores, expected)
-
-
-@pytest.mark.cases(SMALL)
-def test_third_derivatives_of_the_unfused_functions(case):
-    """The three bilinear maps are each other's derivatives; a missing one would show here."""
-    weight = torch.randn(*case.shape[:1], case.heads, *case.shape[1:3], 1).double()
-    query = heads_first(inputs_of(case)["query"]).detach()
-
-    def function(q, v):
-        scores = compat.na2d_qk(q, v, case.kernel, case.dilation)
-        return (compat.na2d_av(scores.tanh(), v, case.kernel, case.dilation) * weight).sum()
-
-    def once(q, v):
-        first = torch.autograd.grad(function(q, v), (q, v), create_graph=True)
-        return sum((g.square()).sum() for g in first)
-
-    leaves = [query.clone().requires_grad_(), (query * 0.7).requires_grad_()]
-    assert torch.autograd.gradgradcheck(once, leaves, fast_mode=True)
-
-
-BILINEAR = {  # and the channels of their two arguments
-    "scores": (lambda a, b: compat.na2d_qk(a, b, (3, 2), (1, 2)), (5, 5)),
-    "weighted sums": (lambda a, b: compat.na2d_av(a, b, (3, 2), (1, 2)), (6, 5)),
-}
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("argument", [0, 1])
-@pytest.mark.parametrize("name", BILINEAR)
-def test_function_transforms_of_the_unfused_functions(name, argument):
-    """One argument is batched at a time, which sums that are formed in place must allow for."""
-    function, channels = BILINEAR[name]
-    arguments = [torch.randn(1, 2, 3, 4, count).double() for count in channels]
-
-    def of_one(x: torch.Tensor) -> torch.Tensor:
-        return function(*arguments[:argument], x, *arguments[argument + 1 :])
-
-    stack = torch.randn(3, *arguments[argument].shape).double()
-    assert torch.equal(torch.func.vmap(of_one)(stack), torch.stack([of_one(x) for x in stack]))
-    expected = torch.autograd.functional.jacobian(of_one, stack[0])
-    assert expected.count_nonzero()
-    torch.testing.assert_close(torch.func.jacrev(of_one)(stack[0]), expected)
-    torch.testing.assert_close(torch.autograd.functional.jacobian(of_one, stack[0], vectorize=True), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_adds_in_float32(dtype):
-    case = find("na-7x9-k3", bias=True)
-    inputs = {name: x.to(dtype) for name, x in inputs_of(case).items()}
-    query, key = (heads_first(inputs[name]) for name in ("query", "key"))
-    scores = compat.na2d_qk(query, key, case.kernel, case.dilation)
-    exact = compat.na2d_qk(query.double(), key.double(), case.kernel, case.dilation)
-    assert scores.dtype == dtype
-    torch.testing.assert_close(scores, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
-    values = compat.na2d_av(scores, key, case.kernel, case.dilation)
-    exact = compat.na2d_av(scores.double(), key.double(), case.kernel, case.dilation)
-    torch.testing.assert_close(values, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
-
-
-@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
-def test_gradient_of_a_table_is_added_in_float32(table_dtype):
-    """In bfloat16 a sum of ones ends at 256."""
-    z = torch.zeros(2, 1, 64, 64, 4, dtype=torch.bfloat16)
-    table = torch.zeros(1, 5, 5, dtype=table_dtype, requires_grad=True)
-    compat.na2d_qk(z, z, 3, rpb=table).sum().backward()
-    assert table.grad.dtype == table_dtype
-    # The neighbor right of the query is the last of its window, except for queries of the last column.
-    assert table.grad[0, 2, 2] == 2 * 64 * 64
-    assert table.grad[0, 2, 3] == 2 * 64 * 63
-
-
-def test_autocast_halves_the_maps():
-    query = torch.randn(1, 2, 5, 5, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        scores = compat.na2d_qk(query, query, 3)
-        assert scores.dtype == torch.bfloat16
-        assert compat.na2d_av(scores.float().softmax(-1), query, 3).dtype == torch.bfloat16
+from natten_ext.compat import arguments, natten_014, natten_021
+from tests.operators.cases import cotangents_of, derivatives, grad_output_of, inputs_of, oracle_derivatives
+from tests.operators.natten_cases import NATTEN_CASES, close
 
 
 @pytest.mark.cases(NATTEN_CASES)
 @pytest.mark.parametrize("order", [2])
-def test_fused_na2d_of_both_generations(any_target, case, order):
+def test_fused_functions(any_target, case, order):
     any_target.skip_unless_can(torch.float64, case.head_dim)
     inputs = inputs_of(case, torch.float64, any_target.device)
     arguments = inputs, grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
@@ -159,37 +25,59 @@ def test_fused_na2d_of_both_generations(any_target, case, order):
 
     def current(leaves):
         q, k, v = (leaves[name] for name in ("query", "key", "value"))
-        return natten_ext.na2d(
-            q,
-            k,
-            v,
-            case.kernel,
-            1,
-            case.dilation,
-            False,
-            case.scale,
-            backend=any_target.backend,
-            rpb=leaves.get("bias"),
-        )
+        windows = case.kernel, case.stride, case.dilation, case.causal
+        function = getattr(natten_ext, f"na{case.axes}d")
+        return function(q, k, v, *windows, case.scale, backend=any_target.backend, rpb=leaves.get("bias"))
 
     def old(leaves):
         q, k, v = (leaves[name] for name in ("query", "key", "value"))
+        function = getattr(compat, f"na{case.axes}d")
+        rest = case.dilation, case.causal, leaves.get("bias"), case.scale
         with natten_ext.use_backend(any_target.backend):
-            return compat.na2d(q, k, v, case.kernel, case.dilation, False, leaves.get("bias"), case.scale)
+            return function(q, k, v, case.kernel, *rest, stride=case.stride)
 
-    for function in (current, old):
+    def generic(leaves):
+        q, k, v = (leaves[name] for name in ("query", "key", "value"))
+        windows = case.kernel, case.stride, case.dilation, case.causal
+        options = {"backend": any_target.backend, "rpb": leaves.get("bias")}
+        return compat.neighborhood_attention_generic(q, k, v, *windows, case.scale, **options)
+
+    for function in (current, old, generic):
         close({name: result.cpu() for name, result in derivatives(function, *arguments, order=order).items()}, expected)
 
 
-def test_log_sum_exp_of_na2d():
+def test_log_sum_exp():
     query, key, value = torch.randn(3, 1, 4, 5, 2, 8)
     expected = natten_ext.neighborhood_attention(query, key, value, 3, return_lse=True)
-    for one, other in zip(natten_ext.na2d(query, key, value, 3, return_lse=True), expected, strict=True):
-        assert torch.equal(one, other)
+    for results in (
+        natten_ext.na2d(query, key, value, 3, return_lse=True),
+        compat.na2d(query, key, value, 3, return_lse=True),
+    ):
+        for one, other in zip(results, expected, strict=True):
+            assert torch.equal(one, other)
 
 
-def test_signature_is_that_of_natten_0_21():
-    names = list(inspect.signature(natten_ext.na2d).parameters)
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_and_merging(causal):
+    """Attention over all keys is what merging makes of the attentions over the keys in two parts."""
+    query, key, value = torch.randn(3, 2, 9, 2, 8).double()
+    scores = torch.einsum("bqhc,bkhc->bhqk", query, key) * 8**-0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    expected = torch.einsum("bhqk,bkhc->bqhc", scores.softmax(-1), value), scores.logsumexp(-1).movedim(1, -1)
+    torch.testing.assert_close(compat.attention(query, key, value, causal, return_lse=True), expected)
+    if not causal:
+        torch.testing.assert_close(compat.attention(query, key, value), expected[0])
+        parts = [
+            compat.attention(query, key[:, part], value[:, part], return_lse=True) for part in (slice(4), slice(4, 9))
+        ]
+        outputs, lses = zip(*parts, strict=True)
+        torch.testing.assert_close(compat.merge_attentions(outputs, lses, torch_compile=False), expected)
+
+
+@pytest.mark.parametrize("name", ["na1d", "na2d", "na3d", "neighborhood_attention_generic"])
+def test_signature_is_that_of_natten_0_21(name):
+    names = list(inspect.signature(getattr(natten_021, name)).parameters)
     assert names == [
         "query", "key", "value", "kernel_size", "stride", "dilation", "is_causal", "scale",
         "additional_keys", "additional_values", "attention_kwargs", "backend", "q_tile_shape", "kv_tile_shape",
@@ -198,47 +86,69 @@ def test_signature_is_that_of_natten_0_21():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_signatures_are_those_of_natten_0_17(axes):
+    parameters = {
+        name: list(inspect.signature(getattr(compat, f"na{axes}d{name}")).parameters) for name in ("", "_qk", "_av")
+    }
+    shared = ["kernel_size", "dilation"]
+    assert parameters["_qk"] == ["query", "key", *shared, "additional_keys", "is_causal", "rpb"]
+    assert parameters["_av"] == ["attn", "value", *shared, "additional_values", "is_causal"]
+    more = ["additional_keys", "additional_values", "xformers_kwargs"]
+    assert parameters[""][:11] == ["query", "key", "value", *shared, "is_causal", "rpb", "scale", *more]
+    for name in parameters:
+        function = getattr(compat, f"na{axes}d{name}")
+        assert function.__name__ == f"na{axes}d{name}" and "{" not in function.__doc__
+
+
 M = torch.zeros(2, 6, 8, 4, 8)
 H = torch.zeros(2, 4, 6, 8, 8)
 A = torch.zeros(2, 4, 6, 8, 9)
+E = torch.zeros(2, 4, 5, 8)
+S = torch.zeros(2, 7, 4, 8)
 
 
 def nested(tensor: torch.Tensor) -> torch.Tensor:
     return torch.nested.nested_tensor(list(tensor), layout=torch.jagged)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"stride": 2},
-        {"stride": (1, 2)},
-        {"is_causal": True},
-        {"is_causal": (False, True)},
-        {"additional_keys": torch.zeros(2, 3, 4, 8)},
-        {"additional_values": torch.zeros(2, 3, 4, 8)},
-        {"attention_kwargs": {"backend": "x"}},
-        {"q_tile_shape": (8, 8)},
-        {"kv_tile_shape": (8, 8)},
-        {"backward_q_tile_shape": (8, 8)},
-        {"backward_kv_tile_shape": (8, 8)},
-        {"backward_kv_splits": (1, 1)},
-        {"backward_use_pt_reduction": True},
-        {"run_persistent_kernel": False},
-        {"kernel_schedule": "coop"},
-        {"torch_compile": True},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_what_na2d_lacks_is_named(options):
-    with pytest.raises(NotImplementedError, match=f"^{next(iter(options))}: natten_ext does not support"):
-        natten_ext.na2d(M, M, M, 3, **options)
+TUNING = [
+    {"attention_kwargs": {"backend": "cutlass-fmha"}},
+    {"backend": "hopper-fna"},
+    {"q_tile_shape": (8, 8)},
+    {"kv_tile_shape": (8, 8)},
+    {"backward_q_tile_shape": (8, 8)},
+    {"backward_kv_tile_shape": (8, 8)},
+    {"backward_kv_splits": (1, 1)},
+    {"backward_use_pt_reduction": True},
+    {"run_persistent_kernel": False},
+    {"kernel_schedule": "coop"},
+    {"torch_compile": True},
+]
+
+
+@pytest.mark.parametrize("options", TUNING, ids=lambda options: next(iter(options)))
+def test_tuning_has_no_effect_and_is_said_once(options, monkeypatch):
+    monkeypatch.setattr(arguments, "_warned", False)
+    maps = torch.randn(1, 5, 6, 2, 4)
+    expected = natten_ext.na2d(maps, maps, maps, 3)
+    with pytest.warns(RuntimeWarning, match=f"ignores it: {next(iter(options))} ") as caught:
+        assert torch.equal(natten_ext.na2d(maps, maps, maps, 3, **options), expected)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        natten_ext.na2d(maps, maps, maps, 3, **options)
 
 
 @pytest.mark.parametrize(
     ("call", "exception", "pieces"),
     [
-        (lambda: natten_ext.na2d(M, M[..., :2, :], M[..., :2, :], 3), NotImplementedError, ["key", "heads", "4"]),
-        (lambda: natten_ext.na2d(M, M, M, 3, backend="hopper-fna"), ValueError, ["backend", "hopper-fna"]),
+        (lambda: natten_ext.na1d(M, M, M, 3), ValueError, ["query", "4 dimensions", "(2, 6, 8, 4, 8)"]),
+        (lambda: compat.na3d(M, M, M, 3), ValueError, ["query", "6 dimensions", "(2, 6, 8, 4, 8)"]),
+        (lambda: natten_ext.na2d(M, M, M, 3, backend="hopper"), ValueError, ["backend", "hopper"]),
+        (lambda: natten_ext.na2d(M, M, M, 3, 4), ValueError, ["stride", "4 > 3"]),
+        (lambda: natten_ext.na2d(M, M, M, 3, is_causal=(True,)), TypeError, ["is_causal", "(True,)"]),
+        (lambda: compat.neighborhood_attention_generic([M], M, M, 3), TypeError, ["query", "list"]),
         (lambda: natten_ext.na2d(M, M, M, [3, 3, 3]), TypeError, ["kernel_size", "3"]),
         (lambda: natten_ext.na2d(M, M, M, [3, 3, 3, 3]), TypeError, ["kernel_size", "(3, 3, 3, 3)"]),
         (lambda: compat.na2d(M, M, M, 3, [1]), TypeError, ["dilation", "1"]),
@@ -259,15 +169,15 @@ def test_what_na2d_lacks_is_named(options):
         (lambda: compat.na2d_av(A, nested(H), 3), TypeError, ["value", "nested"]),
         (lambda: natten_ext.na2d(M, M, M, 3, stride=None), TypeError, ["stride", "None"]),
         (lambda: natten_ext.na2d(M, M, M, 3, 1, 4), ValueError, ["kernel_size", "3 * 4", "6"]),
-        (lambda: compat.na2d(M, M, M, 3, is_causal=True), NotImplementedError, ["is_causal"]),
-        (lambda: compat.na2d(M, M, M, 3, xformers_kwargs={"a": 1}), NotImplementedError, ["xformers_kwargs"]),
-        (lambda: compat.na2d_qk(H, H, 3, is_causal=(True, False)), NotImplementedError, ["is_causal"]),
-        (
-            lambda: compat.na2d_qk(H, H, 3, additional_keys=H),
-            NotImplementedError,
-            ["additional_keys", "(2, 4, 6, 8, 8)"],
-        ),
-        (lambda: compat.na2d_av(A, H, 3, additional_values=H), NotImplementedError, ["additional_values"]),
+        (lambda: compat.na2d_qk(H, H, 3, is_causal=1), TypeError, ["is_causal", "1"]),
+        (lambda: compat.na2d_qk(H, H, 3, additional_keys=H), ValueError, ["additional_keys", "(2, 4, 6, 8, 8)"]),
+        (lambda: compat.na2d_qk(H, H, 3, additional_keys=E.half()), TypeError, ["additional_keys", "float16"]),
+        (lambda: compat.na2d_av(A, H, 3, additional_values=E), ValueError, ["attn", "9", "5", "14"]),
+        (lambda: compat.na2d_av(A, H, 3, additional_values=[E]), TypeError, ["additional_values", "list"]),
+        (lambda: compat.attention(S, S, S, max_seqlen_Q=3), NotImplementedError, ["max_seqlen_Q"]),
+        (lambda: compat.attention(S, S[:, 1:], S[:, 1:], True), ValueError, ["is_causal", "(2, 7, 4, 8)"]),
+        (lambda: compat.natten2dqkrpb(H, H, None, 3), TypeError, ["kernel_size", "dilation", "rpb"]),
+        (lambda: compat.natten2dav(A[..., :8], H, 1), ValueError, ["attn", "square"]),
         (lambda: compat.na2d_qk(H, H[..., :4], 3), ValueError, ["key", "(2, 4, 6, 8, 4)"]),
         (lambda: compat.na2d_qk(H, H.double(), 3), TypeError, ["key", "float64"]),
         (lambda: compat.na2d_qk(H[0], H, 3), ValueError, ["query", "(4, 6, 8, 8)"]),
@@ -295,19 +205,30 @@ def test_a_list_of_two_is_a_pair_as_in_natten():
     assert torch.equal(compat.na2d(q, k, v, [3, 5], [2, 1]), expected)
 
 
-def test_names_before_0_17():
-    query, key = torch.randn(2, 1, 2, 7, 9, 4).unbind(0)
-    rpb = torch.randn(2, 5, 5)
-    scores = compat.natten2dqkrpb(query, key, rpb, 3, 2)
-    assert torch.equal(scores, compat.na2d_qk(query, key, 3, 2, rpb=rpb))
-    assert torch.equal(compat.natten2dav(scores, key, 3, 2), compat.na2d_av(scores, key, 3, 2))
-    assert torch.equal(compat.natten2dqkrpb(query, key, None, 3, 2), compat.na2d_qk(query, key, 3, 2))
-
-
-def test_unfused_memory_is_that_of_its_arguments():
-    """Gathering the keys of all queries at once would take 49 maps."""
-    maps = torch.randn(1, 2, 32, 32, 16)
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        compat.na2d_qk(maps, maps, 7)
-    largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert largest <= 49 / 16 * maps.numel() * 4  # the scores
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_names_before_0_17(axes, table):
+    """With one size of height and width, in three dimensions with another of the depth."""
+    extents, kernel, dilation = [(9,), (7, 9), (5, 7, 9)][axes - 1], (3,), (2,)
+    if axes == 3:
+        kernel, dilation = (2, 3), (1, 2)
+    query, key = torch.randn(2, 1, 2, *extents, 4).unbind(0)
+    on_axes = [(size[0], size[-1], size[-1])[3 - axes :] for size in (kernel, dilation)]
+    rpb = torch.randn(2, *(2 * k - 1 for k in on_axes[0])) if table else None
+    names = {end: getattr(natten_014, f"natten{axes}d{end}") for end in ("qk", "qkrpb", "av")}
+    expected = getattr(compat, f"na{axes}d_qk")(query, key, *on_axes, rpb=rpb)
+    scores = names["qkrpb"](query, key, rpb, *kernel, *dilation)
+    assert torch.equal(scores, expected)
+    function = getattr(compat, f"NATTEN{axes}DQKRPBFunction")
+    assert torch.equal(function.apply(query, key, rpb, *kernel, *dilation), expected)
+    if not table:
+        assert torch.equal(names["qk"](query, key, *kernel, *dilation), expected)
+    total = getattr(compat, f"na{axes}d_av")(scores, key, *on_axes)
+    assert torch.equal(names["av"](scores, key, *kernel, *dilation), total)
+    assert torch.equal(getattr(compat, f"NATTEN{axes}DAVFunction").apply(scores, key, *kernel, *dilation), total)
+    if axes < 3:  # before 0.14.5 without the kernel
+        assert torch.equal(names["av"](scores, key, *dilation), total)
+        assert torch.equal(names["av"](scores, key, dilation=dilation[0]), total)
+        if table:
+            assert torch.equal(names["qkrpb"](query, key, rpb, *dilation), expected)
+            assert torch.equal(names["qkrpb"](query, key, rpb, dilation=dilation[0]), expected)
