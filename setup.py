@@ -35,6 +35,8 @@ MINIMUM_TORCH = (2, 11)
 
 CUDA_SOURCE = ROOT / "csrc" / "cuda"
 CUDA_MODES = ("HalfMode", "BfloatMode", "Tf32Mode", "FloatMode", "DoubleMode")  # csrc/cuda/params.h
+# File -> modes it is compiled in; the longest first.
+CUDA_KERNELS = {**dict.fromkeys(KERNELS[::-1], CUDA_MODES), "narrow_forward": ("HalfMode", "BfloatMode")}
 CUDA_LIBRARY = "libnatten_ext_cuda.so"
 CUDA_RESOURCES = "cuda_resources.txt"  # what ptxas said of every kernel
 CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
@@ -224,8 +226,8 @@ def add_cuda_library(file: NinjaFile, nvcc: str, build: Path, package: Path, tor
             [CUDA_SOURCE / f"{kernel}.cu"],
             kernel_flags(mode) + architectures,
         )
-        for kernel in KERNELS[::-1]  # the longest first
-        for mode in CUDA_MODES
+        for kernel, modes in CUDA_KERNELS.items()
+        for mode in modes
     ]
     # libtorch.so is what brings libtorch_cuda.so at load time, also where the torch at hand has none to link to. With
     # --as-needed, the default of many compilers, a library is dropped in which the linker finds nothing.

@@ -35,7 +35,7 @@ SANITIZERS = {
     "racecheck hazards": r"RACECHECK SUMMARY: (\d+) hazard",
 }
 # racecheck instruments these alone: it takes minutes for torch's.
-OUR_KERNELS = ("attention_kernel", "reduce_tables")
+OUR_KERNELS = ("attention_kernel", "narrow_kernel", "reduce_tables")
 # Two runs of attn_bench in one process: the first checks, the second measures once it is told to go on.
 CHECKED = "checked: waiting"
 CHECK_THEN_TIME = f"""

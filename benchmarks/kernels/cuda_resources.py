@@ -20,12 +20,14 @@ from natten_ext.backends import cuda
 
 REPORT = (cuda.library_folder() or Path(natten_ext.__file__).parent) / "cuda_resources.txt"
 
-THREADS = 128  # of a block, at most: kThreads of csrc/cuda/kernel.h
+# Of a block, at most: kThreads of csrc/cuda/kernel.h; of those in narrow.h, kNarrowWarps.
+THREADS, NARROW_THREADS = 128, 256
 
 _REGISTERS = 65536  # of a multiprocessor, since 3.5
 _MODES = {"4Half": "float16", "6Bfloat": "bfloat16", "ffLb1": "float32 (tf32)", "ffLb0": "float32", "ddLb0": "float64"}
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)a?'")
 _KERNEL = re.compile(r"attention_kernelI.*?4ModeI(.*?)EE?NS0_\d+(\w+?)ELi(\d+)E")
+_NARROW = re.compile(r"narrow_kernelINS0_\d+(\w+?)INS0_4ModeI(.*?)EELi(\d+)ELb([01])E")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 
@@ -43,14 +45,19 @@ class Kernel:
     spills: int
 
     @property
+    def warps(self) -> int:
+        """Of a block, at most."""
+        return (NARROW_THREADS if self.name.startswith("Narrow") else THREADS) // 32
+
+    @property
     def blocks(self) -> int:
-        """Blocks of ``THREADS`` on a multiprocessor, as far as registers go."""
+        """Blocks on a multiprocessor, as far as registers go."""
         per_warp = -(-self.registers * 32 // 256) * 256
-        return min(_REGISTERS // per_warp, warps_of(self.capability)) // (THREADS // 32)
+        return min(_REGISTERS // per_warp, warps_of(self.capability)) // self.warps
 
     @property
     def occupancy(self) -> float:
-        return self.blocks * (THREADS // 32) / warps_of(self.capability)
+        return self.blocks * self.warps / warps_of(self.capability)
 
     @property
     def shared(self) -> int:
@@ -74,15 +81,24 @@ def parse(lines: Iterable[str]) -> Iterator[Kernel]:
     kernel = capability = stack = None
     for line in lines:
         if match := _ENTRY.search(line):
-            kernel, number = _KERNEL.search(match[1]), match[2]
+            kernel, number = _kernel_of(match[1]), match[2]
             capability = f"{number[:-1]}.{number[-1]}"
         elif match := _STACK.search(line):
             stack = match
         elif (match := _USED.search(line)) and kernel and stack:
-            mode, name, head_dim = kernel.groups()
+            mode, name, head_dim = kernel
             dtype = next(dtype for key, dtype in _MODES.items() if key in mode)
             spills = int(stack[2]) + int(stack[3])
             yield Kernel(name, dtype, int(head_dim), capability, int(match[1]), int(stack[1]), spills)
+
+
+def _kernel_of(entry: str) -> tuple[str, str, str] | None:
+    """Mode, name and head_dim of an attention kernel; those for whole classes (csrc/cuda/narrow.h) end in "Whole"."""
+    if match := _KERNEL.search(entry):
+        return match[1], match[2], match[3]
+    if match := _NARROW.search(entry):
+        return match[2], match[1] + ("Whole" if match[4] == "1" else ""), match[3]
+    return None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -53,6 +53,11 @@ NATTEN_EXT_DEVICE int forget(int number) {
   return number;
 }
 
+NATTEN_EXT_DEVICE uint64_t forget(uint64_t number) {
+  asm volatile("" : "+l"(number));
+  return number;
+}
+
 NATTEN_EXT_DEVICE int thread_index() { return threadIdx.x; }
 NATTEN_EXT_DEVICE int block_threads() { return blockDim.x; }
 NATTEN_EXT_DEVICE int block_x() { return blockIdx.x; }
@@ -76,6 +81,11 @@ NATTEN_EXT_DEVICE T load_global(const T* address) {
 template <class T>
 NATTEN_EXT_DEVICE void store_global(T* address, T value) {
   *address = value;
+}
+// To an address that was computed as a number.
+NATTEN_EXT_DEVICE void store_global(uint64_t address, const Vector16& value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.words[0]), "r"(value.words[1]), "r"(value.words[2]),
+               "r"(value.words[3]) : "memory");
 }
 
 NATTEN_EXT_DEVICE uint32_t shared_window(Shared address) {
@@ -250,6 +260,12 @@ NATTEN_EXT_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 NATTEN_EXT_DEVICE double larger(double a, double b) { return fmax(a, b); }
 NATTEN_EXT_DEVICE float binary_logarithm(float x) { return log2f(x); }
 NATTEN_EXT_DEVICE double binary_logarithm(double x) { return log2(x); }
+// With an error of 2^-22 of the result, or of 2^-22 from 0.5 to 2.
+NATTEN_EXT_DEVICE float quick_logarithm(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 NATTEN_EXT_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 NATTEN_EXT_DEVICE double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
 

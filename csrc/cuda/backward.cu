@@ -191,11 +191,11 @@ struct BackwardKey {
 
 template <class M>
 void backward_query(const Params& p, const std::vector<Window>& windows, Context& context) {
-  launch_all_heads<M, BackwardQuery>(p, windows, context, HeadDims<M>{});
+  launch_all_heads<M, BackwardQuery>(p, windows, context);
 }
 template <class M>
 void backward_key(const Params& p, const std::vector<Window>& windows, Context& context) {
-  launch_all_heads<M, BackwardKey>(p, windows, context, HeadDims<M>{});
+  launch_all_heads<M, BackwardKey>(p, windows, context);
 }
 template <class M>
 uint32_t backward_shared(int head_dim) {

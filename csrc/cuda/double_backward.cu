@@ -353,11 +353,11 @@ struct DoubleBackwardKey {
 
 template <class M>
 void double_backward_query(const Params& p, const std::vector<Window>& windows, Context& context) {
-  launch_all_heads<M, DoubleBackwardQuery>(p, windows, context, HeadDims<M>{});
+  launch_all_heads<M, DoubleBackwardQuery>(p, windows, context);
 }
 template <class M>
 void double_backward_key(const Params& p, const std::vector<Window>& windows, Context& context) {
-  launch_all_heads<M, DoubleBackwardKey>(p, windows, context, HeadDims<M>{});
+  launch_all_heads<M, DoubleBackwardKey>(p, windows, context);
 }
 template <class M>
 uint32_t double_backward_shared(int head_dim) {

@@ -98,7 +98,9 @@ struct Forward {
 
 template <class M>
 void forward(const Params& p, const std::vector<Window>& windows, Context& context) {
-  launch_all_heads<M, Forward>(p, windows, context, HeadDims<M>{});
+  std::vector<HeadRange> heads{{0, p.heads}};
+  if constexpr (kHasNarrow<M>) heads = narrow_forward<M>(p, windows, context);
+  for (const HeadRange& range : heads) launch_range<M, Forward>(p, windows, range, context, HeadDims<M>{});
 }
 template <class M>
 uint32_t forward_shared(int head_dim) {

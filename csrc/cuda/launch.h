@@ -217,13 +217,18 @@ void launch_padded(Params p, Context& context) {
 
 // Launches the instance for the least padded head_dim that holds the problem's, for at most kMaxHeads heads at a time.
 template <class M, template <class, int> class Kernel, int... Dims>
-void launch_all_heads(Params p, const std::vector<Window>& windows, Context& context, std::integer_sequence<int, Dims...>) {
-  for (p.first_head = 0; p.first_head < p.heads; p.first_head += kMaxHeads) {
-    p.launch_heads = std::min(kMaxHeads, p.heads - p.first_head);
+void launch_range(Params p, const std::vector<Window>& windows, const HeadRange& heads, Context& context,
+                  std::integer_sequence<int, Dims...>) {
+  for (p.first_head = static_cast<int>(heads.first); p.first_head < heads.last; p.first_head += kMaxHeads) {
+    p.launch_heads = std::min(kMaxHeads, static_cast<int>(heads.last) - p.first_head);
     std::copy_n(windows.begin() + p.first_head, p.launch_heads, p.windows);
     bool done = false;
     ((!done && p.head_dim <= Dims ? (launch_padded<M, Kernel, Dims>(p, context), done = true) : false), ...);
   }
+}
+template <class M, template <class, int> class Kernel>
+void launch_all_heads(const Params& p, const std::vector<Window>& windows, Context& context) {
+  launch_range<M, Kernel>(p, windows, {0, p.heads}, context, HeadDims<M>{});
 }
 
 }  // namespace natten_ext::cuda

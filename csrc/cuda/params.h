@@ -15,6 +15,7 @@ constexpr int kWarpRows = 16;  // queries (or keys) of a warp: two rows of eight
 
 struct Window {
   uint16_t kernel_y, kernel_x, dilation_y, dilation_x;
+  bool operator==(const Window&) const = default;
 };
 
 // Division of numbers below 2^31 by a divisor that the host knows: a product and a shift.

@@ -24,6 +24,13 @@ NATTEN_EXT_DEVICE Real table_entry(const Table& t, int64_t offset) {
 template <class Real>
 constexpr Real kMostOfTable = std::numeric_limits<Real>::max() / 4;
 
+template <class Real>
+NATTEN_EXT_DEVICE Real bounded(Real entry) {
+  if (entry < -kMostOfTable<Real> && entry != -kInfinity<Real>) return -kMostOfTable<Real>;
+  if (entry > kMostOfTable<Real> && entry != kInfinity<Real>) return kMostOfTable<Real>;
+  return entry;
+}
+
 // A table of one head as a kernel reads it, times `factor`; zero where there is none, and `masked` for pairs that don't
 // exist: in its shared copy, the last row and the last column.
 template <class Element, class Real>
@@ -68,10 +75,7 @@ struct TableReader {
     const int y = p.by_table_columns(index), x = index - y * (p.table_columns + 1);
     if (y == p.table_rows || x == p.table_columns) return masked;
     if (table.data == nullptr) return 0;
-    const Real value = table_entry<Element, Real>(table, head * table.head + y * table.y + x * table.x);
-    if (value < -kMostOfTable<Real> && value != -kInfinity<Real>) return -factor * kMostOfTable<Real>;
-    if (value > kMostOfTable<Real> && value != kInfinity<Real>) return factor * kMostOfTable<Real>;
-    return factor * value;
+    return factor * bounded(table_entry<Element, Real>(table, head * table.head + y * table.y + x * table.x));
   }
 };
 

@@ -21,6 +21,7 @@ using emulator::Site;
 // ------------------------------------------------------------------------------------------ places
 
 inline int forget(int number) { return number; }
+inline uint64_t forget(uint64_t number) { return number; }
 
 inline int thread_index() { return emulator::place().thread; }
 inline int block_threads() { return emulator::place().threads; }
@@ -49,6 +50,10 @@ T load_global(const T* address, Site site = Site::current()) {
 template <class T>
 void store_global(T* address, T value, Site site = Site::current()) {
   emulator::write_global(address, &value, sizeof(T), site);
+}
+
+inline void store_global(uint64_t address, const Vector16& value, Site site = Site::current()) {
+  emulator::write_global(reinterpret_cast<void*>(address), &value, sizeof(value), site);
 }
 
 template <int Bytes>
@@ -170,6 +175,7 @@ inline float larger(float a, float b) { return std::fmax(a, b); }
 inline double larger(double a, double b) { return std::fmax(a, b); }
 inline float binary_logarithm(float x) { return std::log2(x); }
 inline double binary_logarithm(double x) { return std::log2(x); }
+inline float quick_logarithm(float x) { return std::log2(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 

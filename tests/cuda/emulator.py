@@ -44,8 +44,8 @@ def build(folder: Path) -> Path:
             [setup.CUDA_SOURCE / f"{kernel}.cu"],
             [*common, f"-DNATTEN_EXT_MODE={mode}", "-x", "c++"],
         )
-        for kernel in setup.KERNELS[::-1]
-        for mode in setup.CUDA_MODES
+        for kernel, modes in setup.CUDA_KERNELS.items()
+        for mode in modes
     ]
     machine = ROOT / "csrc" / "emulator" / "machine.cpp"
     objects.append(file.statement("compile", folder / "machine.o", [machine], [*common, "-O2"]))

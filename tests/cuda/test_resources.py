@@ -24,6 +24,7 @@ JOBS += [("double_backward", "Tf32Mode", "8.0")]
 JOBS += [("backward", "BfloatMode", capability) for capability in CAPABILITIES]
 JOBS += [("backward", "FloatMode", "8.0")]
 JOBS += [("forward", "BfloatMode", capability) for capability in CAPABILITIES]
+JOBS += [("narrow_forward", "BfloatMode", capability) for capability in CAPABILITIES]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def kernels(tmp_path_factory) -> list[cuda_resources.Kernel]:
 def test_every_kernel_is_reported(kernels):
     names = {(kernel.name, kernel.capability) for kernel in kernels if kernel.dtype == "bfloat16"}
     expected = ("Forward", "BackwardQuery", "BackwardKey", "DoubleBackwardQuery", "DoubleBackwardKey")
+    expected += ("NarrowForward", "NarrowForwardWhole")
     assert names == {(name, capability) for name in expected for capability in CAPABILITIES}
     assert {kernel.dtype for kernel in kernels} == {"bfloat16", "float32 (tf32)", "float32"}
     assert {kernel.head_dim for kernel in kernels} == {8, 16, 32, 64, 96, 128, 256}
@@ -69,12 +71,21 @@ ptxas info    : Function properties for _ZN10natten_ext4cuda16attention_kernelIN
     16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack size
 """  # noqa: E501
+NARROW_REPORT = """\
+ptxas info    : Compiling entry function '_ZN10natten_ext4cuda13narrow_kernelINS0_13NarrowForwardINS0_4ModeINS0_6BfloatEfLb1EEELi32ELb1EEEEEvNS0_12NarrowParamsE' for 'sm_90'
+ptxas info    : Function properties for _ZN10natten_ext4cuda13narrow_kernelINS0_13NarrowForwardINS0_4ModeINS0_6BfloatEfLb1EEELi32ELb1EEEEEvNS0_12NarrowParamsE
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 105 registers, used 1 barriers
+"""  # noqa: E501
 
 
 def test_a_report_is_understood(tmp_path, capsys):
     kernel = cuda_resources.Kernel("Forward", "bfloat16", 32, "9.0", 168, 16, 20)
     assert list(cuda_resources.parse(REPORT.splitlines())) == [kernel]
     assert kernel.blocks == 3
+    narrow = cuda_resources.Kernel("NarrowForwardWhole", "bfloat16", 32, "9.0", 105, 0, 0)
+    assert list(cuda_resources.parse(NARROW_REPORT.splitlines())) == [narrow]
+    assert narrow.blocks == 2
     path = tmp_path / "report.txt"
     path.write_text(REPORT)
     assert cuda_resources.main([str(path)]) == 0

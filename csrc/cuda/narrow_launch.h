@@ -1,0 +1,97 @@
+// Which heads the kernels for windows of 7 x 7 keys take (narrow.h), and their launches. On the host.
+#pragma once
+
+#include "launch.h"
+#include "narrow.h"
+
+namespace natten_ext::cuda {
+
+// The widths of heads that there are kernels for.
+template <class M>
+struct NarrowDims : std::integer_sequence<int, 8, 16, 32> {};
+
+template <class Kernel>
+NATTEN_EXT_KERNEL(kNarrowWarps * kWarp, Kernel::kBlocksAtATime) narrow_kernel(NATTEN_EXT_PARAMETER(NarrowParams) p) {
+  Kernel::run(p);
+}
+
+// Fills in all but the heads, for heads with the window `w`. False: such kernels can't take them.
+template <class Element>
+bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
+  constexpr int kSize = sizeof(Element);
+  if (p.kind != Kind::neighborhood || p.heads > UINT16_MAX || p.l2 || p.vector_bytes != 16 || p.output_vector_bytes != 16) return false;
+  if (w.kernel_y != kNarrowKernel || w.kernel_x != kNarrowKernel) return false;
+  bool fits = int64_t{p.batch} * p.heads <= INT32_MAX;
+  const auto steps = [&](const Rows& t) {
+    const auto bytes = [&](int64_t elements) {
+      fits &= elements >= 0 && elements <= INT32_MAX / kSize;
+      return static_cast<uint32_t>(elements * kSize);
+    };
+    return ByteRows{static_cast<unsigned char*>(t.data), bytes(t.batch), bytes(t.head), bytes(t.y), bytes(t.x)};
+  };
+  n.query = steps(p.query), n.key = steps(p.key), n.value = steps(p.value), n.output = steps(p.output);
+  if (!fits) return false;
+  n.bias = p.bias;
+  if (p.bias.data != nullptr) {
+    // The table is as large as the largest window of all heads; offset zero is in its middle.
+    const int64_t first = (p.table_rows / 2 - kNarrowKernel + 1) * p.bias.y + (p.table_columns / 2 - kNarrowKernel + 1) * p.bias.x;
+    n.bias.data = static_cast<char*>(p.bias.data) + first * (p.bias.is_float ? 4 : kSize);
+  }
+  n.base = p.base, n.log_sum = p.log_sum, n.natural_lse = p.natural_lse;
+  n.factor = static_cast<float>(p.scale) * kLog2E<float>;
+  n.head_bytes = p.head_dim * kSize;
+  n.height = p.queries.height, n.width = p.queries.width, n.heads = p.heads;
+  n.dilation_y = w.dilation_y, n.dilation_x = w.dilation_x;
+  n.by_dilation_y = Divisor(w.dilation_y), n.by_dilation_x = Divisor(w.dilation_x);
+  return true;
+}
+
+template <class M, template <class, int, bool> class Kernel, int Dim, bool Whole>
+bool launch_narrow_heads(const Params& p, NarrowParams n, Context& context) {
+  using Tile = NarrowTile<Dim, Whole>;
+  n.tiles_y = static_cast<int>(divide_up(divide_up(n.height, n.dilation_y), Tile::kHeight));
+  n.tiles_x = static_cast<int>(Whole ? divide_up(n.dilation_x, Tile::kClasses) : divide_up(divide_up(n.width, n.dilation_x), Tile::kWidth));
+  n.by_tiles_y = Divisor(n.tiles_y), n.by_tiles_x = Divisor(n.tiles_x), n.by_launch_heads = Divisor(n.launch_heads);
+  const int64_t blocks = int64_t{n.tiles_y} * n.tiles_x * n.dilation_y * (Whole ? 1 : n.dilation_x) * p.batch * n.launch_heads;
+  if (blocks > INT32_MAX || Tile::kTotal > static_cast<uint32_t>(context.shared_limit)) return false;
+  launch(narrow_kernel<Kernel<M, Dim, Whole>>, static_cast<int>(blocks), 1, kNarrowWarps * kWarp, Tile::kTotal, n, context);
+  return true;
+}
+
+// Launches the heads that these kernels can take, those with the same window together. Returns the others.
+template <class M, template <class, int, bool> class Kernel, int... Dims>
+std::vector<HeadRange> launch_narrow(const Params& p, const std::vector<Window>& windows, Context& context,
+                                     std::integer_sequence<int, Dims...>) {
+  const auto start = [&](const Window& w, NarrowParams& n) {
+    if (!prepare_narrow<typename M::Element>(n, p, w)) return false;
+    const bool whole = divide_up(n.height, w.dilation_y) <= 8 && divide_up(n.width, w.dilation_x) <= 8;
+    bool tried = false, done = false;
+    const auto at_width = [&]<int Dim>() {
+      tried = true;
+      done = whole ? launch_narrow_heads<M, Kernel, Dim, true>(p, n, context) : launch_narrow_heads<M, Kernel, Dim, false>(p, n, context);
+    };
+    ((!tried && p.head_dim <= Dims ? at_width.template operator()<Dims>() : void()), ...);
+    return done;
+  };
+  std::vector<bool> seen(p.heads), left(p.heads);
+  for (int first = 0; first < p.heads; ++first) {
+    if (seen[first]) continue;
+    NarrowParams n{};
+    for (int head = first; head < p.heads && n.launch_heads < kMaxHeads; ++head) {
+      if (seen[head] || !(windows[head] == windows[first])) continue;
+      seen[head] = true;
+      n.head[n.launch_heads++] = static_cast<uint16_t>(head);
+    }
+    if (start(windows[first], n)) continue;
+    for (int i = 0; i < n.launch_heads; ++i) left[n.head[i]] = true;
+  }
+  std::vector<HeadRange> others;
+  for (int head = 0; head < p.heads; ++head) {
+    if (!left[head]) continue;
+    if (head > 0 && left[head - 1]) others.back().last = head + 1;
+    else others.push_back({head, head + 1});
+  }
+  return others;
+}
+
+}  // namespace natten_ext::cuda

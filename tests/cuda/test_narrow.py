@@ -1,0 +1,188 @@
+"""The kernels for windows of 7 x 7 keys in half precision: which problems they take, and that they solve these as the
+general kernels do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import natten_ext
+from natten_ext.operators import OPERATORS
+from tests.cuda import emulated
+from tests.operators.budget import assert_same_bits
+from tests.operators.cases import (
+    Case,
+    Inputs,
+    arguments_of,
+    forward,
+    inputs_of,
+    magnitude,
+    oracle_forward,
+    ulp,
+)
+
+pytestmark = pytest.mark.skipif(
+    not any(status.name == "cuda" and status.available for status in natten_ext.list_backends()),
+    reason="the cuda backend is not emulated here",
+)
+
+NEIGHBORHOOD = Case("narrow", "neighborhood", (1, 7, 7, 1, 8), kernel=7, bias=True)
+
+
+def neighborhood(height: int, width: int, head_dim: int = 8, heads: int = 1, batch: int = 1, **settings) -> Case:
+    return replace(NEIGHBORHOOD, shape=(batch, height, width, heads, head_dim), **settings)
+
+
+# Tiles of 16 x 16 and their parts at borders; classes that are whole (at most 8 x 8), of two sizes.
+CASES = {
+    "one tile": neighborhood(16, 16, 32),
+    "several tiles": neighborhood(37, 18, 16, batch=2, heads=2),
+    "narrower than a block": neighborhood(19, 7, 32),
+    "lower than a tile": neighborhood(9, 33, bias=False),
+    "dilated": neighborhood(19, 45, 24, dilation=(2, 5)),
+    "whole map": neighborhood(8, 7, 16, batch=2),
+    "whole classes": neighborhood(15, 45, 32, dilation=(2, 6), heads=2),
+    "whole classes without a table": neighborhood(22, 16, dilation=(3, 2), bias=False),
+    "heads of all kinds": neighborhood(
+        17, 18, heads=5, kernel=(7, 7, (7, 5), 3, 7), dilation=(1, 2, 1, 1, 2), groups=("kernel", "dilation")
+    ),
+}  # fmt: skip
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def run(case: Case, inputs: Inputs) -> tuple[Inputs, bool]:
+    """Output and both parts of the log-sum-exp, and whether a narrow kernel took part."""
+    torch.ops.natten_ext_cuda.sites()
+    output, lse, natural = OPERATORS["cuda"].forward(
+        *arguments_of(case, inputs), case.code, case.score == "l2", case.effective_scale, True
+    )
+    return {"output": output, "lse": lse, "natural": natural}, "narrow" in torch.ops.natten_ext_cuda.sites()
+
+
+def unaligned(inputs: Inputs) -> Inputs:
+    """The same numbers at addresses of 8 bytes, which the general kernel takes."""
+    copies = {}
+    for name, x in inputs.items():
+        room = x.new_empty(x.numel() + 4)
+        copies[name] = room[4:].view_as(x).copy_(x)
+    return copies
+
+
+def assert_alike(results: Inputs, expected: Inputs, dtype: torch.dtype) -> None:
+    """The same to rounding, and NaN at the same places. The parts of the log-sum-exp may have another base."""
+    allowed = {"output": ulp(magnitude([expected["output"].nan_to_num()]), dtype), "lse": 4e-6, "natural": 4e-6}
+    for name, error in allowed.items():
+        result, other = (r[name].double().sum(0) if name == "lse" else r[name].double() for r in (results, expected))
+        assert torch.equal(result.isfinite(), other.isfinite()), name
+        result, other = (x.nan_to_num(0, 0, 0) for x in (result, other))
+        assert magnitude([result - other]) <= error * (1.0 if name == "output" else max(1.0, magnitude([other]))), name
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_is_that_of_the_general_kernel(case, dtype):
+    inputs = inputs_of(case, dtype)
+    results, narrow = run(case, inputs)
+    assert narrow
+    expected, narrow = run(case, unaligned(inputs))
+    assert not narrow or "kernel" in case.groups
+    assert_alike(results, expected, dtype)
+    output, lse = oracle_forward(case, {n: x.double() for n, x in inputs.items()}, return_lse=True)
+    assert magnitude([results["output"].double() - output]) <= 3 * ulp(magnitude([output]), dtype)
+    assert magnitude([results["natural"].double() - lse.movedim(-1, 1)]) <= 4e-6 * magnitude([lse])
+
+
+SMALL = {name: CASES[name] for name in ("several tiles", "whole classes")}
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_reaches_only_what_attends_it(case, name, strange, dtype):
+    inputs = inputs_of(case, dtype)
+    inputs[name][0, 9, 11, 0, 3] = strange
+    results, narrow = run(case, inputs)
+    assert narrow
+    expected = forward(case, {n: x.float() for n, x in inputs.items()}, "reference").isfinite()
+    assert torch.equal(results["output"].isfinite(), expected) and 0 < (~expected).sum() < expected.numel() / 8
+    assert_alike(results, run(case, unaligned(inputs))[0], dtype)
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
+def test_tables_that_mask(case):
+    """Minus infinity masks, also all keys of a query; the least number and the largest are a quarter of themselves."""
+    inputs = inputs_of(case, torch.bfloat16)
+    table = inputs["bias"]
+    table[0, :, :5] = -torch.inf
+    table[0, 7:, 4:] = torch.finfo(torch.bfloat16).min
+    table[1] = -torch.inf
+    table[1, 6, 6] = torch.finfo(torch.bfloat16).max
+    table[1, 6, :6] = 0
+    results, narrow = run(case, inputs)
+    assert narrow
+    assert_alike(results, run(case, unaligned(inputs))[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
+def test_tiny_weights_are_zero(case):
+    """And scores may be as large as they like."""
+    inputs = inputs_of(case, torch.bfloat16)
+    inputs["query"] *= 100
+    results, narrow = run(case, inputs)
+    assert narrow
+    assert_alike(results, run(case, unaligned(inputs))[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
+def test_bits_do_not_depend_on_the_order_of_warps(case):
+    inputs = inputs_of(case, torch.bfloat16)
+    ascending, _ = run(case, inputs)
+    with emulated.settings(order=1):
+        assert_same_bits(run(case, inputs)[0], ascending)
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
+def test_any_strides(case):
+    """Slices, a map that begins elsewhere, and a table in float32; negative strides are the general kernel's."""
+    inputs = inputs_of(case, torch.bfloat16)
+    expected, _ = run(case, inputs)
+    inner = {n: x.transpose(1, 3).contiguous().transpose(1, 3) for n, x in inputs.items() if n != "bias"}
+    results, narrow = run(case, inner | {"bias": inputs["bias"].float().mT.contiguous().mT})
+    assert narrow
+    assert_same_bits(results, expected)
+
+
+@pytest.mark.parametrize(
+    "change", [{"kernel": (7, 5)}, {"kernel": 8}, {"score": "l2"}, {"shape": (1, 12, 17, 1, 40)}], ids=str
+)
+def test_what_the_general_kernel_takes(change):
+    case = replace(neighborhood(12, 17), **change)
+    _, narrow = run(case, inputs_of(case, torch.bfloat16))
+    assert not narrow
+    with emulated.settings(shared_limit=32 * 1024):
+        _, narrow = run(neighborhood(12, 17, 32), inputs_of(neighborhood(12, 17, 32), torch.bfloat16))
+    assert not narrow
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
+def test_every_barrier_and_every_wait_is_needed(case):
+    inputs = inputs_of(case, torch.bfloat16)
+    expected, _ = run(case, inputs)
+    run(case, inputs)
+    torch.ops.natten_ext_cuda.sites()
+    OPERATORS["cuda"].forward(*arguments_of(case, inputs), case.code, False, case.effective_scale, True)
+    sites = torch.ops.natten_ext_cuda.sites().split()
+    assert len(sites) == 4, sites
+
+    def goes_unnoticed(site: str) -> bool:
+        try:
+            with emulated.settings(dropped_site=site):
+                assert_same_bits(run(case, inputs)[0], expected)
+        except (RuntimeError, AssertionError):
+            return False
+        return True
+
+    assert not [site for site in sites if goes_unnoticed(site)]
