@@ -93,7 +93,9 @@ class Variant:
             return ""
         static = self.options["S"]
         streamed = " streamed" if static.streamed else ""
-        return f"{static.own_h}x{static.own_w}|{static.block_h}x{static.block_w}{streamed}"
+        own, block = (static.own_d, static.own_h, static.own_w), (static.block_d, static.block_h, static.block_w)
+        tile, block = ("x".join(map(str, extents if static.deep else extents[1:])) for extents in (own, block))
+        return f"{tile}|{block}{streamed}"
 
 
 def _digest(*parts: Any) -> str:
@@ -105,7 +107,7 @@ def _signature(arguments: Iterable[Any]) -> tuple:
     parts: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Rows):
-            strides = tuple((s == 1, s % 16 == 0, s > 2**31 - 1) for s in argument[1:])
+            strides = tuple((s == 1, s % 16 == 0, s > 2**31 - 1) for s in argument[1:] if s != ())
             parts.append((argument.pointer.dtype, strides))
         elif isinstance(argument, tuple):
             parts.append(_signature(argument))

@@ -328,6 +328,7 @@ GENERAL = [
     _grid("line-12-w4", (2, 12, 2, 8), 4, small=True),
     _grid("4x6x4-w2x3x4", (1, 4, 6, 4, 2, 8), (2, 3, 4), small=True),
     _grid("3x4x5-map", (1, 3, 4, 5, 1, 5), (3, 4, 5)),
+    _grid("4x8x4-w4", (1, 4, 8, 4, 1, 8), 4, small=True),
     _na("line-19-k5-d3", (2, 19, 2, 8), 5, 3, small=True),
     _na("line-40-k7", (1, 40, 3, 16), 7),
     _na("line-23-k4-causal", (2, 23, 1, 8), 4, 2, causal=True, small=True),

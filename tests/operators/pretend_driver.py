@@ -117,6 +117,8 @@ def main(folder: Path) -> None:
         attend(Full(), (2, 65, 2, 24), None, "l2")
         attend(windows_of(2, 2, [3, (5, 2)], [1, (2, 3)]), (2, 11, 13, 2, 4), (2, 9, 5), "dot")
         attend(Grid((4, 4)), (2, 8, 12, 2, 24), (2, 7, 7), "dot")
+        video = windows_of(3, 2, [3, (2, 3, 5)], 1, [(2, 1, 1), (1, 2, 3)], (True, False, False))
+        attend(video, (2, 5, 6, 7, 2, 16), (2, 5, 5, 9), "dot")
     print(len(launched), *sorted(set(launched)))
 
 

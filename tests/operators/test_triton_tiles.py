@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from math import prod
 
 import pytest
 from hypothesis import given, settings
@@ -28,13 +29,20 @@ def axis_pairs(axis: Axis) -> set[tuple[int, int]]:
         return set(product(range(axis.queries), range(axis.keys)))
     if axis.kind == GRID:
         return {(q, k) for q, k in product(range(axis.queries), repeat=2) if q // axis.window == k // axis.window}
-    return {(q, k) for q in range(axis.queries) for k in oracle.axis_neighbors(q, axis.queries, axis.window, 1)}
+    rule = axis.queries, axis.window, 1, axis.stride, axis.causal
+    return {(q, k) for q in range(axis.queries) for k in oracle.axis_neighbors(q, *rule)}
 
 
 axes = st.one_of(
     st.builds(lambda q, k: Axis(FULL, q, k, k), st.integers(1, 40), st.integers(1, 40)),
     st.builds(lambda w, n: Axis(GRID, w * n, w * n, w), st.integers(1, 9), st.integers(1, 5)),
-    st.builds(lambda w, n: Axis(NEIGHBORHOOD, w + n, w + n, w), st.integers(1, 9), st.integers(0, 30)),
+    st.builds(
+        lambda w, s, n, causal: Axis(NEIGHBORHOOD, w + n, w + n, w, min(s, w), causal),
+        st.integers(1, 9),
+        st.integers(1, 9),
+        st.integers(0, 30),
+        st.booleans(),
+    ),
 )
 powers = st.sampled_from([1, 2, 4, 8, 16])
 
@@ -64,6 +72,11 @@ PROBLEMS = [
         (windows_of(2, 2, 7, [1, 2]).encode(), (1, 16, 19, 2, 32), 16),
         (windows_of(2, 2, [3, (5, 2)], [(1, 4), (2, 3)]).encode(), (1, 13, 17, 2, 32), 13),
         (windows_of(2, 1, (6, 4), 1).encode(), (1, 6, 33, 1, 32), 6),
+        (windows_of(1, 2, 9, [1, 3]).encode(), (1, 130, 2, 32), 130),
+        (windows_of(2, 2, [7, 5], 1, [(3, 1), 5], (False, True)).encode(), (1, 17, 40, 2, 32), 17),
+        (Grid((2, 3, 4)).encode(), (1, 6, 6, 8, 2, 24), 6),
+        (windows_of(3, 2, [3, (2, 5, 1)], [1, (2, 1, 3)]).encode(), (1, 5, 9, 12, 2, 32), 5),
+        (windows_of(3, 1, (4, 3, 3), 1, (2, 1, 3), (True, False, False)).encode(), (1, 9, 4, 11, 1, 32), 9),
     )
 ]
 
@@ -74,13 +87,13 @@ PROBLEMS = [
 def test_tiles_hold_every_pair(problem, owner, sizes):
     """Pairs of all lattices are the problem's, and no more than the tiles compute."""
     tiles = tiling(problem, *sizes, owner)
-    pairs = sum(n * len(axis_pairs(y)) * len(axis_pairs(x)) for n, y, x in problem.lattices(tiles.packed))
+    pairs = sum(n * prod(len(axis_pairs(axis)) for axis in axes) for n, axes in problem.lattices(tiles.packed))
     assert pairs == problem.pairs()
     assert pairs <= tiles.issued
     for side, size in ((tiles.own, sizes[0]), (tiles.block, sizes[1])):
-        assert side[0] * side[1] <= size and all(extent & (extent - 1) == 0 for extent in side)
-    assert tiles.own[0] * tiles.own[1] >= 16
-    assert tiles.tiles * tiles.own[0] * tiles.own[1] * problem.heads >= problem.heads * (
+        assert prod(side) <= size and all(extent & (extent - 1) == 0 for extent in side)
+    assert prod(tiles.own) >= 16
+    assert tiles.tiles * prod(tiles.own) * problem.heads >= problem.heads * (
         problem.queries if owner == QUERY else problem.keys
     )
 
@@ -93,8 +106,8 @@ def test_displacements_hold_every_pair(problem, sizes):
     places = displacements(problem, tiles)
     for head in range(problem.heads):
         of_head = [place for place in places if place.head == head]
-        on_axes = {place.vertical for place in of_head}, {place.horizontal for place in of_head}
-        assert len(of_head) == len(on_axes[0]) * len(on_axes[1])
+        on_axes = [set(of_axis) for of_axis in zip(*(place.axes for place in of_head), strict=True)]
+        assert len(of_head) == prod(map(len, on_axes))
         axes = problem.axes(head, tiles.packed)
         for lattice, own, block, displaced in zip(axes, tiles.own, tiles.block, on_axes, strict=True):
             for query, key in set().union(*map(axis_pairs, lattice)):
@@ -112,11 +125,32 @@ def test_displacements_are_few():
     """Tiles of 8 x 8 see 14 x 14 keys of a window of 7 x 7: two blocks on each axis, one where the map is one tile."""
     problem = _problem_of(tuple(windows_of(2, 2, 7, [1, 8]).encode()), (2, 64, 64, 2, 32), 64)
     tiles = tiling(problem, 64, 64, QUERY)
-    assert tiles.own == tiles.block == (8, 8)
+    assert tiles.own == tiles.block == (1, 8, 8)
     visits = {}
     for place in displacements(problem, tiles):
         visits.setdefault(place.head, []).append(place.visits)
     assert sum(visits[0]) <= (7 * 2 + 1 + 1) ** 2 * 4 and visits[1] == [64]
+
+
+def test_tiles_suit_the_map():
+    """A line's are 1 x 64, a video's are compact on all axes, and a flat one's are those of its images."""
+    line = _problem_of(tuple(windows_of(1, 1, 127, 1).encode()), (1, 4096, 1, 32), 4096)
+    assert tiling(line, 64, 64, QUERY).own == (1, 1, 64)
+    video = _problem_of(tuple(windows_of(3, 1, 5, 1).encode()), (1, 16, 32, 32, 1, 32), 16)
+    assert tiling(video, 64, 64, QUERY).own == (4, 4, 4)
+    flat = _problem_of(tuple(windows_of(3, 1, (1, 7, 7), 1).encode()), (1, 16, 32, 32, 1, 32), 16)
+    assert tiling(flat, 64, 64, QUERY).own == (1, 8, 8)
+
+
+def test_only_what_a_problem_has_is_compiled_in():
+    """A third axis, and strides and causal windows on the axes where a head has them."""
+    flat = _problem_of(tuple(windows_of(2, 2, 7, [1, 2]).encode()), (1, 16, 19, 2, 32), 16)
+    assert (flat.deep, flat.strided, flat.causal) == (False, (False,) * 3, (False,) * 3)
+    still = _problem_of(tuple(windows_of(3, 2, (1, 7, 7), 1).encode()), (2, 1, 16, 19, 2, 32), 1)
+    assert (still.deep, still.strided, still.causal) == (False, (False,) * 3, (False,) * 3)
+    video = windows_of(3, 2, 5, 1, [1, (1, 1, 2)], (True, False, False))
+    video = _problem_of(tuple(video.encode()), (1, 6, 16, 19, 2, 32), 6)
+    assert (video.deep, video.strided, video.causal) == (True, (False, False, True), (True, False, False))
 
 
 @pytest.mark.parametrize("head_dim", range(1, 257))

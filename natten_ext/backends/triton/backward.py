@@ -10,20 +10,9 @@ import triton
 import triton.language as tl
 
 from .distances import score_terms
-from .geometry import (
-    SIZES,
-    as_keys,
-    as_queries,
-    block_count,
-    block_place,
-    empty,
-    keys_of,
-    not_beyond,
-    own_place,
-    own_tile,
-    queries_of,
-)
+from .geometry import SIZES, empty, keys_of, own_tile, queries_of
 from .launch import Launch, asked, rows_of
+from .places import as_keys, as_queries, block_count, block_place, not_beyond, own_place
 from .problem import KEY, QUERY
 from .row_numbers import FIRST, RowNumbers, load_numbers, store_numbers
 from .scores import block_of_keys, logits, pair_products, per_key, per_query, weights_of_queries
@@ -50,7 +39,7 @@ from .tiles import (
 @triton.jit(do_not_specialize=SIZES)
 def backward_query_kernel(
     grad_output, grad_lse, query, key, score_terms, value, output, base, log_sum, numbers, grad_query, table, members,
-    scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
+    scale, heads, tiles, depth, height, width, window_z, window_y, window_x, table_planes, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
     """D, less the gradient of the log-sum-exp, for the other passes, and dQ unless ``grad_query`` is None: three
@@ -60,22 +49,22 @@ def backward_query_kernel(
     what D lacks. And dQ is taken from keys relative to the row's own: what is left in the sum then counts keys'
     differences only.
     """
-    OWN: tl.constexpr = S.own_h * S.own_w
-    lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
+    OWN: tl.constexpr = S.own
+    lattice, box = own_tile(heads, tiles, members, depth, height, width, window_z, window_y, window_x, False, S)
     if empty(box):
         return
     scale = number(scale, S)
-    table = head_table(table, lattice.head, table_rows, table_columns)
+    table = head_table(table, lattice.head, table_planes, table_rows, table_columns, S)
     tile = own_place(box, S)
     queries = as_queries(tile, box, lattice, 1, S)
-    base = load_column(base, lattice, tile)
-    log_sum = load_column(log_sum, lattice, tile)
+    base = load_column(base, lattice, tile, S)
+    log_sum = load_column(log_sum, lattice, tile, S)
     q = load_rows(query, lattice, tile, S)
     q_term = per_query(score_terms, lattice, tile, S)
     do = load_rows(grad_output, lattice, tile, S)
     near_d = row_products(do, load_rows(output, lattice, tile, S), OWN, S)
     if grad_lse is not None:
-        dl = load_column(grad_lse, lattice, tile)
+        dl = load_column(grad_lse, lattice, tile, S)
         near_d -= dl
     rest = zero_totals(OWN, S)
     dq = zero_rows(OWN, S)
@@ -100,16 +89,16 @@ def backward_query_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def backward_key_kernel(
     grad_output, query, key, score_terms, value, numbers, grad_key, grad_value, table, members,
-    scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
+    scale, heads, tiles, depth, height, width, window_z, window_y, window_x, table_planes, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
     """dK and dV, gathered from the queries that see a tile of keys: four products per block."""
-    OWN: tl.constexpr = S.own_h * S.own_w
-    lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, True, S)
+    OWN: tl.constexpr = S.own
+    lattice, box = own_tile(heads, tiles, members, depth, height, width, window_z, window_y, window_x, True, S)
     if empty(box):
         return
     scale = number(scale, S)
-    table = head_table(table, lattice.head, table_rows, table_columns)
+    table = head_table(table, lattice.head, table_planes, table_rows, table_columns, S)
     tile = own_place(box, S)
     keys = as_keys(tile, 1)
     k = load_rows(key, lattice, tile, S)
@@ -125,7 +114,7 @@ def backward_key_kernel(
         q = load_rows(query, lattice, there, S)
         do = load_rows(grad_output, lattice, there, S)
         row = load_numbers(numbers, lattice, not_beyond(there, halo, S), FIRST, 0, S)
-        scores = logits(q, k, row.term, k_term, queries, keys, table, scale, lattice, True, S)
+        scores = logits(q, k, row.term, k_term, queries, keys, table, scale, True, S)
         weights = weights_of_queries(scores, row, table, there, S)
         dv = add_weighted(dv, weights, do, S)
         ds = rounded(weights * (pair_products(do, v, True, S) - row.d), q, S)

@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .geometry import SIZES, empty, own_place, own_tile
+from .geometry import SIZES, empty, own_tile
 from .launch import Launch
+from .places import own_place
 from .problem import KEY, QUERY
 from .tiles import Rows, Terms, load_rows, row_sums, store_column
 
@@ -20,17 +21,17 @@ from .tiles import Rows, Terms, load_rows, row_sums, store_column
 @triton.jit(do_not_specialize=SIZES)
 def row_terms_kernel(
     first, second, terms, members,
-    scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
+    scale, heads, tiles, depth, height, width, window_z, window_y, window_x, table_planes, table_rows, table_columns,
     FACTOR: tl.constexpr, KEYS: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """FACTOR * first * second, summed over the channels."""
-    OWN: tl.constexpr = S.own_h * S.own_w
-    lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, KEYS, S)
+    OWN: tl.constexpr = S.own
+    lattice, box = own_tile(heads, tiles, members, depth, height, width, window_z, window_y, window_x, KEYS, S)
     if empty(box):
         return
     place = own_place(box, S)
     sums = row_sums(load_rows(first, lattice, place, S), load_rows(second, lattice, place, S), OWN, S)
-    store_column(terms, lattice, place, sums * FACTOR, KEYS)
+    store_column(terms, lattice, place, sums * FACTOR, KEYS, S)
 
 
 def _terms(launch: Launch, first: Rows | None, second: Rows, factor: float, owner: str) -> torch.Tensor:

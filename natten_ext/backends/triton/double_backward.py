@@ -10,20 +10,9 @@ import triton
 import triton.language as tl
 
 from .distances import score_terms, x_terms
-from .geometry import (
-    SIZES,
-    as_keys,
-    as_queries,
-    block_count,
-    block_place,
-    empty,
-    keys_of,
-    not_beyond,
-    own_place,
-    own_tile,
-    queries_of,
-)
+from .geometry import SIZES, empty, keys_of, own_tile, queries_of
 from .launch import Launch, asked, rows_of
+from .places import as_keys, as_queries, block_count, block_place, not_beyond, own_place
 from .problem import KEY, QUERY
 from .row_numbers import FIRST, SECOND, RowNumbers, SecondNumbers, load_numbers, load_second_numbers, store_numbers
 from .scores import (
@@ -66,7 +55,7 @@ def _weights_and_x(
     k_x_term = per_key(x_terms, lattice, there, 0, S)
     scores, x = logits_and_x(
         q, k, row.term, k_term, gq, gk, q_x_term, k_x_term, queries, as_keys(there, 0), table, cot_table, scale,
-        lattice, False, S,
+        False, S,
     )  # fmt: skip
     return tl.exp2(scores - row.base - row.log_sum), x
 
@@ -75,7 +64,7 @@ def _weights_and_x(
 def double_query_kernel(
     cot_query, cot_key, x_terms, cot_value, cot_table, grad_output, grad_lse, query, key, score_terms, value, output,
     base, log_sum, numbers, grad_grad_output, grad_grad_lse, grad_query, table, members,
-    scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
+    scale, heads, tiles, depth, height, width, window_z, window_y, window_x, table_planes, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
     """Two walks over the keys. The first gives r and, where others need them, t and D less the gradient of the
@@ -83,18 +72,18 @@ def double_query_kernel(
 
     What is None is not asked for. With neither ``numbers`` nor ``grad_query`` nothing depends on dO: tangents alone.
     """
-    OWN: tl.constexpr = S.own_h * S.own_w
+    OWN: tl.constexpr = S.own
     SECOND_ORDER: tl.constexpr = numbers is not None or grad_query is not None
-    lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
+    lattice, box = own_tile(heads, tiles, members, depth, height, width, window_z, window_y, window_x, False, S)
     if empty(box):
         return
     scale = number(scale, S)
-    table = head_table(table, lattice.head, table_rows, table_columns)
-    cot_table = head_table(cot_table, lattice.head, table_rows, table_columns, 2)
+    table = head_table(table, lattice.head, table_planes, table_rows, table_columns, S)
+    cot_table = head_table(cot_table, lattice.head, table_planes, table_rows, table_columns, S, 2)
     tile = own_place(box, S)
     queries = as_queries(tile, box, lattice, 1, S)
-    base = load_column(base, lattice, tile)
-    log_sum = load_column(log_sum, lattice, tile)
+    base = load_column(base, lattice, tile, S)
+    log_sum = load_column(log_sum, lattice, tile, S)
     q = load_rows(query, lattice, tile, S)
     q_term = per_query(score_terms, lattice, tile, S)
     q_x_term = per_query(x_terms, lattice, tile, S)
@@ -132,14 +121,14 @@ def double_query_kernel(
         d = row.d + rest
         t -= r * rest
         if grad_lse is not None:
-            dl = load_column(grad_lse, lattice, tile)
+            dl = load_column(grad_lse, lattice, tile, S)
             d -= dl
         row = RowNumbers(base, log_sum, d, q_term)
     if numbers is not None:
         store_numbers(numbers, lattice, tile, row, 0, SECOND, S)
         store_numbers(numbers, lattice, tile, SecondNumbers(r, t, q_x_term), FIRST, SECOND, S)
     if grad_grad_lse is not None:
-        store_column(grad_grad_lse, lattice, tile, r)
+        store_column(grad_grad_lse, lattice, tile, r, False, S)
 
     if grad_grad_output is not None or grad_query is not None:
         d_do = zero_rows(OWN, S)
@@ -179,17 +168,17 @@ def double_query_kernel(
 def double_key_kernel(
     cot_query, cot_key, x_terms, cot_value, cot_table, grad_output, query, key, score_terms, value,
     numbers, grad_key, grad_value, table, members,
-    scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
+    scale, heads, tiles, depth, height, width, window_z, window_y, window_x, table_planes, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
     """Gradients of K and V, gathered from the queries that see a tile of keys: up to eight products per block."""
-    OWN: tl.constexpr = S.own_h * S.own_w
-    lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, True, S)
+    OWN: tl.constexpr = S.own
+    lattice, box = own_tile(heads, tiles, members, depth, height, width, window_z, window_y, window_x, True, S)
     if empty(box):
         return
     scale = number(scale, S)
-    table = head_table(table, lattice.head, table_rows, table_columns)
-    cot_table = head_table(cot_table, lattice.head, table_rows, table_columns, 2)
+    table = head_table(table, lattice.head, table_planes, table_rows, table_columns, S)
+    cot_table = head_table(cot_table, lattice.head, table_planes, table_rows, table_columns, S, 2)
     tile = own_place(box, S)
     keys = as_keys(tile, 1)
     k = load_rows(key, lattice, tile, S)
@@ -213,7 +202,7 @@ def double_key_kernel(
         gq = load_rows(cot_query, lattice, there, S)
         do = load_rows(grad_output, lattice, there, S)
         scores, x = logits_and_x(
-            q, k, row.term, k_term, gq, gk, second.term, k_x_term, queries, keys, table, cot_table, scale, lattice,
+            q, k, row.term, k_term, gq, gk, second.term, k_x_term, queries, keys, table, cot_table, scale,
             True, S,
         )  # fmt: skip
         weights = weights_of_queries(scores, row, table, there, S)

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 from .distances import score_terms
-from .geometry import SIZES, as_queries, block_count, empty, keys_of, own_place, own_tile
+from .geometry import SIZES, empty, keys_of, own_tile
 from .launch import Launch, rows_of
+from .places import as_queries, block_count, own_place
 from .problem import QUERY
 from .scores import block_of_keys, per_query
 from .tables import head_table, padded_table
@@ -19,16 +20,16 @@ from .tiles import add_weighted, load_rows, number, scaled, store_column, store_
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     query, key, score_terms, value, output, base, log_sum, table, members,
-    scale, heads, tiles, height, width, window_y, window_x, table_rows, table_columns,
+    scale, heads, tiles, depth, height, width, window_z, window_y, window_x, table_planes, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over blocks of keys. Work per program: two products per block."""
-    OWN: tl.constexpr = S.own_h * S.own_w
-    lattice, box = own_tile(heads, tiles, members, height, width, window_y, window_x, False, S)
+    OWN: tl.constexpr = S.own
+    lattice, box = own_tile(heads, tiles, members, depth, height, width, window_z, window_y, window_x, False, S)
     if empty(box):
         return
     scale = number(scale, S)
-    table = head_table(table, lattice.head, table_rows, table_columns)
+    table = head_table(table, lattice.head, table_planes, table_rows, table_columns, S)
     tile = own_place(box, S)
     queries = as_queries(tile, box, lattice, 1, S)
     q = load_rows(query, lattice, tile, S)
@@ -53,8 +54,8 @@ def forward_kernel(
     # Of a query that sees minus infinity only, the sum is zero, and the result NaN.
     total = tl.where(tile.valid[:, None], total, 1.0)
     store_rows(output, lattice, tile, scaled(o, 1 / total, S), S)
-    store_column(base, lattice, tile, highest)
-    store_column(log_sum, lattice, tile, tl.log2(total))
+    store_column(base, lattice, tile, highest, False, S)
+    store_column(log_sum, lattice, tile, tl.log2(total), False, S)
 
 
 def forward(operands):

@@ -1,6 +1,9 @@
 """Lattices, windows and tiles inside a kernel: the device side of ``problem.py``.
 
-``class_window_start`` is the neighborhood rule of ``natten_ext.geometry``, for every kind of neighborhood.
+``first_key`` and ``key_count`` are the neighborhood rule of ``natten_ext.geometry``, for every kind of neighborhood.
+
+Without ``Static.deep`` the map has a depth of 1, so that everything on the axis z is a constant, as are strides and
+causal flags on axes that ``Static`` does not name: nothing of them is left in the compiled code.
 """
 
 from __future__ import annotations
@@ -15,296 +18,268 @@ from ... import geometry
 FULL = tl.constexpr(geometry.FULL)
 GRID = tl.constexpr(geometry.GRID)
 NEIGHBORHOOD = tl.constexpr(geometry.NEIGHBORHOOD)
-FAR = tl.constexpr(1 << 30)  # a window start that no key reaches
+Z, Y, X = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-# Integers that would otherwise compile a kernel again for the values 1 and multiples of 16.
-SIZES = ("scale", "heads", "tiles", "height", "width", "window_y", "window_x", "table_rows", "table_columns")
-
-
-class Lattice(NamedTuple):
-    """One of an image and a head: its positions ``(y, x)`` are the pixels ``origin + step * position``."""
-
-    batch: object
-    head: object
-    first_query: object  # index of the image's and head's first row in a tensor (batch, heads, height, width)
-    first_key: object
-    width: object  # of a map of queries
-    keys_width: object
-    origin_y: object
-    origin_x: object
-    step_y: object
-    step_x: object
-    queries_y: object  # queries on each axis
-    queries_x: object
-    keys_y: object  # keys on each axis
-    keys_x: object
-    window_y: object
-    window_x: object
+# Integers that would otherwise compile a kernel again for the values 1 and multiples of 16. Those of the third axis are
+# None without it: even parameters that nothing reads change how the assembler allots registers.
+SIZES = (
+    "scale", "heads", "tiles", "depth", "height", "width", "window_z", "window_y", "window_x",
+    "table_planes", "table_rows", "table_columns",
+)  # fmt: skip
 
 
-class Box(NamedTuple):
-    """Positions from ``low`` to ``high - 1`` on each axis."""
+class AxisWindow(NamedTuple):
+    """Window and step of a head on one axis, and how many lattices there are, the longest with ``across`` queries."""
 
-    low_y: object
-    low_x: object
-    high_y: object
-    high_x: object
-
-
-class Place(NamedTuple):
-    """Positions of a tile's elements, one by one, and which of them exist."""
-
-    y: object
-    x: object
-    valid: object
+    size: object
+    step: object
+    stride: object
+    causal: object  # 1 or 0
+    lattices: object
+    across: object
 
 
 class Window(NamedTuple):
-    """Window and step of a head, and how many lattices there are on each axis."""
+    """Of a head."""
 
-    y: object
-    x: object
-    step_y: object
-    step_x: object
-    rows: object
-    columns: object
+    z: AxisWindow
+    y: AxisWindow
+    x: AxisWindow
+
+
+class Axis(NamedTuple):
+    """One axis of a lattice: its positions are the pixels ``origin + step * position``."""
+
+    origin: object
+    step: object
+    queries: object
+    keys: object
+    window: object
+    stride: object
+    causal: object
+
+
+class Lattice(NamedTuple):
+    """One of an image and a head."""
+
+    batch: object
+    head: object
+    first_query: object  # index of the image's and head's first row in a tensor (batch, heads, depth, height, width)
+    first_key: object
+    height: object  # of a map of queries
+    width: object
+    keys_width: object
+    z: Axis
+    y: Axis
+    x: Axis
 
 
 @triton.jit
-def window_of(head, members, height, width, window_y, window_x, S: tl.constexpr):
-    if S.kind == NEIGHBORHOOD:
-        member = members + head * 4
-        step_y = tl.load(member + 2)
-        step_x = tl.load(member + 3)
-        return Window(tl.load(member), tl.load(member + 1), step_y, step_x, step_y, step_x)
+def pixel_of(position, axis):
+    return axis.origin + position * axis.step
+
+
+class Range(NamedTuple):
+    """Positions from ``low`` to ``high - 1``."""
+
+    low: object
+    high: object
+
+
+class Box(NamedTuple):
+    z: Range
+    y: Range
+    x: Range
+
+
+@triton.constexpr_function
+def _of_axis(flags, axis):
+    return flags[axis]
+
+
+@triton.jit
+def _axis_window(head, members, extent, window, AXIS: tl.constexpr, S: tl.constexpr):
+    if AXIS == Z and not S.deep:
+        return AxisWindow(1, 1, 1, 0, 1, 1)
+    elif S.kind == NEIGHBORHOOD:
+        member = members + head * 12 + AXIS * 4
+        step = tl.load(member + 1)
+        stride = tl.load(member + 2) if _of_axis(S.strided, AXIS) else 1
+        causal = tl.load(member + 3) if _of_axis(S.causal, AXIS) else 0
+        return AxisWindow(tl.load(member), step, stride, causal, step, tl.cdiv(extent, step))
     elif S.kind == GRID and not S.packed:
-        return Window(window_y, window_x, 1, 1, height // window_y, width // window_x)
+        return AxisWindow(window, 1, 1, 0, extent // window, window)
     else:
-        return Window(window_y, window_x, 1, 1, 1, 1)
+        return AxisWindow(window, 1, 1, 0, 1, extent)
 
 
 @triton.jit
-def lattice_at(batch, head, heads, row, column, window, height, width, S: tl.constexpr):
+def window_of(head, members, depth, height, width, window_z, window_y, window_x, S: tl.constexpr):
+    return Window(
+        _axis_window(head, members, depth, window_z, Z, S),
+        _axis_window(head, members, height, window_y, Y, S),
+        _axis_window(head, members, width, window_x, X, S),
+    )
+
+
+@triton.jit
+def _axis_at(index, extent, window, AXIS: tl.constexpr, S: tl.constexpr):
+    """An axis of the lattice that is number ``index`` on it."""
+    if AXIS == Z and not S.deep:
+        return Axis(0, 1, 1, 1, 1, 1, 0)
+    else:
+        origin = index
+        queries = extent
+        if S.kind == NEIGHBORHOOD:
+            queries = extent // window.step + (index < extent % window.step).to(tl.int32)
+        elif S.kind == GRID and not S.packed:
+            origin = index * window.size
+            queries = window.size
+        keys = queries
+        if S.kind == FULL and AXIS == X:
+            keys = window.size
+        return Axis(origin, window.step, queries, keys, window.size, window.stride, window.causal)
+
+
+@triton.jit
+def lattice_at(batch, head, heads, index_z, index_y, index_x, window, depth, height, width, S: tl.constexpr):
     """The lattice of one residue class, or one window."""
-    first_query = (batch.to(tl.int64) * heads + head) * height * width
+    queries = height * width
+    if S.deep:
+        queries *= depth
+    image = batch.to(tl.int64) * heads + head
+    first_query = image * queries
     first_key = first_query
-    origin_y = row
-    origin_x = column
-    queries_y = height
-    queries_x = width
-    if S.kind == NEIGHBORHOOD:
-        queries_y = height // window.step_y + (row < height % window.step_y).to(tl.int32)
-        queries_x = width // window.step_x + (column < width % window.step_x).to(tl.int32)
-    elif S.kind == GRID and not S.packed:
-        origin_y = row * window.y
-        origin_x = column * window.x
-        queries_y = window.y
-        queries_x = window.x
-    keys_x = queries_x
     keys_width = width
     if S.kind == FULL:
-        keys_x = window.x
-        keys_width = window.x
-        first_key = (batch.to(tl.int64) * heads + head) * keys_width
+        keys_width = window.x.size
+        first_key = image * keys_width
     return Lattice(
-        batch, head, first_query, first_key, width, keys_width, origin_y, origin_x, window.step_y, window.step_x,
-        queries_y, queries_x, queries_y, keys_x, window.y, window.x,
+        batch, head, first_query, first_key, height, width, keys_width,
+        _axis_at(index_z, depth, window.z, Z, S),
+        _axis_at(index_y, height, window.y, Y, S),
+        _axis_at(index_x, width, window.x, X, S),
     )  # fmt: skip
 
 
 @triton.jit
-def tile_box(lattice, tile_y, tile_x, KEYS: tl.constexpr, S: tl.constexpr):
-    """Queries (or, with KEYS, keys) of a tile, none if the lattice has no such tile."""
-    low_y = tile_y * S.own_h
-    low_x = tile_x * S.own_w
-    high_y = tl.minimum(low_y + S.own_h, lattice.keys_y if KEYS else lattice.queries_y)
-    high_x = tl.minimum(low_x + S.own_w, lattice.keys_x if KEYS else lattice.queries_x)
-    return Box(low_y, low_x, high_y, high_x)
+def _tile_range(tile, axis, OWN: tl.constexpr, KEYS: tl.constexpr):
+    low = tile * OWN
+    return Range(low, tl.minimum(low + OWN, axis.keys if KEYS else axis.queries))
 
 
 @triton.jit
-def own_tile(heads, tiles, members, height, width, window_y, window_x, KEYS: tl.constexpr, S: tl.constexpr):
+def tile_box(lattice, tile_z, tile_y, tile_x, KEYS: tl.constexpr, S: tl.constexpr):
+    """Queries (or, with KEYS, keys) of a tile, none if the lattice has no such tile."""
+    return Box(
+        _tile_range(tile_z, lattice.z, S.own_d, KEYS) if S.deep else Range(0, 1),
+        _tile_range(tile_y, lattice.y, S.own_h, KEYS),
+        _tile_range(tile_x, lattice.x, S.own_w, KEYS),
+    )
+
+
+@triton.jit
+def split_index(index, rows, columns, S: tl.constexpr):
+    """(z, y, x) of an index into planes of so many rows and columns."""
+    row = index // columns
+    if S.deep:
+        return row // rows, row % rows, index % columns
+    else:
+        return row * 0, row, index % columns
+
+
+@triton.jit
+def own_tile(
+    heads, tiles, members, depth, height, width, window_z, window_y, window_x, KEYS: tl.constexpr, S: tl.constexpr
+):
     """Lattice of this program's tile, and the box of queries (or, with KEYS, of keys) in it, empty if there is none."""
     program = tl.program_id(0)
     head = program % heads
     batch = program // heads // tiles
     tile = program // heads % tiles
-    window = window_of(head, members, height, width, window_y, window_x, S)
-    across_x = width
-    if S.kind == NEIGHBORHOOD:
-        across_x = tl.cdiv(width, window.step_x)
-    elif (S.kind == GRID and not S.packed) or (S.kind == FULL and KEYS):
-        across_x = window_x
-    tiles_x = tl.cdiv(across_x, S.own_w)
-    instances = window.rows * window.columns
-    instance = tile % instances
-    part = tile // instances
-    row = instance // window.columns
-    lattice = lattice_at(batch, head, heads, row, instance % window.columns, window, height, width, S)
-    return lattice, tile_box(lattice, part // tiles_x, part % tiles_x, KEYS, S)
+    window = window_of(head, members, depth, height, width, window_z, window_y, window_x, S)
+    tiles_x = tl.cdiv(window_x if S.kind == FULL and KEYS else window.x.across, S.own_w)
+    tiles_y = tl.cdiv(window.y.across, S.own_h)
+    instances = window.y.lattices * window.x.lattices
+    if S.deep:
+        instances *= window.z.lattices
+    index_z, index_y, index_x = split_index(tile % instances, window.y.lattices, window.x.lattices, S)
+    tile_z, tile_y, tile_x = split_index(tile // instances, tiles_y, tiles_x, S)
+    lattice = lattice_at(batch, head, heads, index_z, index_y, index_x, window, depth, height, width, S)
+    return lattice, tile_box(lattice, tile_z, tile_y, tile_x, KEYS, S)
 
 
 @triton.jit
 def empty(box):
-    return (box.low_y >= box.high_y) | (box.low_x >= box.high_x)
+    return (box.z.low >= box.z.high) | (box.y.low >= box.y.high) | (box.x.low >= box.x.high)
 
 
 @triton.jit
-def class_window_start(query, length, window, S: tl.constexpr):
+def _shift(axis):
+    """Where the window of a stride group starts from the first query of the group, if no border is near."""
+    return tl.where(axis.causal != 0, axis.stride - axis.window, axis.stride // 2 - axis.window // 2)
+
+
+@triton.jit
+def first_key(query, axis, S: tl.constexpr):
     """First key that a query sees on one axis."""
     if S.kind == NEIGHBORHOOD:
-        return tl.maximum(tl.minimum(query - window // 2, length - window), 0)
+        start = query - query % axis.stride + _shift(axis)
+        return tl.maximum(tl.minimum(start, axis.queries - axis.window), 0)
     elif S.packed:
-        return query // window * window
+        return query // axis.window * axis.window
     else:
         return query * 0
 
 
 @triton.jit
-def _queries_of(first, last, length, window, S: tl.constexpr):
-    """Range of the queries that see any of the keys ``first ... last`` on one axis."""
-    if S.kind == NEIGHBORHOOD:
-        half = window // 2
-        low = tl.where(first < window, 0, first - window + 1 + half)
-        high = tl.where(last >= length - window, length, last + half + 1)
-    elif S.kind == GRID:
-        low = first // window * window
-        high = (last // window + 1) * window
-    else:
-        low = first * 0
-        high = first * 0 + length
-    return low, high
+def key_count(query, start, axis):
+    """How many keys a query sees on one axis, from ``start`` on."""
+    return tl.where(axis.causal != 0, query + 1 - start, axis.window)
+
+
+@triton.jit
+def _keys_of(queries, axis, S: tl.constexpr):
+    last = queries.high - 1
+    start = first_key(last, axis, S)
+    return Range(first_key(queries.low, axis, S), start + key_count(last, start, axis))
 
 
 @triton.jit
 def keys_of(box, lattice, S: tl.constexpr):
     """Box of the keys that a box of queries sees."""
-    low_y = class_window_start(box.low_y, lattice.queries_y, lattice.window_y, S)
-    low_x = class_window_start(box.low_x, lattice.queries_x, lattice.window_x, S)
-    high_y = class_window_start(box.high_y - 1, lattice.queries_y, lattice.window_y, S) + lattice.window_y
-    high_x = class_window_start(box.high_x - 1, lattice.queries_x, lattice.window_x, S) + lattice.window_x
-    return Box(low_y, low_x, high_y, high_x)
+    return Box(
+        _keys_of(box.z, lattice.z, S) if S.deep else Range(0, 1),
+        _keys_of(box.y, lattice.y, S),
+        _keys_of(box.x, lattice.x, S),
+    )
+
+
+@triton.jit
+def _queries_of(keys, axis, S: tl.constexpr):
+    """Range of the queries that see any of the keys on one axis."""
+    first = keys.low
+    last = keys.high - 1
+    if S.kind == NEIGHBORHOOD:
+        low = tl.cdiv(first - axis.window + 1 - _shift(axis), axis.stride) * axis.stride
+        low = tl.where(first < axis.window, 0, low)
+        low = tl.where(axis.causal != 0, first, low)
+        high = ((last - _shift(axis)) // axis.stride + 1) * axis.stride
+        high = tl.where(last >= axis.queries - axis.window, axis.queries, tl.minimum(high, axis.queries))
+    elif S.kind == GRID:
+        low = first // axis.window * axis.window
+        high = (last // axis.window + 1) * axis.window
+    else:
+        low = first * 0
+        high = low + axis.queries
+    return Range(low, high)
 
 
 @triton.jit
 def queries_of(box, lattice, S: tl.constexpr):
     """Box of the queries that see a box of keys: the inverse of ``keys_of``."""
-    low_y, high_y = _queries_of(box.low_y, box.high_y - 1, lattice.queries_y, lattice.window_y, S)
-    low_x, high_x = _queries_of(box.low_x, box.high_x - 1, lattice.queries_x, lattice.window_x, S)
-    return Box(low_y, low_x, high_y, high_x)
-
-
-@triton.jit
-def place_in(box, y, x, S: tl.constexpr):
-    """The positions, valid up to the end of a box."""
-    if S.whole:
-        return Place(y, x, tl.full(y.shape, True, tl.int1))
-    else:
-        return Place(y, x, (y < box.high_y) & (x < box.high_x))
-
-
-@triton.jit
-def in_keys(y, x, lattice, S: tl.constexpr):
-    """The positions, valid where they are a key's."""
-    if S.whole:
-        return Place(y, x, tl.full(y.shape, True, tl.int1))
-    else:
-        return Place(y, x, within(y, 0, lattice.keys_y) & within(x, 0, lattice.keys_x))
-
-
-@triton.jit
-def own_place(box, S: tl.constexpr):
-    """Places of a program's own tile."""
-    element = tl.arange(0, S.own_h * S.own_w)
-    return place_in(box, box.low_y + element // S.own_w, box.low_x + element % S.own_w, S)
-
-
-@triton.jit
-def not_beyond(place, box, S: tl.constexpr):
-    """The places, those beyond the box moved to its last row and column."""
-    if S.whole:
-        return place
-    return Place(tl.minimum(place.y, box.high_y - 1), tl.minimum(place.x, box.high_x - 1), place.valid)
-
-
-@triton.jit
-def in_lattice(place, lattice, S: tl.constexpr):
-    """The places, those that are no key's moved to one that is."""
-    if S.whole:
-        return place
-    y = tl.minimum(tl.maximum(place.y, 0), lattice.keys_y - 1)
-    x = tl.minimum(tl.maximum(place.x, 0), lattice.keys_x - 1)
-    return Place(y, x, place.valid)
-
-
-@triton.jit
-def own_keys(place, lattice):
-    """Places of keys near the queries of a tile: at their own positions, if there are as many."""
-    return Place(place.y, tl.minimum(place.x, lattice.keys_x - 1), place.valid)
-
-
-@triton.jit
-def block_columns(box, S: tl.constexpr):
-    return tl.cdiv(box.high_x - box.low_x, S.block_w)
-
-
-@triton.jit
-def block_count(box, S: tl.constexpr):
-    """Blocks that cover a box."""
-    return tl.cdiv(box.high_y - box.low_y, S.block_h) * block_columns(box, S)
-
-
-@triton.jit
-def block_place(box, block, S: tl.constexpr):
-    """Places of one of the blocks that cover a box."""
-    element = tl.arange(0, S.block_h * S.block_w)
-    columns = block_columns(box, S)
-    y = box.low_y + block // columns * S.block_h + element // S.block_w
-    x = box.low_x + block % columns * S.block_w + element % S.block_w
-    return place_in(box, y, x, S)
-
-
-class Queries(NamedTuple):
-    """What decides which keys a query sees, laid out along one axis of the scores."""
-
-    y: object
-    x: object
-    start_y: object
-    start_x: object
-
-
-class Keys(NamedTuple):
-    valid: object
-    y: object
-    x: object
-
-
-@triton.jit
-def as_queries(place, box, lattice, AXIS: tl.constexpr, S: tl.constexpr):
-    """Queries along axis 1 - AXIS of the scores. Those beyond the box see nothing."""
-    start_y = tl.where(place.y < box.high_y, class_window_start(place.y, lattice.queries_y, lattice.window_y, S), FAR)
-    start_x = tl.where(place.x < box.high_x, class_window_start(place.x, lattice.queries_x, lattice.window_x, S), FAR)
-    return Queries(
-        tl.expand_dims(place.y, AXIS),
-        tl.expand_dims(place.x, AXIS),
-        tl.expand_dims(start_y, AXIS),
-        tl.expand_dims(start_x, AXIS),
+    return Box(
+        _queries_of(box.z, lattice.z, S) if S.deep else Range(0, 1),
+        _queries_of(box.y, lattice.y, S),
+        _queries_of(box.x, lattice.x, S),
     )
-
-
-@triton.jit
-def as_keys(place, AXIS: tl.constexpr):
-    """Keys along axis 1 - AXIS of the scores."""
-    return Keys(tl.expand_dims(place.valid, AXIS), tl.expand_dims(place.y, AXIS), tl.expand_dims(place.x, AXIS))
-
-
-@triton.jit
-def within(key, start, window):
-    """Whether keys are in windows, on one axis."""
-    return (key - start).to(tl.uint32, bitcast=True) < window.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def visible(queries, keys, lattice):
-    """Which query sees which key."""
-    return within(keys.y, queries.start_y, lattice.window_y) & within(keys.x, queries.start_x, lattice.window_x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...geometry import FULL, GRID, NEIGHBORHOOD
+from ...geometry import FULL, GRID, MAP_AXES, NEIGHBORHOOD, HeadWindow
 from ..origin import about_origin
 from . import configs
 from .problem import Problem, Tiling, problem_of, tiling
@@ -73,10 +74,10 @@ def rows_of(tensor: torch.Tensor | None) -> Rows | None:
     # Kernels want contiguous channels; anything else (say an expanded gradient) is copied.
     if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
         tensor = tensor.contiguous()
-    if tensor.dim() == 4:
-        batch, tokens, heads, _ = tensor.stride()
-        return Rows(tensor, batch, 0, tokens, heads)
-    return Rows(tensor, *tensor.stride()[:4])
+    batch, *axes, heads, _ = tensor.stride()
+    z, y, x = *(0,) * (MAP_AXES - len(axes)), *axes
+    deep = tensor.dim() == 6 and tensor.shape[1] > 1
+    return Rows(tensor, batch, z if deep else (), y, x, heads)
 
 
 def asked(
@@ -88,9 +89,9 @@ def asked(
 
 def _aligned(arguments: Sequence[Any]) -> tuple[int, list[Any]]:
     """The power of two up to 16 that all strides are multiples of, and the arguments with strides in units of it."""
-    align = math.gcd(16, *(stride for rows in arguments if isinstance(rows, Rows) for stride in rows[1:]))
+    align = math.gcd(16, *(stride for rows in arguments if isinstance(rows, Rows) for stride in rows[1:] if stride))
     units = [
-        Rows(rows.pointer, *(stride // align for stride in rows[1:])) if isinstance(rows, Rows) else rows
+        Rows(rows.pointer, *(stride and stride // align for stride in rows[1:])) if isinstance(rows, Rows) else rows
         for rows in arguments
     ]
     return align, units
@@ -151,8 +152,8 @@ def kept_on_device(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @kept_on_device
-def _members_on(device: torch.device, members: tuple[tuple[int, int, int, int], ...]) -> torch.Tensor:
-    """Kernels and dilations of the heads."""
+def _members_on(device: torch.device, members: tuple[HeadWindow, ...]) -> torch.Tensor:
+    """Kernel, dilation, stride and whether it is causal, of every head on every axis."""
     return made_on(device, members)
 
 
@@ -178,7 +179,8 @@ class Launch:
             query, key = about_origin(query, key)
         self.query, self.key = rows_of(query), rows_of(key)
         self.table = bias
-        self.table_shape = (1, 1) if bias is None else tuple(bias.shape[1:])
+        extents = () if bias is None else bias.shape[1:]
+        self.table_shape = *(1,) * (MAP_AXES - len(extents)), *extents
         self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
         batch, *tokens, heads, _ = query.shape
         self.row_shape = (batch, heads, *tokens)
@@ -190,10 +192,13 @@ class Launch:
         full = full_precision(self.dtype)
         config = configs.lookup(self.device, step, problem.shape_class, self.dtype, full, problem.head_dim)
         tiles = tiling(problem, config.own, config.block, owner)
-        config = configs.fitted(config, tiles.own[0] * tiles.own[1])
+        config = configs.fitted(config, math.prod(tiles.own))
         exact = problem.kind == FULL or (problem.kind == GRID and not tiles.packed)
         static = Static(
             kind=problem.kind,
+            deep=problem.deep,
+            strided=problem.strided,
+            causal=problem.causal,
             packed=tiles.packed,
             exact=exact,
             whole=exact and problem.fits(tiles, owner),
@@ -202,10 +207,8 @@ class Launch:
             align=1,
             chunks=chunks_of(problem.head_dim, config.chunk),
             streamed=config.chunk > 0,
-            own_h=tiles.own[0],
-            own_w=tiles.own[1],
-            block_h=tiles.block[0],
-            block_w=tiles.block[1],
+            **dict(zip(("own_d", "own_h", "own_w"), tiles.own, strict=True)),
+            **dict(zip(("block_d", "block_h", "block_w"), tiles.block, strict=True)),
             precision="ieee" if INTERPRETED else configs.precision(self.dtype, full),
             accumulate=ELEMENT[self.accumulate],
             interpreted=INTERPRETED,
@@ -213,13 +216,14 @@ class Launch:
         return static, tiles, config
 
     def sizes(self, tiles: int) -> tuple[Any, ...]:
-        """The integers of ``geometry.SIZES`` and, before them, the kernels and dilations of the heads."""
+        """The integers of ``geometry.SIZES`` and, before them, the windows of the heads."""
         problem = self.problem
-        members = _members_on(self.device, problem.members) if problem.kind == NEIGHBORHOOD else None
+        members = _members_on(self.device, problem.windows) if problem.kind == NEIGHBORHOOD else None
         bits = struct.unpack("<q", struct.pack("<d", self.scale))[0]
-        return (
-            members, bits, problem.heads, tiles, problem.height, problem.width, *problem.window, *self.table_shape,
-        )  # fmt: skip
+        axes = problem.extents, problem.window, self.table_shape
+        if not problem.deep:
+            axes = [(None, *extents[1:]) for extents in axes]
+        return members, bits, problem.heads, tiles, *itertools.chain(*axes)
 
     def run(self, kernel: Any, step: str, owner: str, *arguments: Any, **constants: Any) -> None:
         """Launch a kernel with a program for every tile of the owner's side, head and image."""

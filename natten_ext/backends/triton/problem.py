@@ -1,148 +1,179 @@
 """What the host decides before a launch: how the lattice of a problem is cut into tiles. See docs/triton.md.
 
 Every neighborhood is a set of lattices (the residue classes of a dilated neighborhood, the windows of a grid, the
-one line of tokens of full attention) in which a query at position p sees the keys ``start(p) ... start(p) + window -
-1`` of each axis. A program owns a tile of queries (or of keys) and walks over blocks of the other side.
+one line of tokens of full attention) in which a query sees a range of keys on each axis; both ends of the range grow
+with the query. A program owns a tile of queries (or of keys) and walks over blocks of the other side.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from ...geometry import FULL, GRID, NEIGHBORHOOD
+from ...geometry import FULL, GRID, MAP_AXES, NEIGHBORHOOD, AxisWindow, Extents, HeadWindow, decode
 
-IntPair = tuple[int, int]
 QUERY, KEY = "query", "key"
 SMALL_WINDOW = 32
+
+Range = tuple[int, int]
+"""From the first to before the last."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of equal lattices: how many queries and keys they hold, and how wide the window is."""
+    """One axis of equal lattices: how many queries and keys they hold, and which keys a query sees."""
 
     kind: int
     queries: int
     keys: int
     window: int
+    stride: int = 1
+    causal: bool = False
 
-    def keys_of(self, first: int, last: int) -> IntPair:
-        """Range of keys that the queries ``first ... last`` see."""
-        return self._start(first), self._start(last) + self.window
+    def keys_of(self, first: int, last: int) -> Range:
+        """Keys that the queries ``first ... last`` see."""
+        return self._start(first), last + 1 if self.causal else self._start(last) + self.window
 
-    def queries_of(self, first: int, last: int) -> IntPair:
-        """Range of queries that see any of the keys ``first ... last``."""
+    def queries_of(self, first: int, last: int) -> Range:
+        """Queries that see any of the keys ``first ... last``."""
         if self.kind == FULL:
             return 0, self.queries
         if self.kind == GRID:
             return first // self.window * self.window, (last // self.window + 1) * self.window
-        half = self.window // 2
-        low = 0 if first < self.window else first - self.window + 1 + half
-        return low, self.queries if last >= self.queries - self.window else last + half + 1
+        stride, shift = self.stride, self._shift
+        low = 0 if first < self.window else -(-(first - self.window + 1 - shift) // stride) * stride
+        high = self.queries if last >= self.queries - self.window else ((last - shift) // stride + 1) * stride
+        return first if self.causal else low, min(high, self.queries)
+
+    @property
+    def _shift(self) -> int:
+        """Where the window of a stride group starts from the first query of the group, if no border is near."""
+        return self.stride - self.window if self.causal else self.stride // 2 - self.window // 2
 
     def _start(self, query: int) -> int:
         if self.kind == FULL:
             return 0
         if self.kind == GRID:
             return query // self.window * self.window
-        return min(max(query - self.window // 2, 0), self.queries - self.window)
+        return min(max(query - query % self.stride + self._shift, 0), self.queries - self.window)
 
-    def blocks(self, own: int, block: int, owner: str) -> int:
-        """Blocks that all tiles of ``own`` queries (or keys) of one lattice walk over, on this axis."""
-        length = self.queries if owner == QUERY else self.keys
-        reach = self.keys_of if owner == QUERY else self.queries_of
-        total = 0
-        for first in range(0, length, own):
-            low, high = reach(first, min(first + own, length) - 1)
-            total += -(-(high - low) // block)
-        return total
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it sees."""
+        if not self.causal:
+            return self.queries * self.window
+        return sum(query + 1 - self._start(query) for query in range(self.queries))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _blocks(axis: Axis, own: int, block: int, owner: str) -> int:
+    """Blocks that all tiles of ``own`` queries (or keys) of one lattice walk over, on one axis."""
+    length = axis.queries if owner == QUERY else axis.keys
+    reach = axis.keys_of if owner == QUERY else axis.queries_of
+    total = 0
+    for first in range(0, length, own):
+        low, high = reach(first, min(first + own, length) - 1)
+        total += -(-(high - low) // block)
+    return total
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Shapes and neighborhood of a launch. ``members`` holds (kernel, kernel, dilation, dilation) of every head."""
+    """Shapes and neighborhood of a launch; extents are those of three axes, ``windows`` are per head."""
 
     kind: int
     batch: int
-    height: int
-    width: int
+    extents: Extents
     heads: int
     head_dim: int
-    window: IntPair
-    members: tuple[tuple[int, int, int, int], ...]
+    window: Extents
+    windows: tuple[HeadWindow, ...]
 
     @property
     def queries(self) -> int:
-        return self.height * self.width
+        return math.prod(self.extents)
 
     @property
     def keys(self) -> int:
-        return self.window[1] if self.kind == FULL else self.queries
+        return self.window[-1] if self.kind == FULL else self.queries
+
+    @property
+    def deep(self) -> bool:
+        """Whether the map has a third axis."""
+        return self.extents[0] > 1
 
     @property
     def shape_class(self) -> str:
         """What tile sizes are chosen for: "full", "grid", "windows" (small ones) or "neighborhood"."""
         if self.kind == GRID:
-            return "grid" if self.window[0] * self.window[1] >= SMALL_WINDOW else "windows"
+            return "grid" if math.prod(self.window) >= SMALL_WINDOW else "windows"
         return "full" if self.kind == FULL else "neighborhood"
 
-    def lattices(self, packed: bool) -> Iterator[tuple[int, Axis, Axis]]:
-        """(how many, vertical axis, horizontal axis) of the lattices of all heads of one image."""
+    @functools.cached_property
+    def strided(self) -> tuple[bool, ...]:
+        """On which axes some head has a stride."""
+        return tuple(any(head[axis].stride > 1 for head in self.windows) for axis in range(MAP_AXES))
+
+    @functools.cached_property
+    def causal(self) -> tuple[bool, ...]:
+        """On which axes some head has causal windows."""
+        return tuple(any(head[axis].causal for head in self.windows) for axis in range(MAP_AXES))
+
+    def lattices(self, packed: bool) -> Iterator[tuple[int, tuple[Axis, ...]]]:
+        """(how many, their axes) of the lattices of all heads of one image."""
         if self.kind != NEIGHBORHOOD:
-            counts, axes = zip(*(self._dense(i, packed) for i in (0, 1)), strict=True)
-            yield self.heads * counts[0] * counts[1], *axes
+            counts, axes = zip(*(self._dense(axis, packed) for axis in range(MAP_AXES)), strict=True)
+            yield self.heads * math.prod(counts), axes
             return
-        for member in dict.fromkeys(self.members):
-            share = self.members.count(member)
-            for rows, vertical in self._classes(self.height, member[0], member[2]):
-                for columns, horizontal in self._classes(self.width, member[1], member[3]):
-                    yield share * rows * columns, vertical, horizontal
+        for head, heads in Counter(self.windows).items():
+            for classes in itertools.product(*map(_classes, self.extents, head)):
+                counts, axes = zip(*classes, strict=True)
+                yield heads * math.prod(counts), axes
 
     def _dense(self, axis: int, packed: bool) -> tuple[int, Axis]:
-        size, window = (self.height, self.width)[axis], self.window[axis]
+        size, window = self.extents[axis], self.window[axis]
         if self.kind == FULL:
             return 1, Axis(FULL, size, window, window)
         if packed:
             return 1, Axis(GRID, size, size, window)
         return size // window, Axis(GRID, window, window, window)
 
-    @staticmethod
-    def _classes(size: int, window: int, dilation: int) -> list[tuple[int, Axis]]:
-        """Residue classes of one axis: there are at most two lengths."""
-        longer = size % dilation
-        lengths = [(longer, size // dilation + 1), (dilation - longer, size // dilation)]
-        return [(n, Axis(NEIGHBORHOOD, length, length, window)) for n, length in lengths if n]
-
-    def longest(self, packed: bool, owner: str) -> list[IntPair]:
-        """(height, width) of the largest lattice of every head (one entry where all heads are alike)."""
+    def longest(self, packed: bool, owner: str) -> list[Extents]:
+        """Extents of the largest lattice of every head (one entry where all heads are alike)."""
         if self.kind == FULL:
-            return [(1, self.width if owner == QUERY else self.keys)]
+            return [self.extents if owner == QUERY else self.window]
         if self.kind == GRID:
-            return [(self.height, self.width) if packed else self.window]
-        return [(-(-self.height // m[2]), -(-self.width // m[3])) for m in self.members]
+            return [self.extents if packed else self.window]
+        return [
+            tuple(-(-size // axis.dilation) for size, axis in zip(self.extents, head, strict=True))
+            for head in self.windows
+        ]
 
-    def axes(self, head: int, packed: bool) -> tuple[list[Axis], list[Axis]]:
-        """The different vertical and horizontal axes of a head's lattices."""
+    def axes(self, head: int, packed: bool) -> list[list[Axis]]:
+        """The different axes of a head's lattices, for each axis of the map."""
         if self.kind != NEIGHBORHOOD:
-            return [self._dense(0, packed)[1]], [self._dense(1, packed)[1]]
-        member = self.members[head]
-        rows, columns = (
-            self._classes(size, member[i], member[2 + i]) for i, size in enumerate((self.height, self.width))
-        )
-        return [axis for _, axis in rows], [axis for _, axis in columns]
+            return [[self._dense(axis, packed)[1]] for axis in range(MAP_AXES)]
+        return [[axis for _, axis in classes] for classes in map(_classes, self.extents, self.windows[head])]
 
     def instances(self, packed: bool) -> list[int]:
         """Lattices of every head (one entry where all heads are alike)."""
         if self.kind == NEIGHBORHOOD:
-            return [m[2] * m[3] for m in self.members]
-        if self.kind == GRID and not packed:
-            return [(self.height // self.window[0]) * (self.width // self.window[1])]
-        return [1]
+            return [math.prod(axis.dilation for axis in head) for head in self.windows]
+        return [math.prod(self._dense(axis, packed)[0] for axis in range(MAP_AXES))]
+
+    def tiles(self, own: Extents, packed: bool, owner: str) -> int:
+        """Tiles of all lattices of one image and head, of the head that has most."""
+        return max(
+            instances * math.prod(-(-size // extent) for size, extent in zip(sizes, own, strict=True))
+            for instances, sizes in zip(self.instances(packed), self.longest(packed, owner), strict=True)
+        )
 
     def fits(self, tiles: Tiling, owner: str) -> bool:
         """Whether lattices are divided into whole tiles and blocks, and tiles into whole blocks."""
@@ -152,17 +183,23 @@ class Problem:
 
     def pairs(self) -> int:
         """Pairs of a query and a key that it sees, over all heads of one image."""
-        if self.kind == NEIGHBORHOOD:
-            return self.queries * sum(m[0] * m[1] for m in self.members)
-        return self.queries * self.heads * self.window[0] * self.window[1]
+        return sum(count * math.prod(axis.pairs for axis in axes) for count, axes in self.lattices(False))
+
+
+def _classes(size: int, window: AxisWindow) -> list[tuple[int, Axis]]:
+    """(how many, axis) of the residue classes of one axis: there are at most two lengths."""
+    kernel, dilation, stride, causal = window
+    longer = size % dilation
+    lengths = [(longer, size // dilation + 1), (dilation - longer, size // dilation)]
+    return [(n, Axis(NEIGHBORHOOD, length, length, kernel, stride, causal)) for n, length in lengths if n]
 
 
 @dataclass(frozen=True)
 class Tiling:
     """Extents of a program's own tile and of the blocks that it walks over, in positions of the lattice."""
 
-    own: IntPair
-    block: IntPair
+    own: Extents
+    block: Extents
     packed: bool
     """Whether the windows of a grid share one lattice (the map), so that a tile may hold several."""
     tiles: int
@@ -173,7 +210,7 @@ class Tiling:
     @property
     def issued(self) -> int:
         """Pairs of a query and a key that the programs of one image compute, masked ones included."""
-        return self.blocks * self.own[0] * self.own[1] * self.block[0] * self.block[1]
+        return self.blocks * math.prod(self.own) * math.prod(self.block)
 
 
 def problem_of(code: Sequence[int], query: torch.Tensor, key: torch.Tensor) -> Problem:
@@ -184,17 +221,11 @@ def problem_of(code: Sequence[int], query: torch.Tensor, key: torch.Tensor) -> P
 def _problem_of(code: tuple[int, ...], shape: tuple[int, ...], keys: int) -> Problem:
     kind = code[0]
     batch, *tokens, heads, head_dim = shape
-    height, width = tokens if len(tokens) == 2 else (1, *tokens)
-    members: tuple = ()
-    if kind == FULL:
-        window = 1, keys
-    elif kind == GRID:
-        window = code[-2], code[-1]
-    else:
-        heads_windows = [[code[i : i + 4] for i in (head + 4, head + 8)] for head in range(1, len(code), 12)]
-        members = tuple((y[0], x[0], y[1], x[1]) for y, x in heads_windows)
-        window = max(m[0] for m in members), max(m[1] for m in members)
-    return Problem(kind, batch, height, width, heads, head_dim, window, members)
+    extents = *(1,) * (MAP_AXES - len(tokens)), *tokens
+    neighborhood = decode(code, MAP_AXES)
+    window = (1, 1, keys) if kind == FULL else neighborhood.kernel
+    windows = neighborhood.windows if kind == NEIGHBORHOOD else ()
+    return Problem(kind, batch, extents, heads, head_dim, window, windows)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -205,41 +236,43 @@ def tiling(problem: Problem, own: int, block: int, owner: str) -> Tiling:
     Small windows share a lattice, so that a tile has several of them.
     """
     best = None
+    owners = (owner,) * MAP_AXES
     for packed in {"grid": (False, True), "windows": (True,)}.get(problem.shape_class, (False,)):
         longest = problem.longest(packed, owner)
-        need = max(_power(h) * _power(w) for h, w in longest)
+        need = max(math.prod(map(_power, extents)) for extents in longest)
         lattices = list(problem.lattices(packed))
-        for own_extents in _splits(min(own, max(need, 16)), max(h for h, _ in longest)):
-            for block_extents in _splits(block, problem.height):
+        for own_extents in _splits(min(own, max(need, 16)), tuple(map(max, zip(*longest, strict=True)))):
+            for block_extents in _splits(block, problem.extents):
                 count = sum(
-                    n
-                    * y.blocks(own_extents[0], block_extents[0], owner)
-                    * x.blocks(own_extents[1], block_extents[1], owner)
-                    for n, y, x in lattices
+                    n * math.prod(map(_blocks, axes, own_extents, block_extents, owners)) for n, axes in lattices
                 )
                 # Equal work: square tiles share more keys in the cache, and fewer shapes are compiled.
-                rank = count * own_extents[0] * own_extents[1], _length(own_extents), _length(block_extents)
+                lengths = _length(own_extents, problem.deep), _length(block_extents, problem.deep)
+                rank = count * math.prod(own_extents), *lengths
                 if best is None or rank < best[0]:
-                    tiles = max(
-                        instances * -(-h // own_extents[0]) * -(-w // own_extents[1])
-                        for instances, (h, w) in zip(problem.instances(packed), longest, strict=True)
-                    )
+                    tiles = problem.tiles(own_extents, packed, owner)
                     best = rank, Tiling(own_extents, block_extents, packed, tiles, count)
     assert best is not None
     return best[1]
 
 
-def _splits(size: int, height: int) -> Iterator[IntPair]:
-    """All (rows, columns) of powers of two that hold ``size`` positions, with no more rows than the height needs."""
-    rows = 1
-    while rows <= size and rows <= _power(height):
-        yield rows, size // rows
-        rows *= 2
+def _splits(size: int, extents: Extents) -> Iterator[Extents]:
+    """All (planes, rows, columns) of powers of two that hold ``size`` positions, with no more planes and rows than the
+    extents need."""
+    for planes in _powers(min(size, _power(extents[0]))):
+        for rows in _powers(min(size // planes, _power(extents[1]))):
+            yield planes, rows, size // planes // rows
 
 
-def _length(extents: IntPair) -> tuple[int, int]:
-    """How far from square an area of given size is; of equal ones, the wide comes first."""
-    return abs(extents[0].bit_length() - extents[1].bit_length()), extents[0]
+def _length(extents: Extents, deep: bool) -> tuple[int, ...]:
+    """How far from square an area of given size is, or a volume from a cube; of equal ones, the wide comes first."""
+    bits = [extent.bit_length() for extent in (extents if deep else extents[1:])]
+    return max(bits) - min(bits), *extents
+
+
+def _powers(most: int) -> list[int]:
+    """Powers of two up to one of them."""
+    return [1 << i for i in range(most.bit_length())]
 
 
 def _power(number: int) -> int:
@@ -262,14 +295,13 @@ class Displacement(NamedTuple):
     """Blocks of keys at one place relative to tiles of queries, for one head."""
 
     head: int
-    vertical: Displaced
-    horizontal: Displaced
+    axes: tuple[Displaced, ...]
     lattices: int
 
     @property
     def visits(self) -> int:
         """Tiles of one image."""
-        return self.lattices * self.vertical.tiles * self.horizontal.tiles
+        return self.lattices * math.prod(axis.tiles for axis in self.axes)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -278,18 +310,15 @@ def displacements(problem: Problem, tiles: Tiling) -> tuple[Displacement, ...]:
     results: list[Displacement] = []
     instances = problem.instances(tiles.packed)
     for head in range(problem.heads):
-        places = [
-            _displaced(axes, own, block)
-            for axes, own, block in zip(problem.axes(head, tiles.packed), tiles.own, tiles.block, strict=True)
-        ]
+        places = map(_displaced, problem.axes(head, tiles.packed), tiles.own, tiles.block)
         lattices = instances[head if len(instances) > 1 else 0]
-        results += [Displacement(head, *pair, lattices) for pair in itertools.product(*places)]
+        results += [Displacement(head, axes, lattices) for axes in itertools.product(*places)]
     return tuple(results)
 
 
 def _displaced(axes: Sequence[Axis], own: int, block: int) -> list[Displaced]:
     """All blocks that tiles of the axes see keys of, aligned so that they are as few as possible."""
-    reaches: dict[IntPair, list[int]] = {}  # relative to the tile: which tiles
+    reaches: dict[Range, list[int]] = {}  # relative to the tile: which tiles
     for axis in axes:
         for tile, first in enumerate(range(0, axis.queries, own)):
             low, high = axis.keys_of(first, min(first + own, axis.queries) - 1)
@@ -309,7 +338,7 @@ def _displaced(axes: Sequence[Axis], own: int, block: int) -> list[Displaced]:
 def displaced_pairs(problem: Problem, tiles: Tiling) -> int:
     """Pairs of a query and a key that the gradient of the table computes for one image, masked ones included."""
     visits = sum(displacement.visits for displacement in displacements(problem, tiles))
-    return visits * tiles.own[0] * tiles.own[1] * tiles.block[0] * tiles.block[1]
+    return visits * math.prod(tiles.own) * math.prod(tiles.block)
 
 
 def offset_extent(own: int, block: int) -> int:

@@ -38,7 +38,7 @@ class SecondNumbers(NamedTuple):
 def store_numbers(numbers, lattice, place, columns, START: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
     """Write some numbers of every row, each given as a column, from number ``START`` of ``COUNT`` on. The last of the
     columns is of l2 only."""
-    index = row_index(lattice, place).to(tl.int64) * COUNT
+    index = row_index(lattice, place, False, S).to(tl.int64) * COUNT
     for i in tl.static_range(len(columns)):
         if S.l2 or i < len(columns) - 1:
             addresses = numbers + lattice.first_query * COUNT + (START + i) + index[:, None]
@@ -58,15 +58,15 @@ def _load_four(addresses, S: tl.constexpr):
 
 
 @triton.jit
-def _addresses(numbers, lattice, place, COUNT: tl.constexpr, AXIS: tl.constexpr):
-    index = row_index(lattice, place).to(tl.int64) * COUNT
+def _addresses(numbers, lattice, place, COUNT: tl.constexpr, AXIS: tl.constexpr, S: tl.constexpr):
+    index = row_index(lattice, place, False, S).to(tl.int64) * COUNT
     return numbers + lattice.first_query * COUNT + tl.expand_dims(index, AXIS)
 
 
 @triton.jit
 def load_numbers(numbers, lattice, place, COUNT: tl.constexpr, AXIS: tl.constexpr, S: tl.constexpr):
     """Numbers of queries, all of which must exist, along axis 1 - AXIS of the scores."""
-    addresses = _addresses(numbers, lattice, place, COUNT, AXIS)
+    addresses = _addresses(numbers, lattice, place, COUNT, AXIS, S)
     base, log_sum, d, term = _load_four(addresses, S)
     return RowNumbers(base, log_sum, d, term)
 
@@ -74,6 +74,6 @@ def load_numbers(numbers, lattice, place, COUNT: tl.constexpr, AXIS: tl.constexp
 @triton.jit
 def load_second_numbers(numbers, lattice, place, AXIS: tl.constexpr, S: tl.constexpr):
     """Likewise, those that only the double backward has."""
-    addresses = _addresses(numbers, lattice, place, SECOND, AXIS) + FIRST
+    addresses = _addresses(numbers, lattice, place, SECOND, AXIS, S) + FIRST
     r, t, term, _ = _load_four(addresses, S)
     return SecondNumbers(r, t, term)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .geometry import as_keys, block_place, in_lattice, visible
+from .places import as_keys, block_place, in_lattice, visible
 from .tables import entries_of, entry_pairs_of
 from .tiles import LOG2E, add_product, load_column, load_rows, multiply_add, product, row_index
 
 
 @triton.jit
-def logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, KEYS: tl.constexpr, S: tl.constexpr):
+def logits(q, k, q_term, k_term, queries, keys, table, scale, KEYS: tl.constexpr, S: tl.constexpr):
     """Scores times log2(e); minus infinity where a query does not see a key. Keys run along axis 0 with KEYS.
 
     ``q_term`` and ``k_term`` are what the score l2 adds to products. What queries and keys that do not exist get along
@@ -23,11 +23,11 @@ def logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, KEYS: tl.
     """
     products = _score_products(q, k, q_term, k_term, KEYS, S)
     if table is not None:
-        return multiply_add(products, scale * LOG2E, entries_of(table, queries, keys, lattice, S), S)
+        return multiply_add(products, scale * LOG2E, entries_of(table, queries, keys, S), S)
     else:
         scores = products * (scale * LOG2E)
         if not S.exact:
-            scores = tl.where(visible(queries, keys, lattice), scores, float("-inf"))
+            scores = tl.where(visible(queries, keys, S), scores, float("-inf"))
         elif not (KEYS or S.whole):
             scores = tl.where(keys.valid, scores, float("-inf"))
         return scores
@@ -53,8 +53,8 @@ def weights_of_queries(scores, row, table, place, S: tl.constexpr):
 @triton.jit
 def pair_products(of_queries, of_keys, KEYS: tl.constexpr, S: tl.constexpr):
     """Products of rows of the tile and of the block, summed over the channels; keys run along axis 0 with KEYS."""
-    OWN: tl.constexpr = S.own_h * S.own_w
-    BLOCK: tl.constexpr = S.block_h * S.block_w
+    OWN: tl.constexpr = S.own
+    BLOCK: tl.constexpr = S.block
     if KEYS:
         return product(of_keys, of_queries, OWN, BLOCK, S)
     else:
@@ -65,7 +65,7 @@ def pair_products(of_queries, of_keys, KEYS: tl.constexpr, S: tl.constexpr):
 def per_query(terms, lattice, place, S: tl.constexpr):
     """Terms of the tile's queries (``distances.py``), as a column; for ``dot`` there are none."""
     if S.l2:
-        return load_column(terms.of_queries, lattice, place)
+        return load_column(terms.of_queries, lattice, place, S)
     else:
         return tl.zeros((1, 1), S.accumulate)
 
@@ -74,7 +74,7 @@ def per_query(terms, lattice, place, S: tl.constexpr):
 def per_key(terms, lattice, place, AXIS: tl.constexpr, S: tl.constexpr):
     """Terms of keys along axis 1 - AXIS. Of one that is not there it is another's: a mask takes more instructions."""
     if S.l2:
-        index = row_index(lattice, in_lattice(place, lattice, S), True)
+        index = row_index(lattice, in_lattice(place, lattice, S), True, S)
         return tl.expand_dims(tl.load(terms.of_keys + lattice.first_key + index), AXIS)
     else:
         return tl.zeros((1, 1), S.accumulate)
@@ -89,12 +89,12 @@ def block_of_keys(
     k = load_rows(key, lattice, there, S)
     v = load_rows(value, lattice, there, S)
     k_term = per_key(score_terms, lattice, there, 0, S)
-    return k, v, logits(q, k, q_term, k_term, queries, as_keys(there, 0), table, scale, lattice, False, S)
+    return k, v, logits(q, k, q_term, k_term, queries, as_keys(there, 0), table, scale, False, S)
 
 
 @triton.jit
 def logits_and_x(
-    q, k, q_term, k_term, cot_q, cot_k, q_x_term, k_x_term, queries, keys, table, cot_table, scale, lattice,
+    q, k, q_term, k_term, cot_q, cot_k, q_x_term, k_x_term, queries, keys, table, cot_table, scale,
     KEYS: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """The ``logits``, and X = scale * (gQ.K + Q.gK) + gbias, the cotangent of dS (docs/double_backward.md).
@@ -103,17 +103,17 @@ def logits_and_x(
     """
     x = _x_products(q, cot_q, k, cot_k, q_x_term, k_x_term, KEYS, S)
     if cot_table is None:
-        return logits(q, k, q_term, k_term, queries, keys, table, scale, lattice, KEYS, S), x * scale
+        return logits(q, k, q_term, k_term, queries, keys, table, scale, KEYS, S), x * scale
     else:
         products = _score_products(q, k, q_term, k_term, KEYS, S)
-        entries, cot_entries = entry_pairs_of(cot_table, queries, keys, lattice, S)
+        entries, cot_entries = entry_pairs_of(cot_table, queries, keys, S)
         return multiply_add(products, scale * LOG2E, entries, S), multiply_add(x, scale, cot_entries, S)
 
 
 @triton.jit
 def _x_products(q, cot_q, k, cot_k, q_term, k_term, KEYS: tl.constexpr, S: tl.constexpr):
-    OWN: tl.constexpr = S.own_h * S.own_w
-    BLOCK: tl.constexpr = S.block_h * S.block_w
+    OWN: tl.constexpr = S.own
+    BLOCK: tl.constexpr = S.block
     x = tl.zeros((OWN, BLOCK), S.accumulate)
     if cot_q is not None:
         x = add_product(x, k, cot_q, S) if KEYS else add_product(x, cot_q, k, S)

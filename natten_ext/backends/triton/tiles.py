@@ -12,7 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .geometry import own_keys
+from .geometry import pixel_of
+from .places import own_keys
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TOTALS = tl.constexpr(16)  # columns of totals: the narrowest product
@@ -22,6 +23,9 @@ class Static(NamedTuple):
     """What a kernel is compiled for."""
 
     kind: int
+    deep: bool  # the map has a third axis
+    strided: tuple[bool, ...]  # on which axes some head has a stride
+    causal: tuple[bool, ...]  # or causal windows
     packed: bool  # windows of a grid share one lattice
     exact: bool  # every query of a lattice sees every key
     whole: bool  # and tiles and blocks fit the lattice: nothing is masked
@@ -30,23 +34,37 @@ class Static(NamedTuple):
     align: int  # what all strides are multiples of
     chunks: tuple[int, ...]
     streamed: bool
+    own_d: int
     own_h: int
     own_w: int
+    block_d: int
     block_h: int
     block_w: int
     precision: str
     accumulate: object
     interpreted: bool
 
+    @property
+    def own(self) -> int:
+        """Positions of a tile."""
+        return self.own_d * self.own_h * self.own_w
+
+    @property
+    def block(self) -> int:
+        """Positions of a block."""
+        return self.block_d * self.block_h * self.block_w
+
 
 class Rows(NamedTuple):
-    """A tensor ``(batch, height, width, heads, head_dim)`` with contiguous channels: address and strides.
+    """A tensor ``(batch, depth, height, width, heads, head_dim)`` with contiguous channels: address and strides.
 
-    In a kernel the strides are in units of ``Static.align``, from which the compiler sees how wide it can load.
+    In a kernel the strides are in units of ``Static.align``, from which the compiler sees how wide it can load. ``z``
+    is an empty tuple unless the map has a third axis.
     """
 
     pointer: object
     batch: object
+    z: object
     y: object
     x: object
     head: object
@@ -135,9 +153,12 @@ def multiply_add(x, factor, total, S: tl.constexpr):
 def row_pointers(rows, lattice, place, S: tl.constexpr):
     """Address of the first channel at every place; offsets are 64 bits wide."""
     image = lattice.batch.to(tl.int64) * rows.batch + lattice.head.to(tl.int64) * rows.head
-    y = (lattice.origin_y + place.y * lattice.step_y).to(tl.int64)
-    x = (lattice.origin_x + place.x * lattice.step_x).to(tl.int64)
-    return rows.pointer + image * S.align + (y * rows.y + x * rows.x) * S.align
+    y = pixel_of(place.y, lattice.y).to(tl.int64)
+    x = pixel_of(place.x, lattice.x).to(tl.int64)
+    pixel = y * rows.y + x * rows.x
+    if S.deep:
+        pixel += pixel_of(place.z, lattice.z).to(tl.int64) * rows.z
+    return rows.pointer + image * S.align + pixel * S.align
 
 
 @triton.jit
@@ -221,7 +242,7 @@ def add_totals(totals, weights, S: tl.constexpr):
 
     As a product with ones: it adds up what the matrix unit makes of the weights, in fewer instructions than a sum.
     """
-    ones = tl.full((S.block_h * S.block_w, TOTALS), 1.0, S.accumulate)
+    ones = tl.full((S.block, TOTALS), 1.0, S.accumulate)
     return dot(weights, ones.to(weights.dtype), totals, S)
 
 
@@ -273,23 +294,26 @@ def store_rows(rows, lattice, place, values, S: tl.constexpr):
 
 
 @triton.jit
-def row_index(lattice, place, KEYS: tl.constexpr = False):
+def row_index(lattice, place, KEYS: tl.constexpr, S: tl.constexpr):
     """Index of every place's number among those of the lattice's image and head, of queries or, with KEYS, of keys."""
-    y = lattice.origin_y + place.y * lattice.step_y
-    x = lattice.origin_x + place.x * lattice.step_x
-    return y * (lattice.keys_width if KEYS else lattice.width) + x
+    row = pixel_of(place.y, lattice.y)
+    if S.deep:
+        row += pixel_of(place.z, lattice.z) * lattice.height
+    return row * (lattice.keys_width if KEYS else lattice.width) + pixel_of(place.x, lattice.x)
 
 
 @triton.jit
-def load_column(numbers, lattice, place):
+def load_column(numbers, lattice, place, S: tl.constexpr):
     """Numbers of queries, as a column; zero for those that do not exist."""
-    return tl.load(numbers + lattice.first_query + row_index(lattice, place), mask=place.valid, other=0.0)[:, None]
+    return tl.load(numbers + lattice.first_query + row_index(lattice, place, False, S), mask=place.valid, other=0.0)[
+        :, None
+    ]
 
 
 @triton.jit
-def store_column(numbers, lattice, place, column, KEYS: tl.constexpr = False):
+def store_column(numbers, lattice, place, column, KEYS: tl.constexpr, S: tl.constexpr):
     first = lattice.first_key if KEYS else lattice.first_query
-    tl.store(numbers + first + row_index(lattice, place, KEYS)[:, None], column, mask=place.valid[:, None])
+    tl.store(numbers + first + row_index(lattice, place, KEYS, S)[:, None], column, mask=place.valid[:, None])
 
 
 @triton.jit
