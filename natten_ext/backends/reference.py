@@ -125,7 +125,7 @@ def _grid(query, key, value, bias, neighborhood, return_lse):
 
     if bias is not None:
         places = [(window_offsets(size) + size - 1).to(bias.device) for size in window]
-        bias = bias[_each(_spread(places))].flatten(1, axes).flatten(2)
+        bias = bias[_each(spread(places))].flatten(1, axes).flatten(2)
     output, lse = _full(partition(query), partition(key), partition(value), bias, return_lse)
     return whole(output), whole(lse) if return_lse else None
 
@@ -134,7 +134,7 @@ def _neighborhood(query, key, value, bias, neighborhood, head, return_lse):
     """Heads that share the windows of ``head``: keys are gathered per query."""
     keys = keys_on_map(query.shape[1:-2], neighborhood, head)
     axes = len(keys)
-    index = _spread([of_axis.index.to(query.device) for of_axis in keys])
+    index = spread([of_axis.index.to(query.device) for of_axis in keys])
 
     def gather(tensor):
         """``(batch, *map, heads, channels)`` to ``(batch, *map, heads, keys, channels)``."""
@@ -143,9 +143,9 @@ def _neighborhood(query, key, value, bias, neighborhood, head, return_lse):
     scores = (gather(key) @ query.unsqueeze(-1)).squeeze(-1)
     if bias is not None:
         places = [(k.offset + size - 1).to(query.device) for k, size in zip(keys, neighborhood.kernel, strict=True)]
-        scores = scores + bias[_each(_spread(places))].flatten(1 + axes).movedim(0, -2)
+        scores = scores + bias[_each(spread(places))].flatten(1 + axes).movedim(0, -2)
     if any(window.causal for window in neighborhood.windows[head]):
-        exists = math.prod(_spread([of_axis.exists.to(query.device) for of_axis in keys]))
+        exists = math.prod(spread([of_axis.exists.to(query.device) for of_axis in keys]))
         scores = scores.masked_fill(~exists.bool().flatten(axes).unsqueeze(-2), -torch.inf)
     output = (softmax(scores).unsqueeze(-2) @ gather(value)).squeeze(-2)
     return output, log_sum_exp(scores) if return_lse else None
@@ -161,7 +161,7 @@ def _each(index):
     return slice(None), *index
 
 
-def _spread(of_axes):
+def spread(of_axes):
     """Of each axis a ``(queries, keys)``, as they broadcast to ``(*queries of the axes, *keys of the axes)``."""
     axes = len(of_axes)
     spread = []

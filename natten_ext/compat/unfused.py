@@ -11,11 +11,12 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ..backends.reference import spread
 from ..checks import AXES, alike, check_dense, check_table, neighborhood_of, shape_of
 from ..geometry import AxisKeys, HeadWindow
 from .arguments import Flags, Size, flags, for_axes, sizes
@@ -59,9 +60,9 @@ def _qk(axes: int) -> Callable[..., torch.Tensor]:
         scores = Scores.apply(query, key, windows)
         keys = keys_of(query, windows)
         if rpb is not None:
-            places = (of_axis.offset + window.kernel - 1 for of_axis, window in zip(keys, windows, strict=True))
+            places = [of_axis.offset + window.kernel - 1 for of_axis, window in zip(keys, windows, strict=True)]
             # In float32, because the table's gradient is a sum over all queries that is rounded once.
-            table = wide(rpb)[(slice(None), *_on_map(places))].flatten(-axes)
+            table = wide(rpb)[(slice(None), *spread(places))].flatten(-axes)
             scores = (wide(scores) + table).to(scores.dtype)
         if any(window.causal for window in windows):
             scores = scores.masked_fill(~_exists(keys), -torch.inf)
@@ -134,20 +135,9 @@ def _windows(maps: torch.Tensor, kernel_size: Size, dilation: Size, is_causal: F
     return neighborhood_of(maps.shape[2:-1], 1, kernel, step, 1, flags("is_causal", is_causal, axes)).windows[0]
 
 
-def _on_map(of_axes: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """``(length, kernel)`` of each axis as ``(*map, *kernel)``, to broadcast."""
-    of_axes = list(of_axes)
-    axes, views = len(of_axes), []
-    for axis, of_axis in enumerate(of_axes):
-        shape = [1] * (2 * axes)
-        shape[axis], shape[axes + axis] = of_axis.shape
-        views.append(of_axis.view(shape))
-    return views
-
-
 def _exists(keys: list[AxisKeys]) -> torch.Tensor:
     """Which of a query's keys it has: bool ``(*map, prod(kernel))``."""
-    return functools.reduce(operator.and_, _on_map(of_axis.exists for of_axis in keys)).flatten(-len(keys))
+    return functools.reduce(operator.and_, spread([of_axis.exists for of_axis in keys])).flatten(-len(keys))
 
 
 def _additional(name: str, tensor: Any, maps: torch.Tensor) -> torch.Tensor:

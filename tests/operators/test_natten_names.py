@@ -232,3 +232,12 @@ def test_names_before_0_17(axes, table):
         if table:
             assert torch.equal(names["qkrpb"](query, key, rpb, *dilation), expected)
             assert torch.equal(names["qkrpb"](query, key, rpb, dilation=dilation[0]), expected)
+
+
+def test_values_of_many_channels():
+    """More than fused backends have kernels for: each channel is that of the value alone."""
+    query, key = torch.randn(2, 1, 5, 6, 1, 8, dtype=torch.float64)
+    value = torch.randn(1, 5, 6, 1, 300, dtype=torch.float64)
+    output = compat.na2d(query, key, value, 3)
+    parts = [compat.na2d(query, key, part, 3) for part in value.split(100, -1)]
+    torch.testing.assert_close(output, torch.cat(parts, -1))
