@@ -132,6 +132,20 @@ def test_switches_are_remembered(installed):
     assert natten.has_cuda() == natten.has_half(0) == torch.cuda.is_available()
 
 
+def test_it_goes_before_an_installed_one(installed, tmp_path, monkeypatch):
+    (tmp_path / "natten").mkdir()
+    (tmp_path / "natten" / "__init__.py").write_text("__version__ = '0.20.0'")
+    (tmp_path / "natten-0.20.0.dist-info").mkdir()
+    (tmp_path / "natten-0.20.0.dist-info" / "METADATA").write_text("Name: natten\nVersion: 0.20.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    assert importlib.metadata.version("natten") == "0.20.0"
+    assert installed().__version__ == importlib.metadata.version("natten") == "0.17.5"
+    compat.uninstall()
+    assert importlib.metadata.version("natten") == importlib.import_module("natten").__version__ == "0.20.0"
+    del sys.modules["natten"]
+
+
 def test_another_natten_stays(installed, monkeypatch):
     monkeypatch.setitem(sys.modules, "natten", ModuleType("natten"))
     with pytest.raises(RuntimeError, match="natten is imported already: call"):
