@@ -100,7 +100,7 @@ def _av(axes: int) -> Callable[..., torch.Tensor]:
         """
         attn, value = alike(_layout(axes), attn=attn, value=value)
         windows = _windows(value, kernel_size, dilation, is_causal)
-        count, extra = math.prod(window.kernel for window in windows), 0
+        count, extra = math.prod([window.kernel for window in windows]), 0
         if additional_values is not None:
             additional_values = _additional("additional_values", additional_values, value)
             extra = additional_values.shape[2]

@@ -150,3 +150,15 @@ def test_unfused_memory_is_that_of_its_arguments():
         compat.na2d_qk(maps, maps, 7)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest <= 49 / 16 * maps.numel() * 4  # the scores
+
+
+@pytest.mark.slow
+def test_compiled_without_a_break():
+    maps = torch.randn(1, 2, 5, 6, 4)
+
+    def attention(x: torch.Tensor) -> torch.Tensor:
+        weights = compat.na2d_qk(x, x, 3, is_causal=(False, True)).softmax(-1)
+        return compat.na2d_av(weights, x, 3, is_causal=(False, True))
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(maps), attention(maps))
