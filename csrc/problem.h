@@ -63,6 +63,7 @@ struct Problem {
   int64_t table_depth() const { return 2 * table_kernel_z() - 1; }
   int64_t table_height() const { return 2 * table_kernel_y() - 1; }
   int64_t table_width() const { return 2 * table_kernel_x() - 1; }
+  int64_t table_size() const { return table_depth() * table_height() * table_width(); }
 
  private:
   int64_t largest(AxisWindow HeadWindow::*axis, int64_t otherwise) const {

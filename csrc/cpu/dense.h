@@ -14,15 +14,16 @@ namespace natten_ext::NATTEN_EXT_ISA {
 
 struct DenseJob {
   int64_t batch, head;
-  int64_t y0, x0, step_y, step_x;  // the window's first position, and the distance to the next
+  int64_t z0, y0, x0, step_z, step_y, step_x;  // the window's first position, and the distance to the next
+  int64_t height;                              // of the window
 };
 
 // Whether a window of neighborhood attention is run here: its classes are of one size and small, and at least half of
 // each is in the window of each query.
 inline bool is_dense(const Problem& p, const HeadWindow& w) {
-  const int64_t height = p.height / w.y.dilation, width = p.width / w.x.dilation;
-  return p.height % w.y.dilation == 0 && p.width % w.x.dilation == 0 && height * width <= 128 &&
-         2 * w.y.kernel * w.x.kernel >= height * width;
+  const int64_t positions = (p.depth / w.z.dilation) * (p.height / w.y.dilation) * (p.width / w.x.dilation);
+  return p.depth % w.z.dilation == 0 && p.height % w.y.dilation == 0 && p.width % w.x.dilation == 0 && positions <= 128 &&
+         2 * w.z.kernel * w.y.kernel * w.x.kernel >= positions;
 }
 
 // Calls run(compute type, heads, is_dense) for each range of heads with one window.
@@ -43,36 +44,39 @@ struct DensePlan {
     if (p.kind == Kind::full) {
       window_x = p.width;
     } else if (p.kind == Kind::grid) {
-      window_y = p.window_y, window_x = p.window_x;
-      windows_y = p.height / window_y, windows_x = p.width / window_x;
+      window_z = p.window_z, window_y = p.window_y, window_x = p.window_x;
+      windows_z = p.depth / window_z, windows_y = p.height / window_y, windows_x = p.width / window_x;
     } else {
-      windows_y = head_window().y.dilation, windows_x = head_window().x.dilation;
-      window_y = p.height / windows_y, window_x = p.width / windows_x;
+      const HeadWindow& w = head_window();
+      windows_z = w.z.dilation, windows_y = w.y.dilation, windows_x = w.x.dilation;
+      window_z = p.depth / windows_z, window_y = p.height / windows_y, window_x = p.width / windows_x;
     }
-    queries = window_y * window_x;
+    queries = window_z * window_y * window_x;
     keys = p.kind == Kind::full ? p.key_width : queries;
     key_window_x = p.kind == Kind::full ? p.key_width : window_x;
     padded = round_up_to_lanes<T>(channels);
-    jobs_per_head = p.batch * windows_y * windows_x;
+    jobs_per_head = p.batch * windows_z * windows_y * windows_x;
     block_queries = query_block(block_queries_at_most);
     block_keys = even_block(keys, block_keys_at_most);
     table_width = masked ? round_up_to_lanes<T>(queries) : p.table_width();
-    table_size = (masked ? keys : p.table_height()) * table_width;
+    table_size = masked ? keys * table_width : p.table_size();
   }
 
   // The window of all heads of neighborhood attention.
   const HeadWindow& head_window() const { return problem.windows[heads.first]; }
 
   DenseJob job(int64_t head, int64_t index) const {
-    const int64_t windows = windows_y * windows_x, y = index % windows / windows_x, x = index % windows_x;
-    if (masked) return {index / windows, head, y, x, windows_y, windows_x};
-    return {index / windows, head, y * window_y, x * window_x, 1, 1};
+    const int64_t x = index % windows_x, y = index / windows_x % windows_y, z = index / windows_x / windows_y % windows_z;
+    const int64_t batch = index / (windows_z * windows_y * windows_x);
+    if (masked) return {batch, head, z, y, x, windows_z, windows_y, windows_x, window_y};
+    return {batch, head, z * window_z, y * window_y, x * window_x, 1, 1, 1, window_y};
   }
 
   HeadRange heads;
   const Problem& problem;
   bool masked;  // a neighborhood, whose windows the tables mask
-  int64_t channels, padded, window_y = 1, window_x = 1, windows_y = 1, windows_x = 1, queries, keys, key_window_x;
+  int64_t channels, padded, window_z = 1, window_y = 1, window_x = 1, windows_z = 1, windows_y = 1, windows_x = 1;
+  int64_t queries, keys, key_window_x;
   int64_t jobs_per_head, block_queries, block_keys, table_width, table_size;
 
  private:
@@ -90,28 +94,35 @@ class RowCursor {
  public:
   // At row `r` of a window that is `width` wide.
   RowCursor(const View& v, const DenseJob& job, int64_t width, int64_t r)
-      : offset(job.batch * v.batch + job.head * v.head + (job.y0 + r / width * job.step_y) * v.y +
-               (job.x0 + r % width * job.step_x) * v.x),
+      : offset(job.batch * v.batch + job.head * v.head + (job.z0 + r / width / job.height * job.step_z) * v.z +
+               (job.y0 + r / width % job.height * job.step_y) * v.y + (job.x0 + r % width * job.step_x) * v.x),
         width_(width),
+        height_(job.height),
         left_(width - r % width),
+        lines_left_(height_ - r / width % height_),
         step_(job.step_x * v.x),
-        jump_(job.step_y * v.y - (width - 1) * step_) {}
+        jump_(job.step_y * v.y - (width - 1) * step_),
+        plane_jump_(job.step_z * v.z - height_ * job.step_y * v.y) {}
   void operator++() {
     const bool last = --left_ == 0;
     offset += last ? jump_ : step_;
-    if (last) left_ = width_;
+    if (!last) return;
+    left_ = width_;
+    if (--lines_left_ > 0) return;
+    offset += plane_jump_;
+    lines_left_ = height_;
   }
 
   int64_t offset;
 
  private:
-  int64_t width_, left_, step_, jump_;
+  int64_t width_, height_, left_, lines_left_, step_, jump_, plane_jump_;
 };
 
 // Where lse holds a job's queries; its rows are heads.
 inline RowCursor lse_cursor(const Problem& p, const DenseJob& job, int64_t width, int64_t r) {
   View lse{};
-  lse.batch = p.heads * p.height * p.width, lse.head = p.height * p.width, lse.y = p.width, lse.x = 1;
+  lse.batch = p.heads * p.queries(), lse.head = p.queries(), lse.z = p.height * p.width, lse.y = p.width, lse.x = 1;
   return {lse, job, width, r};
 }
 
@@ -204,8 +215,8 @@ class KeyGradient {
 
   static bool in_place(const View& view, const DensePlan<T>& plan) {
     const bool same = view.dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64);
-    return same && plan.windows_y * plan.windows_x == 1 && plan.window_y == 1 && plan.channels == plan.padded &&
-           plan.keys * plan.padded > kBufferAtMost;
+    const bool one_line = plan.keys == plan.key_window_x && plan.windows_z * plan.windows_y * plan.windows_x == 1;
+    return same && one_line && plan.channels == plan.padded && plan.keys * plan.padded > kBufferAtMost;
   }
   KeyGradient(const View& view, const DensePlan<T>& plan, int64_t keys)
       : view_(view), plan_(plan), in_place_(in_place(view, plan)), stride_(in_place_ ? view.x : plan.padded) {

@@ -2,22 +2,28 @@
 #pragma once
 
 #include "dense.h"
+#include "neighborhood_geometry.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
-// Visits the windows of a masked plan: visit(key, query, y, x) with the place of their offset in a table, for each
-// key in the window of each query.
+// Visits the windows of a masked plan: visit(key, query, line, x) with the place of their offset in a table, whose lines
+// are those of all planes, for each key in the window of each query.
 template <class T, class Visit>
 void for_each_in_windows(const DensePlan<T>& plan, const Visit& visit) {
   const HeadWindow& w = plan.head_window();
-  const int64_t center_y = plan.problem.table_kernel_y() - 1, center_x = plan.problem.table_kernel_x() - 1;
+  const Problem& p = plan.problem;
+  const int64_t height = p.table_height();
+  const int64_t center_x = p.table_kernel_x() - 1, center = (p.table_kernel_z() - 1) * height + p.table_kernel_y() - 1;
+  const ClassAxis axis_z{plan.window_z, w.z}, axis_y{plan.window_y, w.y}, axis_x{plan.window_x, w.x};
   for (int64_t query = 0; query < plan.queries; ++query) {
-    const int64_t y = query / plan.window_x, x = query % plan.window_x;
-    const int64_t first_y = class_window_start(y, plan.window_y, w.y.kernel);
-    const int64_t first_x = class_window_start(x, plan.window_x, w.x.kernel);
-    for (int64_t ky = first_y; ky < first_y + w.y.kernel; ++ky) {
-      for (int64_t kx = first_x; kx < first_x + w.x.kernel; ++kx) {
-        visit(ky * plan.window_x + kx, query, ky - y + center_y, kx - x + center_x);
+    const int64_t z = query / plan.window_x / plan.window_y, y = query / plan.window_x % plan.window_y, x = query % plan.window_x;
+    const Range in_z = axis_z.keys(z), in_y = axis_y.keys(y), in_x = axis_x.keys(x);
+    for (int64_t kz = in_z.start; kz < in_z.end; ++kz) {
+      for (int64_t ky = in_y.start; ky < in_y.end; ++ky) {
+        const int64_t line = center + (kz - z) * height + ky - y;
+        for (int64_t kx = in_x.start; kx < in_x.end; ++kx) {
+          visit((kz * plan.window_y + ky) * plan.window_x + kx, query, line, kx - x + center_x);
+        }
       }
     }
   }
@@ -36,12 +42,14 @@ class DenseTables {
     for (int64_t head = plan.heads.first; head < plan.heads.last; ++head) {
       T* table = buffer_ + (head - first_) * stride_;
       std::fill(table, table + stride_, plan.masked ? masked : T(0));
-      const auto value = [&](int64_t y, int64_t x) {
-        return view ? as(load_value<T>(view, head * view.head + y * view.y + x * view.x)) : T(0);
+      const int64_t height = plan.problem.table_height();
+      const auto value = [&](int64_t line, int64_t x) {
+        const int64_t z = line / height, y = line % height;
+        return view ? as(load_value<T>(view, head * view.head + z * view.z + y * view.y + x * view.x)) : T(0);
       };
       if (plan.masked) {
-        for_each_in_windows(plan, [&](int64_t key, int64_t query, int64_t y, int64_t x) {
-          table[key * plan.table_width + query] = value(y, x);
+        for_each_in_windows(plan, [&](int64_t key, int64_t query, int64_t line, int64_t x) {
+          table[key * plan.table_width + query] = value(line, x);
         });
       } else {
         for (int64_t i = 0; i < plan.table_size; ++i) {
@@ -65,7 +73,7 @@ class DenseTables {
 };
 
 // The gradient of one head's table over the jobs of a task: added up in the layout of DenseTables, then added to a
-// partial table [y][x].
+// partial table [z][y][x].
 template <class T>
 class DenseTableGradient {
  public:
@@ -78,13 +86,13 @@ class DenseTableGradient {
   }
   void finish(T* partial) {
     if (data() == nullptr) return;
-    const int64_t width = plan_.problem.table_width(), height = plan_.problem.table_height();
+    const int64_t width = plan_.problem.table_width(), size = plan_.problem.table_size();
     if (plan_.masked) {
-      for_each_in_windows(plan_, [&](int64_t key, int64_t query, int64_t y, int64_t x) {
-        partial[y * width + x] += buffer_[key * plan_.table_width + query];
+      for_each_in_windows(plan_, [&](int64_t key, int64_t query, int64_t line, int64_t x) {
+        partial[line * width + x] += buffer_[key * plan_.table_width + query];
       });
     } else {
-      for (int64_t i = 0; i < height * width; ++i) partial[i] += buffer_[i / width * width + width - 1 - i % width];
+      for (int64_t i = 0; i < size; ++i) partial[i] += buffer_[i / width * width + width - 1 - i % width];
     }
   }
 
@@ -102,10 +110,11 @@ class TableIndex {
         key_base_(used ? plan.keys : 0),
         lane_base_(plan.block_queries),
         consecutive_(plan.block_queries / kLanes<T>) {
+    const int64_t height = plan.problem.table_height();
     for (int64_t key = 0; used && key < plan.keys; ++key) {
-      const int64_t y = key / plan.window_x, x = key % plan.window_x;
+      const int64_t x = key % plan.window_x, y = key / plan.window_x % plan.window_y, z = key / plan.window_x / plan.window_y;
       key_base_[key] = plan.masked ? key * plan.table_width
-                                   : (y + plan.window_y - 1) * plan.table_width + plan.window_x - 1 - x;
+                                   : plan.table_size / 2 + (z * height + y) * plan.table_width - x;
     }
   }
 
@@ -114,7 +123,7 @@ class TableIndex {
     count_ = count;
     for (int64_t lane = 0; lane < plan_.block_queries; ++lane) {
       const int64_t query = first + std::min(lane, count - 1);
-      lane_base_[lane] = plan_.masked ? first + lane : query % plan_.window_x - query / plan_.window_x * plan_.table_width;
+      lane_base_[lane] = plan_.masked ? first + lane : plan_.table_size / 2 - key_base_[query];
     }
     for (int64_t lane = 0; lane < plan_.block_queries; lane += L) {
       consecutive_[lane / L] = plan_.masked || (lane + L <= count && (first + lane) % plan_.window_x + L <= plan_.window_x);

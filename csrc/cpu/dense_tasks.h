@@ -53,7 +53,7 @@ void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const Mak
   // Partial tables per head: few enough to be small beside the other gradients.
   const int64_t slices = few ? std::min<int64_t>(8, (plan.queries + plan.block_queries - 1) / plan.block_queries) : 1;
   const int64_t chunks = few ? plan.jobs_per_head : std::min<int64_t>(plan.jobs_per_head, 64);
-  const int64_t parts = chunks * slices, table_size = a.grad_bias ? p.table_height() * p.table_width() : 0;
+  const int64_t parts = chunks * slices, table_size = a.grad_bias ? p.table_size() : 0;
   Buffer<T> partial(heads * parts * table_size);
   std::fill_n(partial.data(), heads * parts * table_size, T(0));
   const auto slice_begin = [](int64_t slice, int64_t slices, int64_t n, int64_t block) {
@@ -89,7 +89,7 @@ void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const Mak
                      {0, plan.queries, begin, end, false, true});
         });
   }
-  if (a.grad_bias) reduce_tables<T>(partial, parts, a.grad_bias, plan.heads, p.table_height(), p.table_width());
+  if (a.grad_bias) reduce_tables<T>(partial, parts, a.grad_bias, plan.heads, p);
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

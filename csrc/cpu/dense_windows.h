@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "dense.h"
-#include "neighborhood_geometry.h"
+#include "neighborhood_jobs.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
@@ -31,7 +31,8 @@ class WindowsInstead {
       started_ = true;
     }
     const HeadWindow& window = plan_.head_window();
-    windows_->run({job.batch, job.head, window, job.y0, job.x0, plan_.window_y, plan_.window_x, 0, plan_.window_y});
+    windows_->run({job.batch, job.head, window, job.z0, job.y0, job.x0, plan_.window_z, plan_.window_y, plan_.window_x,
+                   {0, plan_.window_z}, {0, plan_.window_y}});
     return true;
   }
 

@@ -102,13 +102,9 @@ struct CpuBackend {
   const char* device = "the CPU";
   bool holds(const Tensor& t) const { return t.is_cpu(); }
   void allocated(Tensor& t) const { prefer_huge_pages(t); }
-  void forward(const Arguments& a) const { kernels(a).forward(a); }
-  void backward(const Arguments& a) const { kernels(a).backward(a); }
-  void double_backward(const Arguments& a) const { kernels(a).double_backward(a); }
-  static const Kernels& kernels(const Arguments& a) {
-    require(!a.problem.general(), "the CPU has no kernels for three map axes, strides and causal windows");
-    return variant().kernels;
-  }
+  void forward(const Arguments& a) const { variant().kernels.forward(a); }
+  void backward(const Arguments& a) const { variant().kernels.backward(a); }
+  void double_backward(const Arguments& a) const { variant().kernels.double_backward(a); }
 };
 
 std::string instruction_set() { return variant().name; }

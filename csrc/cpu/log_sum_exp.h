@@ -22,11 +22,13 @@ void for_each_row_constant(const Arguments& a, const View* cot_query, const Writ
   for_each_task(p.batch * p.heads, make, [&](Worker& worker, int64_t task) {
     const int64_t batch = task / p.heads, head = task % p.heads;
     const T* origin = worker.origin.at(batch, head);
-    const auto at = [&](const View& v, int64_t y, int64_t x) { return batch * v.batch + head * v.head + y * v.y + x * v.x; };
+    const auto at = [&](const View& v, int64_t i) {
+      const int64_t z = i / p.width / p.height, y = i / p.width % p.height, x = i % p.width;
+      return batch * v.batch + head * v.head + z * v.z + y * v.y + x * v.x;
+    };
     for (int64_t i = 0; i < p.queries(); ++i) {
-      const int64_t y = i / p.width, x = i % p.width;
-      load_row<T>(worker.query, a.query, at(a.query, y, x), n, 1, p.l2 ? origin : nullptr);
-      if (cot_query != nullptr) load_row<T>(worker.along, *cot_query, at(*cot_query, y, x), n, 1);
+      load_row<T>(worker.query, a.query, at(a.query, i), n, 1, p.l2 ? origin : nullptr);
+      if (cot_query != nullptr) load_row<T>(worker.along, *cot_query, at(*cot_query, i), n, 1);
       const T* along = cot_query != nullptr ? worker.along : worker.query;
       write(task * p.queries() + i, factor * dot_row<T>(along, p.l2 ? worker.query.data() : origin, n));
     }

@@ -5,45 +5,67 @@
 // At the edges of its band a job also computes the rows of its neighbors that attend its keys.
 #pragma once
 
+#include "neighborhood_gatherer.h"
 #include "neighborhood_saved.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
-// Rows of a band's key gradients that the windows are passing over.
+// Rows of a band's key gradients that the windows are passing over: in each plane of a ring of planes, where there are
+// several all of the band's.
 template <class T>
 class GradientRows {
  public:
-  void start(const NeighborhoodJob& job, int64_t first) {
+  void start(const ClassGeometry<T>& g, const NeighborhoodJob& job, int64_t channels, bool new_geometry) {
+    const int64_t rows = g.kz == 1 ? g.ring_rows : job.rows.end - job.rows.start;
+    if (new_geometry || ring.rows() != rows) ring.resize(g.kz, rows, channels, g);
     job_ = &job;
-    next_ = first;
-    oldest_ = first;
+    queries_ = -1;
+    new_plane_ = seen_ = done_ = job.planes.start;
   }
-  // Makes rows up to `last` ready to be added to.
-  void open(int64_t last) {
-    for (; next_ < last; ++next_) ring.clear(next_);
-  }
-  // Calls write(row) for the band's rows before `first`, which no later query attends.
-  template <class Write>
-  void close(int64_t first, const Write& write) {
-    for (; oldest_ < std::min(first, next_); ++oldest_) {
-      if (oldest_ >= job_->begin && oldest_ < job_->end) write(oldest_);
+  // Makes the rows that a group attends ready to be added to.
+  void open(const RowGroup& group) {
+    if (group.z != queries_) {
+      queries_ = group.z;
+      new_plane_ = seen_;
+      seen_ = std::max(seen_, std::min(group.planes.end, job_->planes.end));
+      next_ = oldest_ = job_->rows.start;
     }
+    const int64_t end = std::min(group.last(), job_->rows.end);
+    for (int64_t z = new_plane_; z < seen_; ++z) {
+      for (int64_t y = next_; y < end; ++y) ring.clear({z, y});
+    }
+    next_ = std::max(next_, end);
+  }
+  // Calls write(row) for the band's rows which no later query attends: those above `first` in planes before it.
+  template <class Write>
+  void close(Row first, const Write& write) {
+    const int64_t planes = std::min(first.z, job_->planes.end), rows = std::min(first.y, job_->rows.end);
+    for (int64_t z = done_; z < planes; ++z) {
+      for (int64_t y = oldest_; y < rows; ++y) write(Row{z, y});
+    }
+    oldest_ = std::max(oldest_, rows);
+    if (oldest_ == job_->rows.end) done_ = std::max(done_, planes);
   }
 
   RowRing<T> ring;
 
  private:
   const NeighborhoodJob* job_ = nullptr;
-  int64_t next_ = 0, oldest_ = 0;
+  int64_t queries_ = -1;                          // their plane
+  int64_t new_plane_ = 0, seen_ = 0, done_ = 0;   // planes: first met by these queries, before any of them, written
+  int64_t next_ = 0, oldest_ = 0;                 // rows: not met by these queries, not written
 };
 
-// Rows of queries that attend any row of keys of the job's band.
-template <class T>
-std::pair<int64_t, int64_t> attending_rows(const ClassGeometry<T>& g, const NeighborhoodJob& job) {
-  int64_t begin = job.begin, end = job.end;
-  while (begin > 0 && g.start_y(begin - 1) + g.ky > job.begin) --begin;
-  while (end < g.height && g.start_y(end) < job.end) ++end;
-  return {begin, end};
+// Calls visit(group, next) for the rows of queries that attend any of the job's keys; `next` is the first row of keys that
+// later ones of the plane attend, and its z the first plane that later planes do.
+template <class T, class Visit>
+void for_each_attending_group(const ClassGeometry<T>& g, const NeighborhoodJob& job, const Visit& visit) {
+  const Range planes = g.axis_z.attending(job.planes), rows = g.axis_y.attending(job.rows);
+  for_each_group(g, planes, rows, [&](const RowGroup& group) {
+    const int64_t y = group.y + kGroup, z = group.z + 1;
+    visit(group, Row{z < planes.end ? g.axis_z.keys(z).start : g.axis_z.length,
+                     y < rows.end ? g.axis_y.keys(y).start : g.axis_y.length});
+  });
 }
 
 // What the backward orders hold of a group of rows of queries beside the queries themselves.
@@ -58,8 +80,7 @@ class BackwardRows : public SavedRows<T> {
   void resize(const ClassGeometry<T>& g, int64_t channels) {
     SavedRows<T>::resize(g);
     channels_ = channels;
-    grad_output.resize(kGroup, channels, g);
-    output.resize(kGroup, channels, g);
+    for (RowRing<T>* ring : {&grad_output, &output}) ring->resize(1, kGroup, channels, g);
     for (int r = 0; r < kGroup; ++r) {
       d[r] = Buffer<T>(g.padded), grad_lse[r] = Buffer<T>(g.padded);
       std::fill_n(grad_lse[r].data(), g.padded, T(0));
@@ -71,14 +92,14 @@ class BackwardRows : public SavedRows<T> {
     SavedRows<T>::load(rows, group);
     strange = false;
     for (int r = 0; r < group.count; ++r) {
-      const int64_t y = group.y + r;
-      rows.transposer.load(grad_output.row(y), grad_output.stride(), a_.grad_output, job, y, 1);
-      rows.transposer.load(output.row(y), output.stride(), a_.output, job, y, 1, rows.value_origin());
+      const Row row = group.row(r);
+      rows.transposer.load(grad_output.row(row), grad_output.stride(), a_.grad_output, job, row, 1);
+      rows.transposer.load(output.row(row), output.stride(), a_.output, job, row, 1, rows.value_origin());
       for (int64_t x = 0; x < g.padded; x += L) {
-        store(d[r] + x, dot(grad_output.row(y) + x, output.row(y) + x, output.stride()));
+        store(d[r] + x, dot(grad_output.row(row) + x, output.row(row) + x, output.stride()));
       }
       for (int64_t x = 0; a_.grad_lse && x < g.width; ++x) {
-        grad_lse[r][x] = static_cast<const T*>(a_.grad_lse.data)[job.offset(a_.grad_lse, y, x)];
+        grad_lse[r][x] = static_cast<const T*>(a_.grad_lse.data)[job.offset(a_.grad_lse, row, x)];
       }
       for (int64_t x = 0; x < g.width; ++x) strange = strange || !std::isfinite(log_sum[r][x]) || !std::isfinite(d[r][x]);
     }
@@ -112,7 +133,9 @@ class TableGradient {
   // Must come before the geometry changes, and last.
   void flush(const ClassGeometry<T>& g) {
     if (target_ == nullptr || !open_) return;
-    expanded.for_each(g, a_.problem, [&](T value, int64_t y, int64_t x) { target_[y * a_.problem.table_width() + x] += value; });
+    const int64_t height = a_.problem.table_height(), width = a_.problem.table_width();
+    const auto add = [&](T value, int64_t z, int64_t y, int64_t x) { target_[(z * height + y) * width + x] += value; };
+    expanded.for_each(g, a_.problem, add, [](T) {});
     open_ = false;
   }
   void open(const ClassGeometry<T>& g) {
@@ -147,38 +170,35 @@ class NeighborhoodBackward {
   void run(const NeighborhoodJob& new_job) {
     const ClassGeometry<T>& g = rows_.geometry;
     if (rows_.differs(new_job)) table_gradient_.flush(g);
-    if (rows_.start(new_job)) resize();
+    const bool new_geometry = rows_.start(new_job);
+    if (new_geometry) resize();
     table_gradient_.open(g);
     const NeighborhoodJob& job = rows_.job;
-    const auto [begin, end] = attending_rows(g, job);
-    grad_key_.start(job, g.start_y(begin));
-    grad_value_.start(job, g.start_y(begin));
-    for (int64_t y = begin; y < end; y += kGroup) {
-      const RowGroup group(g, y, end);
+    grad_key_.start(g, job, rows_.query_channels, new_geometry);
+    grad_value_.start(g, job, rows_.channels, new_geometry);
+    for_each_attending_group(g, job, [&](const RowGroup& group, Row next) {
       rows_.load_queries(group);
       backward_.load(rows_, group);
-      rows_.load_keys(group, [](int64_t) {});
-      grad_key_.open(group.last());
-      grad_value_.open(group.last());
+      rows_.load_keys(group, [](Row) {});
+      grad_key_.open(group);
+      grad_value_.open(group);
       const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
       for (int64_t b = 0; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
       if (a_.grad_key) {
-        gatherer_.run(g, group, grad_score_rows_, rows_.query, rows_.query_channels, grad_key_.ring, job.begin, job.end,
-                      backward_.strange);
+        gatherer_.run(g, group, grad_score_rows_, rows_.query, rows_.query_channels, grad_key_.ring, job, backward_.strange);
       }
       if (a_.grad_value) {
-        gatherer_.run(g, group, probability_rows_, backward_.grad_output, rows_.channels, grad_value_.ring, job.begin, job.end,
+        gatherer_.run(g, group, probability_rows_, backward_.grad_output, rows_.channels, grad_value_.ring, job,
                       backward_.strange);
       }
-      close(y + kGroup < end ? g.start_y(y + kGroup) : g.height);
-    }
+      close(next);
+    });
   }
+
  private:
   void resize() {
     const ClassGeometry<T>& g = rows_.geometry;
     backward_.resize(g, rows_.channels);
-    grad_key_.ring.resize(g.ky + kGroup - 1, rows_.query_channels, g);
-    grad_value_.ring.resize(g.ky + kGroup - 1, rows_.channels, g);
     for (StripWeights<T>* weights : {&weights_, &scores_}) weights->resize(g);
     for (RowWeights<T>* weights : {&probability_rows_, &grad_score_rows_}) weights->resize(g);
   }
@@ -191,16 +211,16 @@ class NeighborhoodBackward {
     for (int64_t b = begin; b < end; ++b) {
       for (int r = 0; r < group.count; ++r) score_gradients(group, r, b, b - begin);
     }
-    if (!a_.grad_query || !rows_.job.owns_any(group.y, group.count)) return;
+    if (!a_.grad_query || !rows_.job.owns_any(group.row(0), group.count)) return;
     gather_keys<T>(g, group, begin, end, scores_, rows_.key, rows_.channels, terms_, grad_query_, false);
     for (int64_t b = begin; b < end; ++b) {
       for (int r = 0; r < group.count; ++r) {
-        const int64_t y = group.y + r;
-        if (!rows_.job.owns(y)) continue;
+        const Row row = group.row(r);
+        if (!rows_.job.owns(row)) continue;
         T* gradient = grad_query_.row(b - begin, r);
-        if (a_.problem.l2) rows_.subtract_own(gradient, rows_.query.row(y) + b * L, row_sum_[b - begin][r]);
+        if (a_.problem.l2) rows_.subtract_own(gradient, rows_.query.row(row) + b * L, row_sum_[b - begin][r]);
         else if (a_.grad_lse) rows_.add_origin(gradient, load(backward_.grad_lse[r] + b * L));
-        rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, y, b * L, T(a_.problem.dot_scale()));
+        rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, row, b * L, T(a_.problem.dot_scale()));
       }
     }
   }
@@ -208,9 +228,8 @@ class NeighborhoodBackward {
   // One block of queries: scores to P, and dP to dS.
   void score_gradients(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const int64_t n = g.ky * g.kx;
-    const int64_t y = group.y + r, x = b * L, distance = group.start[r] - y, which = g.query_blocks[b].table;
-    T* grad_table = a_.grad_bias && rows_.job.owns(y) ? table_gradient_.expanded.row(which, distance) : nullptr;
+    const int64_t n = group.key_rows(r) * g.kx, x = b * L;
+    const bool to_table = a_.grad_bias && rows_.job.owns(group.row(r));
     T* const weights = weights_.block(r, slot);
     T* const scores = scores_.block(r, slot);
     const Vector<T> base = load(backward_.base[r] + x), log_sum = load(backward_.log_sum[r] + x);
@@ -225,29 +244,32 @@ class NeighborhoodBackward {
     d_rest -= load(backward_.grad_lse[r] + x);
     T* weight_row = probability_rows_.rows[r] + x;
     T* score_row = grad_score_rows_.rows[r] + x;
-    for (int64_t i = 0, ky = 0; ky < g.ky; ++ky) {
-      for (int64_t kx = 0; kx < g.kx; ++kx, ++i) {
-        const Vector<T> weight = load(weights + i * L), gradient = weight * (load(scores + i * L) - d_rest);
-        row_sum += gradient;
-        store(scores + i * L, gradient);
-        const int64_t at = ky * g.weights_stride + kx * g.padded;
-        store(weight_row + at, weight);
-        store(score_row + at, gradient);
-        if (grad_table != nullptr) store(grad_table + i * L, load(grad_table + i * L) + gradient);
+    for (int64_t z = group.planes.start, i = 0, key = 0; z < group.planes.end; ++z) {
+      T* grad_table = to_table ? table_gradient_.expanded.row(g.query_blocks[b].table, group, r, z) - i * L : nullptr;
+      for (const int64_t end = key + group.rows(r); key < end; ++key) {
+        for (int64_t kx = 0; kx < g.kx; ++kx, ++i) {
+          const Vector<T> weight = load(weights + i * L), gradient = weight * (load(scores + i * L) - d_rest);
+          row_sum += gradient;
+          store(scores + i * L, gradient);
+          const int64_t at = key * g.weights_stride + kx * g.padded;
+          store(weight_row + at, weight);
+          store(score_row + at, gradient);
+          if (grad_table != nullptr) store(grad_table + i * L, load(grad_table + i * L) + gradient);
+        }
       }
     }
     row_sum_[slot][r] = row_sum;
   }
 
   // Writes out the rows of dK and dV that the windows have passed.
-  void close(int64_t first) {
-    grad_key_.close(first, [&](int64_t row) {
+  void close(Row first) {
+    grad_key_.close(first, [&](Row row) {
       if (!a_.grad_key) return;
       T* gradient = grad_key_.ring.row(row);
       if (a_.problem.l2) rows_.subtract_keys(gradient, gradient + rows_.channels * grad_key_.ring.stride(), row, rows_.key);
       rows_.transposer.unload_row(gradient, grad_key_.ring.stride(), a_.grad_key, rows_.job, row, kLn2<T>);
     });
-    grad_value_.close(first, [&](int64_t row) {
+    grad_value_.close(first, [&](Row row) {
       if (!a_.grad_value) return;
       const RowRing<T>& ring = grad_value_.ring;
       rows_.transposer.unload_row(ring.row(row), ring.stride(), a_.grad_value, rows_.job, row, 1);
@@ -271,9 +293,9 @@ class NeighborhoodBackward {
 template <class T, class Make>
 void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const Make& make) {
   const Problem& p = a.problem;
-  const HeadJobs jobs(p, heads.first, 64);
+  const HeadJobs jobs(p, heads.first, 64, 64);
   const int64_t parts = std::min<int64_t>(16, jobs.count());
-  const int64_t table_size = a.grad_bias ? p.table_height() * p.table_width() : 0;
+  const int64_t table_size = a.grad_bias ? p.table_size() : 0;
   Buffer<T> partial(heads.count() * parts * table_size);
   std::fill_n(partial.data(), heads.count() * parts * table_size, T(0));
   for_each_task(heads.count() * parts, make, [&](auto& worker, int64_t task) {
@@ -285,7 +307,7 @@ void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const Make&
     }
     worker.finish();
   });
-  if (a.grad_bias) reduce_tables<T>(partial, parts, a.grad_bias, heads, p.table_height(), p.table_width());
+  if (a.grad_bias) reduce_tables<T>(partial, parts, a.grad_bias, heads, p);
 }
 
 template <class T>

@@ -28,23 +28,23 @@ class NeighborhoodDoubleBackward {
     const ClassGeometry<T>& g = rows_.geometry;
     if (rows_.differs(new_job)) table_gradient_.flush(g);
     const NeighborhoodJob& job = rows_.job;
-    if (rows_.start(new_job)) resize();
+    const bool new_geometry = rows_.start(new_job);
+    if (new_geometry) resize();
     cotangents_.start(rows_);
     table_gradient_.open(g);
-    const auto [begin, end] = attending_rows(g, job);
-    grad_key_.start(job, g.start_y(begin));
-    grad_value_.start(job, g.start_y(begin));
-    for (int64_t y = begin; y < end; y += kGroup) {
-      const RowGroup group(g, y, end);
+    grad_key_.start(g, job, rows_.query_channels, new_geometry);
+    grad_value_.start(g, job, rows_.channels, new_geometry);
+    for_each_attending_group(g, job, [&](const RowGroup& group, Row next) {
       load(group);
-      grad_key_.open(group.last());
-      grad_value_.open(group.last());
+      grad_key_.open(group);
+      grad_value_.open(group);
       const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
       for (int64_t b = 0; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
       gather(group);
-      close(y + kGroup < end ? g.start_y(y + kGroup) : g.height);
-    }
+      close(next);
+    });
   }
+
  private:
   // What one window position passes from the scores to the gradients.
   enum Weight { kProbability, kGradScore, kX, kScoreBar, kValueWeight, kWeights };
@@ -53,8 +53,6 @@ class NeighborhoodDoubleBackward {
     const ClassGeometry<T>& g = rows_.geometry;
     backward_.resize(g, rows_.channels);
     cotangents_.resize(rows_);
-    grad_key_.ring.resize(g.ky + kGroup - 1, rows_.query_channels, g);
-    grad_value_.ring.resize(g.ky + kGroup - 1, rows_.channels, g);
     for (StripWeights<T>& weights : weights_) weights.resize(g);
     for (RowWeights<T>* weights : {&score_bar_rows_, &grad_score_rows_, &value_rows_}) weights->resize(g);
   }
@@ -63,7 +61,7 @@ class NeighborhoodDoubleBackward {
     rows_.load_queries(group);
     backward_.load(rows_, group);
     cotangents_.load_queries(rows_, group);
-    rows_.load_keys(group, [&](int64_t row) { cotangents_.load_keys(rows_, row); });
+    rows_.load_keys(group, [&](Row row) { cotangents_.load_keys(rows_, row); });
     strange_ = backward_.strange;
   }
 
@@ -87,41 +85,41 @@ class NeighborhoodDoubleBackward {
       }
     };
     for_each_block([&](int r, int64_t b, int64_t slot) { row_sums(group, r, b, slot); });
-    const bool own = rows_.job.owns_any(group.y, group.count);
+    const bool own = rows_.job.owns_any(group.row(0), group.count);
     if (a_.cot_value) gather(kProbability, cotangents_.value, grad_grad_output_, false);  // w so far
     for_each_block([&](int r, int64_t b, int64_t slot) { second_pass(group, r, b, slot); });
     if (a_.grad_grad_output && own) {
       gather(kValueWeight, rows_.value, grad_grad_output_, static_cast<bool>(a_.cot_value));
       for_each_block([&](int r, int64_t b, int64_t slot) {
-        if (!rows_.job.owns(group.y + r)) return;
-        rows_.transposer.unload(grad_grad_output_.row(slot, r), L, a_.grad_grad_output, rows_.job, group.y + r, b * L, 1);
+        if (!rows_.job.owns(group.row(r))) return;
+        rows_.transposer.unload(grad_grad_output_.row(slot, r), L, a_.grad_grad_output, rows_.job, group.row(r), b * L, 1);
       });
     }
     if (a_.grad_grad_lse && own) {
       for_each_block([&](int r, int64_t b, int64_t slot) {
-        if (rows_.job.owns(group.y + r)) rows_.store_lanes(a_.grad_grad_lse, group.y + r, b, r_sum_[slot][r] + r_rest_[slot][r]);
+        if (!rows_.job.owns(group.row(r))) return;
+        rows_.store_lanes(a_.grad_grad_lse, group.row(r), b, r_sum_[slot][r] + r_rest_[slot][r]);
       });
     }
     if (!a_.grad_query || !own) return;
     gather(kScoreBar, rows_.key, grad_query_, false);
     if (a_.cot_key) gather(kGradScore, cotangents_.key, grad_query_, true);
     for_each_block([&](int r, int64_t b, int64_t slot) {
-      const int64_t y = group.y + r;
-      if (!rows_.job.owns(y)) return;
+      const Row row = group.row(r);
+      if (!rows_.job.owns(row)) return;
       T* gradient = grad_query_.row(slot, r);
       if (a_.problem.l2) {
-        rows_.subtract_own(gradient, rows_.query.row(y) + b * L, score_bar_sum_[slot][r]);
-        if (a_.cot_query) rows_.subtract_own(gradient, cotangents_.query.row(y) + b * L, grad_score_sum_[slot][r]);
+        rows_.subtract_own(gradient, rows_.query.row(row) + b * L, score_bar_sum_[slot][r]);
+        if (a_.cot_query) rows_.subtract_own(gradient, cotangents_.query.row(row) + b * L, grad_score_sum_[slot][r]);
       }
-      rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, y, b * L, T(a_.problem.dot_scale()));
+      rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, row, b * L, T(a_.problem.dot_scale()));
     });
   }
 
   // P, dP less D as it comes from the output, and X of one block; what that D lacks, r, and t without its last term.
   void row_sums(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const int64_t n = g.ky * g.kx, distance = group.start[r] - (group.y + r), which = g.query_blocks[b].table;
-    const T* const cot_table = cotangents_.table(which, distance);
+    const int64_t n = group.key_rows(r) * g.kx * L, of_plane = group.rows(r) * g.kx * L;
     T* const probabilities = weights_[kProbability].block(r, slot);
     T* const values = weights_[kX].block(r, slot);
     T* const grad_scores = weights_[kGradScore].block(r, slot);
@@ -129,20 +127,24 @@ class NeighborhoodDoubleBackward {
     const Vector<T> log_sum = NATTEN_EXT_ISA::load(backward_.log_sum[r] + b * L);
     const Vector<T> d = NATTEN_EXT_ISA::load(backward_.d[r] + b * L);
     Vector<T> d_rest{}, r_sum{}, t{};
-    for (int64_t i = 0; i < n * L; i += L) {
-      const Vector<T> probability = exp2(NATTEN_EXT_ISA::load(probabilities + i) - base - log_sum);
-      const Vector<T> centred = NATTEN_EXT_ISA::load(grad_scores + i) - d;
-      const Vector<T> value = cotangents_.read(values, cot_table, i);
-      const Vector<T> weighted = probability * value;
-      d_rest += probability * centred;
-      r_sum += weighted;
-      t += weighted * centred;
-      store(probabilities + i, probability);
-      store(grad_scores + i, centred);
-      store(values + i, value);
+    for (int64_t z = group.planes.start, i = 0; z < group.planes.end; ++z) {
+      const T* const cot_table = cotangents_.table(g.query_blocks[b].table, group, r, z);
+      const T* const of_keys = values + i;
+      for (int64_t at = 0; at < of_plane; at += L, i += L) {
+        const Vector<T> probability = exp2(NATTEN_EXT_ISA::load(probabilities + i) - base - log_sum);
+        const Vector<T> centred = NATTEN_EXT_ISA::load(grad_scores + i) - d;
+        const Vector<T> value = cotangents_.read(of_keys, cot_table, at);
+        const Vector<T> weighted = probability * value;
+        d_rest += probability * centred;
+        r_sum += weighted;
+        t += weighted * centred;
+        store(probabilities + i, probability);
+        store(grad_scores + i, centred);
+        store(values + i, value);
+      }
     }
     Vector<T> rest{};  // see DenseDoubleBackward::first_pass
-    for (int64_t i = 0; a_.problem.l2 && i < n * L; i += L) {
+    for (int64_t i = 0; a_.problem.l2 && i < n; i += L) {
       rest += NATTEN_EXT_ISA::load(probabilities + i) * (NATTEN_EXT_ISA::load(values + i) - r_sum);
     }
     d_rest_[slot][r] = d_rest - NATTEN_EXT_ISA::load(backward_.grad_lse[r] + b * L);
@@ -155,37 +157,39 @@ class NeighborhoodDoubleBackward {
   // Sb, dS and P (X - r) of one block, also to the group's rows of weights; the table's gradient.
   void second_pass(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const int64_t y = group.y + r, x = b * L;
+    const Row row = group.row(r);
+    const int64_t x = b * L;
     const Vector<T> d_rest = d_rest_[slot][r], r_sum = r_sum_[slot][r], r_rest = r_rest_[slot][r];
     Vector<T> t = t_[slot][r];
-    if (a_.cot_value) t += backward_.dot(backward_.grad_output.row(y) + x, grad_grad_output_.row(slot, r), L);
-    T* grad_table = a_.grad_bias && rows_.job.owns(y)
-                        ? table_gradient_.expanded.row(g.query_blocks[b].table, group.start[r] - y)
-                        : nullptr;
+    if (a_.cot_value) t += backward_.dot(backward_.grad_output.row(row) + x, grad_grad_output_.row(slot, r), L);
+    const bool to_table = a_.grad_bias && rows_.job.owns(row);
     const T* const probabilities = weights_[kProbability].block(r, slot);
     const T* const values = weights_[kX].block(r, slot);
     T* const value_weights = weights_[kValueWeight].block(r, slot);
     T* const grad_scores = weights_[kGradScore].block(r, slot);
     T* const score_bars = weights_[kScoreBar].block(r, slot);
     Vector<T> score_bar_sum{}, grad_score_sum{};
-    for (int64_t i = 0, ky = 0; ky < g.ky; ++ky) {
-      for (int64_t kx = 0; kx < g.kx; ++kx, i += L) {
-        const Vector<T> probability = NATTEN_EXT_ISA::load(probabilities + i);
-        const Vector<T> centred = NATTEN_EXT_ISA::load(grad_scores + i) - d_rest;
-        const Vector<T> value = NATTEN_EXT_ISA::load(values + i) - r_sum - r_rest;
-        Vector<T> inner = value * centred - t;
-        if (a_.cot_value) inner += NATTEN_EXT_ISA::load(score_bars + i);  // G so far
-        const Vector<T> score_bar = probability * inner, grad_score = probability * centred;
-        score_bar_sum += score_bar;
-        grad_score_sum += grad_score;
-        store(score_bars + i, score_bar);
-        store(grad_scores + i, grad_score);
-        store(value_weights + i, probability * value);
-        const int64_t at = ky * g.weights_stride + kx * g.padded + x;
-        store(score_bar_rows_.rows[r] + at, score_bar);
-        store(grad_score_rows_.rows[r] + at, grad_score);
-        store(value_rows_.rows[r] + at, probability * value);
-        if (grad_table != nullptr) store(grad_table + i, NATTEN_EXT_ISA::load(grad_table + i) + score_bar);
+    for (int64_t z = group.planes.start, i = 0, key = 0; z < group.planes.end; ++z) {
+      T* grad_table = to_table ? table_gradient_.expanded.row(g.query_blocks[b].table, group, r, z) - i : nullptr;
+      for (const int64_t end = key + group.rows(r); key < end; ++key) {
+        for (int64_t kx = 0; kx < g.kx; ++kx, i += L) {
+          const Vector<T> probability = NATTEN_EXT_ISA::load(probabilities + i);
+          const Vector<T> centred = NATTEN_EXT_ISA::load(grad_scores + i) - d_rest;
+          const Vector<T> value = NATTEN_EXT_ISA::load(values + i) - r_sum - r_rest;
+          Vector<T> inner = value * centred - t;
+          if (a_.cot_value) inner += NATTEN_EXT_ISA::load(score_bars + i);  // G so far
+          const Vector<T> score_bar = probability * inner, grad_score = probability * centred;
+          score_bar_sum += score_bar;
+          grad_score_sum += grad_score;
+          store(score_bars + i, score_bar);
+          store(grad_scores + i, grad_score);
+          store(value_weights + i, probability * value);
+          const int64_t at = key * g.weights_stride + kx * g.padded + x;
+          store(score_bar_rows_.rows[r] + at, score_bar);
+          store(grad_score_rows_.rows[r] + at, grad_score);
+          store(value_rows_.rows[r] + at, probability * value);
+          if (grad_table != nullptr) store(grad_table + i, NATTEN_EXT_ISA::load(grad_table + i) + score_bar);
+        }
       }
     }
     score_bar_sum_[slot][r] = score_bar_sum;
@@ -197,7 +201,7 @@ class NeighborhoodDoubleBackward {
     const ClassGeometry<T>& g = rows_.geometry;
     const auto run = [&](const RowWeights<T>& weights, const RowRing<T>& query, int64_t channels,
                          const RowRing<T>& gradient) {
-      gatherer_.run(g, group, weights, query, channels, gradient, rows_.job.begin, rows_.job.end, strange_);
+      gatherer_.run(g, group, weights, query, channels, gradient, rows_.job, strange_);
     };
     if (a_.grad_key) {
       run(score_bar_rows_, rows_.query, rows_.query_channels, grad_key_.ring);
@@ -209,18 +213,18 @@ class NeighborhoodDoubleBackward {
   }
 
   void add_column_sums(const RowGroup& group) {
-    for (int64_t y = group.y; y < group.y + group.count; ++y) {
-      cotangents_.query.clear(y);
-      cotangents_.fill_sum_channel(rows_, y);
+    for (int r = 0; r < group.count; ++r) {
+      cotangents_.query.clear(group.row(r));
+      cotangents_.fill_sum_channel(rows_, group.row(r));
     }
-    gatherer_.run(rows_.geometry, group, grad_score_rows_, cotangents_.query, rows_.query_channels, grad_key_.ring,
-                  rows_.job.begin, rows_.job.end, false);
+    gatherer_.run(rows_.geometry, group, grad_score_rows_, cotangents_.query, rows_.query_channels, grad_key_.ring, rows_.job,
+                  false);
   }
 
   // Writes out the rows of k_bar and v_bar that the windows have passed.
-  void close(int64_t first) {
+  void close(Row first) {
     const int64_t stride = grad_key_.ring.stride();
-    grad_key_.close(first, [&](int64_t row) {
+    grad_key_.close(first, [&](Row row) {
       if (!a_.grad_key) return;
       T* gradient = grad_key_.ring.row(row);
       if (a_.problem.l2) {
@@ -229,7 +233,7 @@ class NeighborhoodDoubleBackward {
       }
       rows_.transposer.unload_row(gradient, stride, a_.grad_key, rows_.job, row, kLn2<T>);
     });
-    grad_value_.close(first, [&](int64_t row) {
+    grad_value_.close(first, [&](Row row) {
       if (!a_.grad_value) return;
       const RowRing<T>& ring = grad_value_.ring;
       rows_.transposer.unload_row(ring.row(row), ring.stride(), a_.grad_value, rows_.job, row, 1);

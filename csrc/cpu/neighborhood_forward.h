@@ -20,12 +20,11 @@ class NeighborhoodForward {
     const ClassGeometry<T>& g = rows_.geometry;
     if (rows_.start(job)) weights_.resize(g);
     const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
-    for (int64_t y = job.begin; y < job.end; y += kGroup) {
-      const RowGroup group(g, y, job.end);
+    for_each_group(g, job.planes, job.rows, [&](const RowGroup& group) {
       rows_.load_queries(group);
-      rows_.load_keys(group, [](int64_t) {});
+      rows_.load_keys(group, [](Row) {});
       for (int64_t begin = 0; begin < blocks; begin += kStrip) strip(group, begin, std::min(blocks, begin + kStrip));
-    }
+    });
   }
 
  private:
@@ -40,7 +39,7 @@ class NeighborhoodForward {
       for (int r = 0; r < group.count; ++r) {
         T* output = output_.row(b - begin, r);
         for (int64_t c = 0; c < rows_.channels; ++c) store(output + c * L, load(output + c * L) * inverse_sum_[b - begin][r]);
-        rows_.transposer.unload(output, L, a_.output, rows_.job, group.y + r, b * L, 1);
+        rows_.transposer.unload(output, L, a_.output, rows_.job, group.row(r), b * L, 1);
       }
     }
   }
@@ -48,7 +47,7 @@ class NeighborhoodForward {
   // Scores of one block of queries to exponentials; writes lse and returns the inverse of their sums.
   Vector<T> softmax(const RowGroup& group, int r, int64_t b, T* weights) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const int64_t n = g.ky * g.kx, x = b * L, y = group.y + r;
+    const int64_t n = group.key_rows(r) * g.kx, x = b * L;
     Vector<T> top = broadcast<T>(-std::numeric_limits<T>::infinity());
     for (int64_t i = 0; i < n; ++i) top = maximum<T>(top, load(weights + i * L));
     Vector<T> sums[2] = {};  // two, because additions take longer than they keep the units busy
@@ -67,7 +66,7 @@ class NeighborhoodForward {
     }
     const Vector<T> sum = sums[0] + sums[1];
     const NeighborhoodJob& job = rows_.job;
-    T* lse = static_cast<T*>(a_.lse) + job.lse_offset(a_.problem, y);
+    T* lse = static_cast<T*>(a_.lse) + job.lse_offset(a_.problem, group.row(r));
     for (int lane = 0; lane < L && x + lane < g.width; ++lane) {
       T* row = lse + (x + lane) * job.window.x.dilation;
       row[0] = top[lane];

@@ -1,13 +1,13 @@
 // Where the windows of neighborhood attention lie, in vectors.
 //
-// A job is a band of query rows of one residue class of one (batch, head). Inside a class the window is an ordinary
-// sliding window. Rows are held transposed, [channel][x], one query (or key) per lane, so that every product is made
-// of whole vectors with no work on keys outside the window: a vector of queries at x meets key j of its windows in
-// one (unaligned) load at start(x) + j, followed by a permutation where a border shifts some of the windows.
+// Inside a residue class the dilation is 1. Rows are held transposed, [channel][x], one query (or key) per lane, so that
+// every product is made of whole vectors with little work on keys outside the window: a vector of queries at x meets key j
+// of its windows in one (unaligned) load at start(x) + j, followed by a permutation where they do not move with every query.
 #pragma once
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../geometry.h"
@@ -16,184 +16,199 @@
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
+// Rows that are worked on together: three of them fill 16 registers with accumulators.
+constexpr int kGroup = 3;
+
+using Range = ClassKeys<int64_t>;
+
+// One axis of a class, and the window on it.
+struct ClassAxis {
+  int64_t length = 0;
+  AxisWindow window;
+
+  Range keys(int64_t query) const { return class_keys(query, length, window.kernel, window.stride, window.causal); }
+  // The queries that see any of these keys.
+  Range attending(Range some) const {
+    Range queries = some;
+    while (queries.start > 0 && keys(queries.start - 1).end > some.start) --queries.start;
+    while (queries.end < length && keys(queries.end).start < some.end) ++queries.end;
+    return queries;
+  }
+};
+
+// How a vector of queries reads key j of its windows.
+enum class Reading {
+  straight,  // adjacent keys
+  permuted,  // keys of one vector
+  split,     // keys of two vectors
+  masked,    // adjacent keys, of which some queries do not see some
+};
+
 // A vector of adjacent queries on the x axis.
 template <class T>
 struct QueryBlock {
-  int64_t start;         // window start of the first query
-  Integers<T> shift;     // window start of each query minus that
-  bool regular;          // shift is 0, 1, 2, ...: no permutation needed
-  int64_t table;         // which expanded table it uses
+  int64_t start;          // key 0 of the first query
+  Reading reading;
+  Integers<T> shift;      // permuted, split: where in its vector a lane finds its key
+  Integers<T> second;     // split: lanes that read the second vector, all ones, which lies
+  int64_t jump;           //   so far from the first
+  const T* seen;          // masked: all ones where a query sees key j, [kx][lanes]
+  int64_t table;          // which expanded table it uses
 };
 
 // A vector of adjacent keys: which queries attend them, as distances query - key.
 struct KeyBlock {
   int64_t first, count;  // distances first, first + 1, ... first + count - 1
-  bool regular;          // every key is attended at all of them, by key (kernel / 2 - distance) of the window
+  bool regular;          // every key is attended at all of them, by key (centre - distance) of the window
   int64_t index;         // otherwise: where its [count][lanes] positions in a row of weights begin
 };
 
-// The windows of one kernel in classes of one size. Blocks cover `padded` positions; those past the class repeat
-// the last query's window.
+// The windows of one kernel in classes of one size. Blocks cover `padded` positions.
+//
+// A window on the x axis has kx keys for each lane. Where windows end with their queries (causal), key j of a query is
+// query - kx + 1 + j, and the first ones are none of its keys if the window is cut short; otherwise queries past the class
+// repeat the last one's.
 template <class T>
 class ClassGeometry {
  public:
   static constexpr int L = kLanes<T>;
-  // The offset of lanes past the class.
-  static constexpr int32_t kNoQuery = std::numeric_limits<int32_t>::min();
+  // The offset of lanes past the class, and of keys that a query does not see.
+  static constexpr int32_t kNoQuery = std::numeric_limits<int32_t>::min(), kNoKey = kNoQuery + 1;
 
-  void prepare(int64_t class_height, int64_t class_width, int64_t kernel_y, int64_t kernel_x) {
-    height = class_height, width = class_width, ky = kernel_y, kx = kernel_x;
+  void prepare(const ClassAxis& z, const ClassAxis& y, const ClassAxis& x) {
+    axis_z = z, axis_y = y, axis_x = x;
+    width = x.length, ky = y.window.kernel, kz = z.window.kernel, kx = x.window.kernel;
+    key_rows = kz * ky;
+    ring_rows = 0;
+    for (int64_t row = 0; row < y.length; ++row) {
+      ring_rows = std::max(ring_rows, y.keys(std::min(row + kGroup, y.length) - 1).end - y.keys(row).start);
+    }
     padded = round_up_to_lanes<T>(width);
     margin = round_up_to_lanes<T>(kx);
     row_stride = margin + padded + margin + L;
     weights_stride = kx * padded + L;
+    centre = x.window.causal ? kx - 1 : kx / 2;
     query_blocks.clear();
     key_blocks.clear();
     positions.clear();
     table_offsets.clear();
+    for (int64_t j = 0; j < kx; ++j) table_offsets.insert(table_offsets.end(), L, static_cast<int32_t>(j - centre));
     tables = 1;
-    for (int64_t j = 0; j < kx; ++j) table_offsets.insert(table_offsets.end(), L, static_cast<int32_t>(j - kx / 2));
-    for (int64_t x = 0; x < padded; x += L) {
-      add_query_block(x);
-      add_key_block(x);
-    }
+    masks = false;
+    keys_.resize(width);
+    for (int64_t i = 0; i < width; ++i) keys_[i] = axis_x.keys(i);
+    for (int64_t i = 0; i < padded; i += L) add_query_block(i);
+    fill_seen();
+    Range queries{0, 0};
+    for (int64_t i = 0; i < padded; i += L) add_key_block(i, queries);
   }
 
-  int64_t start_x(int64_t x) const { return class_window_start(std::min(x, width - 1), width, kx); }
-  int64_t start_y(int64_t y) const { return class_window_start(y, height, ky); }
-
-  int64_t height = 0, width = 0, ky = 0, kx = 0;
+  ClassAxis axis_z, axis_y, axis_x;
+  int64_t width = 0, kz = 0, ky = 0, kx = 0;
+  int64_t key_rows = 0;        // rows of keys that a row of queries attends, at most
+  int64_t ring_rows = 0;       // rows of keys of one plane that a group of rows attends, at most
   int64_t padded = 0, margin = 0;
   int64_t row_stride = 0;      // one channel of a row: margin, padded positions, margin
   int64_t weights_stride = 0;  // the weights of one row of queries on one row of keys: [kx][padded], then a zero
-  int64_t tables = 0;          // distinct expanded tables; number 0 is that of regular blocks
+  int64_t centre = 0;          // which key of a window a query itself is, where nothing shifts it
+  int64_t tables = 0;          // distinct expanded tables; number 0 is that of straight blocks amid the class
+  bool masks = false;          // whether tables mask keys
   std::vector<QueryBlock<T>> query_blocks;
   std::vector<KeyBlock> key_blocks;
   std::vector<int32_t> positions;
   std::vector<int32_t> table_offsets;  // key - query of each value of a row of an expanded table, [table][kx][lanes]
 
  private:
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+  // Key 0 of a query.
+  int64_t first_key(int64_t query) const {
+    return axis_x.window.causal ? query - kx + 1 : keys_[std::min(query, width - 1)].start;
+  }
+
   void add_query_block(int64_t x) {
-    QueryBlock<T> block{start_x(x), {}, true, 0};
+    QueryBlock<T> block{first_key(x), Reading::straight, {}, {}, 0, nullptr, 0};
     for (int lane = 0; lane < L; ++lane) {
-      block.shift[lane] = start_x(x + lane) - block.start;
-      block.regular = block.regular && block.shift[lane] == lane;
+      const int64_t shift = first_key(x + lane) - block.start;
+      block.shift[lane] = static_cast<Bits>(shift);
+      if (shift != lane && block.reading == Reading::straight) block.reading = Reading::permuted;
+      if (shift < L) continue;
+      // Shifts grow, and where one leaves the first vector, those that follow are less than a vector further: either
+      // groups of queries with one window are shorter than a vector, or no third one follows.
+      if (block.jump == 0) block.jump = shift;
+      block.reading = Reading::split;
+      block.second[lane] = -1;
+      block.shift[lane] -= static_cast<Bits>(block.jump);
     }
-    if (!block.regular) {
-      block.table = tables++;
-      for (int64_t j = 0; j < kx; ++j) {
-        for (int lane = 0; lane < L; ++lane) {
-          table_offsets.push_back(x + lane < width ? static_cast<int32_t>(start_x(x + lane) + j - x - lane) : kNoQuery);
-        }
+    std::vector<int32_t> offsets;
+    for (int64_t j = 0; j < kx; ++j) {
+      for (int64_t query = x; query < x + L; ++query) {
+        const int64_t key = first_key(query) + j;
+        const bool seen = query >= width || (keys_[query].start <= key && key < keys_[query].end);
+        offsets.push_back(query >= width ? kNoQuery : seen ? static_cast<int32_t>(key - query) : kNoKey);
+        masks = masks || !seen;
+        if (!seen && key >= 0) block.reading = Reading::masked;  // margins are zero
       }
     }
+    block.table = table_of(offsets);
     query_blocks.push_back(block);
   }
 
-  void add_key_block(int64_t x) {
-    const auto attends = [&](int64_t query, int64_t key) {
-      return query >= 0 && query < width && key < width && start_x(query) <= key && key < start_x(query) + kx;
-    };
-    int64_t first = kx, last = -kx;
-    for (int64_t key = x; key < x + L; ++key) {
-      for (int64_t distance = 1 - kx; distance < kx; ++distance) {
-        if (!attends(key + distance, key)) continue;
-        first = std::min(first, distance);
-        last = std::max(last, distance);
-      }
+  // The number of the expanded table with these offsets.
+  int64_t table_of(const std::vector<int32_t>& offsets) {
+    for (int64_t table = 0; table < tables; ++table) {
+      if (std::equal(offsets.begin(), offsets.end(), table_offsets.begin() + table * kx * L)) return table;
     }
-    KeyBlock block{first, last - first + 1, true, static_cast<int64_t>(positions.size())};
-    for (int64_t distance = first; distance <= last; ++distance) {
-      for (int64_t key = x; key < x + L; ++key) {
-        const bool hit = attends(key + distance, key);
-        const int64_t j = hit ? key - start_x(key + distance) : 0;
-        block.regular = block.regular && hit && j == kx / 2 - distance;
-        positions.push_back(static_cast<int32_t>(hit ? j * padded + key + distance : kx * padded));
+    table_offsets.insert(table_offsets.end(), offsets.begin(), offsets.end());
+    return tables++;
+  }
+
+  void fill_seen() {
+    seen_.clear();
+    for (int32_t offset : table_offsets) {
+      const Bits bits = offset == kNoKey ? 0 : -1;
+      seen_.emplace_back();
+      std::memcpy(&seen_.back(), &bits, sizeof bits);
+    }
+    for (QueryBlock<T>& block : query_blocks) block.seen = seen_.data() + block.table * kx * L;
+  }
+
+  // `queries` are those that see key x - 1, and then those that see the block's last key.
+  void add_key_block(int64_t x, Range& queries) {
+    Range seen_by[L];
+    int64_t first = kx, last = -kx;
+    for (int lane = 0; lane < L; ++lane) {
+      const int64_t key = x + lane;
+      while (key < width && keys_[queries.start].end <= key) ++queries.start;
+      while (queries.end < width && keys_[queries.end].start <= key) ++queries.end;
+      seen_by[lane] = key < width ? queries : Range{0, 0};
+      if (key >= width) continue;
+      first = std::min(first, queries.start - key);
+      last = std::max(last, queries.end - 1 - key);
+    }
+    const auto visit = [&](const auto& hit) {
+      for (int64_t distance = first; distance <= last; ++distance) {
+        for (int lane = 0; lane < L; ++lane) {
+          const int64_t key = x + lane, query = key + distance;
+          const bool attended = seen_by[lane].start <= query && query < seen_by[lane].end;
+          hit(attended, query, attended ? key - first_key(query) : 0, distance);
+        }
       }
+    };
+    KeyBlock block{first, last - first + 1, true, static_cast<int64_t>(positions.size())};
+    visit([&](bool attended, int64_t, int64_t j, int64_t distance) {
+      block.regular = block.regular && attended && j == centre - distance;
+    });
+    if (!block.regular) {
+      visit([&](bool attended, int64_t query, int64_t j, int64_t) {
+        positions.push_back(static_cast<int32_t>(attended ? j * padded + query : kx * padded));
+      });
     }
     key_blocks.push_back(block);
   }
-};
 
-struct NeighborhoodJob {
-  int64_t batch, head;
-  HeadWindow window;
-  int64_t residue_y, residue_x;
-  int64_t class_height, class_width;
-  int64_t begin, end;  // the band: rows of the class
-
-  int64_t offset(const View& v, int64_t y, int64_t x) const {
-    return batch * v.batch + head * v.head + (y * window.y.dilation + residue_y) * v.y +
-           (x * window.x.dilation + residue_x) * v.x;
-  }
-  bool owns(int64_t y) const { return begin <= y && y < end; }
-  bool owns_any(int64_t y, int64_t count) const { return y < end && y + count > begin; }
-  int64_t lse_offset(const Problem& p, int64_t y) const {
-    return ((batch * p.heads + head) * p.height + y * window.y.dilation + residue_y) * p.width + residue_x;
-  }
-};
-
-// The jobs of one head, or of any other with the same window.
-class HeadJobs {
- public:
-  HeadJobs(const Problem& p, int64_t head, int64_t band_rows) : p_(p), window_(p.windows[head]) {
-    const int64_t longest = class_length(p.height, window_.y.dilation, 0);
-    bands_ = std::max<int64_t>(1, (longest + band_rows - 1) / band_rows);
-  }
-  int64_t count() const { return p_.batch * window_.y.dilation * window_.x.dilation * bands_; }
-  NeighborhoodJob job(int64_t head, int64_t index) const {
-    NeighborhoodJob job{};
-    job.head = head;
-    job.window = window_;
-    const int64_t band = index % bands_;
-    index /= bands_;
-    job.residue_x = index % window_.x.dilation;
-    index /= window_.x.dilation;
-    job.residue_y = index % window_.y.dilation;
-    job.batch = index / window_.y.dilation;
-    job.class_height = class_length(p_.height, window_.y.dilation, job.residue_y);
-    job.class_width = class_length(p_.width, window_.x.dilation, job.residue_x);
-    job.begin = band * job.class_height / bands_;
-    job.end = (band + 1) * job.class_height / bands_;
-    return job;
-  }
-
- private:
-  const Problem& p_;
-  HeadWindow window_;
-  int64_t bands_;
-};
-
-// Rows that are worked on together: three of them fill 16 registers with accumulators.
-constexpr int kGroup = 3;
-// Blocks of queries that are worked on together: they share the cache lines of keys and values.
-constexpr int64_t kStrip = 2;
-
-// Up to kGroup adjacent rows of queries of a class and the rows of keys that they attend.
-struct RowGroup {
-  template <class T>
-  RowGroup(const ClassGeometry<T>& g, int64_t y, int64_t end)
-      : y(y), count(static_cast<int>(std::min<int64_t>(kGroup, end - y))), kernel(g.ky) {
-    for (int r = 0; r < count; ++r) start[r] = g.start_y(y + r);
-  }
-  int64_t first() const { return start[0]; }
-  int64_t last() const { return start[count - 1] + kernel; }  // one past
-  bool attends(int r, int64_t key) const { return start[r] <= key && key < start[r] + kernel; }
-  // The rows of queries that attend a row of keys are adjacent: [first, last).
-  int first_attending(int64_t key) const {
-    int r = 0;
-    while (r < count && !attends(r, key)) ++r;
-    return r;
-  }
-  int last_attending(int64_t key) const {
-    int r = count;
-    while (r > 0 && !attends(r - 1, key)) --r;
-    return r;
-  }
-
-  int64_t y;
-  int count;
-  int64_t kernel, start[kGroup];
+  std::vector<Range> keys_;  // on the x axis
+  std::vector<T> seen_;      // as table_offsets, for QueryBlock::seen
 };
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

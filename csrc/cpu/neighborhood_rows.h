@@ -3,37 +3,41 @@
 
 #include <map>
 
-#include "neighborhood_geometry.h"
+#include "neighborhood_jobs.h"
 #include "origin.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
-// A few rows [channel][x], addressed by row number: a ring over the rows of a class. Margins stay zero.
+// A few rows [channel][x] of a few planes: a ring over the rows of a class, and one over its planes. Margins stay zero.
 template <class T>
 class RowRing {
  public:
-  void resize(int64_t rows, int64_t channels, const ClassGeometry<T>& g) {
-    if (rows * channels * g.row_stride > capacity_) {
-      capacity_ = rows * channels * g.row_stride;
-      buffer_ = Buffer<T>(capacity_);
-    }
+  void resize(int64_t planes, int64_t rows, int64_t channels, const ClassGeometry<T>& g) {
+    const int64_t size = planes * rows * channels * g.row_stride;
+    if (size > capacity_) buffer_ = Buffer<T>(capacity_ = size);
+    planes_ = planes;
     rows_ = rows;
     channels_ = channels;
     stride_ = g.row_stride;
     margin_ = g.margin;
-    std::fill(buffer_.data(), buffer_ + rows * channels * stride_, T(0));
+    std::fill(buffer_.data(), buffer_ + size, T(0));
   }
   // Channel 0 at x = 0.
-  T* row(int64_t y) const { return buffer_ + (y % rows_) * channels_ * stride_ + margin_; }
+  T* row(Row row) const {
+    const int64_t plane = planes_ > 1 ? row.z % planes_ * rows_ : 0;
+    return buffer_ + (plane + row.y % rows_) * channels_ * stride_ + margin_;
+  }
+  int64_t planes() const { return planes_; }
+  int64_t rows() const { return rows_; }
   int64_t stride() const { return stride_; }
-  void clear(int64_t y) {
-    T* begin = row(y) - margin_;
+  void clear(Row which) {
+    T* begin = row(which) - margin_;
     std::fill(begin, begin + channels_ * stride_, T(0));
   }
 
  private:
   Buffer<T> buffer_;
-  int64_t capacity_ = 0, rows_ = 1, channels_ = 0, stride_ = 0, margin_ = 0;
+  int64_t capacity_ = 0, planes_ = 1, rows_ = 1, channels_ = 0, stride_ = 0, margin_ = 0;
 };
 
 // Moves rows of a tensor to and from [channel][x].
@@ -47,12 +51,12 @@ class RowTransposer {
     std::fill(rows_.data(), rows_ + L * padded_, T(0));
   }
   // A row of the tensor, less `origin` (none if null), times `factor`.
-  void load(T* target, int64_t stride, const View& v, const NeighborhoodJob& job, int64_t y, T factor,
+  void load(T* target, int64_t stride, const View& v, const NeighborhoodJob& job, Row row, T factor,
             const T* origin = nullptr) const {
     const int64_t step = job.window.x.dilation * v.x;
     const bool direct = v.dtype == DType::float32 || v.dtype == DType::float64;
     for (int64_t x = 0; x < job.class_width; x += L) {
-      const int64_t lanes = std::min<int64_t>(L, job.class_width - x), from = job.offset(v, y, x);
+      const int64_t lanes = std::min<int64_t>(L, job.class_width - x), from = job.offset(v, row, x);
       // Whole squares of the compute type come straight from the tensor, the rest by way of staged rows.
       const int64_t whole = direct && lanes == L ? channels_ / L * L : 0;
       const T* values = static_cast<const T*>(v.data) + from;
@@ -81,7 +85,7 @@ class RowTransposer {
     }
   }
   // One block of lanes at x, from source[channel][stride].
-  void unload(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, int64_t y, int64_t x,
+  void unload(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, Row row, int64_t x,
               T factor) const {
     for (int64_t c = 0; c < channels_; c += L) {
       Vector<T> square[L];
@@ -90,15 +94,15 @@ class RowTransposer {
       for (int i = 0; i < L; ++i) store(rows_ + i * padded_ + c, square[i]);
     }
     const int64_t lanes = std::min<int64_t>(L, job.class_width - x);
-    int64_t to = job.offset(v, y, x);
+    int64_t to = job.offset(v, row, x);
     for (int64_t lane = 0; lane < lanes; ++lane, to += job.window.x.dilation * v.x) {
       store_row<T>(rows_ + lane * padded_, v, to, channels_, factor);
     }
   }
 
   // A whole row, from source[channel][stride].
-  void unload_row(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, int64_t y, T factor) const {
-    for (int64_t x = 0; x < job.class_width; x += L) unload(source + x, stride, v, job, y, x, factor);
+  void unload_row(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, Row row, T factor) const {
+    for (int64_t x = 0; x < job.class_width; x += L) unload(source + x, stride, v, job, row, x, factor);
   }
 
  private:
@@ -106,52 +110,60 @@ class RowTransposer {
   Buffer<T> rows_;
 };
 
-// Tables of one head, expanded to vectors: [table][key row - query row][kx][lanes].
+// Tables of one head, expanded to vectors: [table][key plane - query plane][key row - query row][kx][lanes].
 template <class T>
 class ExpandedTable {
  public:
   static constexpr int L = kLanes<T>;
 
   void resize(const ClassGeometry<T>& g) {
-    rows_ = 2 * g.ky - 1;
-    kx_ = g.kx;
-    ky_ = g.ky;
-    const int64_t size = g.tables * rows_ * kx_ * L;
-    if (size > capacity_) buffer_ = Buffer<T>(capacity_ = size);
-    size_ = size;
+    kz_ = g.kz, ky_ = g.ky, row_size_ = g.kx * L;
+    size_ = g.tables * (2 * kz_ - 1) * (2 * ky_ - 1) * row_size_;
+    if (size_ > capacity_) buffer_ = Buffer<T>(capacity_ = size_);
   }
   bool empty() const { return size_ == 0; }
   void clear() { std::fill(buffer_.data(), buffer_ + size_, T(0)); }
-  // [kx][lanes] of a query block for keys `distance` rows below the query.
-  T* row(int64_t table, int64_t distance) const { return buffer_ + (table * rows_ + distance + ky_ - 1) * kx_ * L; }
+  // [kx][lanes] of a query block for keys that far from the query, followed by those of the next row.
+  T* row(int64_t table, Row distance) const {
+    return buffer_ + ((table * (2 * kz_ - 1) + distance.z + kz_ - 1) * (2 * ky_ - 1) + distance.y + ky_ - 1) * row_size_;
+  }
+  // The same for the first row of keys that row r of a group attends in a plane.
+  T* row(int64_t table, const RowGroup& group, int r, int64_t plane) const {
+    return row(table, {plane - group.z, group.keys[r].start - (group.y + r)});
+  }
 
-  // Calls visit(value, y, x) for each value, with its place in the head's table.
-  template <class Visit>
-  void for_each(const ClassGeometry<T>& g, const Problem& p, const Visit& visit) const {
-    const int64_t center_y = p.table_kernel_y() - 1, center_x = p.table_kernel_x() - 1;
+  // Calls visit(value, z, y, x) for each value, with its place in the head's table, or masked(value) where a query does not
+  // see the key.
+  template <class Visit, class Masked>
+  void for_each(const ClassGeometry<T>& g, const Problem& p, const Visit& visit, const Masked& masked) const {
+    const int64_t center_z = p.table_kernel_z() - 1, center_y = p.table_kernel_y() - 1, center_x = p.table_kernel_x() - 1;
     for (int64_t table = 0; table < g.tables; ++table) {
-      const int32_t* offsets = g.table_offsets.data() + table * kx_ * L;
-      for (int64_t dy = 1 - ky_; dy < ky_; ++dy) {
-        T* values = row(table, dy);
-        for (int64_t i = 0; i < kx_ * L; ++i) {
-          if (offsets[i] != g.kNoQuery) visit(values[i], dy + center_y, offsets[i] + center_x);
+      const int32_t* offsets = g.table_offsets.data() + table * row_size_;
+      for (int64_t dz = 1 - kz_; dz < kz_; ++dz) {
+        for (int64_t dy = 1 - ky_; dy < ky_; ++dy) {
+          T* values = row(table, {dz, dy});
+          for (int64_t i = 0; i < row_size_; ++i) {
+            if (offsets[i] == g.kNoKey) masked(values[i]);
+            else if (offsets[i] != g.kNoQuery) visit(values[i], dz + center_z, dy + center_y, offsets[i] + center_x);
+          }
         }
       }
     }
   }
-  // With the head's values, `as` done to each.
+  // With the head's values (zeros without a table), `as` done to each, and what stands for keys that are not seen.
   template <class As>
-  void fill(const ClassGeometry<T>& g, const Problem& p, const View& bias, int64_t head, const As& as) {
+  void fill(const ClassGeometry<T>& g, const Problem& p, const View& bias, int64_t head, const As& as, T not_seen) {
     resize(g);
     clear();
-    for_each(g, p, [&](T& value, int64_t y, int64_t x) {
-      value = as(load_value<T>(bias, head * bias.head + y * bias.y + x * bias.x));
-    });
+    const auto read = [&](T& value, int64_t z, int64_t y, int64_t x) {
+      if (bias) value = as(load_value<T>(bias, head * bias.head + z * bias.z + y * bias.y + x * bias.x));
+    };
+    for_each(g, p, read, [&](T& value) { value = not_seen; });
   }
 
  private:
   Buffer<T> buffer_;
-  int64_t capacity_ = 0, size_ = 0, rows_ = 0, kx_ = 0, ky_ = 0;
+  int64_t capacity_ = 0, size_ = 0, row_size_ = 0, kz_ = 0, ky_ = 0;
 };
 
 // What all orders hold of the queries and keys of a job, row by row, counted from the places in origin.h.
@@ -174,7 +186,8 @@ class NeighborhoodRows {
 
   // Whether a job has another geometry than the last one.
   bool differs(const NeighborhoodJob& other) const {
-    return geometry.height != other.class_height || geometry.width != other.class_width;
+    return geometry.axis_z.length != other.class_depth || geometry.axis_y.length != other.class_height ||
+           geometry.width != other.class_width;
   }
   // Sets the job; returns whether its geometry differs.
   bool start(const NeighborhoodJob& new_job) {
@@ -182,46 +195,62 @@ class NeighborhoodRows {
     job = new_job;
     if (changed) {
       tables_.clear();
-      geometry.prepare(job.class_height, job.class_width, job.window.y.kernel, job.window.x.kernel);
-      query.resize(kGroup, query_channels, geometry);
-      key.resize(geometry.ky + kGroup - 1, score_channels, geometry);
-      value.resize(geometry.ky + kGroup - 1, channels, geometry);
+      const HeadWindow& window = job.window;
+      geometry.prepare({job.class_depth, window.z}, {job.class_height, window.y}, {job.class_width, window.x});
+      resize_queries(query, query_channels);
+      resize_keys(key, score_channels);
+      resize_keys(value, channels);
     }
-    next_key_ = -1;
+    keys_of_ = -1;
     return changed;
   }
 
-  // The head's table as scores; null without one.
+  // Make room for the queries of a group, and for the keys that it attends.
+  void resize_queries(RowRing<T>& ring, int64_t channels) const { ring.resize(1, kGroup, channels, geometry); }
+  void resize_keys(RowRing<T>& ring, int64_t channels) const {
+    ring.resize(geometry.kz, geometry.ring_rows, channels, geometry);
+  }
+
+  // The head's table as scores, which are minus infinity for keys that a query does not see; null without any of these.
   const ExpandedTable<T>* table() {
-    if (!a_.bias) return nullptr;
-    ExpandedTable<T>& filled = tables_[job.head];
-    if (filled.empty()) filled.fill(geometry, a_.problem, a_.bias, job.head, table_score<T>);
+    if (!a_.bias && !geometry.masks) return nullptr;
+    ExpandedTable<T>& filled = tables_[a_.bias ? job.head : 0];
+    if (filled.empty()) {
+      filled.fill(geometry, a_.problem, a_.bias, job.head, table_score<T>, -std::numeric_limits<T>::infinity());
+    }
     return &filled;
   }
 
   void load_queries(const RowGroup& group) {
-    for (int64_t y = group.y; y < group.y + group.count; ++y) {
-      transposer.load(query.row(y), query.stride(), a_.query, job, y, query_scale, a_.problem.l2 ? key_origin() : nullptr);
-      if (a_.problem.l2) std::fill_n(query.row(y) + channels * query.stride(), geometry.width, T(1));
+    for (int r = 0; r < group.count; ++r) {
+      const Row row = group.row(r);
+      transposer.load(query.row(row), query.stride(), a_.query, job, row, query_scale, a_.problem.l2 ? key_origin() : nullptr);
+      if (a_.problem.l2) std::fill_n(query.row(row) + channels * query.stride(), geometry.width, T(1));
     }
   }
 
-  // Brings in the rows of keys up to those of the group; visit(row) may load more of each new row.
+  // Brings in the rows of keys up to those of the group, whose plane is walked from the top; visit(row) may load more of
+  // each new row.
   template <class Visit>
   void load_keys(const RowGroup& group, const Visit& visit) {
-    for (int64_t row = std::max(next_key_, group.first()); row < group.last(); ++row) {
-      transposer.load(key.row(row), key.stride(), a_.key, job, row, 1, key_origin());
-      transposer.load(value.row(row), value.stride(), a_.value, job, row, 1, value_origin());
-      if (a_.problem.l2) key_products(key.row(row), key.row(row), key.row(row), -a_.problem.scale * kLog2E<double>);
-      visit(row);
+    if (keys_of_ != group.z) next_key_ = -1;
+    keys_of_ = group.z;
+    for (int64_t z = group.planes.start; z < group.planes.end; ++z) {
+      for (int64_t y = std::max(next_key_, group.first()); y < group.last(); ++y) {
+        const Row row{z, y};
+        transposer.load(key.row(row), key.stride(), a_.key, job, row, 1, key_origin());
+        transposer.load(value.row(row), value.stride(), a_.value, job, row, 1, value_origin());
+        if (a_.problem.l2) key_products(key.row(row), key.row(row), key.row(row), -a_.problem.scale * kLog2E<double>);
+        visit(row);
+      }
     }
     next_key_ = std::max(next_key_, group.last());
   }
 
   // Block b of a row of numbers.
-  void store_lanes(const View& numbers, int64_t y, int64_t b, Vector<T> values) const {
+  void store_lanes(const View& numbers, Row row, int64_t b, Vector<T> values) const {
     for (int64_t lane = 0, x = b * kLanes<T>; lane < kLanes<T> && x < geometry.width; ++lane, ++x) {
-      static_cast<T*>(numbers.data)[job.offset(numbers, y, x)] = values[lane];
+      static_cast<T*>(numbers.data)[job.offset(numbers, row, x)] = values[lane];
     }
   }
 
@@ -258,7 +287,7 @@ class NeighborhoodRows {
   }
 
   // gradient[c][x] -= a log2(e) * sums[x] * keys[c][x] of one row: the l2 term of a key gradient.
-  void subtract_keys(T* gradient, const T* sums, int64_t row, const RowRing<T>& keys) const {
+  void subtract_keys(T* gradient, const T* sums, Row row, const RowRing<T>& keys) const {
     const int64_t stride = keys.stride();
     const T* from = keys.row(row);
     for (int64_t x = 0; x < geometry.padded; x += kLanes<T>) {
@@ -273,7 +302,7 @@ class NeighborhoodRows {
  private:
   const Arguments& a_;
   const bool about_origin_;
-  int64_t next_key_ = -1;
+  int64_t keys_of_ = -1, next_key_ = -1;  // whose keys are here: of this plane of queries, up to this row
   Origin<T> key_origin_, value_origin_;
   std::map<int64_t, ExpandedTable<T>> tables_;  // by head
 
@@ -286,10 +315,18 @@ class NeighborhoodRows {
   RowRing<T> query, key, value;  // queries times a log2(e)
 };
 
+// Calls visit(group) for the rows of queries, plane by plane.
+template <class T, class Visit>
+void for_each_group(const ClassGeometry<T>& g, Range planes, Range rows, const Visit& visit) {
+  for (int64_t z = planes.start; z < planes.end; ++z) {
+    for (int64_t y = rows.start; y < rows.end; y += kGroup) visit(RowGroup(g, z, y, rows.end));
+  }
+}
+
 // Runs the kernel `make()`, whose results are rows of queries, over the jobs of heads with one window.
 template <class Make>
 void run_neighborhood_queries(const Problem& p, HeadRange heads, const Make& make) {
-  const HeadJobs jobs(p, heads.first, 32);
+  const HeadJobs jobs(p, heads.first, 32, 1);
   // Heads vary fastest: they share the pages of memory.
   for_each_task(heads.count() * jobs.count(), make, [&](auto& worker, int64_t task) {
     worker.run(jobs.job(heads.first + task % heads.count(), task / heads.count()));

@@ -20,7 +20,7 @@ class SavedRows {
     const NeighborhoodJob& job = rows.job;
     const ClassGeometry<T>& g = rows.geometry;
     for (int r = 0; r < group.count; ++r) {
-      const T* lse = static_cast<const T*>(a_.lse) + job.lse_offset(a_.problem, group.y + r);
+      const T* lse = static_cast<const T*>(a_.lse) + job.lse_offset(a_.problem, group.row(r));
       for (int64_t x = 0; x < g.padded; ++x) {
         // Lanes without a query: their P vanishes.
         const T* parts = lse + x * job.window.x.dilation;
@@ -45,27 +45,27 @@ class CotangentRows {
 
   // For a job of new geometry, and any other.
   void resize(const NeighborhoodRows<T>& rows) {
-    const ClassGeometry<T>& g = rows.geometry;
-    query.resize(kGroup, rows.query_channels, g);
-    key.resize(g.ky + kGroup - 1, rows.score_channels, g);
-    value.resize(g.ky + kGroup - 1, rows.channels, g);
+    rows.resize_queries(query, rows.query_channels);
+    rows.resize_keys(key, rows.score_channels);
+    rows.resize_keys(value, rows.channels);
     table_head_ = -1;
   }
   void start(const NeighborhoodRows<T>& rows) {
     if (!a_.cot_bias || table_head_ == rows.job.head) return;
     table_head_ = rows.job.head;
-    table_.fill(rows.geometry, a_.problem, a_.cot_bias, table_head_, [](T value) { return value; });
+    table_.fill(rows.geometry, a_.problem, a_.cot_bias, table_head_, [](T value) { return value; }, 0);
   }
   void load_queries(const NeighborhoodRows<T>& rows, const RowGroup& group) {
-    for (int64_t y = group.y; a_.cot_query && y < group.y + group.count; ++y) {
-      rows.transposer.load(query.row(y), query.stride(), a_.cot_query, rows.job, y, rows.query_scale);
-      if (rows.query_channels > rows.score_channels) fill_sum_channel(rows, y);
+    for (int r = 0; a_.cot_query && r < group.count; ++r) {
+      const Row row = group.row(r);
+      rows.transposer.load(query.row(row), query.stride(), a_.cot_query, rows.job, row, rows.query_scale);
+      if (rows.query_channels > rows.score_channels) fill_sum_channel(rows, row);
     }
   }
-  void fill_sum_channel(const NeighborhoodRows<T>& rows, int64_t y) {
-    std::fill_n(query.row(y) + rows.score_channels * query.stride(), rows.geometry.width, T(1));
+  void fill_sum_channel(const NeighborhoodRows<T>& rows, Row row) {
+    std::fill_n(query.row(row) + rows.score_channels * query.stride(), rows.geometry.width, T(1));
   }
-  void load_keys(const NeighborhoodRows<T>& rows, int64_t row) {
+  void load_keys(const NeighborhoodRows<T>& rows, Row row) {
     if (a_.cot_key) {
       rows.transposer.load(key.row(row), key.stride(), a_.cot_key, rows.job, row, 1);
       if (a_.problem.l2) rows.key_products(key.row(row), rows.key.row(row), key.row(row), -rows.query_scale);
@@ -80,9 +80,11 @@ class CotangentRows {
     if (!a_.cot_key) return;
     score_strip(rows.geometry, group, begin, end, rows.query, key, rows.score_channels, x, static_cast<bool>(a_.cot_query));
   }
-  // The values of gbias for one block of queries; null without any.
-  const T* table(int64_t which, int64_t distance) const { return a_.cot_bias ? table_.row(which, distance) : nullptr; }
-  // X from what `x` holds at i.
+  // The values of gbias for one block of queries of row r and the keys of a plane; null without any.
+  const T* table(int64_t which, const RowGroup& group, int r, int64_t plane) const {
+    return a_.cot_bias ? table_.row(which, group, r, plane) : nullptr;
+  }
+  // X from what `x` and the table hold at i.
   NATTEN_EXT_INLINE Vector<T> read(const T* x, const T* table, int64_t i) const {
     Vector<T> value{};
     if (a_.cot_query || a_.cot_key) value = NATTEN_EXT_ISA::load(x + i) * kLn2<T>;  // queries carry log2(e)

@@ -24,14 +24,13 @@ class NeighborhoodTangent {
     }
     cotangents_.start(rows_);
     const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
-    for (int64_t y = job.begin; y < job.end; y += kGroup) {
-      const RowGroup group(g, y, job.end);
+    for_each_group(g, job.planes, job.rows, [&](const RowGroup& group) {
       rows_.load_queries(group);
       saved_.load(rows_, group);
       cotangents_.load_queries(rows_, group);
-      rows_.load_keys(group, [&](int64_t row) { cotangents_.load_keys(rows_, row); });
+      rows_.load_keys(group, [&](Row row) { cotangents_.load_keys(rows_, row); });
       for (int64_t begin = 0; begin < blocks; begin += kStrip) strip(group, begin, std::min(blocks, begin + kStrip));
-    }
+    });
   }
 
  private:
@@ -49,7 +48,7 @@ class NeighborhoodTangent {
     if (moves_) gather(x_, rows_.value, static_cast<bool>(a_.cot_value));
     for (int64_t b = begin; a_.grad_grad_output && b < end; ++b) {
       for (int r = 0; r < group.count; ++r) {
-        rows_.transposer.unload(tangent_.row(b - begin, r), L, a_.grad_grad_output, rows_.job, group.y + r, b * L, 1);
+        rows_.transposer.unload(tangent_.row(b - begin, r), L, a_.grad_grad_output, rows_.job, group.row(r), b * L, 1);
       }
     }
   }
@@ -57,22 +56,24 @@ class NeighborhoodTangent {
   // Scores of one block of queries to P, and X to P (X - r).
   void weigh(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const int64_t n = g.ky * g.kx * L;
-    const T* const table = cotangents_.table(g.query_blocks[b].table, group.start[r] - (group.y + r));
+    const int64_t n = group.key_rows(r) * g.kx * L, of_plane = group.rows(r) * g.kx * L;
     T* const probabilities = probability_.block(r, slot);
     T* const values = x_.block(r, slot);
     const Vector<T> base = load(saved_.base[r] + b * L), log_sum = load(saved_.log_sum[r] + b * L);
     Vector<T> mean{}, rest{};  // r in two parts
-    for (int64_t i = 0; i < n; i += L) {
-      const Vector<T> probability = exp2(load(probabilities + i) - base - log_sum);
-      store(probabilities + i, probability);
-      if (!moves_) continue;
-      const Vector<T> value = cotangents_.read(values, table, i);
-      mean += probability * value;
-      store(values + i, value);
+    for (int64_t z = group.planes.start, from = 0; z < group.planes.end; ++z, from += of_plane) {
+      const T* const table = cotangents_.table(g.query_blocks[b].table, group, r, z);
+      for (int64_t i = 0; i < of_plane; i += L) {
+        const Vector<T> probability = exp2(load(probabilities + from + i) - base - log_sum);
+        store(probabilities + from + i, probability);
+        if (!moves_) continue;
+        const Vector<T> value = cotangents_.read(values + from, table, i);
+        mean += probability * value;
+        store(values + from + i, value);
+      }
     }
     for (int64_t i = 0; moves_ && i < n; i += L) rest += load(probabilities + i) * (load(values + i) - mean);
-    if (a_.grad_grad_lse) rows_.store_lanes(a_.grad_grad_lse, group.y + r, b, mean + rest);
+    if (a_.grad_grad_lse) rows_.store_lanes(a_.grad_grad_lse, group.row(r), b, mean + rest);
     if (!moves_) return;
     for (int64_t i = 0; i < n; i += L) store(values + i, load(probabilities + i) * (load(values + i) - mean - rest));
   }

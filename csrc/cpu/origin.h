@@ -20,7 +20,8 @@ class Origin {
   Origin(const View& view, const Problem& p, HeadRange heads)
       : view_(view),
         heads_(heads),
-        tokens_(p.height * p.key_width),
+        tokens_(p.depth * p.height * p.key_width),
+        height_(p.height),
         width_(p.key_width),
         channels_(p.head_dim),
         padded_(round_up_to_lanes<T>(channels_)),
@@ -45,7 +46,8 @@ class Origin {
   void find(T* vector, int64_t batch, int64_t head) {
     for (int64_t i = 0; i < kSamples; ++i) {
       const int64_t token = (2 * i + 1) * tokens_ / (2 * kSamples);
-      const int64_t row = batch * view_.batch + head * view_.head + token / width_ * view_.y + token % width_ * view_.x;
+      const int64_t z = token / width_ / height_, y = token / width_ % height_, x = token % width_;
+      const int64_t row = batch * view_.batch + head * view_.head + z * view_.z + y * view_.y + x * view_.x;
       load_row<T>(samples_ + i * padded_, view_, row, channels_, 1);
     }
     for (int64_t c = 0; c < padded_; c += kLanes<T>) {
@@ -64,7 +66,7 @@ class Origin {
 
   const View view_;
   const HeadRange heads_;
-  const int64_t tokens_, width_, channels_, padded_;
+  const int64_t tokens_, height_, width_, channels_, padded_;
   Buffer<T> vectors_;
   Buffer<int64_t> batch_;
   Buffer<T> samples_;

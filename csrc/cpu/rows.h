@@ -6,6 +6,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../problem.h"
 #include "half.h"
 #include "kernels.h"
 #include "working_memory.h"
@@ -107,15 +108,16 @@ void transpose(T* target, int64_t target_stride, const T* source, int64_t source
   }
 }
 
-// Fixed-order sum of partial tables [head][part][y][x], so that the result does not depend on the threads.
+// Fixed-order sum of partial tables [head][part][z][y][x], so that the result does not depend on the threads.
 template <class T>
-void reduce_tables(const T* partial, int64_t parts, const View& table, HeadRange heads, int64_t height, int64_t width) {
-  const int64_t size = height * width;
+void reduce_tables(const T* partial, int64_t parts, const View& table, HeadRange heads, const Problem& p) {
+  const int64_t height = p.table_height(), width = p.table_width(), size = p.table_size();
   for (int64_t head = heads.first; head < heads.last; ++head, partial += parts * size) {
     for (int64_t i = 0; i < size; ++i) {
       T sum = 0;
       for (int64_t part = 0; part < parts; ++part) sum += partial[part * size + i];
-      store_value(table, head * table.head + i / width * table.y + i % width * table.x, sum);
+      const int64_t z = i / width / height, y = i / width % height, x = i % width;
+      store_value(table, head * table.head + z * table.z + y * table.y + x * table.x, sum);
     }
   }
 }

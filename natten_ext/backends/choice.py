@@ -27,7 +27,7 @@ FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
 # On CPU tensors these run in an interpreter or an emulator, and only when they are asked for by name.
 _MADE_FOR_GPUS = ("cuda", "triton")
 
-SLIDING_ONLY = ("cuda", "cpu")
+SLIDING_ONLY = ("cuda",)
 """Backends without kernels for general neighborhoods, as natten_ext.geometry says of one."""
 
 NAMES = (*FUSED, "reference")

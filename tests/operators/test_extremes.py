@@ -115,6 +115,12 @@ LOCAL = [
     Case("local-10x13", "neighborhood", (1, 10, 13, 1, 16), kernel=3, dilation=(3, 4)),
     Case("local-21x19", "neighborhood", (1, 21, 19, 1, 8), kernel=(7, 5)),
     Case("local-5x33", "neighborhood", (1, 5, 33, 1, 8), kernel=(5, 4)),
+    # Windows cut short, of groups of queries, and on three axes.
+    Case("local-12-causal", "neighborhood", (1, 12, 1, 8), kernel=7, causal=True),
+    Case("local-60-s5", "neighborhood", (1, 60, 1, 8), kernel=9, stride=5),
+    Case("local-6x37-s3-causal", "neighborhood", (1, 6, 37, 1, 8), kernel=(3, 7), stride=(1, 3), causal=(False, True)),
+    Case("local-4x5x19-causal", "neighborhood", (1, 4, 5, 19, 1, 8), kernel=3, causal=(True, False, False)),
+    Case("local-6x6x18-s2", "neighborhood", (1, 6, 6, 18, 1, 4), kernel=(2, 3, 4), dilation=(2, 1, 1), stride=2),
 ]
 LOCAL += [replace(case, score="l2") for case in LOCAL[1:3]]
 OPERANDS = ["query", "key", "value", "grad_output", "cot_query", "cot_key", "cot_value"]
@@ -140,7 +146,8 @@ def test_nan_and_infinity_reach_what_sees_them_and_no_more(any_target, case, nam
         results = derivatives(lambda leaves: forward(case, leaves, backend), there, grad_output, cotangents)
         return {n: x.cpu() for n, x in results.items()}
 
-    for place in ((0, 0), (case.shape[1] // 2, case.shape[2] - 2)):
+    extents = case.shape[1:-2]
+    for place in ((0,) * len(extents), (*(extent // 2 for extent in extents[:-1]), extents[-1] - 2)):
         changed = operands | {name: operands[name].clone()}
         changed[name][(0, *place, 0, 1)] = strange
         expected = solve_with(changed, "reference", "cpu")
@@ -166,8 +173,9 @@ def test_tables_that_mask(any_target, case, dtype, mask):
     if mask.endswith("everywhere"):
         inputs["bias"].fill_(number)
     else:
-        rows, columns = case.table_shape[1:]
-        inputs["bias"][:, rows // 2 + 1 :, :: 2 if columns > 3 else columns - 1] = number
+        columns = case.table_shape[-1]
+        lines = inputs["bias"].view(case.heads, -1, columns)  # of all planes and rows
+        lines[:, lines.shape[1] // 2 + 1 :, :: 2 if columns > 3 else columns - 1] = number
     results = solve(case, any_target, {n: x.to(any_target.device) for n, x in inputs.items()})
     grad_output, cotangents = grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
     true = oracle_derivatives(case, inputs, grad_output, cotangents)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.operators.budget import assert_equal_to_rounding
 from tests.operators.cases import (
+    SIZES,
     Case,
     cotangents_of,
     derivatives,
@@ -18,6 +19,10 @@ from tests.operators.cases import (
     oracle_derivatives,
 )
 from tests.operators.layouts import LAYOUTS
+
+
+def _on_axes(draw, axes: int, least: int, most: int) -> tuple[int, ...]:
+    return tuple(draw(st.integers(least, most)) for _ in range(axes))
 
 
 @st.composite
@@ -38,15 +43,19 @@ def cases(draw) -> Case:
         height, width = (w * draw(st.integers(1, 3 if w < 5 else 2)) for w in window)
         return Case("random", kind, (batch, height, width, heads, head_dim), window=window, **fields)
     groups = draw(st.sampled_from([g for g in (1, 2, 3, 4) if heads % g == 0]))
-    small = st.tuples(st.integers(1, 5), st.integers(1, 5))
-    steps = st.tuples(st.integers(1, 3), st.integers(1, 3))
-    kernels, dilations = (tuple(draw(s) for _ in range(groups)) for s in (small, steps))
-    height, width = (
-        max(k[axis] * d[axis] for k, d in zip(kernels, dilations, strict=True)) + draw(st.integers(0, 4))
-        for axis in (0, 1)
+    axes = draw(st.sampled_from([1, 2, 2, 3]))
+    kernels = tuple(_on_axes(draw, axes, 1, {1: 20, 2: 5, 3: 3}[axes]) for _ in range(groups))
+    dilations = tuple(_on_axes(draw, axes, 1, 3 if axes < 3 else 2) for _ in range(groups))
+    extents = tuple(
+        max(k[axis] * d[axis] for k, d in zip(kernels, dilations, strict=True)) + draw(st.integers(0, 20 // axes**2))
+        for axis in range(axes)
     )
-    shape = (batch, height, width, heads, head_dim)
-    return Case("random", kind, shape, kernel=kernels, dilation=dilations, groups=("kernel", "dilation"), **fields)
+    if draw(st.booleans()):
+        fields["stride"] = tuple(tuple(draw(st.integers(1, size)) for size in kernel) for kernel in kernels)
+        fields["causal"] = tuple(draw(st.booleans()) for _ in range(axes))
+    sizes = {"kernel": kernels, "dilation": dilations, **fields}
+    lists = tuple(field for field in SIZES if field in sizes)
+    return Case("random", kind, (batch, *extents, heads, head_dim), groups=lists, **sizes)
 
 
 @given(case=cases(), layout=st.sampled_from([None, *LAYOUTS]))
@@ -59,7 +68,7 @@ def cases(draw) -> Case:
 def test_random_problems(any_target, case, layout):
     if any_target.slow:
         pytest.skip("for native kernels")
-    if not any_target.can(torch.float64, case.head_dim):
+    if not any_target.can(torch.float64, case.head_dim) or not any_target.takes(case):
         return
     inputs = inputs_of(case)
     grad_output, cotangents = grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
