@@ -36,7 +36,10 @@ MINIMUM_TORCH = (2, 11)
 CUDA_SOURCE = ROOT / "csrc" / "cuda"
 CUDA_MODES = ("HalfMode", "BfloatMode", "Tf32Mode", "FloatMode", "DoubleMode")  # csrc/cuda/params.h
 # File -> modes it is compiled in; the longest first.
-CUDA_KERNELS = {**dict.fromkeys(KERNELS[::-1], CUDA_MODES), "narrow_forward": ("HalfMode", "BfloatMode")}
+CUDA_KERNELS = {
+    **dict.fromkeys(KERNELS[::-1], CUDA_MODES),
+    **dict.fromkeys(("narrow_backward", "narrow_forward"), ("HalfMode", "BfloatMode")),
+}
 CUDA_LIBRARY = "libnatten_ext_cuda.so"
 CUDA_RESOURCES = "cuda_resources.txt"  # what ptxas said of every kernel
 CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")

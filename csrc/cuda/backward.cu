@@ -191,7 +191,9 @@ struct BackwardKey {
 
 template <class M>
 void backward_query(const Params& p, const std::vector<Window>& windows, Context& context) {
-  launch_all_heads<M, BackwardQuery>(p, windows, context);
+  std::vector<HeadRange> heads{{0, p.heads}};
+  if constexpr (kHasNarrow<M>) heads = narrow_backward_query<M>(p, windows, context);
+  for (const HeadRange& range : heads) launch_range<M, BackwardQuery>(p, windows, range, context, HeadDims<M>{});
 }
 template <class M>
 void backward_key(const Params& p, const std::vector<Window>& windows, Context& context) {

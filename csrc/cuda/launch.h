@@ -184,6 +184,15 @@ uint32_t least_shared(int head_dim, std::integer_sequence<int, Dims...>) {
   return bytes;
 }
 
+// Sums the tables' partials of `heads` heads from `first` on, where each partial has `heads_of_partial`.
+template <class M>
+void launch_reduction(const Params& p, const void* partials, int count, int first, int heads, int heads_of_partial, Context& context) {
+  const int table = p.table_rows * p.table_columns;
+  const TableSums sums{partials, count, table, first, heads_of_partial, p.grad_bias.data, p.grad_bias.is_float};
+  launch(reduce_tables<typename M::Element, typename M::Real>, static_cast<int>(divide_up(table, kWarp)), heads, kReductionThreads,
+         kReductionThreads * sizeof(typename M::Real), sums, context);
+}
+
 template <class M, template <class, int> class Kernel, int Dim>
 void launch_padded(Params p, Context& context) {
   using K = Kernel<M, Dim>;
@@ -207,12 +216,7 @@ void launch_padded(Params p, Context& context) {
   const int channel_blocks = static_cast<int>(divide_up(p.head_dim, K::kChannels));
   launch(attention_kernel<M, Kernel, Dim>, p.launch_heads * p.plan.blocks_per_head, channel_blocks, kWarp * p.plan.warps,
          p.plan.shared_bytes, p, context);
-  if (gradient) {
-    const TableSums sums{p.table_partials, static_cast<int>(partials), static_cast<int>(table), p.first_head,
-                         p.launch_heads, p.grad_bias.data, p.grad_bias.is_float};
-    launch(reduce_tables<typename M::Element, typename M::Real>, static_cast<int>(divide_up(table, kWarp)),
-           p.launch_heads, kReductionThreads, kReductionThreads * sizeof(typename M::Real), sums, context);
-  }
+  if (gradient) launch_reduction<M>(p, p.table_partials, static_cast<int>(partials), p.first_head, p.launch_heads, p.launch_heads, context);
 }
 
 // Launches the instance for the least padded head_dim that holds the problem's, for at most kMaxHeads heads at a time.

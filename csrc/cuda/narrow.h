@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernel.h"
+#include "rows.h"
 
 namespace natten_ext::cuda {
 
@@ -20,14 +21,17 @@ struct ByteRows {
 };
 
 struct NarrowParams {
-  ByteRows query, key, value, output;
+  ByteRows query, key, value, output, grad_output, grad_query;
   Table bias;  // from the entry of the farthest key up and to the left on
-  void *base, *log_sum, *natural_lse;
-  float factor;
+  void *base, *log_sum, *natural_lse, *grad_lse, *row_numbers;  // as in Params
+  void* table_partials;  // (blocks_per_head, launch_heads, table_rows, table_columns) in float; null: not wanted
+  int table_rows, table_columns;
+  float scale;
   uint32_t head_bytes;  // of a row
   int height, width, heads;
   int dilation_y, dilation_x;
   int tiles_y, tiles_x;  // of a class; of whole classes: those side by side
+  int tiles, blocks_per_head;  // of a head: each block works on every blocks_per_head-th tile
   int launch_heads;
   Divisor by_launch_heads, by_tiles_y, by_tiles_x, by_dilation_y, by_dilation_x;
   uint16_t head[kMaxHeads];
@@ -43,6 +47,10 @@ NATTEN_EXT_DEVICE bool inside(int position, int count) { return static_cast<uint
 NATTEN_EXT_DEVICE uint32_t narrow_thread() { return static_cast<uint32_t>(thread_index()); }
 NATTEN_EXT_DEVICE uint32_t narrow_lane() { return narrow_thread() % kWarp; }
 
+// Blocks next to each other have different heads of the launch.
+NATTEN_EXT_DEVICE int narrow_block_of_head(const NarrowParams& p) { return p.by_launch_heads(block_x()); }
+NATTEN_EXT_DEVICE int narrow_launch_head(const NarrowParams& p) { return block_x() - narrow_block_of_head(p) * p.launch_heads; }
+
 // What a block works on, and where things lie in its shared memory.
 template <int Dim, bool Whole>
 struct NarrowTile {
@@ -54,42 +62,44 @@ struct NarrowTile {
   static constexpr int kSlots = kClasses * kRows * kColumns;
   static constexpr uint32_t kChunks = Dim / 8, kBytes = 16 * kChunks;  // of a row: chunks of 16 bytes
   static constexpr int kTableRow = 16;  // entries; those from 2 * kNarrowKernel - 1 on are minus infinity
-  // Past the last values is room for a frame's eighth row, which is loaded but not used where whole classes have none.
-  static constexpr Shared kKeys = 0, kValues = kSlots * kBytes, kQueries = kValues + (kSlots + 8) * kBytes;
-  static constexpr Shared kTable = kQueries + kNarrowWarps * kGroups * kWarpRows * kBytes;
-  static constexpr Shared kTotal = kTable + (2 * kNarrowKernel - 1) * kTableRow * sizeof(float);
+  static constexpr Shared kTableBytes = (2 * kNarrowKernel - 1) * kTableRow * sizeof(float);
+  // Regions begin at multiples of 128 bytes. Past the last values is room for a frame's eighth row, which is loaded but not
+  // used where whole classes have none. From kOwn on are a kernel's own rows.
+  static constexpr Shared kTable = 0, kKeys = (kTableBytes + 127) / 128 * 128, kValues = kKeys + kSlots * kBytes;
+  static constexpr Shared kOwn = kValues + (kSlots + 8) * kBytes;
 
+  bool exists;  // smaller classes have fewer tiles
   int batch, head;
   int residue_y, residue_x;  // of the first class
   int height, width;         // of the class; of whole ones only the height is alike
-  int y0, x0;                // the first query that no other tile has
-  // The first query. The last tile of an axis begins earlier, so that it is full where the class is large enough.
+  // The first query. The last tile of an axis begins earlier than it would, so that it is full where the class is large enough.
   int top, left;
 
-  NATTEN_EXT_DEVICE explicit NarrowTile(const NarrowParams& p) {
-    int index = p.by_launch_heads(block_x());
-    head = p.head[block_x() - index * p.launch_heads];
+  NATTEN_EXT_DEVICE NarrowTile(const NarrowParams& p, int head, int index) : head(head) {
     const auto split = [&](const Divisor& by, int divisor) {
       const int quotient = by(index), remainder = index - quotient * divisor;
       index = quotient;
       return remainder;
     };
+    top = left = 0;
     if constexpr (Whole) {
       residue_x = split(p.by_tiles_x, p.tiles_x) * kClasses;
-      y0 = x0 = 0;
     } else {
-      x0 = split(p.by_tiles_x, p.tiles_x) * kWidth;
-      y0 = split(p.by_tiles_y, p.tiles_y) * kHeight;
+      left = split(p.by_tiles_x, p.tiles_x) * kWidth;
+      top = split(p.by_tiles_y, p.tiles_y) * kHeight;
       residue_x = split(p.by_dilation_x, p.dilation_x);
     }
     residue_y = split(p.by_dilation_y, p.dilation_y);
     batch = index;
     height = p.by_dilation_y(p.height + p.dilation_y - 1 - residue_y);
     width = class_width(p, residue_x);
-    top = lesser(y0, greater(height - kHeight, 0));
-    left = lesser(x0, greater(width - kWidth, 0));
+    exists = Whole || (top < height && left < width);
+    top = lesser(top, greater(height - kHeight, 0));
+    left = lesser(left, greater(width - kWidth, 0));
   }
-  NATTEN_EXT_DEVICE bool empty() const { return !Whole && (y0 >= height || x0 >= width); }
+  // The first query that no other tile has: tiles would begin at multiples of their extent.
+  NATTEN_EXT_DEVICE int own_top() const { return (top + kHeight - 1) & ~(kHeight - 1); }
+  NATTEN_EXT_DEVICE int own_left() const { return (left + kWidth - 1) & ~(kWidth - 1); }
   NATTEN_EXT_DEVICE static int class_width(const NarrowParams& p, int residue) {
     return p.by_dilation_x(p.width + p.dilation_x - 1 - residue);
   }
@@ -121,43 +131,86 @@ struct NarrowGroup {
   int window_y;          // where the windows of its first row begin
   bool lower;            // those of its second row begin one row lower
   uint32_t frame;        // slot of the frame's first position
-  uint32_t queries;      // slot of its first query
+  uint32_t own_key;      // and of the key at the place of its first query
 
   NATTEN_EXT_DEVICE NarrowGroup(const NarrowParams& p, const Tile& tile, int i) {
     const uint32_t number = narrow_thread() / kWarp + kNarrowWarps * i;
     const int of_class = Whole ? number / 4 : 0, down = Whole ? number % 4 : number / 2, across = Whole ? 0 : number % 2;
     residue_x = tile.residue_x + of_class;
     width = Whole ? Tile::class_width(p, residue_x) : tile.width;
-    own_y = greater(tile.y0, tile.top + 2 * down);
-    own_x = residue_x < p.dilation_x ? greater(tile.x0, tile.left + 8 * across) : width;
+    own_y = greater(tile.own_top(), tile.top + 2 * down);
+    own_x = residue_x < p.dilation_x ? greater(tile.own_left(), tile.left + 8 * across) : width;
     y = lesser(tile.top + 2 * down, tile.height - 2);
     x = Whole ? 0 : lesser(tile.left + 8 * across, greater(width - 8, 0));
     window_y = class_window_start(y, tile.height, kNarrowKernel);
     lower = !Whole && class_window_start(y + 1, tile.height, kNarrowKernel) != window_y;
-    frame = (of_class * Tile::kRows + (Whole ? window_y : window_y - tile.top + Tile::kReach)) * Tile::kColumns + x - tile.left;
-    queries = number * kWarpRows;
+    const auto slot = [&](int row) {
+      return (of_class * Tile::kRows + (Whole ? row : row - tile.top + Tile::kReach)) * Tile::kColumns + x - tile.left;
+    };
+    frame = slot(window_y);
+    own_key = slot(y) + (Whole ? 0 : Tile::kReach);
   }
   NATTEN_EXT_DEVICE bool empty() const { return own_y > y + 1 || own_x >= lesser(x + 8, width); }
+  // Whether queries of the upper (h = 0) or lower row have frame row r.
+  NATTEN_EXT_DEVICE bool has(int r, int h) const {
+    const int first = h == 1 && lower ? 1 : 0;
+    return r >= first && r < first + kNarrowKernel;
+  }
+  // The eighth frame row is the lower queries' alone.
+  NATTEN_EXT_DEVICE static constexpr bool may_have(int r, int h) { return r < kNarrowKernel || h == 1; }
   // Whether the query in row (0 to 15) of the group exists, and no other group has it.
   NATTEN_EXT_DEVICE bool owns(uint32_t row) const {
     const int column = x + row % 8;
     return y + static_cast<int>(row / 8) >= own_y && column >= own_x && column < width;
   }
 
-  // Calls `use(row, address in the tensor, place in shared memory, whether it exists)` for the lane's chunks of the group's rows.
+  // Calls `use(row, address in the tensor, place in shared memory)` for the lane's chunks of the group's rows, as far as they
+  // exist. `slot`: of the first.
   template <class Use>
-  NATTEN_EXT_DEVICE void for_each_chunk(const NarrowParams& p, const Tile& tile, const ByteRows& t, Use use) const {
+  NATTEN_EXT_DEVICE void for_each_chunk(const NarrowParams& p, const Tile& tile, const ByteRows& t, uint32_t slot, Use use) const {
     constexpr uint32_t kRowsAtATime = kWarp / Tile::kChunks;
     const uint32_t first = narrow_lane() / Tile::kChunks, chunk = narrow_lane() % Tile::kChunks;
     if (kRowsAtATime > kWarpRows && first >= kWarpRows) return;
     const uint64_t origin = tile.origin(t, chunk);
-    const Shared at = Tile::kQueries + Tile::place(queries + first, chunk);
+    const Shared at = Tile::kOwn + Tile::place(slot + first, chunk);
     NATTEN_EXT_UNROLL
     for (uint32_t k = 0; k < kWarpRows; k += kRowsAtATime) {
       const uint32_t row = first + k;
       const int map_y = tile.map_y(p, y + row / 8), map_x = tile.map_x(p, x + row % 8, residue_x);
-      use(row, advanced(advanced(origin, map_y, t.y), map_x, t.x), at + k * Tile::kBytes, 16 * chunk < p.head_bytes);
+      use(row, 16 * chunk < p.head_bytes, advanced(advanced(origin, map_y, t.y), map_x, t.x), at + k * Tile::kBytes);
     }
+  }
+  // Starts the copies of its rows of a tensor; zeros for those beyond the map or, if `own_only`, that another group has.
+  NATTEN_EXT_DEVICE void stage(const NarrowParams& p, const Tile& tile, const ByteRows& t, uint32_t slot, bool own_only) const {
+    for_each_chunk(p, tile, t, slot, [&](uint32_t row, bool exists, uint64_t from, Shared to) {
+      const bool wanted = own_only ? owns(row) : inside(x + static_cast<int>(row % 8), width);
+      copy_async<16>(to, reinterpret_cast<const void*>(from), exists && wanted);
+    });
+  }
+  // Writes `factor` times results of the lane's rows, by way of shared memory, where nobody needs its rows from `slot` on
+  // any more: so they leave in 16 bytes at a time.
+  template <class Element>
+  NATTEN_EXT_DEVICE void write(const float (&acc)[Dim / 8][4], const float (&factor)[2], const NarrowParams& p, const Tile& tile,
+                               const ByteRows& t, uint32_t slot) const {
+    const uint32_t lane = narrow_lane();
+    sync_warp();
+    NATTEN_EXT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const Shared row = Tile::kOwn + Tile::place(slot + lane / 4 + 8 * h, 0) + lane % 4 * 4;
+      NATTEN_EXT_UNROLL
+      for (int n = 0; n < Dim / 8; ++n) {
+        store_shared(row ^ 16 * n, pack<Element>(acc[n][2 * h] * factor[h], acc[n][2 * h + 1] * factor[h]));
+      }
+    }
+    sync_warp();
+    for_each_chunk(p, tile, t, slot, [&](uint32_t row, bool exists, uint64_t to, Shared from) {
+      if (exists && owns(row)) store_global(to, load_shared<Vector16>(from));
+    });
+  }
+  // Index of a row into (batch, heads, queries).
+  NATTEN_EXT_DEVICE uint64_t row_index(const NarrowParams& p, const Tile& tile, uint32_t row) const {
+    const uint32_t position = tile.map_y(p, y + row / 8) * p.width + tile.map_x(p, x + row % 8, residue_x);
+    return multiply_add_wide(tile.batch * p.heads + tile.head, p.height * p.width, position);
   }
 };
 
@@ -219,91 +272,5 @@ NATTEN_EXT_DEVICE void fill_narrow_table(const NarrowParams& p, int head) {
   }
   store_shared(Tile::kTable + narrow_thread() * static_cast<Shared>(sizeof(float)), value);
 }
-
-// What a lane has of the frame: of each block and row, columns 2t and 2t + 1 (t = lane % 4) for queries g and g + 8
-// (g = lane / 4), which are one column of the map. As a window is less than eight wide, a column belongs to it in one block only.
-template <int Dim, bool Whole>
-struct FrameColumns {
-  using Tile = NarrowTile<Dim, Whole>;
-  int first;       // column of the frame where the queries' windows begin
-  bool second[2];  // whether the windows have the column in block 1
-  bool valid[2];   // whether they have it at all
-  Shared table[2]; // entries of the column in frame row 0, of the lower query
-
-  NATTEN_EXT_DEVICE FrameColumns(const NarrowGroup<Dim, Whole>& group) {
-    const uint32_t lane = narrow_lane();
-    const int left = Whole ? 0 : group.x - Tile::kReach;
-    const int x = lesser(group.x + static_cast<int>(lane / 4), group.width - 1);
-    first = class_window_start(x, group.width, kNarrowKernel) - left;
-    const int row = group.window_y - group.y + kNarrowKernel - 2;
-    NATTEN_EXT_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      const int column = frame_column(static_cast<int>(lane % 4 * 2) + c);
-      second[c] = column >= 8;
-      valid[c] = inside(column - first, kNarrowKernel);
-      const int entry = valid[c] ? left + column - x + kNarrowKernel - 1 : 2 * kNarrowKernel - 1;
-      table[c] = Tile::kTable + (row * Tile::kTableRow + entry) * static_cast<Shared>(sizeof(float));
-    }
-  }
-  // The column of the frame that column 0 to 7 of both blocks stands for.
-  NATTEN_EXT_DEVICE int frame_column(int column) const { return !Whole && column < first ? column + 8 : column; }
-  // The table's entries of a frame row, for query row h.
-  NATTEN_EXT_DEVICE Shared entry(int c, int row, int h) const {
-    return table[c] + (row + 1 - h) * Tile::kTableRow * static_cast<Shared>(sizeof(float));
-  }
-};
-
-// The frame's keys as right operands of scores: four 8 x 8 matrices at a time, one or several of which are a row.
-template <int Dim, bool Whole>
-struct FrameKeys {
-  using Tile = NarrowTile<Dim, Whole>;
-  static constexpr int kChunks = Dim / 8, kBlocks = Whole ? 1 : 2, kMatrices = kBlocks * kChunks;  // of a row
-  static constexpr int kLoads = kMatrices > 4 ? kMatrices / 4 : 1, kRowsAtATime = kMatrices < 4 ? 4 / kMatrices : 1;
-  Shared address;
-  uint32_t words[kLoads][4];
-
-  NATTEN_EXT_DEVICE explicit FrameKeys(uint32_t frame) {
-    const uint32_t lane = narrow_lane(), matrix = lane / 8;
-    const uint32_t row = matrix / kMatrices, block = matrix / kChunks % kBlocks, chunk = matrix % kChunks;
-    address = Tile::kKeys + Tile::place(frame + row * Tile::kColumns + block * 8 + lane % 8, chunk);
-  }
-  // Loads frame row `row`, and what else comes with it.
-  NATTEN_EXT_DEVICE void load(int row) {
-    NATTEN_EXT_UNROLL
-    for (int i = 0; i < kLoads; ++i) {
-      load_matrices(words[i], address + (row * Tile::kColumns + 4 * i / kChunks * 8) * Tile::kBytes);
-    }
-  }
-  // A chunk of 8 keys of a block, `row` rows after the one that was asked for.
-  NATTEN_EXT_DEVICE uint32_t word(int row, int block, int chunk) const {
-    const int matrix = (row * kBlocks + block) * kChunks + chunk;
-    return words[matrix / 4][matrix % 4];
-  }
-};
-
-// The frame's values as right operands of results. A product is 16 keys deep: a row of two blocks, or two rows of one.
-template <int Dim, bool Whole>
-struct FrameValues {
-  using Tile = NarrowTile<Dim, Whole>;
-  static constexpr int kChunks = Dim / 8, kSlots = Whole ? 16 : Tile::kColumns;  // kSlots: from one product's keys to the next
-  static constexpr int kLoads = kChunks > 2 ? kChunks / 2 : 1, kProductsAtATime = kChunks < 2 ? 2 : 1;
-  Shared address;
-  uint32_t words[kLoads][4];
-
-  NATTEN_EXT_DEVICE explicit FrameValues(uint32_t frame) {
-    const uint32_t lane = narrow_lane(), matrix = lane / 8;
-    const uint32_t product = matrix / 2 / kChunks, chunk = matrix / 2 % kChunks, half = matrix % 2;
-    address = Tile::kValues + Tile::place(frame + product * kSlots + half * 8 + lane % 8, chunk);
-  }
-  NATTEN_EXT_DEVICE void load(int product) {
-    NATTEN_EXT_UNROLL
-    for (int i = 0; i < kLoads; ++i) load_matrices_transposed(words[i], (address ^ 32 * i) + product * kSlots * Tile::kBytes);
-  }
-  // Half of the keys of 8 channels, for a product not before the one that was asked for.
-  NATTEN_EXT_DEVICE uint32_t word(int product, int chunk, int half) const {
-    const int matrix = (product % kProductsAtATime * kChunks + chunk) * 2 + half;
-    return words[matrix / 4][matrix % 4];
-  }
-};
 
 }  // namespace natten_ext::cuda

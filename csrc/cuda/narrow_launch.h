@@ -2,7 +2,7 @@
 #pragma once
 
 #include "launch.h"
-#include "narrow.h"
+#include "narrow_frame.h"
 
 namespace natten_ext::cuda {
 
@@ -30,6 +30,7 @@ bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
     return ByteRows{static_cast<unsigned char*>(t.data), bytes(t.batch), bytes(t.head), bytes(t.y), bytes(t.x)};
   };
   n.query = steps(p.query), n.key = steps(p.key), n.value = steps(p.value), n.output = steps(p.output);
+  n.grad_output = steps(p.grad_output), n.grad_query = steps(p.grad_query);
   if (!fits) return false;
   n.bias = p.bias;
   if (p.bias.data != nullptr) {
@@ -38,7 +39,9 @@ bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
     n.bias.data = static_cast<char*>(p.bias.data) + first * (p.bias.is_float ? 4 : kSize);
   }
   n.base = p.base, n.log_sum = p.log_sum, n.natural_lse = p.natural_lse;
-  n.factor = static_cast<float>(p.scale) * kLog2E<float>;
+  n.grad_lse = p.grad_lse, n.row_numbers = p.row_numbers;
+  n.table_rows = p.table_rows, n.table_columns = p.table_columns;
+  n.scale = static_cast<float>(p.scale);
   n.head_bytes = p.head_dim * kSize;
   n.height = p.queries.height, n.width = p.queries.width, n.heads = p.heads;
   n.dilation_y = w.dilation_y, n.dilation_x = w.dilation_x;
@@ -52,9 +55,18 @@ bool launch_narrow_heads(const Params& p, NarrowParams n, Context& context) {
   n.tiles_y = static_cast<int>(divide_up(divide_up(n.height, n.dilation_y), Tile::kHeight));
   n.tiles_x = static_cast<int>(Whole ? divide_up(n.dilation_x, Tile::kClasses) : divide_up(divide_up(n.width, n.dilation_x), Tile::kWidth));
   n.by_tiles_y = Divisor(n.tiles_y), n.by_tiles_x = Divisor(n.tiles_x), n.by_launch_heads = Divisor(n.launch_heads);
-  const int64_t blocks = int64_t{n.tiles_y} * n.tiles_x * n.dilation_y * (Whole ? 1 : n.dilation_x) * p.batch * n.launch_heads;
-  if (blocks > INT32_MAX || Tile::kTotal > static_cast<uint32_t>(context.shared_limit)) return false;
-  launch(narrow_kernel<Kernel<M, Dim, Whole>>, static_cast<int>(blocks), 1, kNarrowWarps * kWarp, Tile::kTotal, n, context);
+  using K = Kernel<M, Dim, Whole>;
+  const bool gradient = K::kTableGradient && p.table_gradient;
+  const int64_t tiles = int64_t{n.tiles_y} * n.tiles_x * n.dilation_y * (Whole ? 1 : n.dilation_x) * p.batch;
+  if (tiles * n.launch_heads > INT32_MAX || K::kShared > static_cast<uint32_t>(context.shared_limit)) return false;
+  n.tiles = static_cast<int>(tiles);
+  n.blocks_per_head = gradient ? std::min(n.tiles, std::max(1, context.table_blocks / n.launch_heads)) : n.tiles;
+  const int64_t table = int64_t{p.table_rows} * p.table_columns;
+  if (gradient) n.table_partials = context.allocate(n.blocks_per_head * n.launch_heads * table * sizeof(float));
+  launch(narrow_kernel<K>, n.launch_heads * n.blocks_per_head, 1, kNarrowWarps * kWarp, K::kShared, n, context);
+  for (int i = 0; i < n.launch_heads && gradient; ++i) {
+    launch_reduction<M>(p, static_cast<float*>(n.table_partials) + i * table, n.blocks_per_head, n.head[i], 1, n.launch_heads, context);
+  }
   return true;
 }
 

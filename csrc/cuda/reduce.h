@@ -8,7 +8,7 @@ namespace natten_ext::cuda {
 constexpr int kReductionThreads = 8 * kWarp;
 
 struct TableSums {
-  const void* partials;  // (count, heads, size) in Real
+  const void* partials;  // (count, heads, size) in Real, from the first head's on that are summed
   int count, size, first_head, heads;
   void* table;  // (all heads, size), contiguous
   bool is_float;

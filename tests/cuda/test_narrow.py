@@ -17,6 +17,7 @@ from tests.operators.cases import (
     Inputs,
     arguments_of,
     forward,
+    grad_output_of,
     inputs_of,
     magnitude,
     oracle_forward,
@@ -52,13 +53,18 @@ CASES = {
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-def run(case: Case, inputs: Inputs) -> tuple[Inputs, bool]:
-    """Output and both parts of the log-sum-exp, and whether a narrow kernel took part."""
-    torch.ops.natten_ext_cuda.sites()
+def narrow_sites() -> list[str]:
+    """Barriers and waits that narrow kernels have passed since it was asked last."""
+    return [site for site in torch.ops.natten_ext_cuda.sites().split() if site.startswith("narrow")]
+
+
+def run(case: Case, inputs: Inputs) -> tuple[Inputs, list[str]]:
+    """Output and both parts of the log-sum-exp, and the barriers of narrow kernels, if they took part."""
+    narrow_sites()
     output, lse, natural = OPERATORS["cuda"].forward(
         *arguments_of(case, inputs), case.code, case.score == "l2", case.effective_scale, True
     )
-    return {"output": output, "lse": lse, "natural": natural}, "narrow" in torch.ops.natten_ext_cuda.sites()
+    return {"output": output, "lse": lse, "natural": natural}, narrow_sites()
 
 
 def unaligned(inputs: Inputs) -> Inputs:
@@ -94,6 +100,42 @@ def test_forward_is_that_of_the_general_kernel(case, dtype):
     assert magnitude([results["natural"].double() - lse.movedim(-1, 1)]) <= 4e-6 * magnitude([lse])
 
 
+def gradients(case: Case, inputs: Inputs) -> tuple[Inputs, list[str]]:
+    """Gradients of output and log-sum-exp, of the inputs by name, and likewise."""
+    values, _ = run(case, inputs)
+    grad_output = grad_output_of(case, inputs["query"])
+    natural = values["natural"]
+    grad_lse = torch.linspace(-1, 1, natural.numel()).view_as(natural)
+    narrow_sites()
+    results = OPERATORS["cuda"].backward(
+        grad_output, grad_lse, *arguments_of(case, inputs), values["output"], values["lse"],
+        case.code, case.score == "l2", case.effective_scale, [True, True, True, case.bias],
+    )  # fmt: skip
+    names = ["query", "key", "value", "bias"][: 3 + case.bias]
+    return dict(zip(names, results, strict=False)), narrow_sites()
+
+
+def assert_gradients_alike(results: Inputs, expected: Inputs, dtype: torch.dtype) -> None:
+    for name, result in results.items():
+        other = expected[name]
+        assert torch.equal(result.isfinite(), other.isfinite()), name
+        result, other = (x.double().nan_to_num(0, 0, 0) for x in (result, other))
+        assert magnitude([result - other]) <= 2 * ulp(magnitude([other]), dtype), name
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_is_that_of_the_general_kernel(case, dtype):
+    inputs = inputs_of(case, dtype)
+    results, narrow = gradients(case, inputs)
+    assert narrow
+    expected, narrow = gradients(case, unaligned(inputs))
+    assert not narrow or "kernel" in case.groups
+    assert_gradients_alike(results, expected, dtype)
+    with emulated.settings(table_blocks=1):  # all tiles in one block
+        assert_gradients_alike(gradients(case, inputs)[0], expected, dtype)
+
+
 SMALL = {name: CASES[name] for name in ("several tiles", "whole classes")}
 
 
@@ -109,6 +151,7 @@ def test_what_is_not_finite_reaches_only_what_attends_it(case, name, strange, dt
     expected = forward(case, {n: x.float() for n, x in inputs.items()}, "reference").isfinite()
     assert torch.equal(results["output"].isfinite(), expected) and 0 < (~expected).sum() < expected.numel() / 8
     assert_alike(results, run(case, unaligned(inputs))[0], dtype)
+    assert_gradients_alike(gradients(case, inputs)[0], gradients(case, unaligned(inputs))[0], dtype)
 
 
 @pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
@@ -168,19 +211,20 @@ def test_what_the_general_kernel_takes(change):
 
 
 @pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
-def test_every_barrier_and_every_wait_is_needed(case):
+@pytest.mark.parametrize(("solve", "count"), [(run, 4), (gradients, 7)], ids=["forward", "backward"])
+def test_every_barrier_and_every_wait_is_needed(case, solve, count):
     inputs = inputs_of(case, torch.bfloat16)
-    expected, _ = run(case, inputs)
-    run(case, inputs)
-    torch.ops.natten_ext_cuda.sites()
-    OPERATORS["cuda"].forward(*arguments_of(case, inputs), case.code, False, case.effective_scale, True)
-    sites = torch.ops.natten_ext_cuda.sites().split()
-    assert len(sites) == 4, sites
+
+    def solved(dropped_site: str = "") -> tuple[Inputs, list[str]]:
+        with emulated.settings(dropped_site=dropped_site, table_blocks=1):
+            return solve(case, inputs)
+
+    expected, sites = solved()
+    assert len(sites) >= count, sites
 
     def goes_unnoticed(site: str) -> bool:
         try:
-            with emulated.settings(dropped_site=site):
-                assert_same_bits(run(case, inputs)[0], expected)
+            assert_same_bits(solved(site)[0], expected)
         except (RuntimeError, AssertionError):
             return False
         return True
