@@ -1,10 +1,11 @@
-// natten_ext._C: the geometry of the kernels, for tests to compare. Depends on the Python version, unlike the kernels'
+// natten_ext._C: the geometry of the kernels and the cost model of the CPU's, for tests. Depends on the Python version, unlike the kernels'
 // libraries, so only checkouts have it.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <utility>
 
+#include "cpu/cost.h"
 #include "geometry.h"
 
 namespace py = pybind11;
@@ -30,14 +31,25 @@ int64_t class_length(int64_t length, int64_t dilation, int64_t residue) {
   return natten_ext::class_length(length, dilation, residue);
 }
 
+int64_t jobs_to_split(int64_t jobs, double whole, double of_queries, double of_keys, int64_t query_pieces,
+                      int64_t key_pieces, int64_t threads) {
+  return natten_ext::jobs_to_split(jobs, {whole, of_queries, of_keys, query_pieces, key_pieces}, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The C++ geometry functions of natten_ext.";
+  m.doc() = "Functions of natten_ext's C++ sources.";
   m.def("axis_keys", &axis_keys, py::arg("index"), py::arg("length"), py::arg("kernel"), py::arg("dilation"),
         py::arg("stride") = 1, py::arg("causal") = false,
         "Keys of a query on one axis, from the first to before the second, a dilation apart; the twin of"
         " natten_ext.geometry.AxisWindow.keys. Raises ValueError.");
   m.def("class_length", &class_length, py::arg("length"), py::arg("dilation"), py::arg("residue"),
         "Positions of an axis in one residue class modulo the dilation. Raises ValueError.");
+  m.def("worthwhile_threads", &natten_ext::worthwhile_threads, py::arg("nanoseconds"), py::arg("threads"));
+  m.def("jobs_per_task", &natten_ext::jobs_per_task, py::arg("job"), py::arg("jobs"), py::arg("threads"));
+  m.def("blocks_per_task", &natten_ext::blocks_per_task, py::arg("jobs"), py::arg("blocks"), py::arg("block"),
+        py::arg("again"), py::arg("threads"));
+  m.def("jobs_to_split", &jobs_to_split, py::arg("jobs"), py::arg("whole"), py::arg("of_queries"), py::arg("of_keys"),
+        py::arg("query_pieces"), py::arg("key_pieces"), py::arg("threads"));
 }

@@ -13,9 +13,10 @@
 namespace natten_ext::NATTEN_EXT_ISA {
 
 struct DenseJob {
-  int64_t batch, head;
+  int64_t batch = -1, head = 0;  // no job
   int64_t z0, y0, x0, step_z, step_y, step_x;  // the window's first position, and the distance to the next
   int64_t height;                              // of the window
+  bool operator==(const DenseJob&) const = default;
 };
 
 // Whether a window of neighborhood attention is run here: its classes are of one size and small, and at least half of
@@ -62,6 +63,16 @@ struct DensePlan {
     table_size = masked ? keys * table_width : p.table_size();
   }
 
+  // A job, or a part of it.
+  Attention attention(int64_t some_queries, int64_t some_keys) const {
+    return {double(some_queries), double(some_keys), double(channels), kLanes<T>, sizeof(T)};
+  }
+  // Nanoseconds of a whole job.
+  double cost(const OrderCost& order) const {
+    const Attention all = attention(queries, keys);
+    return all.scores(order.products) + all.rows(order.tensors);
+  }
+
   // The window of all heads of neighborhood attention.
   const HeadWindow& head_window() const { return problem.windows[heads.first]; }
 
@@ -80,12 +91,10 @@ struct DensePlan {
   int64_t jobs_per_head, block_queries, block_keys, table_width, table_size;
 
  private:
-  // Like even_block, in whole vectors. One block less, and a little larger, where that leaves fewer lanes empty.
+  // Whole vectors: even blocks, or one that is a little larger.
   int64_t query_block(int64_t limit) const {
-    const int64_t block = round_up_to_lanes<T>(even_block(queries, limit));
-    const int64_t larger = round_up_to_lanes<T>(even_block(queries, limit + limit / 4));
-    const auto lanes = [&](int64_t size) { return (queries + size - 1) / size * size; };
-    return lanes(larger) < lanes(block) ? larger : block;
+    const int64_t vectors = (queries + kLanes<T> - 1) / kLanes<T>, at_most = std::max<int64_t>(1, limit / kLanes<T>);
+    return kLanes<T> * (4 * vectors <= 5 * at_most ? vectors : even_block(vectors, at_most));
   }
 };
 
@@ -137,13 +146,14 @@ void pack_rows(T* target, const View& v, const DensePlan<T>& plan, const DenseJo
   }
 }
 
-// The same for queries, whose rows up to the block's lanes are zero, and transposed to [padded][lanes].
+// The same for queries, whose rows up to whole vectors of them are zero, and transposed to [padded][lanes].
 template <class T>
 void pack_queries(T* rows, T* transposed, const View& v, const DensePlan<T>& plan, const DenseJob& job, int64_t first,
                   int64_t count, T factor, const T* origin = nullptr) {
   pack_rows(rows, v, plan, job, plan.window_x, first, count, factor, origin);
-  std::fill(rows + count * plan.padded, rows + plan.block_queries * plan.padded, T(0));
-  transpose(transposed, plan.block_queries, rows, plan.padded, plan.block_queries, plan.padded);
+  const int64_t lanes = round_up_to_lanes<T>(count);
+  std::fill(rows + count * plan.padded, rows + lanes * plan.padded, T(0));
+  transpose(transposed, lanes, rows, plan.padded, lanes, plan.padded);
 }
 
 // Rows [first, first + count) of target, scaled.
@@ -179,6 +189,7 @@ class KeyOperand {
     if (view) buffer_ = Buffer<T>((whole_ ? plan.keys : plan.block_keys) * plan.padded);
   }
   void start(const DenseJob& job) {
+    if (whole_ && job == job_) return;  // another part of the job before
     job_ = job;
     origin_of_job_ = origin_ == nullptr ? nullptr : origin_->at(job.batch, job.head);
     if (whole_ && view_) pack(0, plan_.keys);

@@ -6,6 +6,7 @@
 // Where a whole row of keys is at hand, D is summed there. Otherwise it is rowsum(dO * O), with the rounding of O.
 #pragma once
 
+#include "dense_query_sums.h"
 #include "dense_saved.h"
 #include "dense_tasks.h"
 #include "dense_windows.h"
@@ -35,17 +36,18 @@ class BackwardQueries : public SavedQueries<T> {
 
   // The origins are those of the job's keys and values.
   void load(const DenseJob& job, int64_t first, int64_t count, const T* key_origin, const T* value_origin) {
+    lanes = round_up_to_lanes<T>(count);
     pack_queries<T>(grad_output, grad_output_t, a_.grad_output, plan_, job, first, count, 1);
     // As long as they are not in use, the queries' rows hold those of the output.
     if (need_output_) {
       pack_queries<T>(query, output_t_, a_.output, plan_, job, first, count, 1, value_origin);
-      dot_lanes<T>(d, grad_output_t, output_t_, plan_.channels, plan_.block_queries);
+      dot_lanes<T>(d, grad_output_t, output_t_, plan_.channels, lanes);
     }
     SavedQueries<T>::load(job, first, count, key_origin);
     if (!a_.grad_lse) return;
     RowCursor row(a_.grad_lse, job, plan_.window_x, first);
     for (int64_t i = 0; i < count; ++i, ++row) grad_lse[i] = static_cast<const T*>(a_.grad_lse.data)[row.offset];
-    std::fill(grad_lse + count, grad_lse + plan_.block_queries, T(0));
+    std::fill(grad_lse + count, grad_lse + lanes, T(0));
   }
   // The l2 term of a gradient of the queries of the tensor that `packed` holds: row[i] -= sums[i] q_i, in units of `row`.
   // Without grad_lse the sums vanish but for rounding, which they keep from being multiplied by whole keys rather than
@@ -67,6 +69,7 @@ class BackwardQueries : public SavedQueries<T> {
   const bool need_output_;
 
  public:
+  int64_t lanes = 0;  // whole vectors of queries, by which rows of scores are apart
   Buffer<T> grad_output, grad_output_t;
   Buffer<T> d;     // D so far
   Buffer<T> grad_lse;  // y
@@ -94,7 +97,7 @@ class DenseBackward {
         index_(plan, tables.head(plan.heads.first) != nullptr),
         probability_(plan.block_keys * plan.block_queries),
         grad_score_(plan.block_keys * plan.block_queries),
-        grad_query_(plan.block_queries * plan.padded),
+        grad_query_(plan, static_cast<bool>(a.grad_query)),
         row_sum_(plan.block_queries),
         key_bias_(plan.block_keys) {}
 
@@ -113,7 +116,7 @@ class DenseBackward {
     for (const View* v : {&a_.query, &a_.key, &a_.value, &a_.grad_output}) prefetch_rows(*v, plan_, job);
   }
 
-  void run(const DenseJob& job, const DenseShare& share) {
+  void run(const DenseJob& job, const DenseShare<T>& share) {
     if (windows_.run(job)) return;
     key_.start(job);
     value_.start(job);
@@ -127,9 +130,10 @@ class DenseBackward {
         block(job, share, first, count, k, std::min(plan_.block_keys, share.key_end - k));
       }
       if (share.want_query_side && a_.grad_query) {
-        if (a_.problem.l2) queries_.subtract_own(grad_query_, queries_.query, row_sum_, count);
-        else queries_.add_origin(grad_query_, key_.origin(), count);
-        unpack_rows<T>(grad_query_, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
+        T* rows = grad_query_.rows(count);
+        if (a_.problem.l2) queries_.subtract_own(rows, queries_.query, row_sum_, count);
+        else queries_.add_origin(rows, key_.origin(), count);
+        unpack_rows<T>(rows, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
       }
     }
     if (!share.want_key_side || share.query_end < plan_.queries) return;
@@ -139,9 +143,9 @@ class DenseBackward {
   }
 
  private:
-  void block(const DenseJob& job, const DenseShare& share, int64_t first, int64_t count, int64_t first_key, int64_t keys) {
+  void block(const DenseJob& job, const DenseShare<T>& share, int64_t first, int64_t count, int64_t first_key, int64_t keys) {
     const bool first_queries = first == 0, first_keys = first_key == share.key_begin;
-    const int64_t lanes = plan_.block_queries, padded = plan_.padded, channels = plan_.channels;
+    const int64_t lanes = queries_.lanes, padded = plan_.padded, channels = plan_.channels;
     const Problem& p = a_.problem;
     const T* key = key_.block(first_key, keys);
     gemm<T>(keys, lanes, channels, {key, padded, 1}, queries_.query_t, lanes, probability_, lanes, false);
@@ -152,9 +156,7 @@ class DenseBackward {
     const T* table = tables_.head(job.head);
     T* grad_table = share.want_query_side ? table_gradient_.data() : nullptr;
     for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) scores(table, first_key, keys, lane, grad_table);
-    if (share.want_query_side && a_.grad_query) {
-      gemm<T>(count, padded, keys, {grad_score_, 1, lanes}, key, padded, grad_query_, padded, !first_keys);
-    }
+    if (share.want_query_side && a_.grad_query) grad_query_.add(grad_score_, count, keys, key, !first_keys);
     if (!share.want_key_side) return;
     if (grad_value_) {
       gemm<T>(keys, padded, count, {probability_, lanes, 1}, queries_.grad_output, padded, grad_value_.row(first_key),
@@ -174,7 +176,7 @@ class DenseBackward {
 
   // One vector of queries: scores to P, and dP to dS.
   NATTEN_EXT_INLINE void scores(const T* table, int64_t first_key, int64_t keys, int64_t lane, T* grad_table) {
-    const int64_t lanes = plan_.block_queries;
+    const int64_t lanes = queries_.lanes;
     const bool l2 = a_.problem.l2;
     const LaneWeights<T> weights(queries_, table, index_, l2 ? key_bias_.data() : nullptr, lane);
     const bool whole_row = keys == plan_.keys;
@@ -208,7 +210,9 @@ class DenseBackward {
   DenseTableGradient<T> table_gradient_;
   T* partial_ = nullptr;
   TableIndex<T> index_;
-  Buffer<T> probability_, grad_score_, grad_query_, row_sum_, key_bias_;
+  Buffer<T> probability_, grad_score_;
+  QuerySums<T> grad_query_;
+  Buffer<T> row_sum_, key_bias_;
 };
 
 template <class T>
@@ -217,7 +221,7 @@ void dense_backward(const Arguments& a, HeadRange heads) {
   const DensePlan<T> plan(p, heads, p.head_dim > 128 ? 32 : 64, 128);
   const auto tables = DenseTables<T>::scores(a.bias, plan);
   run_dense_gradients<T>(
-      a, plan, [&](int64_t keys_at_once) { return DenseBackward<T>(a, plan, tables, keys_at_once); });
+      a, plan, kBackwardCost, [&](int64_t keys_at_once) { return DenseBackward<T>(a, plan, tables, keys_at_once); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -41,8 +41,9 @@ class DenseDoubleBackward {
         grad_probability_(kept_keys() * plan.block_queries),
         x_(kept_keys() * plan.block_queries),
         scratch_(plan.block_keys * plan.block_queries),
-        grad_grad_output_(plan.block_queries * plan.padded),
-        grad_query_(plan.block_queries * plan.padded),
+        transposed_(a.cot_value ? plan.padded * plan.block_queries : 0),
+        grad_grad_output_(plan, a.grad_grad_output || a.cot_value),
+        grad_query_(plan, static_cast<bool>(a.grad_query)),
         d_rest_(plan.block_queries),
         r_(plan.block_queries),
         r_rest_(plan.block_queries),
@@ -69,7 +70,7 @@ class DenseDoubleBackward {
     }
   }
 
-  void run(const DenseJob& job, const DenseShare& share) {
+  void run(const DenseJob& job, const DenseShare<T>& share) {
     if (windows_.run(job)) return;
     for (KeyOperand<T>* operand : {&key_, &value_, &cot_value_}) operand->start(job);
     score_tangent_.start(job);
@@ -78,20 +79,23 @@ class DenseDoubleBackward {
     for (int64_t first = share.query_begin; first < share.query_end; first += plan_.block_queries) {
       const int64_t count = std::min(plan_.block_queries, share.query_end - first);
       load_queries(job, first, count);
-      first_pass(job, count);
+      if (share.want_query_side) first_pass(job, count);
+      if (share.sums != nullptr) pass_sums(share, first, count);
+      for (Buffer<T>* sums : {&score_bar_sum_, &grad_score_sum_}) std::fill_n(sums->data(), queries_.lanes, T(0));
       for (int64_t k = share.key_begin; k < share.key_end; k += plan_.block_keys) {
         second_pass(job, share, first, count, k, std::min(plan_.block_keys, share.key_end - k));
       }
       if (share.want_query_side && a_.grad_grad_output) {
-        unpack_rows<T>(grad_grad_output_, a_.grad_grad_output, plan_, job, plan_.window_x, first, count, 1);
+        unpack_rows<T>(grad_grad_output_.rows(count), a_.grad_grad_output, plan_, job, plan_.window_x, first, count, 1);
       }
       if (share.want_query_side && a_.grad_grad_lse) store_means(job, first, count);
       if (share.want_query_side && a_.grad_query) {
+        T* rows = grad_query_.rows(count);
         if (a_.problem.l2) {
-          queries_.subtract_own(grad_query_, queries_.query, score_bar_sum_, count);
-          if (a_.cot_query) queries_.subtract_own(grad_query_, score_tangent_.cot_query, grad_score_sum_, count);
+          queries_.subtract_own(rows, queries_.query, score_bar_sum_, count);
+          if (a_.cot_query) queries_.subtract_own(rows, score_tangent_.cot_query, grad_score_sum_, count);
         }
-        unpack_rows<T>(grad_query_, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
+        unpack_rows<T>(rows, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
       }
     }
     if (!share.want_key_side || share.query_end < plan_.queries) return;
@@ -101,7 +105,7 @@ class DenseDoubleBackward {
 
  private:
   int64_t kept_keys() const { return keep_ ? plan_.keys : plan_.block_keys; }
-  int64_t kept(int64_t first_key) const { return keep_ ? first_key * plan_.block_queries : 0; }
+  int64_t kept(int64_t first_key) const { return keep_ ? first_key * queries_.lanes : 0; }
 
   void load_queries(const DenseJob& job, int64_t first, int64_t count) {
     queries_.load(job, first, count, key_.origin(), value_.origin());
@@ -111,7 +115,7 @@ class DenseDoubleBackward {
 
   // P, dP (less D as it comes from the output) and X of one block of keys; adds to the row sums if asked to.
   void scores(const DenseJob& job, int64_t first_key, int64_t keys, bool sum_rows) {
-    const int64_t lanes = plan_.block_queries, padded = plan_.padded, channels = plan_.channels;
+    const int64_t lanes = queries_.lanes, padded = plan_.padded, channels = plan_.channels;
     const Problem& p = a_.problem;
     T* probability = probability_ + kept(first_key);
     T* grad_probability = grad_probability_ + kept(first_key);
@@ -148,20 +152,15 @@ class DenseDoubleBackward {
 
   // Row sums: what D as it comes from the output lacks, r, t; and the rows w = P gV, to which dO_bar is added later.
   void first_pass(const DenseJob& job, int64_t count) {
-    const int64_t lanes = plan_.block_queries, padded = plan_.padded;
+    const int64_t lanes = queries_.lanes;
     for (Buffer<T>* sums : {&d_rest_, &r_, &t_}) std::fill_n(sums->data(), lanes, T(0));
     for (int64_t k = 0; k < plan_.keys; k += plan_.block_keys) {
       const int64_t keys = std::min(plan_.block_keys, plan_.keys - k);
       scores(job, k, keys, true);
-      if (a_.cot_value) {
-        gemm<T>(count, padded, keys, {probability_ + kept(k), 1, lanes}, cot_value_.block(k, keys), padded,
-                grad_grad_output_, padded, k > 0);
-      }
+      if (a_.cot_value) grad_grad_output_.add(probability_ + kept(k), count, keys, cot_value_.block(k, keys), k > 0);
     }
     if (a_.cot_value) {
-      std::fill(grad_grad_output_ + count * padded, grad_grad_output_ + lanes * padded, T(0));
-      T* w_t = grad_query_;  // not in use yet
-      transpose(w_t, lanes, grad_grad_output_.data(), padded, lanes, padded);
+      const T* w_t = grad_grad_output_.by_lanes(count, transposed_);
       dot_lanes<T>(score_bar_sum_, queries_.grad_output_t, w_t, plan_.channels, lanes);
     }
     // For l2 the largest part of X is constant along a row (it is none of X as a product of differences): r again, of
@@ -178,7 +177,17 @@ class DenseDoubleBackward {
       if (a_.cot_value) t_[i] += score_bar_sum_[i];
       d_rest_[i] -= queries_.grad_lse[i];
     }
-    for (Buffer<T>* sums : {&score_bar_sum_, &grad_score_sum_}) std::fill_n(sums->data(), lanes, T(0));
+  }
+
+  // Row sums from the call for the query side of a job to those for its key side.
+  void pass_sums(const DenseShare<T>& share, int64_t first, int64_t count) {
+    T* kept = share.sums + first;
+    for (Buffer<T>* sums : {&d_rest_, &r_, &r_rest_, &t_}) {
+      if (share.want_query_side) std::copy_n(sums->data(), count, kept);
+      else std::copy_n(kept, count, sums->data());
+      std::fill(*sums + count, *sums + queries_.lanes, T(0));
+      kept += plan_.queries;
+    }
   }
 
   void store_means(const DenseJob& job, int64_t first, int64_t count) {
@@ -186,13 +195,13 @@ class DenseDoubleBackward {
     for (int64_t i = 0; i < count; ++i, ++row) static_cast<T*>(a_.grad_grad_lse.data)[row.offset] = r_[i] + r_rest_[i];
   }
 
-  void second_pass(const DenseJob& job, const DenseShare& share, int64_t first, int64_t count, int64_t first_key,
+  void second_pass(const DenseJob& job, const DenseShare<T>& share, int64_t first, int64_t count, int64_t first_key,
                    int64_t keys) {
     const bool first_queries = first == 0, first_keys = first_key == share.key_begin;
     T* grad_table = share.want_query_side ? table_gradient_.data() : nullptr;
-    const int64_t lanes = plan_.block_queries, padded = plan_.padded, channels = plan_.channels;
+    const int64_t lanes = queries_.lanes, padded = plan_.padded, channels = plan_.channels;
     const Problem& p = a_.problem;
-    if (!keep_) scores(job, first_key, keys, false);
+    if (!keep_ || !share.want_query_side) scores(job, first_key, keys, false);
     T* probability = probability_ + kept(first_key);
     T* grad_score = grad_probability_ + kept(first_key);  // dP - D becomes dS
     T* value_weight = x_ + kept(first_key);               // X becomes P (X - r)
@@ -224,12 +233,11 @@ class DenseDoubleBackward {
     const T* key = key_.block(first_key, keys);
     const T* cot_key = a_.cot_key ? score_tangent_.cot_key.block(first_key, keys) : nullptr;
     if (share.want_query_side && a_.grad_grad_output) {
-      gemm<T>(count, padded, keys, {value_weight, 1, lanes}, value_.block(first_key, keys), padded, grad_grad_output_,
-              padded, a_.cot_value || !first_keys);
+      grad_grad_output_.add(value_weight, count, keys, value_.block(first_key, keys), a_.cot_value || !first_keys);
     }
     if (share.want_query_side && a_.grad_query) {
-      gemm<T>(count, padded, keys, {score_bar, 1, lanes}, key, padded, grad_query_, padded, !first_keys);
-      if (cot_key) gemm<T>(count, padded, keys, {grad_score, 1, lanes}, cot_key, padded, grad_query_, padded, true);
+      grad_query_.add(score_bar, count, keys, key, !first_keys);
+      if (cot_key) grad_query_.add(grad_score, count, keys, cot_key, true);
     }
     if (!share.want_key_side) return;
     if (grad_value_) {
@@ -266,7 +274,8 @@ class DenseDoubleBackward {
   DenseTableGradient<T> table_gradient_;
   T* partial_ = nullptr;
   TableIndex<T> index_;
-  Buffer<T> probability_, grad_probability_, x_, scratch_, grad_grad_output_, grad_query_;
+  Buffer<T> probability_, grad_probability_, x_, scratch_, transposed_;
+  QuerySums<T> grad_grad_output_, grad_query_;
   Buffer<T> d_rest_, r_, r_rest_, t_, score_bar_sum_, grad_score_sum_, key_bias_;
 };
 
@@ -278,7 +287,7 @@ void dense_double_backward(const Arguments& a, HeadRange heads) {
   const DensePlan<T> plan(p, heads, many_keys || p.head_dim > 128 ? 32 : 64, 128);
   const auto tables = DenseTables<T>::scores(a.bias, plan);
   const auto cot_tables = DenseTables<T>::cotangents(a.cot_bias, plan);
-  run_dense_gradients<T>(a, plan, [&](int64_t keys_at_once) {
+  run_dense_gradients<T>(a, plan, kDoubleBackwardCost, [&](int64_t keys_at_once) {
     return DenseDoubleBackward<T>(a, plan, tables, cot_tables, keys_at_once);
   });
 }

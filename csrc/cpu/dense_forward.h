@@ -1,6 +1,7 @@
 // Forward of the dense kernels: online softmax over blocks of keys.
 #pragma once
 
+#include "dense_query_sums.h"
 #include "dense_tasks.h"
 #include "dense_windows.h"
 #include "neighborhood_forward.h"
@@ -22,7 +23,7 @@ class DenseForward {
         query_(plan.block_queries * plan.padded),
         query_t_(plan.padded * plan.block_queries),
         scores_(plan.block_keys * plan.block_queries),
-        output_(plan.block_queries * plan.padded),
+        output_(plan, true),
         maximum_(plan.block_queries),
         sum_(plan.block_queries),
         correction_(plan.block_queries),
@@ -44,7 +45,7 @@ class DenseForward {
 
  private:
   void block(const DenseJob& job, int64_t first, int64_t count) {
-    const int64_t lanes = plan_.block_queries, padded = plan_.padded;
+    const int64_t lanes = round_up_to_lanes<T>(count), padded = plan_.padded;
     const Problem& p = a_.problem;
     const T* table = tables_.head(job.head);
     pack_queries<T>(query_, query_t_, a_.query, plan_, job, first, count, T(p.dot_scale()) * kLog2E<T>,
@@ -58,18 +59,14 @@ class DenseForward {
       const T* key = key_.block(k, keys);
       gemm<T>(keys, lanes, plan_.channels, {key, padded, 1}, query_t_, lanes, scores_, lanes, false);
       if (p.l2) l2_key_bias<T>(key_bias_, key, keys, plan_, p.scale);
-      for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) softmax(table, k, keys, lane, p.l2);
-      if (k > 0) {
-        for (int64_t i = 0; i < count; ++i) {
-          if (correction_[i] == 1) continue;
-          for (int64_t c = 0; c < padded; ++c) output_[i * padded + c] *= correction_[i];
-        }
-      }
-      gemm<T>(count, padded, keys, {scores_, 1, lanes}, value_.block(k, keys), padded, output_, padded, k > 0);
+      for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) softmax(table, k, keys, lanes, lane, p.l2);
+      if (k > 0) output_.scale(correction_, count);
+      output_.add(scores_, count, keys, value_.block(k, keys), k > 0);
     }
+    const T* output = output_.rows(count);
     RowCursor row(a_.output, job, plan_.window_x, first), lse = lse_cursor(p, job, plan_.window_x, first);
     for (int64_t i = 0; i < count; ++i, ++row, ++lse) {
-      store_row(output_ + i * padded, a_.output, row.offset, plan_.channels, 1 / sum_[i]);
+      store_row(output + i * padded, a_.output, row.offset, plan_.channels, 1 / sum_[i]);
       T* to = static_cast<T*>(a_.lse) + lse.offset;
       to[0] = maximum_[i];
       to[p.rows()] = log2_of(sum_[i]);
@@ -77,8 +74,7 @@ class DenseForward {
   }
 
   // One vector of queries: adds the biases, moves the running maximum, and leaves exponentials in the block.
-  NATTEN_EXT_INLINE void softmax(const T* table, int64_t first_key, int64_t keys, int64_t lane, bool l2) {
-    const int64_t lanes = plan_.block_queries;
+  NATTEN_EXT_INLINE void softmax(const T* table, int64_t first_key, int64_t keys, int64_t lanes, int64_t lane, bool l2) {
     T* scores = scores_ + lane;
     const Vector<T> before = load(maximum_ + lane);
     Vector<T> top = before;
@@ -108,7 +104,9 @@ class DenseForward {
   Origin<T> key_origin_;
   KeyOperand<T> key_, value_;
   TableIndex<T> index_;
-  Buffer<T> query_, query_t_, scores_, output_, maximum_, sum_, correction_, key_bias_;
+  Buffer<T> query_, query_t_, scores_;
+  QuerySums<T> output_;
+  Buffer<T> maximum_, sum_, correction_, key_bias_;
 };
 
 template <class T>
@@ -116,7 +114,7 @@ void dense_forward(const Arguments& a, HeadRange heads) {
   const Problem& p = a.problem;
   const DensePlan<T> plan(p, heads, p.head_dim > 128 ? 32 : 64, 128);
   const auto tables = DenseTables<T>::scores(a.bias, plan);
-  run_dense_queries<T>(plan, [&] { return DenseForward<T>(a, plan, tables); });
+  run_dense_queries<T>(plan, kForwardCost, [&] { return DenseForward<T>(a, plan, tables); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -31,8 +31,9 @@ class SavedQueries {
       base[i] = parts[0];
       log_sum[i] = parts[p.rows()];
     }
-    std::fill(base + count, base + plan_.block_queries, kNoQuery);
-    std::fill(log_sum + count, log_sum + plan_.block_queries, T(0));
+    const int64_t lanes = round_up_to_lanes<T>(count);
+    std::fill(base + count, base + lanes, kNoQuery);
+    std::fill(log_sum + count, log_sum + lanes, T(0));
   }
 
  private:
@@ -88,13 +89,14 @@ class ScoreTangent {
     table_ = tables_.head(job.head);
   }
   void load_queries(const DenseJob& job, int64_t first, int64_t count) {
+    lanes_ = round_up_to_lanes<T>(count);
     if (!a_.cot_query) return;
     pack_queries<T>(cot_query, cot_query_t_, a_.cot_query, plan_, job, first, count,
                     T(a_.problem.dot_scale()) * kLog2E<T>);
   }
   // The products of a block of scores, of which X is read.
   void products(T* x, const T* query_t, const T* key, int64_t first_key, int64_t keys) {
-    const int64_t lanes = plan_.block_queries, padded = plan_.padded, channels = plan_.channels;
+    const int64_t lanes = lanes_, padded = plan_.padded, channels = plan_.channels;
     if (a_.cot_query) gemm<T>(keys, lanes, channels, {key, padded, 1}, cot_query_t_, lanes, x, lanes, false);
     if (!a_.cot_key) return;
     const T* rows = cot_key.block(first_key, keys);
@@ -106,7 +108,7 @@ class ScoreTangent {
   // X of key j of a block that begins at first_key, and one vector of queries.
   NATTEN_EXT_INLINE Vector<T> read(const T* x, const TableIndex<T>& index, int64_t first_key, int64_t j, int64_t lane) const {
     Vector<T> value{};
-    if (a_.cot_query || a_.cot_key) value = load(x + j * plan_.block_queries + lane) * kLn2<T>;  // queries carry log2(e)
+    if (a_.cot_query || a_.cot_key) value = load(x + j * lanes_ + lane) * kLn2<T>;  // queries carry log2(e)
     if (table_ != nullptr) value += index.read(table_, first_key + j, lane);
     if (a_.problem.l2 && a_.cot_key) value -= broadcast(key_x_[j]);
     return value;
@@ -117,6 +119,7 @@ class ScoreTangent {
   const DensePlan<T>& plan_;
   const DenseTables<T>& tables_;
   const T* table_ = nullptr;
+  int64_t lanes_ = 0;  // of the block of queries
 
  public:
   Buffer<T> cot_query;  // times a log2(e)

@@ -5,6 +5,7 @@
 // Q, K and V are counted from the places in origin.h.
 #pragma once
 
+#include "dense_query_sums.h"
 #include "dense_saved.h"
 #include "dense_tasks.h"
 #include "dense_windows.h"
@@ -35,14 +36,12 @@ class DenseTangent {
         index_(plan, tables.head(plan.heads.first) != nullptr),
         probability_(kept_keys() * plan.block_queries),
         x_(moves_ ? kept_keys() * plan.block_queries : 0),
-        tangent_(plan.block_queries * plan.padded),
-        output_(moves_ && !keep_ ? plan.block_queries * plan.padded : 0),
+        tangent_(plan, true),
+        output_(plan, moves_ && !keep_),
         total_(plan.block_queries),
         mean_(plan.block_queries),
         rest_(plan.block_queries),
-        key_bias_(plan.block_keys) {
-    std::fill_n(tangent_.data(), plan.block_queries * plan.padded, T(0));  // what it is where no tangent is given
-  }
+        key_bias_(plan.block_keys) {}
 
   // Queries [begin, end) of one job.
   void run(const DenseJob& job, int64_t begin, int64_t end) {
@@ -62,13 +61,14 @@ class DenseTangent {
 
  private:
   int64_t kept_keys() const { return keep_ ? plan_.keys : plan_.block_keys; }
-  int64_t kept(int64_t first_key) const { return keep_ ? first_key * plan_.block_queries : 0; }
+  int64_t kept(int64_t first_key) const { return keep_ ? first_key * lanes_ : 0; }
 
   void block(const DenseJob& job, int64_t first, int64_t count) {
     queries_.load(job, first, count, key_.origin());
     score_tangent_.load_queries(job, first, count);
     if (tables_.head(job.head) != nullptr) index_.start(first, count);
-    for (Buffer<T>* sums : {&total_, &mean_, &rest_}) std::fill_n(sums->data(), plan_.block_queries, T(0));
+    lanes_ = round_up_to_lanes<T>(count);
+    for (Buffer<T>* sums : {&total_, &mean_, &rest_}) std::fill_n(sums->data(), lanes_, T(0));
     const auto for_each_block = [&](const auto& visit) {
       for (int64_t k = 0; k < plan_.keys; k += plan_.block_keys) visit(k, std::min(plan_.block_keys, plan_.keys - k));
     };
@@ -77,10 +77,12 @@ class DenseTangent {
       if (!keep_) scores(job, k, keys);
       sum(count, k, keys);
     });
-    for (int64_t i = 0; moves_ && !keep_ && i < count; ++i) {
-      subtract_row<T>(tangent_ + i * plan_.padded, output_ + i * plan_.padded, rest_[i] / total_[i], plan_.channels);
+    T* rows = tangent_.rows(count);
+    const T* output = moves_ && !keep_ ? output_.rows(count) : nullptr;
+    for (int64_t i = 0; output != nullptr && i < count; ++i) {
+      subtract_row<T>(rows + i * plan_.padded, output + i * plan_.padded, rest_[i] / total_[i], plan_.channels);
     }
-    if (a_.grad_grad_output) unpack_rows<T>(tangent_, a_.grad_grad_output, plan_, job, plan_.window_x, first, count, 1);
+    if (a_.grad_grad_output) unpack_rows<T>(rows, a_.grad_grad_output, plan_, job, plan_.window_x, first, count, 1);
     if (!a_.grad_grad_lse) return;
     RowCursor row(a_.grad_grad_lse, job, plan_.window_x, first);
     for (int64_t i = 0; i < count; ++i, ++row) {
@@ -90,7 +92,7 @@ class DenseTangent {
 
   // P of one block of keys, and X less its mean: kept, or times P.
   void scores(const DenseJob& job, int64_t first_key, int64_t keys) {
-    const int64_t lanes = plan_.block_queries, padded = plan_.padded;
+    const int64_t lanes = lanes_, padded = plan_.padded;
     const Problem& p = a_.problem;
     T* probability = probability_ + kept(first_key);
     T* x = x_ + kept(first_key);
@@ -117,7 +119,7 @@ class DenseTangent {
 
   // The mean is that of the first keys with any weight; what it lacks of r is summed.
   NATTEN_EXT_INLINE void centre(T* x, const T* probability, int64_t keys, int64_t lane, Vector<T> total, Vector<T> moment) {
-    const int64_t lanes = plan_.block_queries;
+    const int64_t lanes = lanes_;
     const Vector<T> before = load(total_ + lane), none{};
     const Vector<T> mean = before > none ? load(mean_ + lane) : total > none ? moment / total : none;
     Vector<T> rest{};  // of this block, which rounds less than to go on adding up the row
@@ -133,26 +135,25 @@ class DenseTangent {
 
   // Adds the products with the values.
   void sum(int64_t count, int64_t first_key, int64_t keys) {
-    const int64_t lanes = plan_.block_queries, padded = plan_.padded;
+    const int64_t lanes = lanes_;
     const T* probability = probability_ + kept(first_key);
     T* x = x_ + kept(first_key);
-    const auto add = [&](const T* weights, KeyOperand<T>& value, const Buffer<T>& to, bool more) {
-      gemm<T>(count, padded, keys, {weights, 1, lanes}, value.block(first_key, keys), padded, to, padded, more);
-    };
-    if (a_.cot_value) add(probability, cot_value_, tangent_, first_key > 0);
+    if (a_.cot_value) tangent_.add(probability, count, keys, cot_value_.block(first_key, keys), first_key > 0);
     if (!moves_) return;
     for (int64_t lane = 0; keep_ && lane < lanes; lane += kLanes<T>) {
       const Vector<T> rest = load(rest_ + lane) / load(total_ + lane);
       for (int64_t at = lane; at < keys * lanes; at += lanes) store(x + at, load(probability + at) * (load(x + at) - rest));
     }
-    add(x, value_, tangent_, first_key > 0 || a_.cot_value);
-    if (!keep_) add(probability, value_, output_, first_key > 0);
+    const T* value = value_.block(first_key, keys);
+    tangent_.add(x, count, keys, value, first_key > 0 || a_.cot_value);
+    if (!keep_) output_.add(probability, count, keys, value, first_key > 0);
   }
 
   const Arguments& a_;
   const DensePlan<T>& plan_;
   const DenseTables<T>& tables_;
   const bool moves_, keep_;  // whether scores have a tangent; whether a row of blocks is kept
+  int64_t lanes_ = 0;        // of the block of queries
   WindowsInstead<T, NeighborhoodTangent<T>> windows_;
   Origin<T> key_origin_, value_origin_;
   SavedQueries<T> queries_;
@@ -160,7 +161,7 @@ class DenseTangent {
   ScoreTangent<T> score_tangent_;
   TableIndex<T> index_;
   Buffer<T> probability_, x_;
-  Buffer<T> tangent_, output_;     // rows of results; sum P V where it is needed
+  QuerySums<T> tangent_, output_;  // results; sum P V where it is needed
   Buffer<T> total_, mean_, rest_;  // sum of P so far; r in two parts
   Buffer<T> key_bias_;
 };
@@ -174,7 +175,7 @@ void dense_tangent(const Arguments& a, HeadRange heads) {
   const DensePlan<T> plan(p, heads, fewer || p.head_dim > 128 ? 32 : 64, 128);
   const auto tables = DenseTables<T>::scores(a.bias, plan);
   const auto cot_tables = DenseTables<T>::cotangents(a.cot_bias, plan);
-  run_dense_queries<T>(plan, [&] { return DenseTangent<T>(a, plan, tables, cot_tables); });
+  run_dense_queries<T>(plan, kTangentCost, [&] { return DenseTangent<T>(a, plan, tables, cot_tables); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

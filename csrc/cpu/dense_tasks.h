@@ -1,4 +1,4 @@
-// How the dense kernels' work is handed out to threads.
+// How the dense kernels' work is handed out to threads; what decides it is the model in cost.h.
 #pragma once
 
 #include "dense_tables.h"
@@ -7,89 +7,148 @@ namespace natten_ext::NATTEN_EXT_ISA {
 
 // Runs the kernel `make()`, whose results are rows of queries, over all jobs.
 template <class T, class Make>
-void run_dense_queries(const DensePlan<T>& plan, const Make& make) {
-  // Long jobs are shared between threads by groups of queries; short ones pack their keys once.
-  const int64_t group = plan.queries <= 512 ? plan.queries : 4 * plan.block_queries;
+void run_dense_queries(const DensePlan<T>& plan, const OrderCost& order, const Make& make) {
+  const int64_t heads = plan.heads.count(), jobs = heads * plan.jobs_per_head, threads = thread_count();
+  const double cost = plan.cost(order);
+  // Long jobs are shared between threads by groups of queries.
+  const int64_t blocks = (plan.queries + plan.block_queries - 1) / plan.block_queries;
+  const double block = plan.attention(std::min(plan.queries, plan.block_queries), plan.keys).scores(order.products);
+  const double again = plan.attention(0, plan.keys).rows(order.tensors);
+  const int64_t group = plan.block_queries * blocks_per_task(jobs, blocks, block, again, threads);
   const int64_t groups = (plan.queries + group - 1) / group;
   // A task is such a group, or a few short jobs. Heads vary faster than windows: they share the pages of memory.
-  const int64_t heads = plan.heads.count(), jobs = heads * plan.jobs_per_head;
-  const int64_t together = groups > 1 ? 1 : std::clamp<int64_t>(jobs / 64, 1, 16);
+  const int64_t together = groups > 1 ? 1 : jobs_per_task(cost, jobs, threads);
   const auto job = [&](int64_t index) { return plan.job(plan.heads.first + index % heads, index / heads); };
-  for_each_task((jobs + together - 1) / together * groups, make, [&](auto& worker, int64_t task) {
-    const int64_t first = task / groups * together, last = std::min(jobs, first + together);
-    const int64_t begin = task % groups * group;
+  const auto task = [&](auto& worker, int64_t number) {
+    const int64_t first = number / groups * together, last = std::min(jobs, first + together);
+    const int64_t begin = number % groups * group;
     for (int64_t index = first; index < last; ++index) {
       if (index + 1 < last) worker.prefetch(job(index + 1));
       worker.run(job(index), begin, std::min(plan.queries, begin + group));
     }
-  });
+  };
+  for_each_task((jobs + together - 1) / together * groups, make, task, static_cast<double>(jobs) * cost);
 }
 
 // What a call of a gradient kernel works on. Gradients of queries and tables want all keys at once, those of keys and
 // values all queries (which may come in several calls, in order).
+template <class T>
 struct DenseShare {
   int64_t query_begin, query_end, key_begin, key_end;
   bool want_query_side, want_key_side;
+  T* sums = nullptr;  // [sum][query] of the job: left by the call that wants the query side for those that want the other
 };
 
-// Whether jobs are split so that idle threads get work. A split job's scores are computed for its queries and again for
-// its keys, about one and a half times the work in all.
-inline bool split_pays(int64_t jobs, int64_t threads) {
-  const int64_t rounds = (jobs + threads - 1) / threads;
-  return 2 * rounds * threads > 3 * jobs;
-}
+// How the jobs of a gradient kernel fall into parts, which does not depend on the threads: a part adds up its share of a
+// head's table gradient by itself.
+template <class T>
+struct DenseParts {
+  DenseParts(const Arguments& a, const DensePlan<T>& plan, const OrderCost& order) {
+    const Problem& p = a.problem;
+    const double cost = plan.cost(order);
+    const int64_t heads = plan.heads.count(), jobs = plan.jobs_per_head;
+    const auto blocks = [](int64_t n, int64_t block) { return (n + block - 1) / block; };
+    table_size = a.grad_bias ? p.table_size() : 0;
+    // Few jobs may be split; their slices of queries are parts as well.
+    few = heads * jobs <= 32 && cost >= 5 * kTask && plan.keys > plan.block_keys && plan.queries > plan.block_queries;
+    query_slices = few ? std::min<int64_t>(8, blocks(plan.queries, plan.block_queries)) : 1;
+    key_slices = few ? std::min<int64_t>(8, blocks(plan.keys, plan.block_keys)) : 1;
+    chunks = few ? jobs : std::min<int64_t>(jobs, 64);
+    if (table_size > 0) {  // as long as partial tables are small beside the other gradients
+      const int64_t most = std::max<int64_t>(1, 3 * jobs * plan.queries * plan.channels / (16 * table_size));
+      query_slices = std::clamp<int64_t>(most / chunks, 1, query_slices);
+      if (!few) chunks = std::min(chunks, most);
+    } else if (!few) {
+      chunks = std::clamp<int64_t>(static_cast<int64_t>(double(jobs) * cost / kTask), std::min<int64_t>(jobs, 64), jobs);
+    }
+    // Tasks take several heads of small jobs, some windows of each at a time: heads share the pages of memory.
+    stretch = std::max<int64_t>(1, static_cast<int64_t>(kTask / cost));
+    heads_at_once = stretch > 1 ? std::clamp<int64_t>(heads * chunks / 32, 1, heads) : 1;
+  }
+  // Where a slice of n rows begins, in whole blocks.
+  static int64_t slice_begin(int64_t slice, int64_t slices, int64_t n, int64_t block) {
+    return std::min(n, slice * ((n + slices * block - 1) / (slices * block)) * block);
+  }
+
+  bool few;
+  int64_t table_size, chunks, query_slices, key_slices, stretch, heads_at_once;
+};
 
 // Runs the gradient kernel `make(keys_at_once)` over all jobs, so that every element is summed by one thread in an
 // order that does not depend on the threads, and reduces the partial gradients of the tables.
 //
-// A job is usually one task. A few large jobs are split where threads would be idle: first by queries, then again by
-// keys. Their partial tables are those of the slices of queries, split or not.
+// Where threads would be idle, some of few large jobs are split: first by queries, then again by keys.
 template <class T, class Make>
-void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const Make& make) {
+void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const OrderCost& order, const Make& make) {
   const Problem& p = a.problem;
+  const DenseParts<T> parts(a, plan, order);
   const int64_t heads = plan.heads.count(), jobs = heads * plan.jobs_per_head;
-  const bool few = jobs < 8 && plan.queries * plan.keys >= int64_t(1) << 18;
-  const bool split = few && split_pays(jobs, thread_count());
-  // Partial tables per head: few enough to be small beside the other gradients.
-  const int64_t slices = few ? std::min<int64_t>(8, (plan.queries + plan.block_queries - 1) / plan.block_queries) : 1;
-  const int64_t chunks = few ? plan.jobs_per_head : std::min<int64_t>(plan.jobs_per_head, 64);
-  const int64_t parts = chunks * slices, table_size = a.grad_bias ? p.table_size() : 0;
-  Buffer<T> partial(heads * parts * table_size);
-  std::fill_n(partial.data(), heads * parts * table_size, T(0));
-  const auto slice_begin = [](int64_t slice, int64_t slices, int64_t n, int64_t block) {
-    return std::min(n, slice * ((n + slices * block - 1) / (slices * block)) * block);
+  const int64_t per_head = parts.chunks * parts.query_slices, table_size = parts.table_size;
+  Buffer<T> partial(heads * per_head * table_size);
+  std::fill_n(partial.data(), heads * per_head * table_size, T(0));
+  const auto partial_of = [&](int64_t head, int64_t chunk, int64_t slice) {
+    return partial + (head * per_head + chunk * parts.query_slices + slice) * table_size;
   };
-  const auto query_task = [&](auto& worker, int64_t task) {
-    // Heads vary fastest: they share the pages of memory.
-    const int64_t head = task % heads, rest = task / heads, chunk = split ? rest / slices : rest;
-    const int64_t first = split ? rest % slices : 0, last = split ? first + 1 : slices;
-    const int64_t end = (chunk + 1) * plan.jobs_per_head / chunks;
-    for (int64_t slice = first; slice < last; ++slice) {
-      worker.start(partial + (head * parts + chunk * slices + slice) * table_size);
-      const int64_t query_begin = slice_begin(slice, slices, plan.queries, plan.block_queries);
-      const int64_t query_end = slice_begin(slice + 1, slices, plan.queries, plan.block_queries);
-      for (int64_t job = chunk * plan.jobs_per_head / chunks; job < end; ++job) {
-        if (job + 1 < end) worker.prefetch(plan.job(plan.heads.first + head, job + 1));
-        worker.run(plan.job(plan.heads.first + head, job), {query_begin, query_end, 0, plan.keys, true, !split});
+  const auto job_of = [&](int64_t head, int64_t index) { return plan.job(plan.heads.first + head, index); };
+  const auto query_begin = [&](int64_t slice) {
+    return DenseParts<T>::slice_begin(slice, parts.query_slices, plan.queries, plan.block_queries);
+  };
+  const auto key_begin = [&](int64_t slice) {
+    return DenseParts<T>::slice_begin(slice, parts.key_slices, plan.keys, plan.block_keys);
+  };
+  const double cost = plan.cost(order);
+
+  if (parts.few) {
+    const Attention all = plan.attention(plan.queries, plan.keys);
+    const double moved = all.rows(order.tensors), of_queries = all.scores(order.query_products) + moved;
+    const double of_keys = all.scores(order.key_products) + moved;
+    const bool can = parts.query_slices > 1 && parts.key_slices > 1;
+    const int64_t split =
+        can ? jobs_to_split(jobs, {cost, of_queries, of_keys, parts.query_slices, parts.key_slices}, thread_count()) : 0;
+    const int64_t whole = jobs - split;
+    Buffer<T> sums(split * order.sums * plan.queries);
+    const auto sums_of = [&](int64_t job) { return sums + (job - whole) * order.sums * plan.queries; };
+    // Whole jobs, then slices of queries of the others.
+    const auto query_task = [&](auto& worker, int64_t task) {
+      const int64_t job = task < whole ? task : whole + (task - whole) / parts.query_slices;
+      const int64_t first = task < whole ? 0 : (task - whole) % parts.query_slices;
+      const int64_t last = task < whole ? parts.query_slices : first + 1;
+      const int64_t head = job % heads, index = job / heads;
+      for (int64_t slice = first; slice < last; ++slice) {
+        worker.start(partial_of(head, index, slice));
+        worker.run(job_of(head, index), {query_begin(slice), query_begin(slice + 1), 0, plan.keys, true, task < whole,
+                                         task < whole ? nullptr : sums_of(job)});
+        worker.finish();
       }
-      worker.finish();
-    }
-  };
-  for_each_task(heads * chunks * (split ? slices : 1), [&] { return make(split ? 0 : plan.keys); }, query_task);
-  if (split) {
-    const int64_t key_slices = std::min<int64_t>(8, (plan.keys + plan.block_keys - 1) / plan.block_keys);
-    const int64_t keys_at_once = slice_begin(1, key_slices, plan.keys, plan.block_keys);
-    for_each_task(
-        jobs * key_slices, [&] { return make(keys_at_once); },
-        [&](auto& worker, int64_t task) {
-          const int64_t job = task / key_slices, slice = task % key_slices;
-          const int64_t begin = slice_begin(slice, key_slices, plan.keys, plan.block_keys);
-          const int64_t end = slice_begin(slice + 1, key_slices, plan.keys, plan.block_keys);
-          worker.run(plan.job(plan.heads.first + job / plan.jobs_per_head, job % plan.jobs_per_head),
-                     {0, plan.queries, begin, end, false, true});
-        });
+    };
+    for_each_task(whole + split * parts.query_slices, [&] { return make(whole > 0 ? plan.keys : 0); }, query_task);
+    const auto key_task = [&](auto& worker, int64_t task) {
+      const int64_t job = whole + task / parts.key_slices, slice = task % parts.key_slices;
+      worker.run(job_of(job % heads, job / heads),
+                 {0, plan.queries, key_begin(slice), key_begin(slice + 1), false, true, sums_of(job)});
+    };
+    for_each_task(split * parts.key_slices, [&] { return make(key_begin(1)); }, key_task);
+  } else {
+    const int64_t groups = (heads + parts.heads_at_once - 1) / parts.heads_at_once;
+    const auto task = [&](auto& worker, int64_t number) {
+      const int64_t chunk = number / groups, end = (chunk + 1) * plan.jobs_per_head / parts.chunks;
+      const int64_t first_head = number % groups * parts.heads_at_once;
+      const int64_t last_head = std::min(heads, first_head + parts.heads_at_once);
+      for (int64_t first = chunk * plan.jobs_per_head / parts.chunks; first < end; first += parts.stretch) {
+        const int64_t last = std::min(end, first + parts.stretch);
+        for (int64_t head = first_head; head < last_head; ++head) {
+          worker.start(partial_of(head, chunk, 0));
+          for (int64_t index = first; index < last; ++index) {
+            if (index + 1 < last) worker.prefetch(job_of(head, index + 1));
+            worker.run(job_of(head, index), {0, plan.queries, 0, plan.keys, true, true});
+          }
+          worker.finish();
+        }
+      }
+    };
+    for_each_task(groups * parts.chunks, [&] { return make(plan.keys); }, task, static_cast<double>(jobs) * cost);
   }
-  if (a.grad_bias) reduce_tables<T>(partial, parts, a.grad_bias, plan.heads, p);
+  if (a.grad_bias) reduce_tables<T>(partial, per_head, a.grad_bias, plan.heads, p);
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

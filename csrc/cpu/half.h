@@ -73,11 +73,12 @@ NATTEN_EXT_INLINE Vector<float> load_wide(const Float16* p) {
 
 NATTEN_EXT_INLINE void store_narrow(float* p, Vector<float> v) { store(p, v); }
 NATTEN_EXT_INLINE void store_narrow(double* p, Vector<double> v) { store(p, v); }
-NATTEN_EXT_INLINE void store_narrow(BFloat16* p, Vector<float> v) {
+NATTEN_EXT_INLINE Halves to_bfloat16(Vector<float> v) {
   const Words wide = (Words)v, nan = (Words)(v != v);
   const Words rounded = (wide + 0x7fffu + (wide >> 16 & 1u)) >> 16;
-  *reinterpret_cast<UnalignedHalves*>(p) = __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), Halves);
+  return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), Halves);
 }
+NATTEN_EXT_INLINE void store_narrow(BFloat16* p, Vector<float> v) { *reinterpret_cast<UnalignedHalves*>(p) = to_bfloat16(v); }
 NATTEN_EXT_INLINE void store_narrow(Float16* p, Vector<float> v) {
 #if NATTEN_EXT_VECTOR_BYTES == 64 && defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
@@ -87,5 +88,48 @@ NATTEN_EXT_INLINE void store_narrow(Float16* p, Vector<float> v) {
   for (int lane = 0; lane < kLanes<float>; ++lane) narrow(v[lane], p + lane);
 #endif
 }
+
+// The first n values of a vector, fewer than it has lanes; no others are touched. The other lanes are zero.
+#if NATTEN_EXT_VECTOR_BYTES == 64 && defined(__AVX512F__)
+NATTEN_EXT_INLINE uint16_t first_lanes(int64_t n) { return static_cast<uint16_t>((1u << n) - 1); }
+NATTEN_EXT_INLINE __m256i load_first_halves(const void* p, int64_t n) { return _mm256_maskz_loadu_epi16(first_lanes(n), p); }
+
+NATTEN_EXT_INLINE Vector<float> load_first(const float* p, int64_t n) {
+  return (Vector<float>)_mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+NATTEN_EXT_INLINE Vector<double> load_first(const double* p, int64_t n) {
+  return (Vector<double>)_mm512_maskz_loadu_pd(static_cast<uint8_t>(first_lanes(n)), p);
+}
+NATTEN_EXT_INLINE Vector<float> load_first(const BFloat16* p, int64_t n) {
+  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_first_halves(p, n)), 16);
+}
+NATTEN_EXT_INLINE Vector<float> load_first(const Float16* p, int64_t n) {
+  return (Vector<float>)_mm512_cvtph_ps(load_first_halves(p, n));
+}
+NATTEN_EXT_INLINE void store_first(float* p, Vector<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+NATTEN_EXT_INLINE void store_first(double* p, Vector<double> v, int64_t n) {
+  _mm512_mask_storeu_pd(p, static_cast<uint8_t>(first_lanes(n)), (__m512d)v);
+}
+NATTEN_EXT_INLINE void store_first(BFloat16* p, Vector<float> v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)to_bfloat16(v));
+}
+NATTEN_EXT_INLINE void store_first(Float16* p, Vector<float> v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+template <class Number>
+NATTEN_EXT_INLINE auto load_first(const Number* p, int64_t n) {
+  using T = decltype(widen(*p));
+  Vector<T> result{};
+  for (int64_t lane = 0; lane < n; ++lane) result[lane] = widen(p[lane]);
+  return result;
+}
+template <class Number, class V>
+NATTEN_EXT_INLINE void store_first(Number* p, V v, int64_t n) {
+  for (int64_t lane = 0; lane < n; ++lane) narrow(v[lane], p + lane);
+}
+#endif
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -123,7 +123,7 @@ void release_working_memory() { BlockCache::instance().release(); }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
-void parallel_tasks(int64_t count, void (*worker)(void*, int64_t (*)(void*), void*), void* context) {
+void parallel_tasks(int64_t count, int64_t threads, void (*worker)(void*, int64_t (*)(void*), void*), void* context) {
   struct Queue {
     std::atomic<int64_t> next{0};
     int64_t count;
@@ -133,7 +133,8 @@ void parallel_tasks(int64_t count, void (*worker)(void*, int64_t (*)(void*), voi
     const int64_t index = q.next.fetch_add(1, std::memory_order_relaxed);
     return index < q.count ? index : -1;
   };
-  const int64_t threads = std::min(count, thread_count());
+  threads = std::min(count, threads);
+  if (threads == 1) return worker(context, next, &queue);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) worker(context, next, &queue);
   });

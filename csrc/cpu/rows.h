@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../problem.h"
+#include "cost.h"
 #include "half.h"
 #include "kernels.h"
 #include "working_memory.h"
@@ -57,7 +58,8 @@ NATTEN_EXT_INLINE void load_row(T* NATTEN_EXT_RESTRICT row, const View& view, in
     for (int64_t c = 0; c + L <= n; c += L) store(row + c, value(c));
     if (n % L == 0) return;
     if (n > L) return store(row + n - L, value(n - L));
-    for (int64_t c = 0; c < n; ++c) row[c] = (origin != nullptr ? widen(from[c]) - origin[c] : widen(from[c])) * factor;
+    const Vector<T> first = load_first(from, n);
+    store_first(row, (origin != nullptr ? first - load_first(origin, n) : first) * factor, n);
   });
 }
 template <class T>
@@ -67,7 +69,7 @@ NATTEN_EXT_INLINE void store_row(const T* NATTEN_EXT_RESTRICT row, const View& v
     for (int64_t c = 0; c + L <= n; c += L) store_narrow(to + c, load(row + c) * factor);
     if (n % L == 0) return;
     if (n > L) return store_narrow(to + n - L, load(row + n - L) * factor);
-    for (int64_t c = 0; c < n; ++c) narrow(row[c] * factor, to + c);
+    store_first(to, load_first(row, n) * factor, n);
   });
 }
 
@@ -83,7 +85,7 @@ NATTEN_EXT_INLINE void look_for_large(Vector<T>& strange, const View& view, int6
   visit_numbers<T>(view, offset, [&](const auto* from) __attribute__((always_inline)) {
     int64_t c = 0;
     for (; c + L <= n; c += L) strange += load_wide(from + c) * kToOverflow * T(0);
-    for (; c < n; ++c) strange += broadcast<T>(widen(from[c]) * kToOverflow * T(0));
+    if (c < n) strange += load_first(from + c, n - c) * kToOverflow * T(0);
   });
 }
 
@@ -143,15 +145,16 @@ T table_score(T value) {
   return std::isinf(value) ? value : std::clamp(value * kLog2E<T>, -kLargest, kLargest);
 }
 
-// Runs body(worker, index) for every index, with one Worker (working memory) per thread, made by make().
+// Runs body(worker, index) for every index, with one Worker (working memory) per thread, made by make(). `nanoseconds`, of
+// one thread for all, says how many threads are worth their start.
 template <class Make, class Body>
-void for_each_task(int64_t count, const Make& make, const Body& body) {
+void for_each_task(int64_t count, const Make& make, const Body& body, double nanoseconds = kUnknown) {
   struct Context {
     const Make& make;
     const Body& body;
   } context{make, body};
   parallel_tasks(
-      count,
+      count, worthwhile_threads(nanoseconds, thread_count()),
       [](void* opaque, int64_t (*next)(void*), void* queue) {
         const Context& c = *static_cast<Context*>(opaque);
         int64_t index = next(queue);

@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -18,74 +19,97 @@ namespace natten_ext {
 // Freed blocks, kept for the next calls. The allocator would give them back to the system, which then hands them out
 // page by page, at a fault each: up to half of the time of a small problem.
 //
+// Threads have shelves of their own: one lock for all took longer than the work of a small problem.
+//
 // A process may fork while another of its threads is in here. That thread does not exist in the child, so the forking
-// thread holds the lock over the fork.
+// thread holds the locks over the fork.
 class BlockCache {
  public:
   static BlockCache& instance() { return *instance_; }
   // A cache-line aligned block of at least `bytes`, which becomes the block's true size.
   void* take(size_t& bytes) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      size_t best = blocks_.size();
-      for (size_t i = 0; i < blocks_.size(); ++i) {
-        const size_t size = blocks_[i].bytes;
-        if (size >= bytes && size <= 2 * bytes && (best == blocks_.size() || size < blocks_[best].bytes)) best = i;
-      }
-      if (best < blocks_.size()) {
-        const Block block = blocks_[best];
-        blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(best));
-        kept_ -= block.bytes;
-        bytes = block.bytes;
-        return block.data;
-      }
-    }
+    if (void* kept = mine().take(bytes)) return kept;
     void* data = std::aligned_alloc(64, bytes);
     if (data == nullptr) throw std::bad_alloc();
     return data;
   }
   // Keeps a block, unless too many are kept already.
   void give(void* data, size_t bytes) noexcept {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (kept_ + bytes <= keep_at_most_ && blocks_.size() < blocks_.capacity()) {
-        blocks_.push_back({data, bytes});
-        kept_ += bytes;
-        return;
-      }
-    }
-    std::free(data);
+    if (!mine().give(data, bytes)) std::free(data);
   }
   // Frees all that is kept.
   void release() noexcept {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const Block& block : blocks_) std::free(block.data);
-    blocks_.clear();
-    kept_ = 0;
+    for (Shelf& shelf : shelves_) shelf.release();
   }
 
  private:
-  static constexpr size_t kPerThread = size_t(16) << 20, kBlocksPerThread = 32;
+  class alignas(128) Shelf {
+   public:
+    Shelf() { blocks_.reserve(kBlocks); }  // so that giving back never allocates
+    // Null if no block fits.
+    void* take(size_t& bytes) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      size_t best = blocks_.size();
+      for (size_t i = 0; i < blocks_.size(); ++i) {
+        const size_t size = blocks_[i].bytes;
+        if (size >= bytes && size <= 2 * bytes && (best == blocks_.size() || size < blocks_[best].bytes)) best = i;
+      }
+      if (best == blocks_.size()) return nullptr;
+      const Block block = blocks_[best];
+      blocks_[best] = blocks_.back();
+      blocks_.pop_back();
+      kept_ -= block.bytes;
+      bytes = block.bytes;
+      return block.data;
+    }
+    bool give(void* data, size_t bytes) noexcept {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (kept_ + bytes > kBytes || blocks_.size() == kBlocks) return false;
+      blocks_.push_back({data, bytes});
+      kept_ += bytes;
+      return true;
+    }
+    void release() noexcept {
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (const Block& block : blocks_) std::free(block.data);
+      blocks_.clear();
+      kept_ = 0;
+    }
 
-  struct Block {
-    void* data;
-    size_t bytes;
+    std::mutex mutex;
+
+   private:
+    static constexpr size_t kBytes = size_t(16) << 20, kBlocks = 64;
+
+    struct Block {
+      void* data;
+      size_t bytes;
+    };
+    std::vector<Block> blocks_;
+    size_t kept_ = 0;
   };
 
-  BlockCache() {
-    const size_t threads = std::max(1u, std::thread::hardware_concurrency());
-    keep_at_most_ = threads * kPerThread;
-    blocks_.reserve(threads * kBlocksPerThread);  // so that giving back never allocates
-    pthread_atfork([] { instance_->mutex_.lock(); }, [] { instance_->mutex_.unlock(); }, [] { instance_->mutex_.unlock(); });
+  BlockCache() : shelves_(std::max(1u, std::thread::hardware_concurrency())) {
+    pthread_atfork([] { instance_->lock_all(); }, [] { instance_->unlock_all(); }, [] { instance_->unlock_all(); });
+  }
+  // A thread's own, which later threads share where there are more of them than cores.
+  Shelf& mine() {
+    static std::atomic<size_t> threads{0};
+    thread_local const size_t number = threads.fetch_add(1, std::memory_order_relaxed);
+    return shelves_[number % shelves_.size()];
+  }
+  void lock_all() {
+    for (Shelf& shelf : shelves_) shelf.mutex.lock();
+  }
+  void unlock_all() {
+    for (Shelf& shelf : shelves_) shelf.mutex.unlock();
   }
 
   // Made when the library is loaded, not by the first call, which a fork may interrupt. Never destroyed: threads may
   // still run when the process ends.
   static BlockCache* const instance_;
 
-  std::mutex mutex_;
-  std::vector<Block> blocks_;
-  size_t kept_ = 0, keep_at_most_ = 0;
+  std::vector<Shelf> shelves_;
 };
 
 inline BlockCache* const BlockCache::instance_ = new BlockCache;
