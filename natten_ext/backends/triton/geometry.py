@@ -264,8 +264,9 @@ def _queries_of(keys, axis, S: tl.constexpr):
         low = tl.cdiv(first - axis.window + 1 - _shift(axis), axis.stride) * axis.stride
         low = tl.where(first < axis.window, 0, low)
         low = tl.where(axis.causal != 0, first, low)
+        # Not beyond the last query, for a stride is at most the window.
         high = ((last - _shift(axis)) // axis.stride + 1) * axis.stride
-        high = tl.where(last >= axis.queries - axis.window, axis.queries, tl.minimum(high, axis.queries))
+        high = tl.where(last >= axis.queries - axis.window, axis.queries, high)
     elif S.kind == GRID:
         low = first // axis.window * axis.window
         high = (last // axis.window + 1) * axis.window

@@ -49,8 +49,9 @@ class Axis:
             return first // self.window * self.window, (last // self.window + 1) * self.window
         stride, shift = self.stride, self._shift
         low = 0 if first < self.window else -(-(first - self.window + 1 - shift) // stride) * stride
+        # Not beyond the last query, for a stride is at most the window.
         high = self.queries if last >= self.queries - self.window else ((last - shift) // stride + 1) * stride
-        return first if self.causal else low, min(high, self.queries)
+        return first if self.causal else low, high
 
     @property
     def _shift(self) -> int:
