@@ -77,8 +77,8 @@ struct DensePlan {
   const HeadWindow& head_window() const { return problem.windows[heads.first]; }
 
   DenseJob job(int64_t head, int64_t index) const {
-    const int64_t x = index % windows_x, y = index / windows_x % windows_y, z = index / windows_x / windows_y % windows_z;
-    const int64_t batch = index / (windows_z * windows_y * windows_x);
+    const int64_t line = index / windows_x, plane = line / windows_y, x = index % windows_x, y = line % windows_y;
+    const int64_t batch = windows_z == 1 ? plane : plane / windows_z, z = windows_z == 1 ? 0 : plane % windows_z;
     if (masked) return {batch, head, z, y, x, windows_z, windows_y, windows_x, window_y};
     return {batch, head, z * window_z, y * window_y, x * window_x, 1, 1, 1, window_y};
   }
@@ -103,19 +103,24 @@ class RowCursor {
  public:
   // At row `r` of a window that is `width` wide.
   RowCursor(const View& v, const DenseJob& job, int64_t width, int64_t r)
-      : offset(job.batch * v.batch + job.head * v.head + (job.z0 + r / width / job.height * job.step_z) * v.z +
-               (job.y0 + r / width % job.height * job.step_y) * v.y + (job.x0 + r % width * job.step_x) * v.x),
+      : offset(job.batch * v.batch + job.head * v.head + job.z0 * v.z + job.y0 * v.y + job.x0 * v.x),
         width_(width),
         height_(job.height),
-        left_(width - r % width),
-        lines_left_(height_ - r / width % height_),
+        left_(width),
+        lines_left_(height_),
         step_(job.step_x * v.x),
-        jump_(job.step_y * v.y - (width - 1) * step_),
-        plane_jump_(job.step_z * v.z - height_ * job.step_y * v.y) {}
+        jump_(job.step_y * v.y - width * step_),
+        plane_jump_(job.step_z * v.z - height_ * job.step_y * v.y) {
+    if (r == 0) return;  // as in small windows, where divisions take long
+    const int64_t line = r / width, x = r % width, z = line / height_, y = line % height_;
+    offset += z * job.step_z * v.z + y * job.step_y * v.y + x * step_;
+    left_ -= x;
+    lines_left_ -= y;
+  }
   void operator++() {
-    const bool last = --left_ == 0;
-    offset += last ? jump_ : step_;
-    if (!last) return;
+    offset += step_;
+    if (--left_ > 0) return;
+    offset += jump_;
     left_ = width_;
     if (--lines_left_ > 0) return;
     offset += plane_jump_;

@@ -15,14 +15,17 @@ void for_each_in_windows(const DensePlan<T>& plan, const Visit& visit) {
   const int64_t height = p.table_height();
   const int64_t center_x = p.table_kernel_x() - 1, center = (p.table_kernel_z() - 1) * height + p.table_kernel_y() - 1;
   const ClassAxis axis_z{plan.window_z, w.z}, axis_y{plan.window_y, w.y}, axis_x{plan.window_x, w.x};
-  for (int64_t query = 0; query < plan.queries; ++query) {
-    const int64_t z = query / plan.window_x / plan.window_y, y = query / plan.window_x % plan.window_y, x = query % plan.window_x;
-    const Range in_z = axis_z.keys(z), in_y = axis_y.keys(y), in_x = axis_x.keys(x);
-    for (int64_t kz = in_z.start; kz < in_z.end; ++kz) {
-      for (int64_t ky = in_y.start; ky < in_y.end; ++ky) {
-        const int64_t line = center + (kz - z) * height + ky - y;
-        for (int64_t kx = in_x.start; kx < in_x.end; ++kx) {
-          visit((kz * plan.window_y + ky) * plan.window_x + kx, query, line, kx - x + center_x);
+  for (int64_t z = 0, query = 0; z < plan.window_z; ++z) {
+    const Range in_z = axis_z.keys(z);
+    for (int64_t y = 0; y < plan.window_y; ++y) {
+      const Range in_y = axis_y.keys(y);
+      for (int64_t x = 0; x < plan.window_x; ++x, ++query) {
+        const Range in_x = axis_x.keys(x);
+        for (int64_t kz = in_z.start; kz < in_z.end; ++kz) {
+          for (int64_t ky = in_y.start; ky < in_y.end; ++ky) {
+            const int64_t line = center + (kz - z) * height + ky - y, key = (kz * plan.window_y + ky) * plan.window_x;
+            for (int64_t kx = in_x.start; kx < in_x.end; ++kx) visit(key + kx, query, line, kx - x + center_x);
+          }
         }
       }
     }

@@ -31,8 +31,9 @@ class WindowsInstead {
       started_ = true;
     }
     const HeadWindow& window = plan_.head_window();
-    windows_->run({job.batch, job.head, window, job.z0, job.y0, job.x0, plan_.window_z, plan_.window_y, plan_.window_x,
-                   {0, plan_.window_z}, {0, plan_.window_y}});
+    const Range all{0, plan_.window_x};
+    windows_->run({job.batch, job.head, window, job.z0, job.y0, job.x0, plan_.window_z, plan_.window_y,
+                   {0, plan_.window_z}, {0, plan_.window_y}, {{plan_.window_x, window.x}, plan_.window_x, all, all}});
     return true;
   }
 

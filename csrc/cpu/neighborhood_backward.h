@@ -183,7 +183,7 @@ class NeighborhoodBackward {
       grad_key_.open(group);
       grad_value_.open(group);
       const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
-      for (int64_t b = 0; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
+      for (int64_t b = g.columns.queries.start / L; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
       if (a_.grad_key) {
         gatherer_.run(g, group, grad_score_rows_, rows_.query, rows_.query_channels, grad_key_.ring, job, backward_.strange);
       }
@@ -216,7 +216,7 @@ class NeighborhoodBackward {
     for (int64_t b = begin; b < end; ++b) {
       for (int r = 0; r < group.count; ++r) {
         const Row row = group.row(r);
-        if (!rows_.job.owns(row)) continue;
+        if (!rows_.job.owns(row, b * L)) continue;
         T* gradient = grad_query_.row(b - begin, r);
         if (a_.problem.l2) rows_.subtract_own(gradient, rows_.query.row(row) + b * L, row_sum_[b - begin][r]);
         else if (a_.grad_lse) rows_.add_origin(gradient, load(backward_.grad_lse[r] + b * L));
@@ -229,7 +229,7 @@ class NeighborhoodBackward {
   void score_gradients(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t n = group.key_rows(r) * g.kx, x = b * L;
-    const bool to_table = a_.grad_bias && rows_.job.owns(group.row(r));
+    const bool to_table = a_.grad_bias && rows_.job.owns(group.row(r), x);
     T* const weights = weights_.block(r, slot);
     T* const scores = scores_.block(r, slot);
     const Vector<T> base = load(backward_.base[r] + x), log_sum = load(backward_.log_sum[r] + x);
@@ -293,7 +293,7 @@ class NeighborhoodBackward {
 template <class T, class Make>
 void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const Make& make) {
   const Problem& p = a.problem;
-  const HeadJobs jobs(p, heads.first, 64, 64);
+  const HeadJobs jobs(p, heads.first, 64, 64, true);
   const int64_t parts = std::min<int64_t>(16, jobs.count());
   const int64_t table_size = a.grad_bias ? p.table_size() : 0;
   Buffer<T> partial(heads.count() * parts * table_size);

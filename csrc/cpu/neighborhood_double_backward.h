@@ -39,7 +39,7 @@ class NeighborhoodDoubleBackward {
       grad_key_.open(group);
       grad_value_.open(group);
       const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
-      for (int64_t b = 0; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
+      for (int64_t b = g.columns.queries.start / L; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
       gather(group);
       close(next);
     });
@@ -91,13 +91,13 @@ class NeighborhoodDoubleBackward {
     if (a_.grad_grad_output && own) {
       gather(kValueWeight, rows_.value, grad_grad_output_, static_cast<bool>(a_.cot_value));
       for_each_block([&](int r, int64_t b, int64_t slot) {
-        if (!rows_.job.owns(group.row(r))) return;
+        if (!rows_.job.owns(group.row(r), b * L)) return;
         rows_.transposer.unload(grad_grad_output_.row(slot, r), L, a_.grad_grad_output, rows_.job, group.row(r), b * L, 1);
       });
     }
     if (a_.grad_grad_lse && own) {
       for_each_block([&](int r, int64_t b, int64_t slot) {
-        if (!rows_.job.owns(group.row(r))) return;
+        if (!rows_.job.owns(group.row(r), b * L)) return;
         rows_.store_lanes(a_.grad_grad_lse, group.row(r), b, r_sum_[slot][r] + r_rest_[slot][r]);
       });
     }
@@ -106,7 +106,7 @@ class NeighborhoodDoubleBackward {
     if (a_.cot_key) gather(kGradScore, cotangents_.key, grad_query_, true);
     for_each_block([&](int r, int64_t b, int64_t slot) {
       const Row row = group.row(r);
-      if (!rows_.job.owns(row)) return;
+      if (!rows_.job.owns(row, b * L)) return;
       T* gradient = grad_query_.row(slot, r);
       if (a_.problem.l2) {
         rows_.subtract_own(gradient, rows_.query.row(row) + b * L, score_bar_sum_[slot][r]);
@@ -162,7 +162,7 @@ class NeighborhoodDoubleBackward {
     const Vector<T> d_rest = d_rest_[slot][r], r_sum = r_sum_[slot][r], r_rest = r_rest_[slot][r];
     Vector<T> t = t_[slot][r];
     if (a_.cot_value) t += backward_.dot(backward_.grad_output.row(row) + x, grad_grad_output_.row(slot, r), L);
-    const bool to_table = a_.grad_bias && rows_.job.owns(row);
+    const bool to_table = a_.grad_bias && rows_.job.owns(row, x);
     const T* const probabilities = weights_[kProbability].block(r, slot);
     const T* const values = weights_[kX].block(r, slot);
     T* const value_weights = weights_[kValueWeight].block(r, slot);

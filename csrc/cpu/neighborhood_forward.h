@@ -23,7 +23,7 @@ class NeighborhoodForward {
     for_each_group(g, job.planes, job.rows, [&](const RowGroup& group) {
       rows_.load_queries(group);
       rows_.load_keys(group, [](Row) {});
-      for (int64_t begin = 0; begin < blocks; begin += kStrip) strip(group, begin, std::min(blocks, begin + kStrip));
+      for (int64_t begin = g.columns.queries.start / L; begin < blocks; begin += kStrip) strip(group, begin, std::min(blocks, begin + kStrip));
     });
   }
 

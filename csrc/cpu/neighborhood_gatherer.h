@@ -36,7 +36,7 @@ class QueryGatherer {
       if (!job.owns_plane(z)) continue;
       for (int64_t y = std::max(job.rows.start, group.first()); y < end; y += kGroup) {
         const int rows = static_cast<int>(std::min<int64_t>(kGroup, end - y));
-        for (int64_t b = 0; b < static_cast<int64_t>(g.key_blocks.size()); ++b) {
+        for (int64_t b = job.columns.owned.start / kLanes<T>; b < static_cast<int64_t>(g.key_blocks.size()); ++b) {
           const KeyBlock& block = g.key_blocks[b];
           const bool alone = strange && !block.regular;
           if (alone) one_by_one(g, group, weights, query, channels, gradient, {z, y}, rows, b * kLanes<T>, block);

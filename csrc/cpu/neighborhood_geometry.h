@@ -21,18 +21,41 @@ constexpr int kGroup = 3;
 
 using Range = ClassKeys<int64_t>;
 
-// One axis of a class, and the window on it.
+// One axis of a class, and the window on it; positions are counted from `offset`.
 struct ClassAxis {
   int64_t length = 0;
   AxisWindow window;
+  int64_t offset = 0;
 
-  Range keys(int64_t query) const { return class_keys(query, length, window.kernel, window.stride, window.causal); }
-  // The queries that see any of these keys.
+  bool operator==(const ClassAxis&) const = default;
+  Range keys(int64_t query) const {
+    if (window.sliding()) {  // spares a division
+      const int64_t start = class_window_start(query + offset, length, window.kernel) - offset;
+      return {start, start + window.kernel};
+    }
+    const Range keys = class_keys(query + offset, length, window.kernel, window.stride, window.causal);
+    return {keys.start - offset, keys.end - offset};
+  }
+  // The queries that see any of these keys, of an axis counted from its start.
   Range attending(Range some) const {
     Range queries = some;
     while (queries.start > 0 && keys(queries.start - 1).end > some.start) --queries.start;
     while (queries.end < length && keys(queries.end).start < some.end) ++queries.end;
     return queries;
+  }
+};
+
+// The part of the x axis that a job works on: the positions that it holds, numbered from zero, and which of them are
+// queries that it computes and queries and keys whose results it writes. The last two begin and end at whole vectors, of
+// any instruction set, or with the class.
+struct Columns {
+  ClassAxis axis;
+  int64_t count = 0;
+  Range queries{0, 0}, owned{0, 0};
+
+  bool operator==(const Columns& other) const {
+    const auto equal = [](Range a, Range b) { return a.start == b.start && a.end == b.end; };
+    return axis == other.axis && count == other.count && equal(queries, other.queries) && equal(owned, other.owned);
   }
 };
 
@@ -63,7 +86,7 @@ struct KeyBlock {
   int64_t index;         // otherwise: where its [count][lanes] positions in a row of weights begin
 };
 
-// The windows of one kernel in classes of one size. Blocks cover `padded` positions.
+// The windows of one kernel in classes of one size. Blocks cover `padded` positions, numbered from the first one held.
 //
 // A window on the x axis has kx keys for each lane. Where windows end with their queries (causal), key j of a query is
 // query - kx + 1 + j, and the first ones are none of its keys if the window is cut short; otherwise queries past the class
@@ -75,9 +98,9 @@ class ClassGeometry {
   // The offset of lanes past the class, and of keys that a query does not see.
   static constexpr int32_t kNoQuery = std::numeric_limits<int32_t>::min(), kNoKey = kNoQuery + 1;
 
-  void prepare(const ClassAxis& z, const ClassAxis& y, const ClassAxis& x) {
-    axis_z = z, axis_y = y, axis_x = x;
-    width = x.length, ky = y.window.kernel, kz = z.window.kernel, kx = x.window.kernel;
+  void prepare(const ClassAxis& z, const ClassAxis& y, const Columns& x) {
+    axis_z = z, axis_y = y, columns = x;
+    width = x.count, ky = y.window.kernel, kz = z.window.kernel, kx = x.axis.window.kernel;
     key_rows = kz * ky;
     ring_rows = 0;
     for (int64_t row = 0; row < y.length; ++row) {
@@ -87,7 +110,7 @@ class ClassGeometry {
     margin = round_up_to_lanes<T>(kx);
     row_stride = margin + padded + margin + L;
     weights_stride = kx * padded + L;
-    centre = x.window.causal ? kx - 1 : kx / 2;
+    centre = x.axis.window.causal ? kx - 1 : kx / 2;
     query_blocks.clear();
     key_blocks.clear();
     positions.clear();
@@ -96,14 +119,17 @@ class ClassGeometry {
     tables = 1;
     masks = false;
     keys_.resize(width);
-    for (int64_t i = 0; i < width; ++i) keys_[i] = axis_x.keys(i);
-    for (int64_t i = 0; i < padded; i += L) add_query_block(i);
+    for (int64_t i = x.queries.start; i < x.queries.end; ++i) keys_[i] = x.axis.keys(i);
+    query_blocks.resize(x.queries.start / L);
+    for (int64_t i = x.queries.start; i < x.queries.end; i += L) add_query_block(i);
     fill_seen();
-    Range queries{0, 0};
-    for (int64_t i = 0; i < padded; i += L) add_key_block(i, queries);
+    key_blocks.resize(x.owned.start / L);
+    Range queries{x.queries.start, x.queries.start};
+    for (int64_t i = x.owned.start; i < x.owned.end; i += L) add_key_block(i, queries);
   }
 
-  ClassAxis axis_z, axis_y, axis_x;
+  ClassAxis axis_z, axis_y;
+  Columns columns;
   int64_t width = 0, kz = 0, ky = 0, kx = 0;
   int64_t key_rows = 0;        // rows of keys that a row of queries attends, at most
   int64_t ring_rows = 0;       // rows of keys of one plane that a group of rows attends, at most
@@ -113,8 +139,8 @@ class ClassGeometry {
   int64_t centre = 0;          // which key of a window a query itself is, where nothing shifts it
   int64_t tables = 0;          // distinct expanded tables; number 0 is that of straight blocks amid the class
   bool masks = false;          // whether tables mask keys
-  std::vector<QueryBlock<T>> query_blocks;
-  std::vector<KeyBlock> key_blocks;
+  std::vector<QueryBlock<T>> query_blocks;  // by x / lanes; those before the queries that are computed are empty
+  std::vector<KeyBlock> key_blocks;         // likewise, before the keys that are owned
   std::vector<int32_t> positions;
   std::vector<int32_t> table_offsets;  // key - query of each value of a row of an expanded table, [table][kx][lanes]
 
@@ -123,7 +149,7 @@ class ClassGeometry {
 
   // Key 0 of a query.
   int64_t first_key(int64_t query) const {
-    return axis_x.window.causal ? query - kx + 1 : keys_[std::min(query, width - 1)].start;
+    return columns.axis.window.causal ? query - kx + 1 : keys_[std::min(query, width - 1)].start;
   }
 
   void add_query_block(int64_t x) {
@@ -180,7 +206,7 @@ class ClassGeometry {
     for (int lane = 0; lane < L; ++lane) {
       const int64_t key = x + lane;
       while (key < width && keys_[queries.start].end <= key) ++queries.start;
-      while (queries.end < width && keys_[queries.end].start <= key) ++queries.end;
+      while (queries.end < columns.queries.end && keys_[queries.end].start <= key) ++queries.end;
       seen_by[lane] = key < width ? queries : Range{0, 0};
       if (key >= width) continue;
       first = std::min(first, queries.start - key);

@@ -1,6 +1,7 @@
 // How neighborhood attention falls into jobs, and these into rows.
 //
-// A job is a band of planes and of rows of queries of one residue class of one (batch, head).
+// A job is a band of planes and of rows of queries of one residue class of one (batch, head); where rows are long, a part of
+// these rows.
 #pragma once
 
 #include "../problem.h"
@@ -16,38 +17,47 @@ struct Row {
 struct NeighborhoodJob {
   int64_t batch, head;
   HeadWindow window;
-  int64_t residue_z, residue_y, residue_x;
-  int64_t class_depth, class_height, class_width;
+  int64_t first_z, first_y, first_x;  // the class's first position on the map; on the x axis, the first one held
+  int64_t class_depth, class_height;
   Range planes, rows;  // the band
+  Columns columns;
 
   int64_t offset(const View& v, Row row, int64_t x) const {
-    return batch * v.batch + head * v.head + (row.z * window.z.dilation + residue_z) * v.z +
-           (row.y * window.y.dilation + residue_y) * v.y + (x * window.x.dilation + residue_x) * v.x;
+    return batch * v.batch + head * v.head + (row.z * window.z.dilation + first_z) * v.z +
+           (row.y * window.y.dilation + first_y) * v.y + (x * window.x.dilation + first_x) * v.x;
   }
   bool owns_plane(int64_t z) const { return planes.start <= z && z < planes.end; }
   bool owns_any(Row first, int64_t count) const {
     return owns_plane(first.z) && first.y < rows.end && first.y + count > rows.start;
   }
-  bool owns(Row row) const { return owns_plane(row.z) && rows.start <= row.y && row.y < rows.end; }
+  // A block of queries at x.
+  bool owns(Row row, int64_t x) const {
+    return owns_plane(row.z) && rows.start <= row.y && row.y < rows.end && columns.owned.start <= x && x < columns.owned.end;
+  }
   int64_t lse_offset(const Problem& p, Row row) const {
-    const int64_t z = row.z * window.z.dilation + residue_z, y = row.y * window.y.dilation + residue_y;
-    return (((batch * p.heads + head) * p.depth + z) * p.height + y) * p.width + residue_x;
+    const int64_t z = row.z * window.z.dilation + first_z, y = row.y * window.y.dilation + first_y;
+    return (((batch * p.heads + head) * p.depth + z) * p.height + y) * p.width + first_x;
   }
 };
 
 // The jobs of one head, or of any other with the same window.
 class HeadJobs {
  public:
-  // Bands of at most so many rows and planes, in the longest classes.
-  HeadJobs(const Problem& p, int64_t head, int64_t band_rows, int64_t band_planes) : p_(p), window_(p.windows[head]) {
+  // Bands of at most so many rows and planes, in the longest classes. `whole`: a job computes all queries that see its keys.
+  HeadJobs(const Problem& p, int64_t head, int64_t band_rows, int64_t band_planes, bool whole)
+      : p_(p), window_(p.windows[head]), whole_(whole) {
     const auto bands = [](int64_t length, int64_t dilation, int64_t at_most) {
       return std::max<int64_t>(1, (class_length(length, dilation, 0) + at_most - 1) / at_most);
     };
     bands_z_ = bands(p.depth, window_.z.dilation, band_planes);
     bands_y_ = bands(p.height, window_.y.dilation, band_rows);
+    // Parts are of one length, but for the last.
+    const int64_t shortest = class_length(p.width, window_.x.dilation, window_.x.dilation - 1);
+    part_ = std::max<int64_t>(512, aligned(2 * window_.x.kernel));
+    parts_ = std::max<int64_t>(1, shortest / part_);
   }
   int64_t count() const {
-    return p_.batch * window_.z.dilation * window_.y.dilation * window_.x.dilation * bands_z_ * bands_y_;
+    return p_.batch * window_.z.dilation * window_.y.dilation * window_.x.dilation * bands_z_ * bands_y_ * parts_;
   }
   NeighborhoodJob job(int64_t head, int64_t index) const {
     NeighborhoodJob job{};
@@ -58,23 +68,50 @@ class HeadJobs {
       index /= count;
       return result;
     };
-    const int64_t band_y = next(bands_y_), band_z = next(bands_z_);
-    job.residue_x = next(window_.x.dilation);
-    job.residue_y = next(window_.y.dilation);
-    job.residue_z = next(window_.z.dilation);
+    const int64_t band_y = next(bands_y_), band_z = next(bands_z_), part = next(parts_);
+    job.first_x = next(window_.x.dilation);
+    job.first_y = next(window_.y.dilation);
+    job.first_z = next(window_.z.dilation);
     job.batch = index;
-    job.class_depth = class_length(p_.depth, window_.z.dilation, job.residue_z);
-    job.class_height = class_length(p_.height, window_.y.dilation, job.residue_y);
-    job.class_width = class_length(p_.width, window_.x.dilation, job.residue_x);
+    job.class_depth = class_length(p_.depth, window_.z.dilation, job.first_z);
+    job.class_height = class_length(p_.height, window_.y.dilation, job.first_y);
     job.planes = {band_z * job.class_depth / bands_z_, (band_z + 1) * job.class_depth / bands_z_};
     job.rows = {band_y * job.class_height / bands_y_, (band_y + 1) * job.class_height / bands_y_};
+    const ClassAxis axis{class_length(p_.width, window_.x.dilation, job.first_x), window_.x};
+    const int64_t first = choose_columns(axis, part, job.columns);
+    job.first_x += first * window_.x.dilation;
     return job;
   }
 
  private:
+  static constexpr int64_t kAlignment = 16;  // lanes of the longest vector
+  static int64_t aligned(int64_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; }
+
+  // Returns the first position that is held.
+  int64_t choose_columns(const ClassAxis& axis, int64_t part, Columns& columns) const {
+    const auto widened = [&](Range r) {
+      return Range{r.start / kAlignment * kAlignment, std::min(aligned(r.end), axis.length)};
+    };
+    const Range owned{part * part_, part + 1 < parts_ ? (part + 1) * part_ : axis.length};
+    const Range queries = whole_ ? widened(axis.attending(owned)) : owned;
+    const Range held = widened({std::min(queries.start, axis.keys(queries.start).start),
+                                std::max(queries.end, axis.keys(queries.end - 1).end)});
+    columns.axis = axis;
+    columns.count = held.end - held.start;
+    columns.queries = {queries.start - held.start, queries.end - held.start};
+    columns.owned = {owned.start - held.start, owned.end - held.start};
+    // Parts amid a class get one geometry: the borders are brought as near as they make no difference.
+    const int64_t stride = axis.window.stride, far = axis.window.kernel + stride;
+    const int64_t moved = held.start > far ? (held.start - far) / stride * stride : 0;
+    columns.axis.offset = held.start - moved;
+    columns.axis.length = std::min(axis.length - moved, columns.axis.offset + columns.count + 2 * far);
+    return held.start;
+  }
+
   const Problem& p_;
   HeadWindow window_;
-  int64_t bands_z_, bands_y_;
+  const bool whole_;
+  int64_t bands_z_, bands_y_, part_, parts_;
 };
 
 // Blocks of queries that are worked on together: they share the cache lines of keys and values.

@@ -55,8 +55,8 @@ class RowTransposer {
             const T* origin = nullptr) const {
     const int64_t step = job.window.x.dilation * v.x;
     const bool direct = v.dtype == DType::float32 || v.dtype == DType::float64;
-    for (int64_t x = 0; x < job.class_width; x += L) {
-      const int64_t lanes = std::min<int64_t>(L, job.class_width - x), from = job.offset(v, row, x);
+    for (int64_t x = 0; x < job.columns.count; x += L) {
+      const int64_t lanes = std::min<int64_t>(L, job.columns.count - x), from = job.offset(v, row, x);
       // Whole squares of the compute type come straight from the tensor, the rest by way of staged rows.
       const int64_t whole = direct && lanes == L ? channels_ / L * L : 0;
       const T* values = static_cast<const T*>(v.data) + from;
@@ -93,16 +93,16 @@ class RowTransposer {
       transpose_square<T>(square);
       for (int i = 0; i < L; ++i) store(rows_ + i * padded_ + c, square[i]);
     }
-    const int64_t lanes = std::min<int64_t>(L, job.class_width - x);
+    const int64_t lanes = std::min<int64_t>(L, job.columns.count - x);
     int64_t to = job.offset(v, row, x);
     for (int64_t lane = 0; lane < lanes; ++lane, to += job.window.x.dilation * v.x) {
       store_row<T>(rows_ + lane * padded_, v, to, channels_, factor);
     }
   }
 
-  // A whole row, from source[channel][stride].
+  // All of a row that the job owns, from source[channel][stride].
   void unload_row(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, Row row, T factor) const {
-    for (int64_t x = 0; x < job.class_width; x += L) unload(source + x, stride, v, job, row, x, factor);
+    for (int64_t x = job.columns.owned.start; x < job.columns.owned.end; x += L) unload(source + x, stride, v, job, row, x, factor);
   }
 
  private:
@@ -187,7 +187,7 @@ class NeighborhoodRows {
   // Whether a job has another geometry than the last one.
   bool differs(const NeighborhoodJob& other) const {
     return geometry.axis_z.length != other.class_depth || geometry.axis_y.length != other.class_height ||
-           geometry.width != other.class_width;
+           !(geometry.columns == other.columns);
   }
   // Sets the job; returns whether its geometry differs.
   bool start(const NeighborhoodJob& new_job) {
@@ -196,7 +196,7 @@ class NeighborhoodRows {
     if (changed) {
       tables_.clear();
       const HeadWindow& window = job.window;
-      geometry.prepare({job.class_depth, window.z}, {job.class_height, window.y}, {job.class_width, window.x});
+      geometry.prepare({job.class_depth, window.z}, {job.class_height, window.y}, job.columns);
       resize_queries(query, query_channels);
       resize_keys(key, score_channels);
       resize_keys(value, channels);
@@ -326,7 +326,7 @@ void for_each_group(const ClassGeometry<T>& g, Range planes, Range rows, const V
 // Runs the kernel `make()`, whose results are rows of queries, over the jobs of heads with one window.
 template <class Make>
 void run_neighborhood_queries(const Problem& p, HeadRange heads, const Make& make) {
-  const HeadJobs jobs(p, heads.first, 32, 1);
+  const HeadJobs jobs(p, heads.first, 32, 1, false);
   // Heads vary fastest: they share the pages of memory.
   for_each_task(heads.count() * jobs.count(), make, [&](auto& worker, int64_t task) {
     worker.run(jobs.job(heads.first + task % heads.count(), task / heads.count()));

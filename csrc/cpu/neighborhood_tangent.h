@@ -29,7 +29,7 @@ class NeighborhoodTangent {
       saved_.load(rows_, group);
       cotangents_.load_queries(rows_, group);
       rows_.load_keys(group, [&](Row row) { cotangents_.load_keys(rows_, row); });
-      for (int64_t begin = 0; begin < blocks; begin += kStrip) strip(group, begin, std::min(blocks, begin + kStrip));
+      for (int64_t begin = g.columns.queries.start / L; begin < blocks; begin += kStrip) strip(group, begin, std::min(blocks, begin + kStrip));
     });
   }
 

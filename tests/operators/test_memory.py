@@ -25,6 +25,8 @@ def attend(q, k, v):
         return natten_ext.attention(q, k, v, backend=backend)
     if kind == "l2":
         return natten_ext.l2_attention(q, k, v, backend=backend)
+    if kind == "line":
+        return natten_ext.neighborhood_attention(q, k, v, 255, backend=backend)
     q, k, v = (x.unflatten(1, (-1, 64)) for x in (q, k, v))
     height = q.shape[1]
     if kind == "grid":
@@ -69,7 +71,7 @@ def peak(backend: str, kind: str, tokens: int, order: str) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
-    ("kind", "order"), [("full", "forward"), ("l2", "double"), ("grid", "double"), ("na", "double")]
+    ("kind", "order"), [("full", "forward"), ("l2", "double"), ("grid", "double"), ("na", "double"), ("line", "double")]
 )
 def test_peak_memory_is_linear_in_tokens(target, kind, order):
     """4096 tokens of 32 channels are half a MiB a tensor; their scores would be 64 MiB, a gathered kernel 115."""
