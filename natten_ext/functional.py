@@ -163,9 +163,10 @@ def neighborhood_attention(
             their middle one; with ``stride`` equal to ``kernel_size`` neighborhoods are blocks.
         is_causal: bool, or a tuple with one per map axis. On a causal axis a query sees the last ``kernel_size`` keys
             up to itself, fewer near the start.
-        additional_keys, additional_values: ``(batch, additional tokens, heads, head_dim)``, heads and widths as key and
-            value: keys that every query attends besides, in the same softmax (registers, text). No table entry is
-            added to their scores.
+        additional_keys, additional_values: ``(batch, additional tokens, heads, head_dim)``, with heads that divide the
+            query's and the widths of key and value: keys that every query attends besides, in the same softmax
+            (registers, text). No table entry is added to their scores. A query whose whole neighborhood a table masks
+            attends them alone, but has NaN for gradients.
         bias: relative position table ``(heads, *(2 * K - 1))`` with one axis per map axis and K the largest kernel over
             the heads, indexed by (key minus query) / dilation plus ``K - 1``; the query's dtype or float32.
             Minus infinity masks; finite entries, however large, do not overflow.

@@ -138,12 +138,12 @@ class _Natten(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(fullname, self, origin="natten_ext.compat", is_package=inner)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__dict__.update(self.modules[module.__name__])
         module.__doc__ = "natten_ext in the place of NATTEN."
         for name in self.modules:
-            parent, _, inner = name.rpartition(".")
-            if parent == module.__name__:  # NATTEN imports its modules with the first one
-                setattr(module, inner, importlib.import_module(name))
+            if name.rpartition(".")[0] == module.__name__:  # NATTEN imports its modules with the first one
+                importlib.import_module(name)
+        # Of a function and a module of one name, `from natten import na2d` asks for the function.
+        module.__dict__.update(self.modules[module.__name__])
 
     def find_distributions(self, context: Any = None) -> Iterable[Any]:
         return [_Distribution(self.version)] if getattr(context, "name", None) in (None, "natten") else []

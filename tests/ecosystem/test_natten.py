@@ -74,8 +74,7 @@ def test_versions(installed, version, functions, modules):
         if functions is natten_017:
             for prefix in ("na", "natten"):
                 assert getattr(importlib.import_module(f"natten.{prefix}{axes}d"), name) is getattr(modules, name)
-        else:
-            assert getattr(natten, f"na{axes}d") is getattr(functions, f"na{axes}d")
+        assert getattr(natten, f"na{axes}d") is getattr(functions, f"na{axes}d")
     arguments = (2, 3, 1, 2, (True, False)) if functions is natten_021 else (2, 3, 2, (True, False))
     assert natten.utils.check_all_args(*arguments)[-2:] == ((2, 2), (True, False))
 
