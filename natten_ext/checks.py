@@ -19,7 +19,14 @@ FlagPerAxis = bool | tuple[bool, ...]
 AXES = ("depth", "height", "width")
 """Of maps; one of fewer axes has the last ones."""
 SEQUENCE = "(batch, tokens, heads, head_dim)"
-MAPS = {axes: f"(batch, {', '.join(AXES[-axes:])}, heads, head_dim)" for axes in range(1, MAP_AXES + 1)}
+
+
+def layout_of_map(axes: int, before: str, after: str) -> str:
+    """The dimensions of a tensor with so many map axes, as messages write them."""
+    return f"({before}, {', '.join(AXES[-axes:])}, {after})"
+
+
+MAPS = {axes: layout_of_map(axes, "batch", "heads, head_dim") for axes in range(1, MAP_AXES + 1)}
 """By number of map axes."""
 
 
@@ -287,14 +294,7 @@ def windows_of(
 
 def extents_of(name: str, size: Any, axes: int, least: int = 1) -> Extents:
     """One number per map axis, from an int or a tuple."""
-    extents = (size,) * axes if isinstance(size, int) else size
-    if (
-        not isinstance(extents, tuple)
-        or len(extents) != axes
-        or not all(isinstance(extent, int) and not isinstance(extent, bool) for extent in extents)
-    ):
-        layout = ", ".join(AXES[-axes:]) + ("," if axes == 1 else "")
-        raise TypeError(f"{name} must be an int or a tuple ({layout}) of ints, got {shown(size)}")
+    extents = _on_each_axis(name, size, axes, int, "an int")
     if min(extents) < least:
         raise ValueError(f"{name} must be at least {least} on each axis, got {shown(size)}")
     return extents
@@ -302,11 +302,20 @@ def extents_of(name: str, size: Any, axes: int, least: int = 1) -> Extents:
 
 def flags_of(name: str, flag: Any, axes: int) -> tuple[bool, ...]:
     """One bool per map axis, from a bool or a tuple."""
-    flags = (flag,) * axes if isinstance(flag, bool) else flag
-    if not isinstance(flags, tuple) or len(flags) != axes or not all(isinstance(entry, bool) for entry in flags):
+    return _on_each_axis(name, flag, axes, bool, "a bool")
+
+
+def _on_each_axis(name: str, value: Any, axes: int, kind: type, one: str) -> tuple:
+    """One of a kind (int, which a bool is not, or bool) per map axis, from one for all or a tuple."""
+    values = (value,) * axes if isinstance(value, kind) else value
+    if (
+        not isinstance(values, tuple)
+        or len(values) != axes
+        or not all(isinstance(v, kind) and isinstance(v, bool) == (kind is bool) for v in values)
+    ):
         layout = ", ".join(AXES[-axes:]) + ("," if axes == 1 else "")
-        raise TypeError(f"{name} must be a bool or a tuple ({layout}) of bools, got {shown(flag)}")
-    return flags
+        raise TypeError(f"{name} must be {one} or a tuple ({layout}) of {kind.__name__}s, got {shown(value)}")
+    return values
 
 
 def per_head(name: str, size: Any, heads: int, axes: int) -> tuple[Extents, ...]:

@@ -95,8 +95,7 @@ def attend_in_windows(
     """Attention in windows that the borders of the map cut off: of its part with whole windows, and of those with cut
     ones."""
     window = grid.window
-    shift = grid.shift or (0,) * len(window)
-    segments = [list(_segments(*axis)) for axis in zip(query.shape[1:-2], window, shift, strict=True)]
+    segments = [list(_segments(*axis)) for axis in zip(query.shape[1:-2], window, grid.first, strict=True)]
     parts = []
     for part in itertools.product(*segments):
         inside = (slice(None), *(slice(start, start + length) for start, length, _ in part))

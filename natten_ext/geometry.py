@@ -104,6 +104,11 @@ class Grid:
         """The most keys that a query attends, of ``tokens``."""
         return math.prod(self.window)
 
+    @property
+    def first(self) -> Extents:
+        """Where whole windows begin, on each axis."""
+        return self.shift or (0,) * len(self.window)
+
     def cut(self, extents: Sequence[int]) -> bool:
         """Whether the borders of a map of these extents cut windows off."""
         return any(self.shift) or any(size % window for size, window in zip(extents, self.window, strict=True))

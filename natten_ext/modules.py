@@ -12,13 +12,13 @@ from torch import nn
 from . import functional
 from .backends import choice
 from .checks import (
-    AXES,
     FlagPerAxis,
     SizePerAxis,
     SizePerGroup,
     check_dense,
     check_scale,
     check_score,
+    layout_of_map,
     shape_of,
     shown,
     windows_of,
@@ -121,7 +121,7 @@ def _map_layout(map_axes: int) -> str:
         raise TypeError(f"map_axes must be an int, got {shown(map_axes)}")
     if not 1 <= map_axes <= MAP_AXES:
         raise ValueError(f"map_axes must be from 1 to {MAP_AXES}, got {shown(map_axes)}")
-    return f"(batch, {', '.join(AXES[-map_axes:])}, channels)"
+    return layout_of_map(map_axes, "batch", "channels")
 
 
 def _table_kernel(bias: bool, kernel: Extents) -> Extents | None:

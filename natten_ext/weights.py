@@ -77,8 +77,9 @@ def attention_weights(
         layout = SEQUENCE
     query, key = alike(layout, query=query, key=key)
     check_heads(query)
-    check_cross(query, key)
-    if layout != SEQUENCE:
+    if layout == SEQUENCE:
+        check_cross(query, key)
+    else:
         check_map(query, key)
     key = repeat_heads(key, query.shape[-2])
     check_score(score)
@@ -178,7 +179,7 @@ def _keys(index, extents, neighborhood, head):
     for axis, length in enumerate(extents):
         queries = index[:, axis]
         if isinstance(neighborhood, Grid):
-            window, shift = neighborhood.window[axis], (neighborhood.shift or (0,) * len(extents))[axis]
+            window, shift = neighborhood.window[axis], neighborhood.first[axis]
             keys = ((queries - shift) // window * window + shift)[:, None] + indices(window)
             exists = (keys >= 0) & (keys < length)
             keys = torch.where(exists, keys, queries[:, None])

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..checks import AXES, check_dense, shape_of, shown, windows_of
+from ..checks import check_dense, layout_of_map, shape_of, shown, windows_of
 from .arguments import Flags, Size, flags, refuse, sizes
 from .fused import fused
 from .unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
@@ -66,7 +66,7 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_dense("input", x)
         if x.dim() != self.axes + 2 or x.shape[-1] != self.qkv.in_features:
-            layout = f"(batch, {', '.join(AXES[-self.axes :])}, channels)"
+            layout = layout_of_map(self.axes, "batch", "channels")
             raise ValueError(f"input must be {layout} with {self.qkv.in_features} channels, got shape {shape_of(x)}")
         extents = x.shape[1:-1]
         if self.pads:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..backends.reference import spread
-from ..checks import AXES, alike, check_dense, check_table, neighborhood_of, shape_of
+from ..checks import alike, check_dense, check_table, layout_of_map, neighborhood_of, shape_of
 from ..geometry import AxisKeys, HeadWindow
 from .arguments import Flags, Size, flags, for_axes, sizes
 from .bilinear import Gather, Scores, keys_of, wide
@@ -51,7 +51,7 @@ def _qk(axes: int) -> Callable[..., torch.Tensor]:
         Raises:
             TypeError, ValueError: an argument breaks a rule above.
         """
-        query, key = alike(_layout(axes), query=query, key=key)
+        query, key = alike(layout_of_map(axes, "batch, heads", "channels"), query=query, key=key)
         if key.shape != query.shape:
             raise ValueError(f"key must have the query's shape {shape_of(query)}, got {shape_of(key)}")
         windows = _windows(query, kernel_size, dilation, is_causal)
@@ -98,7 +98,7 @@ def _av(axes: int) -> Callable[..., torch.Tensor]:
         Raises:
             TypeError, ValueError: an argument breaks a rule above.
         """
-        attn, value = alike(_layout(axes), attn=attn, value=value)
+        attn, value = alike(layout_of_map(axes, "batch, heads", "channels"), attn=attn, value=value)
         windows = _windows(value, kernel_size, dilation, is_causal)
         count, extra = math.prod([window.kernel for window in windows]), 0
         if additional_values is not None:
@@ -122,10 +122,6 @@ def _av(axes: int) -> Callable[..., torch.Tensor]:
 
 na1d_qk, na2d_qk, na3d_qk = for_axes("na{axes}d_qk", _qk)
 na1d_av, na2d_av, na3d_av = for_axes("na{axes}d_av", _av)
-
-
-def _layout(axes: int) -> str:
-    return f"(batch, heads, {', '.join(AXES[-axes:])}, channels)"
 
 
 def _windows(maps: torch.Tensor, kernel_size: Size, dilation: Size, is_causal: Flags) -> HeadWindow:
