@@ -22,6 +22,7 @@ from gans.recipes import registry
 T = TypeVar("T")
 
 Precision = Literal["fp32", "bf16", "fp64"]
+PenaltyUpdate = Literal["joint", "own"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class TrainConfig:
     """"bf16" runs matrix products in bfloat16 (autocast; weights stay float32); "fp64" is for checking."""
     penalty_precision: Literal["full", "same"] = "full"
     """Whether penalties on gradients run without autocast, or with the rest's ("same")."""
+    penalty_update: PenaltyUpdate = "joint"
+    """Whether penalties on gradients are terms of their network's update ("joint"), or get an update of their "own"
+    after it, which `clip` leaves alone: StyleGAN2's way with lazy ones, for which it corrects rate and betas."""
 
     def __post_init__(self) -> None:
         _check_finite(to_dict(self))
@@ -91,6 +95,11 @@ class TrainConfig:
             raise ValueError(
                 f"precision is {self.precision!r}; it must be one of {', '.join(typing.get_args(Precision))}"
             )
+        if self.penalty_update not in typing.get_args(PenaltyUpdate):
+            raise ValueError(
+                f"penalty_update is {self.penalty_update!r}; it must be one of "
+                f"{', '.join(typing.get_args(PenaltyUpdate))}"
+            )
         if (self.precision, self.penalty_precision) == ("bf16", "same") and self._penalty_mode == "finite-difference":
             raise ValueError(
                 "penalty_precision is 'same', and bfloat16 cannot resolve loss.penalty_mode 'finite-difference': make "
@@ -99,6 +108,11 @@ class TrainConfig:
         if self.decay_end and self.decay_end <= self.decay_start:
             raise ValueError(f"decay_end is {self.decay_end}; it must come after decay_start ({self.decay_start})")
         self.check_processes(1)
+
+    @property
+    def updates(self) -> tuple[tuple[str, ...], ...]:
+        """Which terms ("loss", "penalty") each update of a network has, one after the other."""
+        return (("loss", "penalty"),) if self.penalty_update == "joint" else (("loss",), ("penalty",))
 
     @property
     def _penalty_mode(self) -> str | None:

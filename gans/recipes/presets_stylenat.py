@@ -45,6 +45,7 @@ FFHQ256 = TrainConfig(
     betas_d=(0.0, 0.99**LAZY),
     decay_start=775_000,
     decay_end=1_000_000,
+    penalty_update="own",
 )
 """The published FFHQ 256 px recipe: G 48.9 M and D 26.2 M parameters, 8 images on each of 8 GPUs."""
 

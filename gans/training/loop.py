@@ -184,9 +184,11 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
             logs = [{"lr_factor": set_learning_rates(config, networks, state.step)}]
             for index in range(config.n_critic):
                 real = next_real(config.batch_d)
-                logs.append(attempt(discriminator_step, state.step, index, config, networks, real, world))
+                for what in config.updates:
+                    logs.append(attempt(discriminator_step, state.step, index, config, networks, real, world, what))
             real = next_real(config.batch_g) if networks.loss.uses_real else None
-            logs.append(attempt(generator_step, state.step, config, networks, real, world))
+            for what in config.updates:
+                logs.append(attempt(generator_step, state.step, config, networks, real, world, what))
             state.step += 1
             state.average.update(networks.generator, images=state.step * config.batch_g, batch=config.batch_g)
 

@@ -83,10 +83,13 @@ def measure(
 
     def step(config: TrainConfig) -> None:
         if update != "generator":
-            discriminator_step(0, 0, config, networks, images(config.batch_d), world)
+            real = images(config.batch_d)
+            for what in config.updates:
+                discriminator_step(0, 0, config, networks, real, world, what)
         if update != "discriminator":
             real = images(config.batch_g) if networks.loss.uses_real else None
-            generator_step(0, config, networks, real, world)
+            for what in config.updates:
+                generator_step(0, config, networks, real, world, what)
         if target.type == "cuda":
             torch.cuda.synchronize(target)
 

@@ -160,11 +160,14 @@ def backward(terms: Terms, parts: int, totals: Terms, *, every: int = 1) -> None
         totals[name] = totals.get(name, torch.zeros_like(term)) + term.detach() / (parts * every)
 
 
-def apply(name: str, step: int, networks: Networks, terms: Terms, clip: float, world: World) -> dict[str, float]:
+def apply(
+    name: str, step: int, config: TrainConfig, networks: Networks, terms: Terms, what: tuple[str, ...], world: World
+) -> dict[str, float]:
     """Averages the gradients of the network called `name` over the processes, clips them and steps its optimiser.
 
-    Returns the terms and the gradient norm before clipping as numbers. Raises NonFiniteError, without stepping,
-    where one of them or a buffer is not finite.
+    Returns the terms and the gradient norm before clipping as numbers; that of an update with nothing but penalties,
+    which is not clipped, is called `penalty_gradient_norm`. Raises NonFiniteError, without stepping, where one of them
+    or a buffer is not finite.
     """
     model, optimizer = (
         (networks.generator, networks.optimizer_g)
@@ -172,11 +175,12 @@ def apply(name: str, step: int, networks: Networks, terms: Terms, clip: float, w
         else (networks.discriminator, networks.optimizer_d)
     )
     world.average_gradients(model)
+    norm_name, clip = ("gradient_norm", config.clip) if "loss" in what else ("penalty_gradient_norm", 0)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
     buffers = networks.buffers()
     # A batch norm hides a variance that overflows: it divides by it.
     extent = nn.utils.get_total_norm([b for b in buffers.values() if b.is_floating_point()], math.inf)
-    names = [*(f"{name}/{term}" for term in terms), f"{name}/gradient_norm"]
+    names = [*(f"{name}/{term}" for term in terms), f"{name}/{norm_name}"]
     *numbers, largest = world.mean(torch.stack([value.to(norm) for value in (*terms.values(), norm, extent)])).tolist()
     values = dict(zip(names, numbers, strict=True))
     broken = [f"{key} is {value}" for key, value in values.items() if not math.isfinite(value)]
@@ -192,8 +196,17 @@ def apply(name: str, step: int, networks: Networks, terms: Terms, clip: float, w
     return values
 
 
+EVERYTHING = ("loss", "penalty")
+
+
 def discriminator_gradients(
-    step: int, index: int, config: TrainConfig, networks: Networks, real: Tensor, world: World
+    step: int,
+    index: int,
+    config: TrainConfig,
+    networks: Networks,
+    real: Tensor,
+    world: World,
+    what: tuple[str, ...] = EVERYTHING,
 ) -> Terms:
     """Adds this process's gradients of the discriminator's loss; returns the terms. Arguments as for the step."""
     generator, discriminator, loss = networks.generator, networks.discriminator, networks.loss
@@ -201,19 +214,28 @@ def discriminator_gradients(
     parts = local_parts(config, world, config.batch_d)
     for (start, stop), real_part in zip(parts, real.chunk(len(parts)), strict=True):
         with rng.part(draw_seed(config, step * (config.n_critic + 1) + index), config.batch_d, start, stop):
-            with precision(config, real.device):
-                with torch.no_grad():
-                    fake = generator(latents(generator, stop - start)).to(real.dtype)
-                terms = loss.discriminator(discriminator, real_part, fake)
-            backward(terms, len(parts), totals)
-            with precision(config, real.device, penalty=True):
-                number = step * config.n_critic + index
-                terms = loss.discriminator_penalty(discriminator, real_part, fake, step=number)
-            backward(terms, len(parts), totals, every=loss.discriminator_penalty_every)
+            with precision(config, real.device), torch.no_grad():
+                fake = generator(latents(generator, stop - start)).to(real.dtype)
+            if "loss" in what:
+                with precision(config, real.device):
+                    terms = loss.discriminator(discriminator, real_part, fake)
+                backward(terms, len(parts), totals)
+            if "penalty" in what:
+                with precision(config, real.device, penalty=True):
+                    number = step * config.n_critic + index
+                    terms = loss.discriminator_penalty(discriminator, real_part, fake, step=number)
+                backward(terms, len(parts), totals, every=loss.discriminator_penalty_every)
     return totals
 
 
-def generator_gradients(step: int, config: TrainConfig, networks: Networks, real: Tensor | None, world: World) -> Terms:
+def generator_gradients(
+    step: int,
+    config: TrainConfig,
+    networks: Networks,
+    real: Tensor | None,
+    world: World,
+    what: tuple[str, ...] = EVERYTHING,
+) -> Terms:
     """Adds this process's gradients of the generator's loss; returns the terms. Arguments as for the step."""
     generator, discriminator, loss = networks.generator, networks.discriminator, networks.loss
     totals: Terms = {}
@@ -223,36 +245,54 @@ def generator_gradients(step: int, config: TrainConfig, networks: Networks, real
     for (start, stop), real_part in zip(parts, reals, strict=True):
         with rng.part(seed, config.batch_g, start, stop), frozen(discriminator):
             z = latents(generator, stop - start)
-            with precision(config, z.device):
-                terms = loss.generator(discriminator, real_part, generator(z).to(z.dtype))
-            backward(terms, len(parts), totals)
-            with precision(config, z.device, penalty=True):
-                terms = loss.generator_penalty(generator, z, step=step)
-            backward(terms, len(parts), totals, every=loss.generator_penalty_every)
+            if "loss" in what:
+                with precision(config, z.device):
+                    terms = loss.generator(discriminator, real_part, generator(z).to(z.dtype))
+                backward(terms, len(parts), totals)
+            if "penalty" in what:
+                with precision(config, z.device, penalty=True):
+                    terms = loss.generator_penalty(generator, z, step=step)
+                backward(terms, len(parts), totals, every=loss.generator_penalty_every)
     return totals
 
 
 def discriminator_step(
-    step: int, index: int, config: TrainConfig, networks: Networks, real: Tensor, world: World
+    step: int,
+    index: int,
+    config: TrainConfig,
+    networks: Networks,
+    real: Tensor,
+    world: World,
+    what: tuple[str, ...] = EVERYTHING,
 ) -> dict[str, float]:
     """Update `index` of the discriminator within step `step` (both from 0); returns its log.
 
-    `real` holds this process's images `(batch_d / processes, C, H, W)`; as many are generated.
+    `real` holds this process's images `(batch_d / processes, C, H, W)`; as many are generated. `what` names the
+    update's terms, one element of `config.updates`; one of penalties that are not due is none, and its log empty.
     """
+    if "loss" not in what and (step * config.n_critic + index) % networks.loss.discriminator_penalty_every:
+        return {}
     with undone_if_not_finite(networks):
         begin_step(networks.discriminator)
-        terms = discriminator_gradients(step, index, config, networks, real, world)
-        return apply("discriminator", step + 1, networks, terms, config.clip, world)
+        terms = discriminator_gradients(step, index, config, networks, real, world, what)
+        return apply("discriminator", step + 1, config, networks, terms, what, world) if terms else {}
 
 
 def generator_step(
-    step: int, config: TrainConfig, networks: Networks, real: Tensor | None, world: World
+    step: int,
+    config: TrainConfig,
+    networks: Networks,
+    real: Tensor | None,
+    world: World,
+    what: tuple[str, ...] = EVERYTHING,
 ) -> dict[str, float]:
-    """The update of the generator in step `step` (from 0); returns its log.
+    """The update of the generator in step `step` (from 0); returns its log. `what` as for the discriminator.
 
     `real` holds this process's images `(batch_g / processes, C, H, W)` if the loss uses them.
     """
+    if "loss" not in what and step % networks.loss.generator_penalty_every:
+        return {}
     with undone_if_not_finite(networks):
         begin_step(networks.generator)
-        terms = generator_gradients(step, config, networks, real, world)
-        return apply("generator", step + 1, networks, terms, config.clip, world)
+        terms = generator_gradients(step, config, networks, real, world, what)
+        return apply("generator", step + 1, config, networks, terms, what, world) if terms else {}
