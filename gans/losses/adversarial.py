@@ -94,6 +94,16 @@ class LossConfig:
                 f"loss.bcr_against is 'clean', and {type(discriminator).__name__} scores clean images already: "
                 "balanced consistency would be 0; make it 'augmented'"
             )
+        if self.gp_weight and has_levels(generator, discriminator):
+            raise ValueError(
+                f"loss.gp_weight is {self.gp_weight}, and WGAN-GP's penalty mixes real images with generated ones, "
+                f"which {type(generator).__name__} makes in levels: make it 0, and use loss.r1 and loss.r2"
+            )
+
+
+def has_levels(generator: Any, discriminator: Any) -> bool:
+    """Whether, by their configurations, the discriminator sees the levels that the generator makes an image in."""
+    return all(getattr(config, "levels", 1) > 1 for config in (generator, discriminator))
 
 
 def wasserstein_d(real: Tensor, fake: Tensor) -> Tensor:
@@ -191,7 +201,7 @@ class GANLoss(Loss):
     def discriminator(self, discriminator: Network, real: Tensor, fake: Tensor) -> Terms:
         """Terms `adversarial` and, where their weight is not 0, `drift` and `bcr`."""
         config = self.config
-        check_pairs(real, fake)
+        check_pairs(real, fake, levels=True)
         real_logits, fake_logits = discriminator(real), discriminator(fake)
         terms = {"adversarial": self._adversarial_d(real_logits, fake_logits)}
         if config.drift:
@@ -234,5 +244,5 @@ class GANLoss(Loss):
             return {"adversarial": self._adversarial_g(discriminator(fake), None)} | terms
         if real is None:
             raise ValueError("the relativistic generator loss needs real images, got real=None")
-        check_pairs(real, fake)
+        check_pairs(real, fake, levels=True)
         return {"adversarial": self._adversarial_g(discriminator(fake), discriminator(real))} | terms

@@ -36,9 +36,12 @@ def _input_gradient(discriminator: Network, images: Tensor) -> Tensor:
     return gradient.flatten(1)
 
 
-def check_pairs(real: Tensor, fake: Tensor) -> None:
-    """ValueError unless real and generated images come in pairs."""
-    if real.shape != fake.shape:
+def check_pairs(real: Tensor, fake: Tensor, *, levels: bool = False) -> None:
+    """ValueError unless real and generated images come in pairs; with `levels`, a generated image may come with all of
+    its levels, as further channels.
+    """
+    channels = real.shape[1] * (fake.shape[1] // real.shape[1] if levels else 1)
+    if fake.shape != (len(real), channels, *real.shape[2:]):
         raise ValueError(f"real and fake must have one shape, got {tuple(real.shape)} and {tuple(fake.shape)}")
 
 

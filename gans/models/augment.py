@@ -62,9 +62,10 @@ def contrast(x: Tensor, low: float = 0.5, high: float = 1.5) -> Tensor:
     return (x - mean) * _uniform(x, low, high) + mean
 
 
-def color(x: Tensor) -> Tensor:
-    """Brightness, saturation and contrast, in this order."""
-    return contrast(saturation(brightness(x)))
+def color(x: Tensor, probability: float = 1.0) -> Tensor:
+    """Brightness, saturation and contrast, in this order; with a probability below 1, of each image by itself."""
+    colored = contrast(saturation(brightness(x)))
+    return colored if probability == 1 else torch.where(_happens(x, probability), colored, x)
 
 
 def flip(x: Tensor, probability: float = 0.5) -> Tensor:
@@ -219,7 +220,9 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "cutout_1.0": partial(cutout, probability=1.0),
     "cutout_ratio_0.2": partial(cutout, ratio=0.2, probability=1.0),
     "color": color,
+    "color_0.5": partial(color, probability=0.5),
     "flip": flip,
+    "flip_0.4": partial(flip, probability=0.4),
     "erase_ratio": erase_ratio,
     "stl_erase_ratio": stl_erase_ratio,
     "filter": band_filter,
@@ -245,3 +248,13 @@ def diff_augment(x: Tensor, policy: Sequence[str], probability: float = 1.0) -> 
         augmented = AUGMENTATIONS[name](x)
         x = augmented if probability == 1 else torch.where(_happens(x, probability), augmented, x)
     return x
+
+
+def augment_alike(versions: Sequence[Tensor], policy: Sequence[str], probability: float = 1.0) -> list[Tensor]:
+    """`diff_augment` of several versions of the same images, each with the same draws."""
+    *others, last = versions
+    augmented = []
+    for version in others:
+        with rng.rewound(version.device):
+            augmented.append(diff_augment(version, policy, probability))
+    return [*augmented, diff_augment(last, policy, probability)]

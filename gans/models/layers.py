@@ -1,10 +1,11 @@
-"""Layers shared by the transformer GANs: norms, noise, the transformer block, initialisation.
+"""Layers shared by the transformer GANs: norms, noise, the transformer block, sizes, initialisation.
 
 Maps are channels-last, `(batch, height, width, channels)`; sequences are `(batch, tokens, channels)`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -132,6 +133,42 @@ class Block(nn.Module):
             x = x + self.cross_attn(x, context)
         x = x + self.attn(self.noise(self.norm1(x)))
         return x + self.mlp(self.norm2(x))
+
+
+@dataclass(frozen=True)
+class PatchTransformerConfig:
+    """Sizes of a transformer over square patches of an image; the defaults are ViTGAN's for 32 px."""
+
+    image_size: int = 32
+    """Side of the images."""
+    channels: int = 3
+    """Image channels, 1 or 3."""
+    patch_size: int = 4
+    """Side of the patches, one token each."""
+    dim: int = 384
+    """Channels of a token."""
+    depth: int = 4
+    """Transformer blocks."""
+    heads: int = 6
+    """Attention heads."""
+    mlp_ratio: int = 4
+    """Hidden width of the MLPs over `dim`."""
+
+    def _check_patches(self, owner: str) -> None:
+        """ValueError where sizes do not fit each other."""
+        if self.channels not in (1, 3):
+            raise ValueError(f"{owner}.channels is {self.channels}; it must be 1 or 3")
+        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
+            raise ValueError(f"{owner}.patch_size is {self.patch_size}; it must divide image_size {self.image_size}")
+        if self.dim < 1 or self.heads < 1 or self.dim % self.heads:
+            raise ValueError(f"{owner}.heads is {self.heads}, which does not divide the {self.dim} channels")
+        if self.depth < 1 or self.mlp_ratio < 1:
+            raise ValueError(f"{owner}.depth ({self.depth}) and mlp_ratio ({self.mlp_ratio}) must be at least 1")
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of the image."""
+        return self.image_size // self.patch_size
 
 
 def init_weights(model: nn.Module, linear: LinearInit) -> None:

@@ -26,7 +26,7 @@ class StyleConfig:
     """The generator offers `map_latents` and `synthesize`."""
 
     latent_dim: int = 512
-    """Length of z ~ N(0, I) and of w."""
+    """Length of z ~ N(0, I), and of w where a model has no length of its own for it."""
     mapping_depth: int = 8
     """Layers from z to w."""
     mapping_lr_multiplier: float = 0.01
@@ -49,6 +49,11 @@ class StyleConfig:
     def blocks(self) -> int:
         """The number of w that an image can be made of."""
         raise NotImplementedError
+
+    @property
+    def style_dim(self) -> int:
+        """Length of w."""
+        return self.latent_dim
 
 
 def leaky(x: Tensor) -> Tensor:
@@ -82,20 +87,27 @@ class StyleGenerator(nn.Module):
     def __init__(self, config: StyleConfig) -> None:
         super().__init__()
         self.config = config
-        self.mapping = Mapping(config.latent_dim, config.mapping_depth, config.mapping_lr_multiplier)
+        self.mapping = self.make_mapping()
+
+    def make_mapping(self) -> nn.Module:
+        """z `(B, latent_dim)` to w `(B, style_dim)`."""
+        config = self.config
+        return Mapping(config.latent_dim, config.mapping_depth, config.mapping_lr_multiplier)
 
     def synthesize_blocks(self, styles: Tensor) -> Tensor:
-        """Images of w `(B, blocks, latent_dim)`."""
+        """Images of w `(B, blocks, style_dim)`."""
         raise NotImplementedError
 
     def forward(self, z: Tensor) -> Tensor:
+        return self.synthesize(self.training_styles(z))
+
+    def training_styles(self, z: Tensor) -> Tensor:
+        """w of z, `(B, style_dim)`; in training mode, where style mixing is on, `(B, blocks, style_dim)`."""
         w = self.mapping(z)
-        if self.training and self.config.style_mixing:
-            w = self._mix_at_random(w)
-        return self.synthesize(w)
+        return self._mix_at_random(w) if self.training and self.config.style_mixing else w
 
     def map_latents(self, z: Tensor, *, truncation: float = 1.0) -> Tensor:
-        """w `(B, latent_dim)` of z; with a truncation psi below 1, `mean + psi * (w - mean)`.
+        """w `(B, style_dim)` of z; with a truncation psi below 1, `mean + psi * (w - mean)`.
 
         Source: the truncation trick in w, StyleGAN, arXiv 1812.04948, appendix B. The mean is that of `MEAN_SAMPLES`
         w of the weights at hand, always from the same z.
@@ -104,15 +116,15 @@ class StyleGenerator(nn.Module):
         return w if truncation == 1 else torch.lerp(self.mean_latent(), w, truncation)
 
     def mean_latent(self) -> Tensor:
-        """The mean w, `(1, latent_dim)`."""
+        """The mean w, `(1, style_dim)`."""
         fixed = torch.Generator().manual_seed(0)
         z = torch.randn(self.MEAN_SAMPLES, self.config.latent_dim, generator=fixed)
         return self.mapping(z.to(next(self.mapping.parameters()))).mean(0, keepdim=True)
 
     def mix_styles(self, first: Tensor, second: Tensor, crossover: Tensor | int) -> Tensor:
-        """w for every block, `(B, blocks, latent_dim)`: `first` before block `crossover`, `second` from it on.
+        """w for every block, `(B, blocks, style_dim)`: `first` before block `crossover`, `second` from it on.
 
-        Both are `(B, latent_dim)` or of every block already; `crossover`, of each image or of all, counts blocks
+        Both are `(B, style_dim)` or of every block already; `crossover`, of each image or of all, counts blocks
         from 0. Source: style mixing, StyleGAN, arXiv 1812.04948, section 3.1.
         """
         blocks = torch.arange(self.config.blocks, device=first.device)
@@ -120,11 +132,11 @@ class StyleGenerator(nn.Module):
         return torch.where(blocks[:, None] < crossover, self._of_every_block(first), self._of_every_block(second))
 
     def synthesize(self, w: Tensor) -> Tensor:
-        """Images of w, `(B, latent_dim)` or `(B, blocks, latent_dim)`; ValueError for another shape."""
+        """Images of w, `(B, style_dim)` or `(B, blocks, style_dim)`; ValueError for another shape."""
         return self.synthesize_blocks(self._of_every_block(w))
 
     def _of_every_block(self, w: Tensor) -> Tensor:
-        blocks, dim = self.config.blocks, self.config.latent_dim
+        blocks, dim = self.config.blocks, self.config.style_dim
         if w.shape[1:] not in ((dim,), (blocks, dim)):
             raise ValueError(f"w must be (B, {dim}) or (B, {blocks}, {dim}), got {tuple(w.shape)}")
         return w if w.dim() == 3 else w[:, None].expand(-1, blocks, -1)
@@ -132,7 +144,7 @@ class StyleGenerator(nn.Module):
     def _mix_at_random(self, w: Tensor) -> Tensor:
         """With probability `style_mixing`, an image's w from a random block on becomes that of another z."""
         count, options = len(w), {"device": w.device}
-        other = self.mapping(rng.randn(*w.shape, dtype=w.dtype, **options))
+        other = self.mapping(rng.randn(count, self.config.latent_dim, dtype=w.dtype, **options))
         crossover = rng.randint(1, self.config.blocks, (count,), **options)
         mixed = rng.rand(count, **options) < self.config.style_mixing
         return self.mix_styles(w, other, torch.where(mixed, crossover, self.config.blocks))

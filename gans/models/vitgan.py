@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from gans.models.augment import check_policy, diff_augment
 from gans.models.equalized import SpectralName, make_linear
-from gans.models.layers import learned_embedding
+from gans.models.layers import PatchTransformerConfig, learned_embedding
 from gans.models.styles import StyleConfig, StyleGenerator
 from gans.models.vitgan_layers import (
     ConvHead,
@@ -34,43 +34,7 @@ from gans.models.vitgan_layers import (
 
 
 @dataclass(frozen=True)
-class _Transformer:
-    """What both networks have in common; sizes are the paper's for 32 px."""
-
-    image_size: int = 32
-    """Side of the images."""
-    channels: int = 3
-    """Image channels, 1 or 3."""
-    patch_size: int = 4
-    """Side of the patches, one token each."""
-    dim: int = 384
-    """Channels of a token."""
-    depth: int = 4
-    """Transformer blocks."""
-    heads: int = 6
-    """Attention heads."""
-    mlp_ratio: int = 4
-    """Hidden width of the MLPs over `dim`."""
-
-    def _check(self, owner: str) -> None:
-        """ValueError where sizes do not fit each other."""
-        if self.channels not in (1, 3):
-            raise ValueError(f"{owner}.channels is {self.channels}; it must be 1 or 3")
-        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
-            raise ValueError(f"{owner}.patch_size is {self.patch_size}; it must divide image_size {self.image_size}")
-        if self.dim < 1 or self.heads < 1 or self.dim % self.heads:
-            raise ValueError(f"{owner}.heads is {self.heads}, which does not divide the {self.dim} channels")
-        if self.depth < 1 or self.mlp_ratio < 1:
-            raise ValueError(f"{owner}.depth ({self.depth}) and mlp_ratio ({self.mlp_ratio}) must be at least 1")
-
-    @property
-    def side(self) -> int:
-        """Patches along a side of the image."""
-        return self.image_size // self.patch_size
-
-
-@dataclass(frozen=True)
-class ViTGeneratorConfig(_Transformer, StyleConfig):
+class ViTGeneratorConfig(PatchTransformerConfig, StyleConfig):
     """ViTGAN's generator; the defaults are the paper's for CIFAR-10, where it says."""
 
     latent_dim: int = 384
@@ -90,7 +54,7 @@ class ViTGeneratorConfig(_Transformer, StyleConfig):
     """Added to the variance in norms; the authors' code has 1e-3."""
 
     def __post_init__(self) -> None:
-        self._check("generator")
+        self._check_patches("generator")
         self._check_styles()
         if self.implicit_dim < 1:
             raise ValueError(f"generator.implicit_dim is {self.implicit_dim}; it must be at least 1")
@@ -110,7 +74,7 @@ class ViTGeneratorConfig(_Transformer, StyleConfig):
 
 
 @dataclass(frozen=True)
-class ViTDiscriminatorConfig(_Transformer):
+class ViTDiscriminatorConfig(PatchTransformerConfig):
     """ViTGAN's discriminator; the defaults are the paper's for CIFAR-10."""
 
     overlap: int | None = None
@@ -134,7 +98,7 @@ class ViTDiscriminatorConfig(_Transformer):
     """Probability of each augmentation for each image (paper)."""
 
     def __post_init__(self) -> None:
-        self._check("discriminator")
+        self._check_patches("discriminator")
         if self.overlap is not None and not 0 <= self.overlap <= self.image_size:
             raise ValueError(f"discriminator.overlap is {self.overlap}; it must be in 0..{self.image_size}")
         if self.query_gain is not None and self.query_gain <= 0:

@@ -74,9 +74,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_finite(to_dict(self))
-        for name in ("image_size", "channels"):
-            ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
-            if ours != theirs:
+        for name in ("image_size", "channels", "levels"):
+            ours, theirs = (getattr(config, name, None) for config in (self.generator, self.discriminator))
+            if ours != theirs and None not in (ours, theirs):
                 raise ValueError(f"generator.{name} is {ours} and discriminator.{name} is {theirs}; they must agree")
         if check_fits := getattr(self.loss, "check_fits", None):
             check_fits(self.generator, self.discriminator)

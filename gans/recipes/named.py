@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gans.recipes import presets_projected, presets_stylenat, presets_transgan, presets_vitgan
+from gans.recipes import presets_gat, presets_projected, presets_stylenat, presets_transgan, presets_vitgan
 from gans.recipes.config import Preset, TrainConfig
 
 PRESETS: dict[str, Preset] = {
@@ -10,6 +10,7 @@ PRESETS: dict[str, Preset] = {
     **presets_vitgan.PRESETS,
     **presets_stylenat.PRESETS,
     **presets_projected.PRESETS,
+    **presets_gat.PRESETS,
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Union
 
 from gans.losses import adversarial, path_length
-from gans.models import fastgan, projected, stylenat, stylenat_discriminator, transgan, vitgan
+from gans.models import fastgan, gat, projected, stylenat, stylenat_discriminator, transgan, vitgan
 
 
 class Entry(NamedTuple):
@@ -25,12 +25,14 @@ CHOICES: dict[str, dict[str, Entry]] = {
         "vitgan": Entry(vitgan.ViTGeneratorConfig, vitgan.Generator),
         "stylenat": Entry(stylenat.StyleNATGeneratorConfig, stylenat.Generator),
         "fastgan": Entry(fastgan.FastGANGeneratorConfig, fastgan.Generator),
+        "gat": Entry(gat.GATGeneratorConfig, gat.Generator),
     },
     "discriminator": {
         "transgan": Entry(transgan.DiscriminatorConfig, transgan.Discriminator),
         "vitgan": Entry(vitgan.ViTDiscriminatorConfig, vitgan.Discriminator),
         "stylenat": Entry(stylenat_discriminator.StyleNATDiscriminatorConfig, stylenat_discriminator.Discriminator),
         "projected": Entry(projected.ProjectedDiscriminatorConfig, projected.Discriminator),
+        "gat": Entry(gat.GATDiscriminatorConfig, gat.Discriminator),
     },
     "loss": {
         "standard": Entry(adversarial.LossConfig, adversarial.GANLoss),

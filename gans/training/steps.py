@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gans.common import rng
 from gans.common.distributed import World
-from gans.losses.adversarial import Loss, Terms
+from gans.losses.adversarial import Loss, Terms, has_levels
 from gans.models.spectral_norm import begin_step
 from gans.recipes.config import TrainConfig
 from gans.recipes.registry import build
@@ -145,6 +145,12 @@ def latents(generator: nn.Module, count: int) -> Tensor:
     return rng.randn(count, generator.config.latent_dim, device=like.device, dtype=like.dtype)
 
 
+def make_images(config: TrainConfig, networks: Networks, z: Tensor) -> Tensor:
+    """What the discriminator is given of z: images, with all of their levels where both networks have them."""
+    options = {"levels": True} if has_levels(config.generator, config.discriminator) else {}
+    return networks.generator(z, **options).to(z.dtype)
+
+
 def backward(terms: Terms, parts: int, totals: Terms, *, every: int = 1) -> None:
     """Adds the gradients of the terms' sum over `parts`, and the terms, for the log, to `totals`.
 
@@ -215,7 +221,7 @@ def discriminator_gradients(
     for (start, stop), real_part in zip(parts, real.chunk(len(parts)), strict=True):
         with rng.part(draw_seed(config, step * (config.n_critic + 1) + index), config.batch_d, start, stop):
             with precision(config, real.device), torch.no_grad():
-                fake = generator(latents(generator, stop - start)).to(real.dtype)
+                fake = make_images(config, networks, latents(generator, stop - start))
             if "loss" in what:
                 with precision(config, real.device):
                     terms = loss.discriminator(discriminator, real_part, fake)
@@ -247,7 +253,7 @@ def generator_gradients(
             z = latents(generator, stop - start)
             if "loss" in what:
                 with precision(config, z.device):
-                    terms = loss.generator(discriminator, real_part, generator(z).to(z.dtype))
+                    terms = loss.generator(discriminator, real_part, make_images(config, networks, z))
                 backward(terms, len(parts), totals)
             if "penalty" in what:
                 with precision(config, z.device, penalty=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gans.models.gat import GATGeneratorConfig
 from gans.models.stylenat import StyleNATGeneratorConfig
 from gans.models.styles import StyleConfig, StyleGenerator
 from gans.models.vitgan import ViTGeneratorConfig
@@ -27,6 +28,7 @@ CONFIGS: dict[str, StyleConfig] = {
     "vitgan with l2 scores and convolutions": ViTGeneratorConfig(
         latent_dim=6, image_size=8, patch_size=2, dim=12, depth=3, heads=3, mapping_depth=2, head="conv", score="l2"
     ),
+    "gat": GATGeneratorConfig(latent_dim=6, image_size=8, dim=12, depth=3, heads=3, levels=3),
 }
 
 

@@ -15,6 +15,7 @@ from gans.commands.attention_map import parse_pixels
 from gans.commands.cli import main
 from gans.evaluation.attention_maps import last_of_each_size, recorded
 from gans.models.fastgan import FastGANGeneratorConfig
+from gans.models.gat import GATGeneratorConfig
 from gans.models.stylenat import StyleNATGeneratorConfig
 from gans.models.transgan import GeneratorConfig
 from gans.models.vitgan import ViTGeneratorConfig
@@ -36,6 +37,7 @@ GENERATORS = {
     "vitgan": ViTGeneratorConfig(
         latent_dim=16, image_size=16, dim=32, depth=2, heads=2, implicit_dim=16, mapping_depth=1, score="l2"
     ),
+    "gat": GATGeneratorConfig(latent_dim=8, image_size=16, patch_size=4, dim=16, depth=2, heads=2, levels=2),
 }
 SIZE = 16
 PIXELS = [(15, 2), (6, 9)]

@@ -71,7 +71,7 @@ def test_path_lengths_from_the_jacobian(name):
         torch.testing.assert_close(lengths[image], pulled.square().sum(1).mean().sqrt())
 
 
-@pytest.mark.parametrize(("name", "tables"), [*zip(CONFIGS, (6, 0, 0), strict=True)])
+@pytest.mark.parametrize(("name", "tables"), [*zip(CONFIGS, (6, 0, 0, 0), strict=True)])
 def test_path_length_differentiates_the_fused_attention_twice(name, tables):
     generator = generator_of(CONFIGS[name])
     loss = PathLengthLoss(PathLengthLossConfig(path_length_decay=0.5)).double()

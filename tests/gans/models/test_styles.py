@@ -54,7 +54,7 @@ def test_style_mixing_in_training_only(config):
         mixing(z)
     own = mixing.mapping(z)[:, None]
     for w in seen:
-        assert w.shape == (4, config.blocks, 6)
+        assert w.shape == (4, config.blocks, config.style_dim)
         kept = (w == own).all(-1)
         assert kept[:, 0].all() and not kept[:, -1].any()
         assert (kept.int().diff(dim=1) <= 0).all()  # one crossover
@@ -89,7 +89,7 @@ def test_bad_configurations_name_the_field(config, change, message):
 
 @pytest.mark.parametrize("shape", [(2, 9, 6), (2, 3, 5), (2, 5), (6,)])
 def test_w_of_a_wrong_shape_is_named(config, shape):
-    blocks = config.blocks
+    blocks, dim = config.blocks, config.style_dim
     with pytest.raises(ValueError) as error:
         generator_of(config).synthesize(torch.zeros(shape).double())
-    assert str(error.value) == f"w must be (B, 6) or (B, {blocks}, 6), got {shape}"
+    assert str(error.value) == f"w must be (B, {dim}) or (B, {blocks}, {dim}), got {shape}"

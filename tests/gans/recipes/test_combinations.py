@@ -10,6 +10,7 @@ import torch
 from gans.commands.train import parse
 from gans.common.distributed import World
 from gans.losses.adversarial import ADVERSARIAL, LossConfig
+from gans.models.gat import GATDiscriminatorConfig
 from gans.models.projected import ProjectedDiscriminatorConfig
 from gans.models.stylenat_discriminator import StyleNATDiscriminatorConfig
 from gans.models.transgan import DiscriminatorConfig, GeneratorConfig
@@ -23,6 +24,7 @@ DISCRIMINATORS = {
     "transgan": DiscriminatorConfig(patch_dims=(12, 4), depths=(1, 1), windows=(4, 2), heads=2),
     "vitgan": ViTDiscriminatorConfig(dim=12, depth=1, heads=3),
     "stylenat": StyleNATDiscriminatorConfig(image_size=32, width=128, max_dim=16, group=2),
+    "gat": GATDiscriminatorConfig(patch_size=8, dim=12, depth=1, heads=3, levels=1),
     "projected": ProjectedDiscriminatorConfig(image_size=32, features="random", feature_size=128, width=8),
 }
 
