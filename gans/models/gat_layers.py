@@ -35,7 +35,8 @@ def sincos_positions(side: int, dim: int) -> Tensor:
 
 
 def rotary_angles(side: int, head_dim: int) -> Tensor:
-    """`(side * side, head_dim / 2)`: the angle by which each pair of channels turns, half by the row, half by the column.
+    """`(side * side, head_dim / 2)`: the angle by which each pair of channels turns, half by the row, half by the
+    column.
 
     Source: rotary position embedding, RoFormer, arXiv 2104.09864, on two axes as in EVA-02, arXiv 2303.11331.
     """
