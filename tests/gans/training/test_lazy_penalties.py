@@ -1,5 +1,5 @@
-"""Lazy regularisation in logs and on the bar: a penalty is as large there as if it were in every update. Penalties in an
-update of their own.
+"""Lazy regularisation in logs and on the bar: a penalty is as large there as if it were in every update. And penalties
+in an update of their own.
 """
 
 from __future__ import annotations
