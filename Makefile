@@ -1,7 +1,8 @@
 # `make demo` trains a small model and shows it; `make test` runs the linters and all tests. Both first make a
 # virtual environment and install the package with everything they need into it. `make wheel` puts into dist/ a wheel for
 # every Python, `make wheel-check` tries it in an environment of its own without a compiler, and `make cuda-wheel` makes
-# the add-on for NVIDIA GPUs, natten_ext_cuda (twenty minutes on one core; needs nvcc). `make docs` builds build/site.
+# the add-on for NVIDIA GPUs, natten_ext_cuda (twenty minutes on one core; needs nvcc). `make hub-kernel` writes a kernel
+# repository as Hugging Face's `kernels` loads it into build/hub. `make docs` builds build/site.
 #
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   another torch (this one: CPU only)
 #   make test PYTHON=python3.12 VENV=/tmp/venv                                  another Python, another place
@@ -29,7 +30,7 @@ TORCHES ?= 2.11.0 2.13.0 2.14.1
 INSTALLED := $(VENV)/installed
 SOURCES := setup.py pyproject.toml natten_ext/version.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test bench install clean wheel wheel-check wheel-try cuda-wheel matrix docs
+.PHONY: demo test bench install clean wheel wheel-check wheel-try cuda-wheel matrix hub-kernel docs
 
 demo: $(INSTALLED)
 	$(BIN)/python -m gans.demo
@@ -78,6 +79,11 @@ matrix: wheel
 	  echo "== $$python, torch $$torch"; \
 	  $(MAKE) --no-print-directory wheel-try PYTHON=$$python TORCH=torch==$$torch CLEAN=build/matrix; \
 	done; done; rm -rf build/matrix
+
+# Only sources: any Python will do.
+hub-kernel:
+	rm -rf build/hub
+	$(PYTHON) hub_kernel.py build/hub
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(INSTALLED)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from .backends.choice import FUSED
+from .backends.support import namespace
 from .derivatives import differentiable, vmap_rule
 from .orders import INPUTS, ORDERS, Order
 
-OPERATORS = {backend: getattr(torch.ops, f"natten_ext_{backend}") for backend in FUSED}
+OPERATORS = {backend: getattr(torch.ops, namespace(backend)) for backend in FUSED}
 """By backend, the operators as attributes."""
 
 # ---------------------------------------------------------------------------------------------- results without data
@@ -41,7 +42,7 @@ def _fake(order: Order, *arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _declare(backend: str, order: Order) -> None:
-    name = f"natten_ext_{backend}::{order.name}"
+    name = f"{namespace(backend)}::{order.name}"
     torch.library.define(name, order.schema())
     torch.library.register_fake(name, partial(_fake, order))
     torch.library.impl(name, "Autograd")(differentiable(order, OPERATORS[backend]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -15,6 +17,7 @@ import pytest
 import torch
 from setuptools import Distribution
 
+import hub_kernel
 import natten_ext
 import setup
 from natten_ext import __main__
@@ -31,6 +34,7 @@ FILES = (
     "MANIFEST.in",
     "Makefile",
     "README.md",
+    "hub_kernel.py",
     "mkdocs.yml",
     "pyproject.toml",
     "setup.py",
@@ -178,3 +182,31 @@ def test_a_report_for_bugs(capsys):
         assert part in printed
     for status in natten_ext.list_backends("cpu"):
         assert re.search(f"cpu +{status.name} +{re.escape(status.reason or 'yes')}", printed)
+
+
+def test_a_kernel_repository_loads_beside_the_package(tmp_path):
+    """By Hugging Face's `kernels` where that is installed, else by what its loader does."""
+    variant = hub_kernel.make(tmp_path / "repository")
+    name = json.loads((variant / "metadata.json").read_text())["id"]
+    if importlib.util.find_spec("kernels"):
+        package = importlib.import_module("kernels").get_local_kernel(tmp_path / "repository")
+    else:
+        specification = importlib.util.spec_from_file_location(name, variant / "__init__.py")
+        package = sys.modules[name] = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(package)
+    assert set(package.__all__) == set(natten_ext.__all__)
+
+    q, k, v = (torch.randn(1, 5, 5, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    expected = natten_ext.neighborhood_attention(q, k, v, 3, backend="cpu")
+    torch.testing.assert_close(package.neighborhood_attention(q, k, v, 3), expected)
+    reasons = {status.name: status.reason for status in package.list_backends("cpu")}
+    assert "kernels" in reasons["cpu"] and "kernels" in reasons["cuda"]
+    if not reasons["triton"]:  # in the interpreter
+        torch.testing.assert_close(package.neighborhood_attention(q, k, v, 3, backend="triton"), expected)
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        del sys.modules[module]
+
+
+def test_a_kernel_repository_is_not_written_over_anything(tmp_path):
+    with pytest.raises(FileExistsError):
+        hub_kernel.make(tmp_path)

@@ -6,23 +6,26 @@ from pathlib import Path
 
 import torch
 
-from .support import cannot_take
+from .support import COMPILED, NOT_COMPILED, cannot_take
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _library = Path(__file__).parents[1] / "libnatten_ext_cpu.so"
-if not _library.exists():
+if COMPILED and not _library.exists():
     raise ImportError(
         f"natten_ext is not built: {_library} is missing. In a checkout, `pip install --no-build-isolation -e .` builds"
         " it; after an installation without -e, run Python outside the checkout, which hides what is installed."
     )
-torch.ops.load_library(_library)
+if COMPILED:
+    torch.ops.load_library(_library)
 
 run = None  # csrc/cpu/library.cpp registers the kernels
 
 
 def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """Why this backend can't run a problem; empty if it can."""
+    if not COMPILED:
+        return NOT_COMPILED
     if device_type not in ("cpu", "meta"):
         return f"device must be cpu, got {device_type}"
     return cannot_take(dtype, DTYPES, head_dim)

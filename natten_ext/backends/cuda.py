@@ -19,7 +19,7 @@ import torch
 from ..orders import ORDERS, Order
 from ..version import __version__
 from .origin import about_origin
-from .support import MAX_HEAD_DIM, asked_once, cannot_take, cannot_use_gpu
+from .support import COMPILED, MAX_HEAD_DIM, NOT_COMPILED, asked_once, cannot_take, cannot_use_gpu, namespace
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -31,9 +31,9 @@ ADD_ON = "natten_ext_cuda"
 """The package that brings the library where this one was installed without it."""
 
 # The library has operators of its own, csrc/cuda/library.cpp, for what `run` adds to the operands.
-_compiled = torch.ops.natten_ext_cuda
+_compiled = getattr(torch.ops, namespace("cuda"))
 for _order in ORDERS:
-    torch.library.define(f"natten_ext_cuda::{_order.name}_kernels", _order.schema(tf32=bool))
+    torch.library.define(f"{_compiled.name}::{_order.name}_kernels", _order.schema(tf32=bool))
 
 
 def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
@@ -106,6 +106,8 @@ def _emulator() -> str | None:
 @asked_once
 def _not_loaded() -> str:
     """Loads the kernels. Empty if they are there, else why not."""
+    if not COMPILED:
+        return NOT_COMPILED
     if _emulator() is not None:
         torch.ops.load_library(_emulator())
         return ""

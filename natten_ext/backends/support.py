@@ -10,6 +10,15 @@ import torch
 
 Answer = TypeVar("Answer")
 
+PACKAGE = __package__.partition(".")[0]
+"""The name this package is imported by: natten_ext, or another where Hugging Face's ``kernels`` loads a copy that
+hub_kernel.py made, which may run beside other versions."""
+
+COMPILED = PACKAGE == "natten_ext"
+"""Whether compiled libraries go with it: the names of their operators have natten_ext in them."""
+
+NOT_COMPILED = "only the Triton kernels go with a copy that is loaded by `kernels`; install natten_ext for the others"
+
 MAX_HEAD_DIM = 256
 MINIMUM_CAPABILITY = (8, 0)
 """Compute capability that the kernels for GPUs need."""
@@ -22,6 +31,11 @@ def cannot_take(dtype: torch.dtype, dtypes: Sequence[torch.dtype], head_dim: int
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         return f"head_dim must be from 1 to {MAX_HEAD_DIM}, got {head_dim}"
     return ""
+
+
+def namespace(backend: str) -> str:
+    """Of the operators of a backend: natten_ext_cpu, ..."""
+    return f"{PACKAGE}_{backend}"
 
 
 def asked_once(question: Callable[..., Answer]) -> Callable[..., Answer]:

@@ -39,7 +39,7 @@ def fna_generic_flops(inputs: list[Any], outputs: list[Any]) -> int:
 def add_natten_handle(flop_ctr: Any) -> Any:
     """The counter (fvcore's), which counts this package's attention from here on."""
     handles = {"prim::PythonOp.Scores": qk_2d_rpb_flop, "prim::PythonOp.Gather": av_2d_flop}
-    handles |= {f"natten_ext_{name}::forward": fna_generic_flops for name in OPERATORS}
+    handles |= {f"{operators.name}::forward": fna_generic_flops for operators in OPERATORS.values()}
     return flop_ctr.set_op_handle(**handles)
 
 
