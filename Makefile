@@ -87,7 +87,6 @@ hub-kernel:
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
 	$(BIN)/python -m mkdocs build
 
 $(BIN)/python:
@@ -102,7 +101,7 @@ $(REQUIREMENTS): $(BIN)/python
 
 $(INSTALLED): $(REQUIREMENTS) $(SOURCES)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[gans,bench,test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[gans,bench,test,docs]"
 	touch $@
 
 clean:

@@ -36,11 +36,6 @@ def test_model_of_ones_own(title):
     assert any(all(p.grad is not None for p in model.parameters()) for model in models)
 
 
-def test_neighborhoods_on_lines_maps_and_volumes():
-    (example,) = examples_of("neighborhoods.md").values()
-    exec(example, {})
-
-
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_example(title):
     torch.manual_seed(0)
