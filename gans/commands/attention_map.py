@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -27,6 +28,8 @@ class AttentionMapArguments:
     """PNG file to write."""
     seed: int = 0
     """The sample."""
+    class_: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """Its class, by name or number, for generators with classes; without it, the seed modulo their number."""
     pixels: tuple[str, ...] = ()
     """Pixels as row,column, such as 32,32 10,50; none for the centre and a point up and to the left of it."""
     per_head: bool = False
@@ -64,7 +67,7 @@ def run(arguments: list[str]) -> None:
     size = generator.config.image_size
     pixels = parse_pixels(options.pixels, size)
     with attention_backend(options.backend), recorded(generator, pixels, size) as maps:
-        (image,) = render(generator, [options.seed], truncation=options.truncation)
+        (image,) = render(generator, [options.seed], truncation=options.truncation, name=options.class_)
     if not maps:
         raise ValueError(f"{type(generator.config).__name__} describes a generator without attention that can be drawn")
     chosen = maps if options.every_module else last_of_each_size(maps)

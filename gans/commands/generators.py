@@ -3,6 +3,7 @@
 A command asks of a generator only `config.latent_dim`, `config.image_size`, `config.channels` and `forward(z)`. A
 model may offer more, and commands that need it refuse a generator without it:
 
+- `config.classes`, and then `forward(z, labels)`.
 - `map_latents(z, *, truncation=1.0) -> w` and `synthesize(w) -> images`, the two halves of `forward`, for a model
   with a mapping network (as `gans.models.styles.StyleGenerator`). Truncation and interpolation in w need them.
 - `denormalize(images) -> images` in [-1, 1], for a model whose output is normalised in another way.
@@ -15,14 +16,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 import natten_ext
 from gans.common import rng
 from gans.common.distributed import choose_device
+from gans.models.conditioning import bind
 from gans.recipes.config import from_dict
 from gans.recipes.registry import build, config_class
 from gans.training import checkpoint
@@ -49,13 +52,20 @@ class RenderArguments:
     """"auto" (a GPU if there is one), or a torch device."""
     backend: str | None = None
     """Attention backend of natten_ext; None leaves its choice."""
+    class_: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """The class of all images, by name or number, for generators with classes; without it, seed i shows class i, over
+    and over."""
 
     def __post_init__(self) -> None:
         if self.scale < 1:
             raise ValueError(f"scale is {self.scale}; it must be at least 1")
 
     def load_generator(self) -> nn.Module:
-        return load_generator(self.checkpoint, choose_device(self.device), self.weights)
+        """The checkpoint's generator; ValueError if it has no class called `class_`."""
+        generator = load_generator(self.checkpoint, choose_device(self.device), self.weights)
+        if self.class_ is not None:
+            class_of(generator, self.class_)
+        return generator
 
 
 def attention_backend(name: str | None) -> AbstractContextManager[Any]:
@@ -111,15 +121,41 @@ def load_generator(path: Path, device: torch.device, weights: Weights = "generat
     values = checkpoint.load_config(path)["recipe"]["generator"]
     generator: nn.Module = build(from_dict(config_class("generator", values.get("kind")), values))
     checkpoint.load_weights(path, weights, generator)
+    generator.class_names = checkpoint.load_config(path).get("classes", [])  # type: ignore[assignment]
     return generator.eval().requires_grad_(False).to(device)
+
+
+def class_of(generator: nn.Module, name: str) -> int:
+    """The number of the class with this name or number; ValueError if the generator has no such class, or none."""
+    classes, names = getattr(generator.config, "classes", 0), list(getattr(generator, "class_names", []))
+    if not classes:
+        raise ValueError(f"class is {name!r}, but the generator has no classes; leave it out")
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) < classes:
+        return int(name)
+    known = f", or one of {', '.join(names[:20])}{' ...' * (len(names) > 20)}" if names else ""
+    raise ValueError(f"class is {name!r}; it must be a number from 0 to {classes - 1}{known}")
+
+
+def labels_of(generator: nn.Module, seeds: Sequence[int], name: str | None = None) -> Tensor | None:
+    """The label of each seed's image: that of the class called `name`, else the seed modulo the number of classes; None
+    for a generator without classes.
+    """
+    device, classes = next(generator.parameters()).device, getattr(generator.config, "classes", 0)
+    if name is not None:
+        return torch.full((len(seeds),), class_of(generator, name), device=device)
+    return torch.tensor([seed % classes for seed in seeds], device=device) if classes else None
 
 
 def _has_mapping(generator: nn.Module) -> bool:
     return hasattr(generator, "map_latents") and hasattr(generator, "synthesize")
 
 
-def to_codes(generator: nn.Module, z: Tensor, *, space: Space = "z", truncation: float = 1.0) -> Tensor:
-    """What the images are made of: z itself, or w for a generator with a mapping network.
+def to_codes(
+    generator: nn.Module, z: Tensor, labels: Tensor | None = None, *, space: Space = "z", truncation: float = 1.0
+) -> Tensor:
+    """What the images are made of: z itself, or w for a generator with a mapping network. `labels` `(B,)` with classes.
 
     Raises ValueError where w or truncation is asked of a generator without one.
     """
@@ -131,7 +167,7 @@ def to_codes(generator: nn.Module, z: Tensor, *, space: Space = "z", truncation:
         wish = "space w" if space == "w" else f"truncation {truncation}"
         raise ValueError(f"{wish} needs a mapping network, which {type(generator.config).__qualname__} does not have")
     with torch.no_grad():
-        return generator.map_latents(z, truncation=truncation)
+        return bind(generator, labels).map_latents(z, truncation=truncation)
 
 
 @torch.no_grad()
@@ -143,26 +179,29 @@ def render(
     truncation: float = 1.0,
     codes: Tensor | None = None,
     space: Space = "z",
+    name: str | None = None,
 ) -> Iterator[Tensor]:
     """Images `(n, C, H, W)` in [-1, 1] on the CPU, batch by batch, n <= `batch`.
 
     Image i has the z and the noise of `seeds[i]`, whatever else is in its batch; with `codes`, rows of z or w by
-    `space`, only the noise is that of the seeds.
+    `space`, only the noise is that of the seeds. Its class is the one called `name`, or goes by the seed (`labels_of`).
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     device = next(generator.parameters()).device
+    labels = labels_of(generator, seeds, name)
     for start in range(0, len(seeds), batch):
         part = seeds[start : start + batch]
+        own = None if labels is None else labels[start : start + batch]
         with rng.per_image(part):
             if codes is None:
                 z = latents(part, generator.config.latent_dim).to(device)
-                x = to_codes(generator, z, truncation=truncation)
+                x = to_codes(generator, z, own, truncation=truncation)
                 mapped = truncation != 1
             else:
                 x = codes[start : start + batch].to(device)
                 mapped = space == "w"
-            images = generator.synthesize(x) if mapped else generator(x)
+            images = generator.synthesize(x) if mapped else bind(generator, own)(x)
         if hasattr(generator, "denormalize"):
             images = generator.denormalize(images)
         yield images.float().cpu()

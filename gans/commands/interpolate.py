@@ -16,6 +16,7 @@ from gans.commands.generators import (
     RenderArguments,
     Space,
     attention_backend,
+    labels_of,
     latents,
     parse_numbers,
     render,
@@ -91,7 +92,8 @@ def run(arguments: list[str]) -> None:
     device = next(generator.parameters()).device
     codes = latents(seeds, generator.config.latent_dim)
     if options.space == "w":
-        codes = to_codes(generator, codes.to(device), space="w", truncation=options.truncation).cpu()
+        labels = labels_of(generator, seeds, options.class_)
+        codes = to_codes(generator, codes.to(device), labels, space="w", truncation=options.truncation).cpu()
 
     def walk(pairs: list[tuple[int, int]], times: Tensor) -> Tensor:
         """Codes at `times` between each pair of places in `seeds`, one after the other."""
@@ -99,11 +101,12 @@ def run(arguments: list[str]) -> None:
         return torch.cat([between(codes[i], codes[j], times) for i, j in pairs])
 
     def images_of(path: Tensor, description: str) -> Tensor:
-        """All have the noise of the first seed, so that nothing but the codes changes."""
-        space = options.space
+        """All have the noise and, in z, the class of the first seed, so that nothing but the codes changes."""
+        space, same = options.space, [seeds[0]] * len(path)
         if space == "z" and options.truncation < 1:
-            path, space = to_codes(generator, path.to(device), truncation=options.truncation), "w"
-        batches = render(generator, [seeds[0]] * len(path), batch=options.batch, codes=path, space=space)
+            labels = labels_of(generator, same, options.class_)
+            path, space = to_codes(generator, path.to(device), labels, truncation=options.truncation), "w"
+        batches = render(generator, same, batch=options.batch, codes=path, space=space, name=options.class_)
         return torch.cat(list(tqdm(batches, desc=description, unit="batch", dynamic_ncols=True)))
 
     pairs = [(i, i + 1) for i in range(len(seeds) - 1)]

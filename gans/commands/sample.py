@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"out is {str(options.out)!r}; give a .png file, a .zip file or a folder")
     generator = options.load_generator()
     with attention_backend(options.backend):
-        batches = render(generator, seeds, batch=options.batch, truncation=options.truncation)
+        batches = render(generator, seeds, batch=options.batch, truncation=options.truncation, name=options.class_)
         bar = tqdm(total=len(seeds), unit="image", dynamic_ncols=True)
         if suffix == ".png":
             images = []

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from gans.commands.generators import (
     RenderArguments,
     attention_backend,
+    labels_of,
     latents,
     parse_numbers,
     render,
@@ -64,7 +65,13 @@ def run(arguments: list[str]) -> None:
     device = next(generator.parameters()).device
     dim = generator.config.latent_dim
     w_rows, w_columns = (
-        to_codes(generator, latents(seeds, dim).to(device), space="w", truncation=options.truncation)
+        to_codes(
+            generator,
+            latents(seeds, dim).to(device),
+            labels_of(generator, seeds, options.class_),
+            space="w",
+            truncation=options.truncation,
+        )
         for seeds in (rows, columns)
     )
     count = generator.config.blocks

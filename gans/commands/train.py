@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from gans.common.distributed import join
+from gans.data.sources import open_source
 from gans.recipes import registry
 from gans.recipes.config import RunConfig, TrainConfig
 from gans.recipes.named import PRESETS, preset
@@ -32,6 +33,8 @@ class TrainArguments:
     """Take the discriminator of another preset, or another kind of discriminator with its default settings."""
     loss: str | None = None
     """Take the loss of another preset, or another kind of loss with its default settings."""
+    conditional: bool = False
+    """Tell both networks the labels of the data (sets generator.classes and discriminator.classes)."""
     dry_run: bool = False
     """Print the resolved settings, parameter counts, estimated memory and attention shapes as JSON, and stop."""
 
@@ -88,20 +91,36 @@ def _with_parts(recipe: TrainConfig, parts: dict[str, str]) -> TrainConfig:
     return replace(recipe, **changed)
 
 
+def conditional(recipe: TrainConfig, data: str) -> TrainConfig:
+    """The recipe with networks for the classes of the data; ValueError if it has no labels."""
+    classes = len(open_source(data, recipe.images.split).classes)
+    if not classes:
+        raise ValueError(
+            f"conditional needs labels, which data {data!r} has not: put each class in a folder of its own, or add "
+            "dataset.json or metadata.csv"
+        )
+    generator, discriminator = (
+        replace(recipe.generator, classes=classes),
+        replace(recipe.discriminator, classes=classes),
+    )
+    return replace(recipe, generator=generator, discriminator=discriminator)
+
+
 def _resized(config: Any, like: Any) -> Any:
-    names = {field.name for field in fields(config)} & {"image_size", "channels"}
+    names = {field.name for field in fields(config)} & {"image_size", "channels", "classes"}
     return replace(config, **{name: getattr(like, name) for name in names})
 
 
 def run(arguments: list[str]) -> None:
     """Trains, or prints what would be trained."""
     parsed = parse(arguments)
+    recipe = conditional(parsed.recipe, parsed.run.data) if parsed.conditional else parsed.recipe
     world = join(parsed.run.device)
     try:
         if parsed.dry_run:
-            shown = json.dumps(describe(parsed.recipe, parsed.run, world.size), indent=2)
+            shown = json.dumps(describe(recipe, parsed.run, world.size), indent=2)
         else:
-            shown = f"last checkpoint: {train(parsed.recipe, parsed.run, world=world)}"
+            shown = f"last checkpoint: {train(recipe, parsed.run, world=world)}"
     except Interrupted as interrupt:
         world.leave()
         if world.is_main:

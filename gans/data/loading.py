@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,8 +73,11 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(127.5).sub_(1)
 
 
-class Stream(Dataset[Tensor]):
-    """The endless shuffled sequence of images: item p is image `p % n` of epoch `p // n`, as uint8 `(C, S, S)`."""
+class Stream(Dataset[Any]):
+    """The endless shuffled sequence of images: item p is image `p % n` of epoch `p // n`, as uint8 `(C, S, S)`.
+
+    With `labels`, of every image of the source, an item is a pair: the image and its label.
+    """
 
     def __init__(
         self,
@@ -86,8 +89,10 @@ class Stream(Dataset[Tensor]):
         flip: bool,
         shuffle: bool = True,
         broken: Broken = "refuse",
+        labels: Sequence[int] | None = None,
     ) -> None:
         self.source = source
+        self.labels = labels
         self.size = size
         self.channels = channels
         self.seed = seed
@@ -109,22 +114,23 @@ class Stream(Dataset[Tensor]):
         self._flips = torch.rand(count, generator=generator) < (0.5 if self.flip else 0.0)
         self._epoch = epoch
 
-    def __getitem__(self, position: int) -> Tensor:
+    def __getitem__(self, position: int) -> Any:
         epoch, place = divmod(position, len(self.source))
         self._enter_epoch(epoch)
-        array = self._read(place)
+        array, index = self._read(place)
         if self._flips[place]:
             array = array[:, :, ::-1]
-        return torch.from_numpy(array.copy())
+        image = torch.from_numpy(array.copy())
+        return image if self.labels is None else (image, self.labels[index])
 
-    def _read(self, place: int) -> np.ndarray:
-        """The image at a place of the epoch's order, or the next one that is readable."""
+    def _read(self, place: int) -> tuple[np.ndarray, int]:
+        """The image at a place of the epoch's order, or the next one that is readable, with its number."""
         for candidate in itertools.chain(range(place, len(self.source)), range(place)):
             index = int(self._order[candidate])
             if index in self._unreadable:
                 continue
             try:
-                return to_array(self.source.open(index), self.size, self.channels)
+                return to_array(self.source.open(index), self.size, self.channels), index
             except BrokenImageError as error:
                 if self.broken == "refuse":
                     raise
@@ -164,8 +170,9 @@ def batches(
     rank: int = 0,
     processes: int = 1,
     pin_memory: bool = False,
-) -> Iterator[Tensor]:
-    """Batches `(size, C, S, S)` of uint8 from position `start` on, without end; the global RNG is not touched.
+) -> Iterator[Any]:
+    """Batches `(size, C, S, S)` of uint8 from position `start` on, without end; the global RNG is not touched. Of a
+    stream with labels, pairs of such a batch and its labels `(size,)`.
 
     `sizes` are taken in turn. Of several processes, number `rank` gets its share of each batch, in order.
     """

@@ -276,6 +276,24 @@ class ArrayImages:
         return Image.fromarray(self.images[index].numpy())
 
 
+def class_labels(source: ImageSource, classes: int, data: str) -> list[int] | None:
+    """The label of every image for networks of so many classes, None for 0; ValueError where `source` (at `data`) has
+    no labels, or others.
+    """
+    if not classes:
+        return None
+    if not source.labels:
+        raise ValueError(
+            f"data {data!r} has no labels, and the networks have {classes} classes: put each class in a folder of its "
+            "own, add dataset.json or metadata.csv, or make generator.classes and discriminator.classes 0"
+        )
+    if len(source.classes) != classes:
+        raise ValueError(
+            f"data {data!r} has {len(source.classes)} classes, and generator.classes is {classes}; they must agree"
+        )
+    return source.labels
+
+
 def digits() -> ArrayImages:
     """The 1797 scanned 8x8 digits that come with scikit-learn (UCI "Optical Recognition of Handwritten Digits")."""
     from sklearn.datasets import load_digits

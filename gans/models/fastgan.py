@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gans.common import rng
+from gans.models.conditioning import ClassesConfig, LatentAndClass, normalized
 from gans.models.spectral_norm import SpectralConv2d, SpectralConvTranspose2d
 
 FIRST_SIZE = 4
@@ -24,7 +25,7 @@ MULTIPLIERS = {4: 16, 8: 8, 16: 4, 32: 2, 64: 2, 128: 1, 256: 0.5, 512: 0.25, 10
 
 
 @dataclass(frozen=True)
-class FastGANGeneratorConfig:
+class FastGANGeneratorConfig(ClassesConfig):
     """FastGAN's generator; the defaults are Projected GAN's at 256 px."""
 
     latent_dim: int = 256
@@ -42,6 +43,7 @@ class FastGANGeneratorConfig:
     map is 16 times another."""
 
     def __post_init__(self) -> None:
+        self._check_classes("generator")
         if self.channels not in (1, 3):
             raise ValueError(f"generator.channels is {self.channels}; it must be 1 or 3")
         if self.image_size not in MULTIPLIERS or self.image_size < 32:
@@ -113,7 +115,8 @@ class Gate(nn.Module):
 
 
 class Generator(nn.Module):
-    """z `(B, latent_dim)` to images `(B, channels, S, S)`, S = `config.image_size`; linear output, without tanh.
+    """z `(B, latent_dim)`, and labels `(B,)` if it has classes, to images `(B, channels, S, S)`, S = `image_size`;
+    linear output, without tanh.
 
     Every convolution has spectral normalisation.
     """
@@ -122,8 +125,9 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         first = 2 * config.dim(FIRST_SIZE)
+        self.latent = LatentAndClass(config.classes, config.latent_dim)
         self.input = nn.Sequential(
-            SpectralConvTranspose2d(config.latent_dim, first, FIRST_SIZE, bias=False), nn.BatchNorm2d(first), nn.GLU(1)
+            SpectralConvTranspose2d(self.latent.width, first, FIRST_SIZE, bias=False), nn.BatchNorm2d(first), nn.GLU(1)
         )
         self.blocks = nn.ModuleDict(
             {
@@ -137,8 +141,8 @@ class Generator(nn.Module):
         )
         self.to_rgb = SpectralConv2d(config.dim(config.image_size), config.channels, 3, 1, 1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        z = z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        z = self.latent(normalized(z), labels)
         x = self.input(z[:, :, None, None])
         maps = {FIRST_SIZE: x}
         for name, block in self.blocks.items():

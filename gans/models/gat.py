@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gans.models.augment import augment_alike, check_policy
+from gans.models.conditioning import LatentAndClass, check_labels, normalized
 from gans.models.equalized import EqualizedLinear
 from gans.models.gat_layers import EPS, GatedMLP, RotaryAttention, init_linears, perturb, sincos_positions
 from gans.models.layers import PatchTransformerConfig, learned_embedding
 from gans.models.styles import StyleConfig, StyleGenerator
+
+CLASS_LR_MULTIPLIER = 0.01
+"""Learning rate of the layers between a class and its vector in the discriminator, over the others' (published)."""
 
 MODULATION_GAIN = 0.1
 """Gain of the initial weights from w to scales and gates (published)."""
@@ -77,31 +81,46 @@ class GATDiscriminatorConfig(_Sizes):
     """What is left of the image in the first level, but for 1 percent; the last level has all (published)."""
     augment: tuple[str, ...] = ("color_0.5", "translation_0.125", "cutout_1.0", "flip_0.4")
     """DiffAug policy, applied to whatever the discriminator is given, to all levels alike."""
+    class_dim: int = 2048
+    """With classes: the numbers that the score is the product of, the image's with the class's (published)."""
 
     def __post_init__(self) -> None:
         self._check("discriminator")
+        if self.class_dim < 1:
+            raise ValueError(f"discriminator.class_dim is {self.class_dim}; it must be at least 1")
         if not 0 < self.information <= 1:
             raise ValueError(f"discriminator.information is {self.information}; it must be in (0, 1]")
         check_policy(self.augment)
 
 
-class GATMapping(nn.Module):
-    """z `(B, latent_dim)`, scaled to unit mean square, to w `(B, style_dim)`: layers with SiLU between them."""
+class MappingLayers(nn.Module):
+    """Layers of the given widths with SiLU between them, whose learning rate is multiplied by `lr_multiplier`."""
 
-    def __init__(self, config: GATGeneratorConfig) -> None:
+    def __init__(self, widths: list[int], lr_multiplier: float) -> None:
         super().__init__()
-        widths = [config.latent_dim, *[config.style_dim] * config.mapping_depth]
         self.layers = nn.ModuleList(
             # The gain makes the variance Xavier's.
-            EqualizedLinear(a, b, lr_multiplier=config.mapping_lr_multiplier, gain=(2 * a / (a + b)) ** 0.5)
+            EqualizedLinear(a, b, lr_multiplier=lr_multiplier, gain=(2 * a / (a + b)) ** 0.5)
             for a, b in pairwise(widths)
         )
 
-    def forward(self, z: Tensor) -> Tensor:
-        w = z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
+    def forward(self, x: Tensor) -> Tensor:
         for i, layer in enumerate(self.layers):
-            w = layer(F.silu(w) if i else w)
-        return w
+            x = layer(F.silu(x) if i else x)
+        return x
+
+
+class GATMapping(nn.Module):
+    """z `(B, latent_dim)` and its class, each scaled to unit mean square, to w `(B, style_dim)`."""
+
+    def __init__(self, config: GATGeneratorConfig) -> None:
+        super().__init__()
+        self.latent = LatentAndClass(config.classes, config.latent_dim)
+        widths = [self.latent.width, *[config.style_dim] * config.mapping_depth]
+        self.layers = MappingLayers(widths, config.mapping_lr_multiplier)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.layers(self.latent(normalized(z), labels))
 
 
 class _Modulation(nn.Module):
@@ -152,7 +171,8 @@ class ToImage(nn.Module):
 
 
 class Generator(StyleGenerator):
-    """z `(B, latent_dim)` to images `(B, channels, S, S)`, S = `config.image_size`; linear output, without tanh.
+    """z `(B, latent_dim)`, and labels `(B,)` if it has classes, to images `(B, channels, S, S)`, S = `image_size`;
+    linear output, without tanh.
 
     The tokens start as fixed positions; z comes in through w, which scales every norm and gates every branch. At
     `levels` equal depths the tokens give an image, and level i is the sum of the first i: the last is the result.
@@ -173,9 +193,9 @@ class Generator(StyleGenerator):
     def make_mapping(self) -> nn.Module:
         return GATMapping(self.config)
 
-    def forward(self, z: Tensor, *, levels: bool = False) -> Tensor:
+    def forward(self, z: Tensor, labels: Tensor | None = None, *, levels: bool = False) -> Tensor:
         """Images of z; with `levels`, all levels one after the other, `(B, levels * channels, S, S)`."""
-        w = self.training_styles(z)
+        w = self.training_styles(z, labels)
         return self.synthesize_levels(self._of_every_block(w)) if levels else self.synthesize(w)
 
     def synthesize_blocks(self, styles: Tensor) -> Tensor:
@@ -219,7 +239,8 @@ class Discriminator(nn.Module):
 
     DiffAug first, unless `augment` is False, alike for all levels; an image without levels is taken for each of them.
     Then noise, the more the earlier the level; patches of all levels together, fixed positions, a class token; the
-    blocks; the class token's normed value gives the score. The noise is drawn in evaluation too.
+    blocks; the class token's normed value gives the score, with classes as a product with a vector of the image's
+    class. The noise is drawn in evaluation too.
     """
 
     positions: Tensor
@@ -233,11 +254,17 @@ class Discriminator(nn.Module):
         self.cls_token = learned_embedding(1, 1, config.dim)
         self.blocks = nn.ModuleList(DiscriminatorBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.dim, eps=EPS)
-        self.head = nn.Linear(config.dim, 1)
+        self.head = nn.Linear(config.dim, config.class_dim if config.classes else 1)
+        self.class_vector: nn.Sequential | None = None
+        if config.classes:
+            embedding = nn.Embedding(config.classes, config.class_dim)
+            nn.init.normal_(embedding.weight, std=0.02)
+            self.class_vector = nn.Sequential(embedding, MappingLayers([config.class_dim] * 3, CLASS_LR_MULTIPLIER))
         init_linears(self)
 
-    def forward(self, images: Tensor, augment: bool = True) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | None = None, augment: bool = True) -> Tensor:
         config = self.config
+        check_labels(config.classes, labels)
         levels = list(images.split(config.channels, dim=1))
         if len(levels) not in (1, config.levels):
             raise ValueError(
@@ -252,4 +279,5 @@ class Discriminator(nn.Module):
         x = torch.cat([self.cls_token.expand(len(images), -1, -1), x + self.positions], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, 0])).squeeze(-1)
+        score = self.head(self.norm(x[:, 0]))
+        return score.squeeze(-1) if self.class_vector is None else (score * self.class_vector(labels)).sum(1)

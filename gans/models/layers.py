@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gans.common import rng
+from gans.models.conditioning import ClassesConfig
 from natten_ext import Attention, GridAttention, attention
 
 NormName = Literal["layer", "rms"]
@@ -136,7 +137,7 @@ class Block(nn.Module):
 
 
 @dataclass(frozen=True)
-class PatchTransformerConfig:
+class PatchTransformerConfig(ClassesConfig):
     """Sizes of a transformer over square patches of an image; the defaults are ViTGAN's for 32 px."""
 
     image_size: int = 32
@@ -156,6 +157,7 @@ class PatchTransformerConfig:
 
     def _check_patches(self, owner: str) -> None:
         """ValueError where sizes do not fit each other."""
+        self._check_classes(owner)
         if self.channels not in (1, 3):
             raise ValueError(f"{owner}.channels is {self.channels}; it must be 1 or 3")
         if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:

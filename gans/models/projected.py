@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from gans.features.by_name import check_maps, make_maps
 from gans.features.network import STRIDES
 from gans.models.augment import check_policy, diff_augment
+from gans.models.conditioning import ClassesConfig, check_labels, normalized
 from gans.models.spectral_norm import SpectralConv2d
 
 MIXED = (64, 128, 256, 512)
@@ -25,12 +26,15 @@ MIXED = (64, 128, 256, 512)
 HALVINGS = 4
 """Halvings of the finest map; each coarser one has one less."""
 
+CLASS_DIM = 64
+"""Numbers that are compared with a vector of the class for every logit (published)."""
+
 WIDEST_PIXELS = 512
 """Channels beyond which the discriminator on pixels does not double them."""
 
 
 @dataclass(frozen=True)
-class ProjectedDiscriminatorConfig:
+class ProjectedDiscriminatorConfig(ClassesConfig):
     """Projected discriminator; the defaults are the published configuration, with the paper's Lite1."""
 
     image_size: int = 256
@@ -50,6 +54,7 @@ class ProjectedDiscriminatorConfig:
     holds against what the feature network does not see, and against its leaking into measures made with it."""
 
     def __post_init__(self) -> None:
+        self._check_classes("discriminator")
         if self.channels not in (1, 3):
             raise ValueError(f"discriminator.channels is {self.channels}; it must be 1 or 3")
         if self.image_size < 8:
@@ -105,10 +110,10 @@ def _down(dim: int, next_dim: int) -> nn.Sequential:
     return nn.Sequential(SpectralConv2d(dim, next_dim, 4, 2, 1), nn.BatchNorm2d(next_dim), nn.LeakyReLU(0.2))
 
 
-def _scores(dims: list[int]) -> nn.Sequential:
-    """Maps `(B, dims[0], S, S)` to logits `(B, 1, s, s)`, one step to half the side for each further number."""
+def _scores(dims: list[int], outputs: int) -> nn.Sequential:
+    """Maps `(B, dims[0], S, S)` to logits `(B, outputs, s, s)`, one step to half the side for each further number."""
     downs = (_down(dim, next_dim) for dim, next_dim in pairwise(dims))
-    return nn.Sequential(*downs, SpectralConv2d(dims[-1], 1, 4, bias=False))
+    return nn.Sequential(*downs, SpectralConv2d(dims[-1], outputs, 4, bias=False))
 
 
 class Discriminator(nn.Module):
@@ -116,6 +121,9 @@ class Discriminator(nn.Module):
 
     DiffAug (unless `augment` is False), enlargement, frozen features, projection; then one discriminator a scale. At
     224 px each has 4x4 logits, 64 in all. A pixel discriminator's logits follow them. A loss takes its mean over all.
+
+    With classes it takes labels `(B,)`, and every logit is the product of `CLASS_DIM` numbers with a learned vector of
+    the class, of which each discriminator has its own (as published, but for a layer between class and vector).
     """
 
     def __init__(self, config: ProjectedDiscriminatorConfig) -> None:
@@ -123,18 +131,22 @@ class Discriminator(nn.Module):
         self.config = config
         self.features = make_maps(config.features)
         self.projection = Projection(self.features.channels)
+        outputs = CLASS_DIM if config.classes else 1
         self.discriminators = nn.ModuleList(
-            _scores([dim, *(config.width * 2**i for i in range(scale, HALVINGS))])
+            _scores([dim, *(config.width * 2**i for i in range(scale, HALVINGS))], outputs)
             for scale, dim in enumerate(self.projection.channels)
         )
-        self.pixels = _pixel_discriminator(config) if config.pixel_width else None
+        self.pixels = _pixel_discriminator(config, outputs) if config.pixel_width else None
+        count = len(self.discriminators) + bool(config.pixel_width) if config.classes else 0
+        self.class_vectors = nn.ModuleList(nn.Embedding(config.classes, CLASS_DIM) for _ in range(count))
 
     def scored_together(self, batch: int) -> int:
         """How many consecutive images have scores that depend on one another: all, by the batch norms."""
         return batch
 
-    def forward(self, images: Tensor, augment: bool = True) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | None = None, augment: bool = True) -> Tensor:
         config = self.config
+        check_labels(config.classes, labels)
         if augment:
             images = diff_augment(images, config.augment)
         x = images.expand(-1, 3, -1, -1) if config.channels == 1 else images
@@ -145,17 +157,20 @@ class Discriminator(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)  # depthwise and 1x1 convolutions are faster so
         maps = self.projection(self.features(x))
         # The discriminators' 4x4 convolutions of stride 2 are not.
-        logits = [scores(x.contiguous()).flatten(1) for scores, x in zip(self.discriminators, maps, strict=True)]
+        logits = [scores(x.contiguous()).flatten(2) for scores, x in zip(self.discriminators, maps, strict=True)]
         if self.pixels is not None:
-            logits.append(self.pixels(images).flatten(1))
-        return torch.cat(logits, dim=1)
+            logits.append(self.pixels(images).flatten(2))
+        for i, embedding in enumerate(self.class_vectors):
+            vectors = normalized(embedding(labels)) * CLASS_DIM**-0.5
+            logits[i] = (logits[i] * vectors[:, :, None]).sum(1, keepdim=True)
+        return torch.cat(logits, dim=2).squeeze(1)
 
 
-def _pixel_discriminator(config: ProjectedDiscriminatorConfig) -> nn.Sequential:
+def _pixel_discriminator(config: ProjectedDiscriminatorConfig, outputs: int) -> nn.Sequential:
     """3x3 convolution and leaky ReLU, then halvings to 8 px or just below, doubling the channels up to a limit."""
     dims, size = [config.pixel_width], config.image_size
     while size > 8:
         dims.append(min(2 * dims[-1], max(WIDEST_PIXELS, config.pixel_width)))
         size //= 2
     first = SpectralConv2d(config.channels, dims[0], 3, 1, 1, bias=False)
-    return nn.Sequential(first, nn.LeakyReLU(0.2), _scores(dims))
+    return nn.Sequential(first, nn.LeakyReLU(0.2), _scores(dims, outputs))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gans.models.augment import check_policy, diff_augment
+from gans.models.conditioning import ClassesConfig, ClassScore
 from gans.models.spectral_norm import SpectralConv2d, SpectralDense
 from gans.models.stylenat import Normalization, check_normalization
 from gans.models.stylenat_layers import ImageNetNormalization, fir_blur
@@ -26,7 +27,7 @@ LAST_SIZE = 4
 
 
 @dataclass(frozen=True)
-class StyleNATDiscriminatorConfig:
+class StyleNATDiscriminatorConfig(ClassesConfig):
     """Discriminator; the defaults are the published FFHQ 256 px configuration (26.2 M parameters)."""
 
     scores_clean: ClassVar[bool] = True
@@ -50,6 +51,7 @@ class StyleNATDiscriminatorConfig:
 
     def __post_init__(self) -> None:
         check_normalization("discriminator", self.normalization, self.channels)
+        self._check_classes("discriminator")
         if self.image_size < 16 or self.image_size & (self.image_size - 1):
             raise ValueError(f"discriminator.image_size is {self.image_size}; it must be a power of 2 from 16 on")
         for name in ("max_dim", "group"):
@@ -142,7 +144,7 @@ def minibatch_deviation(x: Tensor, group: int) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Images `(B, channels, S, S)` in [-1, 1] to one unbounded score each, `(B,)`.
+    """Images `(B, channels, S, S)` in [-1, 1], and labels `(B,)` if it has classes, to unbounded scores `(B,)`.
 
     Scores are those of the images as they are; with `augment=True`, of a view of them by the DiffAug policy, for
     balanced consistency.
@@ -159,12 +161,13 @@ class Discriminator(nn.Module):
         self.last_linear = SpectralDense(LAST_SIZE**2 * dims[-1], dims[-1])
         self.last_activation = BiasedLeaky(dims[-1])
         self.head = SpectralDense(dims[-1], 1)
+        self.class_score = ClassScore(config.classes, dims[-1])
 
     def scored_together(self, batch: int) -> int:
         """How many consecutive images have scores that depend on one another."""
         return group_size(batch, self.config.group)
 
-    def forward(self, images: Tensor, augment: bool = False) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | None = None, augment: bool = False) -> Tensor:
         image = images if self.normalization is None else self.normalization(images)
         if augment:
             image = diff_augment(image, self.config.augment)
@@ -175,4 +178,4 @@ class Discriminator(nn.Module):
         assert x is not None
         x = minibatch_deviation(x + self.from_rgb(haar(image)), self.config.group)
         x = self.last_activation(self.last_linear(self.last_conv(x).flatten(1)))
-        return self.head(x).squeeze(-1)
+        return self.head(x).squeeze(-1) + self.class_score(x, labels)

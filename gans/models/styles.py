@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gans.common import rng
+from gans.models.conditioning import ClassesConfig, LatentAndClass, normalized
 from gans.models.equalized import EqualizedLinear
 
 
 @dataclass(frozen=True)
-class StyleConfig:
+class StyleConfig(ClassesConfig):
     """What generators with a mapping network have in common."""
 
     has_mapping: ClassVar[bool] = True
@@ -37,6 +39,7 @@ class StyleConfig:
 
     def _check_styles(self) -> None:
         """ValueError where one of these fields is out of range."""
+        self._check_classes("generator")
         for name in ("latent_dim", "mapping_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"generator.{name} is {getattr(self, name)}; it must be at least 1")
@@ -62,24 +65,29 @@ def leaky(x: Tensor) -> Tensor:
 
 
 class Mapping(nn.Module):
-    """z to w, both `(B, dim)`: z scaled to unit mean square, then layers of Linear and leaky ReLU.
+    """z to w, both `(B, dim)`: z scaled to unit mean square, and the class beside it, then layers of Linear and leaky
+    ReLU.
 
     Source: StyleGAN2, arXiv 1912.04958; depth and learning rate multiplier as ViTGAN's authors have them.
     """
 
-    def __init__(self, dim: int, depth: int, lr_multiplier: float) -> None:
+    def __init__(self, dim: int, depth: int, lr_multiplier: float, classes: int = 0) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EqualizedLinear(dim, dim, lr_multiplier=lr_multiplier) for _ in range(depth))
+        self.latent = LatentAndClass(classes, dim)
+        widths = [self.latent.width, *[dim] * depth]
+        self.layers = nn.ModuleList(EqualizedLinear(a, b, lr_multiplier=lr_multiplier) for a, b in pairwise(widths))
 
-    def forward(self, z: Tensor) -> Tensor:
-        w = z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        w = self.latent(normalized(z), labels)
         for layer in self.layers:
             w = leaky(layer(w))
         return w
 
 
 class StyleGenerator(nn.Module):
-    """z `(B, latent_dim)` to images `(B, channels, S, S)` by way of w; a subclass has `synthesize_blocks`."""
+    """z `(B, latent_dim)`, and labels `(B,)` if it has classes, to images `(B, channels, S, S)` by way of w; a subclass
+    has `synthesize_blocks`.
+    """
 
     MEAN_SAMPLES = 4096
     """Number of w whose mean truncation goes towards."""
@@ -90,36 +98,40 @@ class StyleGenerator(nn.Module):
         self.mapping = self.make_mapping()
 
     def make_mapping(self) -> nn.Module:
-        """z `(B, latent_dim)` to w `(B, style_dim)`."""
+        """z `(B, latent_dim)`, and labels `(B,)` or None, to w `(B, style_dim)`."""
         config = self.config
-        return Mapping(config.latent_dim, config.mapping_depth, config.mapping_lr_multiplier)
+        return Mapping(config.latent_dim, config.mapping_depth, config.mapping_lr_multiplier, config.classes)
 
     def synthesize_blocks(self, styles: Tensor) -> Tensor:
         """Images of w `(B, blocks, style_dim)`."""
         raise NotImplementedError
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.synthesize(self.training_styles(z))
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.synthesize(self.training_styles(z, labels))
 
-    def training_styles(self, z: Tensor) -> Tensor:
+    def training_styles(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """w of z, `(B, style_dim)`; in training mode, where style mixing is on, `(B, blocks, style_dim)`."""
-        w = self.mapping(z)
-        return self._mix_at_random(w) if self.training and self.config.style_mixing else w
+        w = self.mapping(z, labels)
+        return self._mix_at_random(w, labels) if self.training and self.config.style_mixing else w
 
-    def map_latents(self, z: Tensor, *, truncation: float = 1.0) -> Tensor:
+    def map_latents(self, z: Tensor, labels: Tensor | None = None, *, truncation: float = 1.0) -> Tensor:
         """w `(B, style_dim)` of z; with a truncation psi below 1, `mean + psi * (w - mean)`.
 
         Source: the truncation trick in w, StyleGAN, arXiv 1812.04948, appendix B. The mean is that of `MEAN_SAMPLES`
-        w of the weights at hand, always from the same z.
+        w of the weights at hand, always from the same z; with labels, of each image's class.
         """
-        w = self.mapping(z)
-        return w if truncation == 1 else torch.lerp(self.mean_latent(), w, truncation)
+        w = self.mapping(z, labels)
+        return w if truncation == 1 else torch.lerp(self.mean_latent(labels), w, truncation)
 
-    def mean_latent(self) -> Tensor:
-        """The mean w, `(1, style_dim)`."""
+    def mean_latent(self, labels: Tensor | None = None) -> Tensor:
+        """The mean w, `(1, style_dim)`; with labels `(B,)` that of each one's class, `(B, style_dim)`."""
         fixed = torch.Generator().manual_seed(0)
         z = torch.randn(self.MEAN_SAMPLES, self.config.latent_dim, generator=fixed)
-        return self.mapping(z.to(next(self.mapping.parameters()))).mean(0, keepdim=True)
+        z = z.to(next(self.mapping.parameters()))
+        if labels is None:
+            return self.mapping(z).mean(0, keepdim=True)
+        known, places = labels.unique(return_inverse=True)
+        return torch.stack([self.mapping(z, label.expand(len(z))).mean(0) for label in known])[places]
 
     def mix_styles(self, first: Tensor, second: Tensor, crossover: Tensor | int) -> Tensor:
         """w for every block, `(B, blocks, style_dim)`: `first` before block `crossover`, `second` from it on.
@@ -141,10 +153,10 @@ class StyleGenerator(nn.Module):
             raise ValueError(f"w must be (B, {dim}) or (B, {blocks}, {dim}), got {tuple(w.shape)}")
         return w if w.dim() == 3 else w[:, None].expand(-1, blocks, -1)
 
-    def _mix_at_random(self, w: Tensor) -> Tensor:
+    def _mix_at_random(self, w: Tensor, labels: Tensor | None) -> Tensor:
         """With probability `style_mixing`, an image's w from a random block on becomes that of another z."""
         count, options = len(w), {"device": w.device}
-        other = self.mapping(rng.randn(count, self.config.latent_dim, dtype=w.dtype, **options))
+        other = self.mapping(rng.randn(count, self.config.latent_dim, dtype=w.dtype, **options), labels)
         crossover = rng.randint(1, self.config.blocks, (count,), **options)
         mixed = rng.rand(count, **options) < self.config.style_mixing
         return self.mix_styles(w, other, torch.where(mixed, crossover, self.config.blocks))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gans.models.augment import check_policy, diff_augment
+from gans.models.conditioning import ClassesConfig, ClassScore, LatentAndClass
 from gans.models.layers import (
     Block,
     LinearInit,
@@ -35,7 +36,7 @@ from gans.models.layers import (
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class _Blocks(ClassesConfig):
     """What the blocks of both networks have in common."""
 
     heads: int = 4
@@ -56,6 +57,7 @@ class _Blocks:
         windows: tuple[int, ...],
     ) -> None:
         """ValueError unless depths and windows have one value per stage that its map and the heads allow."""
+        self._check_classes(owner)
         if not sizes:
             raise ValueError(f"{owner}.depths and its widths are empty; there must be at least one stage")
         for name, values in (("depths", depths), ("windows", windows)):
@@ -230,7 +232,7 @@ def _stage(
 
 
 class Generator(nn.Module):
-    """z `(B, latent_dim)` to images `(B, channels, S, S)`, S = `config.image_size`.
+    """z `(B, latent_dim)`, and labels `(B,)` if it has classes, to images `(B, channels, S, S)`, S = `image_size`.
 
     Linear to the first map, then per stage: add a learned position embedding, run the blocks, double the map's
     side for the next stage; last a 1x1 convolution. The output is linear, without tanh, so values may leave
@@ -240,10 +242,11 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
-        self.input = nn.Linear(config.latent_dim, config.base_size**2 * config.base_dim)
+        self.latent = LatentAndClass(config.classes, config.latent_dim)
+        self.input = nn.Linear(self.latent.width, config.base_size**2 * config.base_dim)
         self.context: nn.Linear | None = None
         if config.cross_attention:
-            self.context = nn.Linear(config.latent_dim, config.base_size**2 * config.base_dim)
+            self.context = nn.Linear(self.latent.width, config.base_size**2 * config.base_dim)
             self.context_pos_embed = nn.Parameter(torch.zeros(1, config.base_size**2, config.base_dim))
         self.pos_embed = nn.ParameterList(
             learned_embedding(1, size, size, dim) for size, dim in zip(config.sizes, config.dims, strict=True)
@@ -263,10 +266,11 @@ class Generator(nn.Module):
             return to_map(F.interpolate(to_image(x), scale_factor=2, mode="bicubic"))
         return to_map(F.pixel_shuffle(to_image(x), 2))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         config = self.config
         if config.latent_norm:
             z = F.normalize(z, dim=1) * config.latent_dim**0.5
+        z = self.latent(z, labels)
         x = self.input(z).view(-1, config.base_size, config.base_size, config.base_dim)
         context = None
         if self.context is not None:
@@ -281,7 +285,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images `(B, channels, S, S)` to one unbounded score each, `(B,)`.
+    """Images `(B, channels, S, S)`, and labels `(B,)` if it has classes, to one unbounded score each, `(B,)`.
 
     DiffAug first, also on interpolates of the gradient penalty, unless `augment` is False. Then per stage: append
     the patches of this scale, add a position embedding, run the blocks, average-pool by 2. A class token, without
@@ -311,9 +315,10 @@ class Discriminator(nn.Module):
         self.last = _stage(config, width, [None] * config.last_depth)
         self.norm = make_norm(config.norm, width)
         self.head = nn.Linear(width, 1)
+        self.class_score = ClassScore(config.classes, width)
         init_weights(self, config.linear_init)
 
-    def forward(self, images: Tensor, augment: bool = True) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | None = None, augment: bool = True) -> Tensor:
         if augment:
             images = diff_augment(images, self.config.augment)
         x: Tensor | None = None
@@ -328,4 +333,5 @@ class Discriminator(nn.Module):
         x = torch.cat([self.cls_token.expand(len(images), -1, -1), x.flatten(1, 2)], dim=1)
         for block in self.last:
             x = block(x)
-        return self.head(self.norm(x[:, 0])).squeeze(-1)
+        features = self.norm(x[:, 0])
+        return self.head(features).squeeze(-1) + self.class_score(features, labels)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gans.models.augment import check_policy, diff_augment
+from gans.models.conditioning import ClassScore
 from gans.models.equalized import SpectralName, make_linear
 from gans.models.layers import PatchTransformerConfig, learned_embedding
 from gans.models.styles import StyleConfig, StyleGenerator
@@ -189,7 +190,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images `(B, channels, S, S)` to one unbounded score each, `(B,)`.
+    """Images `(B, channels, S, S)`, and labels `(B,)` if it has classes, to one unbounded score each, `(B,)`.
 
     DiffAug first, unless `augment` is False; overlapping patches, zero outside the image; a class token and learned
     positions; the blocks; the class token's normed value gives the score.
@@ -206,8 +207,9 @@ class Discriminator(nn.Module):
         self.blocks = nn.ModuleList(DiscriminatorBlock(config, linear) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim)
         self.head = linear(config.dim, 1)
+        self.class_score = ClassScore(config.classes, config.dim)
 
-    def forward(self, images: Tensor, augment: bool = True) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | None = None, augment: bool = True) -> Tensor:
         config = self.config
         if augment:
             images = diff_augment(images, config.augment, config.augment_probability)
@@ -217,4 +219,5 @@ class Discriminator(nn.Module):
         x = x + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, 0])).squeeze(-1)
+        features = self.norm(x[:, 0])
+        return self.head(features).squeeze(-1) + self.class_score(features, labels)

@@ -74,7 +74,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_finite(to_dict(self))
-        for name in ("image_size", "channels", "levels"):
+        for name in ("image_size", "channels", "levels", "classes"):
             ours, theirs = (getattr(config, name, None) for config in (self.generator, self.discriminator))
             if ours != theirs and None not in (ours, theirs):
                 raise ValueError(f"generator.{name} is {ours} and discriminator.{name} is {theirs}; they must agree")
@@ -113,6 +113,11 @@ class TrainConfig:
     def updates(self) -> tuple[tuple[str, ...], ...]:
         """Which terms ("loss", "penalty") each update of a network has, one after the other."""
         return (("loss", "penalty"),) if self.penalty_update == "joint" else (("loss",), ("penalty",))
+
+    @property
+    def classes(self) -> int:
+        """Classes that the networks are told; 0 for none."""
+        return getattr(self.generator, "classes", 0)
 
     @property
     def _penalty_mode(self) -> str | None:

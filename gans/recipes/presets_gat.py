@@ -55,7 +55,7 @@ GAT64 = replace(
 GAT32_SMALL = replace(
     GAT32,
     generator=GATGeneratorConfig(patch_size=4, dim=96, depth=4, heads=3),
-    discriminator=GATDiscriminatorConfig(patch_size=4, dim=96, depth=4, heads=3),
+    discriminator=GATDiscriminatorConfig(patch_size=4, dim=96, depth=4, heads=3, class_dim=96),
     ema=EMAConfig(half_life=2_000),
     steps=1_000,
     batch_d=16,

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 import natten_ext
 from gans.common.distributed import World, choose_device
+from gans.models.conditioning import bind
 from gans.models.spectral_norm import begin_step
 from gans.recipes.config import RunConfig, TrainConfig, to_dict
 from gans.recipes.registry import build
@@ -68,7 +69,7 @@ class PeakMemory(TorchDispatchMode):
         return peak
 
 
-def _attention_rows(network: str, model: nn.Module, inputs: Tensor) -> list[Any]:
+def _attention_rows(network: str, model: Any, inputs: Tensor) -> list[Any]:
     """One row for each kind of attention in a forward pass."""
     with natten_ext.record_calls() as calls, torch.no_grad():
         model(inputs)
@@ -126,15 +127,20 @@ def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[st
             return torch.empty(count, channels, size, size, device=device, dtype=dtype)
 
         real_d, real_g = images(part.batch_d), images(part.batch_g) if networks.loss.uses_real else None
+
+        def labels(count: int) -> Tensor | None:
+            return torch.zeros(count, dtype=torch.int64, device=device) if recipe.classes else None
+
+        own_d, own_g = labels(part.batch_d), labels(part.batch_g)
         fixed = memory.now
-        discriminator_gradients(0, 0, part, networks, real_d, alone)
+        discriminator_gradients(0, 0, part, networks, real_d, alone, labels=own_d)
         peak_d = memory.take_peak() - fixed
-        generator_gradients(0, part, networks, real_g, alone)
+        generator_gradients(0, part, networks, real_g, alone, labels=own_g)
         peak_g = memory.take_peak() - fixed
         z = torch.empty(part.batch_g, recipe.generator.latent_dim, device=device, dtype=dtype)
         with precision(recipe, device):
-            attention = _attention_rows("generator", networks.generator, z)
-            attention += _attention_rows("discriminator", networks.discriminator, real_d)
+            attention = _attention_rows("generator", bind(networks.generator, own_g), z)
+            attention += _attention_rows("discriminator", bind(networks.discriminator, own_d), real_d)
     # Adam keeps two numbers for each one that it trains, and the average is another generator.
     adam = 2 * sum(p.nbytes for model in models for p in model.parameters() if p.requires_grad)
     average = sum(t.nbytes for t in (*networks.generator.parameters(), *networks.generator.buffers()))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import natten_ext
 from gans.common.distributed import World, choose_device
 from gans.data import loading
-from gans.data.sources import ImageSource, open_source
+from gans.data.sources import ImageSource, class_labels, open_source
 from gans.models.ema import EMA
 from gans.recipes.config import RunConfig, TrainConfig, to_dict
 from gans.training import checkpoint
@@ -101,6 +101,7 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
     checkpoints = out / "checkpoints"
     start = find_start(config, run, checkpoints)
     latest = start.checkpoint
+    labels = class_labels(source, config.classes, run.data)
 
     networks = make_networks(config, world.device)
     state = TrainState(networks, EMA(networks.generator, config.ema))
@@ -114,6 +115,8 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
         state.restore(latest, images=len(source))
         refuse_later(checkpoints, latest, state.step)
     resolved = resolved_config(config, run, state, world)
+    if labels is not None:
+        resolved["classes"] = source.classes
 
     stream = loading.Stream(
         source,
@@ -122,9 +125,12 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
         seed=config.seed,
         flip=config.images.flip,
         broken=config.images.broken,
+        labels=labels,
     )
-    # A step takes the batches of its discriminator updates, and one more if the generator's loss wants real images.
-    sizes = [config.batch_d] * config.n_critic + ([config.batch_g] if networks.loss.uses_real else [])
+    # A step takes the batches of its discriminator updates, and one more if the generator's loss wants real images, or
+    # labels to generate.
+    more = networks.loss.uses_real or labels is not None
+    sizes = [config.batch_d] * config.n_critic + ([config.batch_g] if more else [])
     batches = loading.batches(
         stream,
         sizes,
@@ -135,10 +141,14 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
         pin_memory=world.device.type == "cuda",
     )
 
-    def next_real(size: int) -> Tensor:
+    def next_real(size: int) -> tuple[Tensor, Tensor | None]:
+        """Images, and their labels if the networks have classes."""
         state.position += size
-        images = next(batches).to(world.device, non_blocking=True)
-        return loading.to_unit_range(images).to(next(networks.discriminator.parameters()).dtype)
+        batch = next(batches)
+        images, own = (batch, None) if labels is None else batch
+        images = loading.to_unit_range(images.to(world.device, non_blocking=True))
+        dtype = next(networks.discriminator.parameters()).dtype
+        return images.to(dtype), None if own is None else own.to(world.device, non_blocking=True)
 
     # Of each network by itself, with and without a lazy penalty: what goes well elsewhere must not hide them.
     skips_in_a_row: Counter[tuple[str, ...]] = Counter()
@@ -175,7 +185,9 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
     stopped = False
     with (
         backend,
-        Monitor(config, run, start, state, source, progress=progress) if world.is_main else nullcontext() as monitor,
+        Monitor(config, run, start, state, source, labels, progress=progress)
+        if world.is_main
+        else nullcontext() as monitor,
         StopSignals(announce=world.is_main) as signals,
     ):
         if monitor:
@@ -183,12 +195,13 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
         while state.step < config.steps and not stopped:
             logs = [{"lr_factor": set_learning_rates(config, networks, state.step)}]
             for index in range(config.n_critic):
-                real = next_real(config.batch_d)
+                real, own = next_real(config.batch_d)
                 for what in config.updates:
-                    logs.append(attempt(discriminator_step, state.step, index, config, networks, real, world, what))
-            real = next_real(config.batch_g) if networks.loss.uses_real else None
+                    update = (state.step, index, config, networks, real, world, what, own)
+                    logs.append(attempt(discriminator_step, *update))
+            real, own = next_real(config.batch_g) if more else (None, None)
             for what in config.updates:
-                logs.append(attempt(generator_step, state.step, config, networks, real, world, what))
+                logs.append(attempt(generator_step, state.step, config, networks, real, world, what, own))
             state.step += 1
             state.average.update(networks.generator, images=state.step * config.batch_g, batch=config.batch_g)
 

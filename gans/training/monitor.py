@@ -21,6 +21,7 @@ from gans.data import loading
 from gans.data.images import grid
 from gans.data.sources import ImageSource
 from gans.evaluation.metrics import Metric, make_metric
+from gans.models.conditioning import bind
 from gans.recipes.config import RunConfig, TrainConfig
 from gans.training.checkpoint import writing
 from gans.training.logs import RunLog, read
@@ -39,12 +40,36 @@ def evaluation_rng(device: torch.device, seed: int = EVALUATION_SEED) -> Iterato
 
 
 @torch.no_grad()
-def generate(generator: nn.Module, count: int, *, seed: int = EVALUATION_SEED, batch: int = 64) -> Tensor:
-    """`count` float32 images on the CPU from the z of `seed`; the first are the same for any count."""
+def generate(
+    generator: nn.Module,
+    count: int,
+    labels: Tensor | None = None,
+    *,
+    seed: int = EVALUATION_SEED,
+    batch: int = 64,
+) -> Tensor:
+    """`count` float32 images on the CPU from the z of `seed`; the first are the same for any count. `labels` `(count,)`
+    for a generator with classes.
+    """
     like = next(generator.parameters())
     with evaluation_rng(like.device, seed):
         z = torch.stack([torch.randn(generator.config.latent_dim) for _ in range(count)]).to(like)
-        return torch.cat([generator(part).float().cpu() for part in z.split(batch)])
+        own = [None] * -(-count // batch) if labels is None else labels.to(like.device).split(batch)
+        parts = zip(z.split(batch), own, strict=True)
+        return torch.cat([bind(generator, label)(part).float().cpu() for part, label in parts])
+
+
+def class_rows(classes: int, count: int) -> Tensor | None:
+    """Labels of `count` images that show every class in turn; None without classes."""
+    return torch.arange(count) % classes if classes else None
+
+
+def class_shares(labels: Sequence[int] | None, count: int) -> Tensor | None:
+    """`count` labels in the shares that they have in `labels`; None for None."""
+    if labels is None:
+        return None
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(labels)[order[torch.arange(count) % len(labels)]]
 
 
 def memory_mib(device: torch.device) -> float:
@@ -68,6 +93,7 @@ class Monitor:
         start: Start,
         state: TrainState,
         source: ImageSource,
+        labels: Sequence[int] | None = None,
         *,
         progress: bool,
     ) -> None:
@@ -75,6 +101,8 @@ class Monitor:
         self.config = config
         self.run = run
         self.state = state
+        self._shown = class_rows(config.classes, run.sample_count)
+        self._measured = class_shares(labels, run.metric_images)
         self.out = Path(run.out)
         self.log = RunLog(self.out, state.step, start.describe())
         self.device = next(state.networks.generator.parameters()).device
@@ -166,12 +194,14 @@ class Monitor:
 
     def _measure(self) -> None:
         if self.metric:
-            images = generate(self.state.average.model, self.run.metric_images).clamp(-1, 1)  # as they would be saved
+            images = generate(self.state.average.model, self.run.metric_images, self._measured)
+            images = images.clamp(-1, 1)  # as they would be saved
             distance = self.metric(images.to(self.device))
             self.log.write(self.state.step, {"distance": distance, "floor": self.metric.floor})
 
     def _sample(self) -> None:
-        self._save_grid(generate(self.state.average.model, self.run.sample_count), f"step-{self.state.step:08d}")
+        images = generate(self.state.average.model, self.run.sample_count, self._shown)
+        self._save_grid(images, f"step-{self.state.step:08d}")
 
     def _save_grid(self, images: Tensor, name: str) -> None:
         with self._file(self.out / "samples" / f"{name}.png") as path:

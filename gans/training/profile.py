@@ -81,15 +81,19 @@ def measure(
         size, channels = config.generator.image_size, config.generator.channels
         return torch.rand(count, channels, size, size, device=target, dtype=dtype) * 2 - 1
 
+    def labels(count: int) -> Tensor | None:
+        classes = config.classes
+        return torch.randint(classes, (count,), device=target) if classes else None
+
     def step(config: TrainConfig) -> None:
         if update != "generator":
-            real = images(config.batch_d)
+            real, own = images(config.batch_d), labels(config.batch_d)
             for what in config.updates:
-                discriminator_step(0, 0, config, networks, real, world, what)
+                discriminator_step(0, 0, config, networks, real, world, what, own)
         if update != "discriminator":
-            real = images(config.batch_g) if networks.loss.uses_real else None
+            real, own = images(config.batch_g) if networks.loss.uses_real else None, labels(config.batch_g)
             for what in config.updates:
-                generator_step(0, config, networks, real, world, what)
+                generator_step(0, config, networks, real, world, what, own)
         if target.type == "cuda":
             torch.cuda.synchronize(target)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gans.common import rng
 from gans.common.distributed import World
 from gans.losses.adversarial import Loss, Terms, has_levels
+from gans.models.conditioning import bind
 from gans.models.spectral_norm import begin_step
 from gans.recipes.config import TrainConfig
 from gans.recipes.registry import build
@@ -145,10 +146,10 @@ def latents(generator: nn.Module, count: int) -> Tensor:
     return rng.randn(count, generator.config.latent_dim, device=like.device, dtype=like.dtype)
 
 
-def make_images(config: TrainConfig, networks: Networks, z: Tensor) -> Tensor:
+def make_images(config: TrainConfig, networks: Networks, z: Tensor, labels: Tensor | None) -> Tensor:
     """What the discriminator is given of z: images, with all of their levels where both networks have them."""
     options = {"levels": True} if has_levels(config.generator, config.discriminator) else {}
-    return networks.generator(z, **options).to(z.dtype)
+    return bind(networks.generator, labels)(z, **options).to(z.dtype)
 
 
 def backward(terms: Terms, parts: int, totals: Terms, *, every: int = 1) -> None:
@@ -205,6 +206,11 @@ def apply(
 EVERYTHING = ("loss", "penalty")
 
 
+def _chunk(tensor: Tensor | None, parts: list[tuple[int, int]]) -> Sequence[Tensor | None]:
+    """What of a tensor, if there is one, belongs to each part of a batch."""
+    return [None] * len(parts) if tensor is None else tensor.chunk(len(parts))
+
+
 def discriminator_gradients(
     step: int,
     index: int,
@@ -213,15 +219,17 @@ def discriminator_gradients(
     real: Tensor,
     world: World,
     what: tuple[str, ...] = EVERYTHING,
+    labels: Tensor | None = None,
 ) -> Terms:
     """Adds this process's gradients of the discriminator's loss; returns the terms. Arguments as for the step."""
-    generator, discriminator, loss = networks.generator, networks.discriminator, networks.loss
+    generator, loss = networks.generator, networks.loss
     totals: Terms = {}
     parts = local_parts(config, world, config.batch_d)
-    for (start, stop), real_part in zip(parts, real.chunk(len(parts)), strict=True):
+    for (start, stop), real_part, own in zip(parts, real.chunk(len(parts)), _chunk(labels, parts), strict=True):
+        discriminator = bind(networks.discriminator, own)
         with rng.part(draw_seed(config, step * (config.n_critic + 1) + index), config.batch_d, start, stop):
             with precision(config, real.device), torch.no_grad():
-                fake = make_images(config, networks, latents(generator, stop - start))
+                fake = make_images(config, networks, latents(generator, stop - start), own)
             if "loss" in what:
                 with precision(config, real.device):
                     terms = loss.discriminator(discriminator, real_part, fake)
@@ -241,19 +249,20 @@ def generator_gradients(
     real: Tensor | None,
     world: World,
     what: tuple[str, ...] = EVERYTHING,
+    labels: Tensor | None = None,
 ) -> Terms:
     """Adds this process's gradients of the generator's loss; returns the terms. Arguments as for the step."""
-    generator, discriminator, loss = networks.generator, networks.discriminator, networks.loss
+    loss = networks.loss
     totals: Terms = {}
     parts = local_parts(config, world, config.batch_g)
-    reals = [None] * len(parts) if real is None else real.chunk(len(parts))
     seed = draw_seed(config, step * (config.n_critic + 1) + config.n_critic)
-    for (start, stop), real_part in zip(parts, reals, strict=True):
-        with rng.part(seed, config.batch_g, start, stop), frozen(discriminator):
-            z = latents(generator, stop - start)
+    for (start, stop), real_part, own in zip(parts, _chunk(real, parts), _chunk(labels, parts), strict=True):
+        generator, discriminator = bind(networks.generator, own), bind(networks.discriminator, own)
+        with rng.part(seed, config.batch_g, start, stop), frozen(networks.discriminator):
+            z = latents(networks.generator, stop - start)
             if "loss" in what:
                 with precision(config, z.device):
-                    terms = loss.generator(discriminator, real_part, make_images(config, networks, z))
+                    terms = loss.generator(discriminator, real_part, make_images(config, networks, z, own))
                 backward(terms, len(parts), totals)
             if "penalty" in what:
                 with precision(config, z.device, penalty=True):
@@ -270,17 +279,19 @@ def discriminator_step(
     real: Tensor,
     world: World,
     what: tuple[str, ...] = EVERYTHING,
+    labels: Tensor | None = None,
 ) -> dict[str, float]:
     """Update `index` of the discriminator within step `step` (both from 0); returns its log.
 
     `real` holds this process's images `(batch_d / processes, C, H, W)`; as many are generated. `what` names the
     update's terms, one element of `config.updates`; one of penalties that are not due is none, and its log empty.
+    `labels`, with classes, are those of the real images; the generated ones get the same.
     """
     if "loss" not in what and (step * config.n_critic + index) % networks.loss.discriminator_penalty_every:
         return {}
     with undone_if_not_finite(networks):
         begin_step(networks.discriminator)
-        terms = discriminator_gradients(step, index, config, networks, real, world, what)
+        terms = discriminator_gradients(step, index, config, networks, real, world, what, labels)
         return apply("discriminator", step + 1, config, networks, terms, what, world) if terms else {}
 
 
@@ -291,14 +302,16 @@ def generator_step(
     real: Tensor | None,
     world: World,
     what: tuple[str, ...] = EVERYTHING,
+    labels: Tensor | None = None,
 ) -> dict[str, float]:
     """The update of the generator in step `step` (from 0); returns its log. `what` as for the discriminator.
 
-    `real` holds this process's images `(batch_g / processes, C, H, W)` if the loss uses them.
+    `real` holds this process's images `(batch_g / processes, C, H, W)` if the loss uses them, `labels` the labels
+    of what is generated, with classes.
     """
     if "loss" not in what and step % networks.loss.generator_penalty_every:
         return {}
     with undone_if_not_finite(networks):
         begin_step(networks.generator)
-        terms = generator_gradients(step, config, networks, real, world, what)
+        terms = generator_gradients(step, config, networks, real, world, what, labels)
         return apply("generator", step + 1, config, networks, terms, what, world) if terms else {}

@@ -113,7 +113,7 @@ def test_the_metric_sees_images_as_they_are_saved(tiny, tiny_run, monkeypatch):
             return 2.0
 
     monkeypatch.setattr(monitor, "make_metric", lambda choice, real: Extremes())
-    monkeypatch.setattr(monitor, "generate", lambda model, count: torch.linspace(-3, 3, 48).view(1, 3, 4, 4))
+    monkeypatch.setattr(monitor, "generate", lambda model, count, labels: torch.linspace(-3, 3, 48).view(1, 3, 4, 4))
     train(replace(tiny, steps=1), replace(tiny_run, metric_every=1, metric_images=4), progress=False)
     assert seen == [(-1.0, 1.0)] * 2
 
