@@ -39,7 +39,7 @@ from benchmarks.problem import ORDERS
 from benchmarks.record import Record
 from benchmarks.report import LEGEND, heading, order_block
 from benchmarks.runner import Options, run
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import NAMED
 from benchmarks.suites import DEFAULT_DTYPE, SUITES
 
 
@@ -52,11 +52,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--shape", action="append", metavar="NAME", help="only this shape (repeatable), scaled as in the suite")
     add("--backend", action="append", metavar="NAME", help="only this backend of ours (repeatable); default: all")
     add("--peers", default=",".join(PEER_NAMES), metavar="LIST", help=f"of {','.join(PEER_NAMES)}; or none")
-    help = "tf32: float32 on the matrix units; default: float32 in cpu and smoke, bfloat16 in gpu"
+    help = "tf32: float32 on the matrix units; default: bfloat16 in suite gpu, else float32"
     add("--dtype", choices=PRECISIONS, default=None, help=help)
     add("--order", action="append", choices=ORDERS, help="repeatable; default: all")
     add("--device", default=None, help="default: cuda in suite gpu, else cpu")
-    add("--threads", type=int, default=None, help="CPU threads; default: at most 2 in suite cpu, else torch's")
+    add(
+        "--threads",
+        type=int,
+        default=None,
+        help="CPU threads; default: at most 2 in suites cpu and general, else torch's",
+    )
     add("--repeats", type=int, default=15, help="rounds (default 15); 0: only check")
     add("--budget", type=float, default=1.0, help="seconds of timing per candidate and cell (default 1)")
     add("--alone", action="store_true", help="also time each order's operator alone (in the JSON)")
@@ -68,7 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.suite = options.suite or ("gpu" if torch.cuda.is_available() else "cpu")
     options.device = options.device or ("cuda" if options.suite == "gpu" else "cpu")
     options.dtype = options.dtype or DEFAULT_DTYPE[options.suite]
-    if options.threads is None and options.suite == "cpu":
+    if options.threads is None and options.suite in ("cpu", "general"):
         options.threads = min(2, torch.get_num_threads())
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
@@ -80,10 +85,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least {least}, got {value}")
     scaled = {shape.name: shape for shape in SUITES[options.suite]}
     for name in options.shape or ():
-        if name not in SHAPES:
-            parser.error(f"--shape must be one of {', '.join(SHAPES)}; got {name!r}")
+        if name not in NAMED:
+            parser.error(f"--shape must be one of {', '.join(NAMED)}; got {name!r}")
     # A named shape that the suite doesn't scale runs as it is.
-    options.shapes = [scaled.get(name, SHAPES[name]) for name in options.shape or scaled]
+    options.shapes = [scaled.get(name, NAMED[name]) for name in options.shape or scaled]
     options.peers = () if options.peers == "none" else tuple(options.peers.split(","))
     return options
 

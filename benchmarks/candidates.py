@@ -48,10 +48,12 @@ def ours(backend: str) -> Prepare:
         if shape.kind == "full":
             return lambda q, k, v, table: natten_ext.attention(q, k, v, **choices)
         if shape.kind == "grid":
-            return lambda q, k, v, table: natten_ext.grid_attention(q, k, v, shape.window, bias=table, **choices)
-        dilations = list(shape.dilations)
+            return lambda q, k, v, table: natten_ext.grid_attention(
+                q, k, v, shape.window, shift=shape.shift, bias=table, **choices
+            )
+        windows = {"dilation": list(shape.dilations), "stride": shape.stride, "is_causal": shape.causal}
         return lambda q, k, v, table: natten_ext.neighborhood_attention(
-            q, k, v, shape.window, dilations, bias=table, **choices
+            q, k, v, shape.window, bias=table, **windows, **choices
         )
 
     return prepare

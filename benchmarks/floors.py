@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -76,13 +77,12 @@ class Rates:
 
 def stage_work(shape: Shape, stage: str, itemsize: int) -> Work:
     """Useful work of "forward", "backward", "double" (the double backward alone) or "tangent" (alone)."""
-    pairs = shape.batch * shape.heads * shape.queries * shape.keys_per_query
+    pairs = shape.batch * shape.pairs
     query_size = shape.batch * shape.queries * shape.heads * shape.head_dim
     key_size = shape.batch * shape.key_tokens * shape.heads * shape.head_dim
     elements = _QUERY_SIZED[stage] * query_size + _KEY_SIZED[stage] * key_size
     if shape.table:
-        heads, rows, columns = shape.table_shape
-        elements += _TABLES[stage] * heads * rows * columns
+        elements += _TABLES[stage] * math.prod(shape.table_shape)
     statistics = 4 * shape.batch * shape.queries * shape.heads
     return Work(PRODUCTS[stage] * pairs * shape.head_dim, pairs, elements * itemsize + statistics)
 

@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from collections.abc import Sequence
 
 import torch
+
+from natten_ext.geometry import axis_keys, window_offsets
 
 from .shapes import Shape
 
 
-def neighbors(length: int, kernel: int, dilation: int) -> torch.Tensor:
-    """``(length, kernel)``: the keys of each query on one axis, by NATTEN's rule."""
-    query = torch.arange(length)
-    residue, place = query % dilation, query // dilation
-    class_length = (length - residue + dilation - 1) // dilation
-    start = torch.minimum((place - kernel // 2).clamp(min=0), class_length - kernel)
-    return residue[:, None] + dilation * (start[:, None] + torch.arange(kernel))
+def flat(of_axes: Sequence[torch.Tensor], extents: Sequence[int]) -> torch.Tensor:
+    """Of ``(queries, keys)`` numbers on each axis, those of all pairs of the map, with axes of these extents."""
+    numbers = torch.zeros(1, 1, dtype=torch.int64)
+    for of_axis, extent in zip(of_axes, extents, strict=True):
+        numbers = (numbers[:, None, :, None] * extent + of_axis[None, :, None, :]).flatten(2).flatten(0, 1)
+    return numbers
 
 
-def neighborhood_index(shape: Shape, dilation: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For a map: the flat keys of every query and their places in the flat table, both ``(tokens, kernel**2)``."""
-    (height, width), kernel = shape.size, shape.window
-    rows, columns = neighbors(height, kernel, dilation), neighbors(width, kernel, dilation)
-    keys = rows[:, None, :, None] * width + columns[None, :, None, :]
-    dy = (rows - torch.arange(height)[:, None]) // dilation + kernel - 1
-    dx = (columns - torch.arange(width)[:, None]) // dilation + kernel - 1
-    places = dy[:, None, :, None] * (2 * kernel - 1) + dx[None, :, None, :]
-    return keys.reshape(height * width, -1), places.reshape(height * width, -1)
+def neighborhood_index(shape: Shape, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For the map as a head sees it: the flat keys of every query, their places in the flat table, and whether each is
+    a key, all ``(tokens, keys)``. In the place of a key that a causal window lacks stands the query's first one."""
+    windows, table = shape.neighborhood.windows[head], [2 * extent - 1 for extent in shape.kernel]
+    found = [axis_keys(range(length), length, window) for length, window in zip(shape.size, windows, strict=True)]
+    offsets = [keys.offset + extent - 1 for keys, extent in zip(found, shape.kernel, strict=True)]
+    missing = flat([(~keys.exists).long() for keys in found], [1] * len(found))
+    return flat([keys.index for keys in found], shape.size), flat(offsets, table), missing == 0
 
 
-def grid_index(window: int) -> torch.Tensor:
-    """Places in the flat table of every (query, key) of a window, ``(window**2, window**2)``."""
-    offset = torch.arange(window)[None] - torch.arange(window)[:, None] + window - 1
-    places = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
-    return places.reshape(window**2, window**2)
+def grid_index(window: tuple[int, ...]) -> torch.Tensor:
+    """Places in the flat table of every (query, key) of a window, ``(tokens, tokens)``."""
+    return flat([window_offsets(extent) + extent - 1 for extent in window], [2 * extent - 1 for extent in window])
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,15 +47,15 @@ def dense_index(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch
     tokens = shape.queries
     places = torch.zeros(len(shape.dilations), tokens, tokens, dtype=torch.int32, device=device)
     masked = torch.ones(len(shape.dilations), tokens, tokens, dtype=torch.bool, device=device)
-    for group, dilation in enumerate(shape.dilations):
-        keys, where = (x.to(device) for x in neighborhood_index(shape, dilation))
+    for group, (heads, _) in enumerate(shape.head_groups):
+        keys, where, _ = (x.to(device) for x in neighborhood_index(shape, heads.start))
         places[group].scatter_(1, keys, where.int())
         masked[group].scatter_(1, keys, False)
     return places, masked
 
 
 def lookup(table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Values of a ``(heads, rows, columns)`` table at flat places: ``(heads, *places.shape)``."""
+    """Values of a ``(heads, ..., columns)`` table at flat places: ``(heads, *places.shape)``."""
     return table.flatten(1).index_select(1, places.flatten()).view(-1, *places.shape)
 
 
@@ -63,21 +64,24 @@ def dense_bias(shape: Shape, table: torch.Tensor, places: torch.Tensor) -> torch
     return torch.cat([lookup(table[heads], places[i]) for i, (heads, _) in enumerate(shape.head_groups)])
 
 
-def to_windows(x: torch.Tensor, window: int) -> torch.Tensor:
-    """``(batch, height, width, heads, d)`` to ``(batch * windows, heads, window**2, d)``."""
-    batch, height, width, heads, channels = x.shape
-    x = x.view(batch, height // window, window, width // window, window, heads, channels)
-    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, heads, window**2, channels)
+def to_windows(x: torch.Tensor, window: tuple[int, ...]) -> torch.Tensor:
+    """``(batch, *map, heads, d)`` to ``(batch * windows, heads, tokens of a window, d)``."""
+    axes = len(window)
+    counts = [extent // size for extent, size in zip(x.shape[1:-2], window, strict=True)]
+    x = x.reshape(x.shape[0], *itertools.chain(*zip(counts, window, strict=True)), *x.shape[-2:])
+    outer, inner = range(1, 1 + 2 * axes, 2), range(2, 2 + 2 * axes, 2)
+    return x.permute(0, *outer, 1 + 2 * axes, *inner, 2 + 2 * axes).reshape(
+        -1, x.shape[-2], math.prod(window), x.shape[-1]
+    )
 
 
 def from_windows(x: torch.Tensor, shape: Shape) -> torch.Tensor:
     """The inverse of ``to_windows``."""
-    height, width = shape.size
-    x = x.reshape(
-        shape.batch, height // shape.window, width // shape.window,
-        shape.heads, shape.window, shape.window, shape.head_dim,
-    )  # fmt: skip
-    return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(shape.query_shape)
+    axes = len(shape.size)
+    counts = [extent // size for extent, size in zip(shape.size, shape.kernel, strict=True)]
+    x = x.reshape(shape.batch, *counts, shape.heads, *shape.kernel, shape.head_dim)
+    between = itertools.chain(*((1 + axis, 2 + axes + axis) for axis in range(axes)))
+    return x.permute(0, *between, 1 + axes, 2 + 2 * axes).reshape(shape.query_shape)
 
 
 def heads_first(x: torch.Tensor) -> torch.Tensor:

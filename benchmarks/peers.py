@@ -43,6 +43,8 @@ def sdpa_kernels(device_type: str) -> dict[str, functools.partial]:
 
 def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: torch.dtype) -> Attend:
     scale = shape.head_dim**-0.5
+    if shape.kind == "grid" and shape.general:
+        raise CannotError("written for windows that divide a map of two axes")
     if kernel is SDPBackend.MATH and device.type == "cuda":
         batch = shape.batch * shape.windows if shape.kind == "grid" else shape.batch
         _refuse_large(shape, dtype, batch, MATH_BYTES)
@@ -71,10 +73,10 @@ def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: 
             return heads_last(run(query, key, value)[..., : shape.head_dim], shape)
 
     elif shape.kind == "grid":
-        places = grid_index(shape.window).to(device)
+        places = grid_index(shape.kernel).to(device)
 
         def attend(query, key, value, table):
-            query, key, value = (to_windows(x, shape.window) for x in (query, key, value))
+            query, key, value = (to_windows(x, shape.kernel) for x in (query, key, value))
             mask = None if table is None else lookup(table, places)[None]
             return from_windows(run(query, key, value, mask), shape)
 
@@ -93,7 +95,7 @@ def prepare_sdpa(kernel: SDPBackend, shape: Shape, device: torch.device, dtype: 
 
 
 def _refuse_large(shape: Shape, dtype: torch.dtype, batch: int, limit: int) -> None:
-    keys = shape.window**2 if shape.kind == "grid" else shape.key_tokens
+    keys = shape.keys_per_query if shape.kind == "grid" else shape.key_tokens
     queries = keys if shape.kind == "grid" else shape.queries
     size = batch * shape.heads * queries * keys * dtype.itemsize
     if size > limit:
@@ -114,6 +116,8 @@ def prepare_flex(shape: Shape, device: torch.device, dtype: torch.dtype) -> Atte
 
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise CannotError("torch.compile finds no C++ compiler")
+    if shape.general:
+        raise CannotError("written for whole windows, and windows that slide, on two map axes")
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     scale = shape.head_dim**-0.5
@@ -137,7 +141,7 @@ def prepare_flex(shape: Shape, device: torch.device, dtype: torch.dtype) -> Atte
     if shape.kind == "grid":
 
         def attend(query, key, value, table):
-            query, key, value = (to_windows(x, window) for x in (query, key, value))
+            query, key, value = (to_windows(x, shape.kernel) for x in (query, key, value))
 
             def add_table(score, b, h, q, k):
                 return score + table[h, k // window - q // window + window - 1, k % window - q % window + window - 1]
@@ -205,14 +209,17 @@ def prepare_natten(kernel: str | None, shape: Shape, device: torch.device, dtype
         raise CannotError(
             f"no {shape.kind} attention with this score" if shape.score != "dot" else "not a neighborhood"
         )
-    if not hasattr(natten, "na2d"):
-        raise CannotError(f"version {natten.__version__} has no na2d; 0.20 or later is needed")
+    function = f"na{len(shape.size)}d"
+    if not hasattr(natten, function):
+        raise CannotError(f"version {natten.__version__} has no {function}; 0.20 or later is needed")
+
+    choices = {"kernel_size": shape.window, "stride": shape.stride, "is_causal": shape.causal, "backend": kernel}
 
     def attend(query, key, value, table):
         parts = [
-            natten.na2d(
+            getattr(natten, function)(
                 *(x[..., heads, :].contiguous() for x in (query, key, value)),
-                kernel_size=shape.window, dilation=dilation, scale=shape.head_dim**-0.5, backend=kernel,
+                dilation=dilation, scale=shape.head_dim**-0.5, **choices,
             )
             for heads, dilation in shape.head_groups
         ]  # fmt: skip

@@ -21,12 +21,14 @@ step MiB   peak of the whole step beyond its inputs"""
 
 
 def describe_features(shape: Shape) -> str:
-    """Window, dilations, score and table of a shape in words."""
+    """What a query attends, score and table of a shape in words."""
     what = {
         "full": "full attention",
-        "grid": f"grid {shape.window}x{shape.window}",
-        "neighborhood": f"neighborhood {shape.window}x{shape.window}, dilations {shape.dilations}",
+        "grid": f"grid {'x'.join(map(str, shape.kernel))}",
+        "neighborhood": f"neighborhood {'x'.join(map(str, shape.kernel))}, dilations {shape.dilations}",
     }[shape.kind]
+    more = {"stride": (shape.stride, 1), "causal": (shape.causal, False), "shift": (shape.shift, 0)}
+    what += "".join(f", {name} {value}" for name, (value, usual) in more.items() if value != usual)
     features = [what, shape.score if shape.score != "dot" else "", "tied" if shape.tied else ""]
     features.append("table" if shape.table else "no table")
     return ", ".join(filter(None, features))

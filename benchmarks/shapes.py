@@ -1,19 +1,28 @@
-"""Every named attention shape, once, as data: the shapes that the four GANs really run."""
+"""Every named attention shape, once, as data: what the four GANs and other published models really run."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from natten_ext.checks import windows_of, windows_of_grid
+from natten_ext.geometry import AnyNeighborhood, Full, Grid
+
+Each = int | tuple[int, ...]
+"""One number for all map axes, or one for each."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """One attention problem.
 
-    ``kind`` is "full", "grid" or "neighborhood". ``size`` is ``(height, width)`` for maps and ``(tokens,)`` for
-    sequences; ``window`` is the grid's window or the neighborhood's kernel; ``dilations`` has one entry per equal
-    group of heads; ``keys`` is the number of keys of a cross attention. ``batch`` is the one that training uses
-    (per device), which suite ``gpu`` runs.
+    ``kind`` is "full", "grid" or "neighborhood". ``size`` is ``(width,)``, ``(height, width)`` or ``(depth, height,
+    width)`` for maps, ``(tokens,)`` for full attention; ``window`` is the grid's window or the neighborhood's kernel;
+    ``dilations`` has one entry per equal group of heads; ``stride`` and ``causal`` are a neighborhood's, ``shift`` a
+    grid's; ``keys`` is the number of keys of a cross attention. ``batch`` is the one that training uses (per device),
+    which suite ``gpu`` runs.
     """
 
     name: str
@@ -22,8 +31,11 @@ class Shape:
     heads: int
     head_dim: int
     where: str
-    window: int = 0
-    dilations: tuple[int, ...] = (1,)
+    window: Each = 0
+    dilations: tuple[Each, ...] = (1,)
+    stride: Each = 1
+    causal: bool | tuple[bool, ...] = False
+    shift: Each = 0
     table: bool = False
     score: str = "dot"
     tied: bool = False
@@ -33,15 +45,59 @@ class Shape:
     @property
     def queries(self) -> int:
         """Queries per image."""
-        return self.size[0] * self.size[-1] if self.is_map else self.size[0]
+        return math.prod(self.size)
 
     @property
     def is_map(self) -> bool:
         return self.kind != "full"
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """The window on each map axis."""
+        return self.window if isinstance(self.window, tuple) else (self.window,) * len(self.size)
+
+    @property
+    def neighborhood(self) -> AnyNeighborhood:
+        """As natten_ext's operators get it."""
+        if self.kind == "full":
+            return Full()
+        axes = len(self.size)
+        if self.kind == "grid":
+            return windows_of_grid(axes, self.window, self.shift)
+        return windows_of(axes, self.heads, self.window, list(self.dilations), self.stride, self.causal)
+
+    @property
+    def general(self) -> bool:
+        """Whether it has more than whole windows, or windows that slide, on two map axes."""
+        found = self.neighborhood
+        return (
+            found.general or (self.is_map and len(self.size) != 2) or (isinstance(found, Grid) and found.cut(self.size))
+        )
+
+    @property
     def keys_per_query(self) -> int:
-        return self.window**2 if self.is_map else self.key_tokens
+        """The most of any query."""
+        return self.neighborhood.keys(self.key_tokens)
+
+    @property
+    def pairs(self) -> int:
+        """Queries with each of their keys, of all heads of an image."""
+        found = self.neighborhood
+        if isinstance(found, Full):
+            return self.heads * self.queries * self.key_tokens
+        if isinstance(found, Grid):
+            return self.heads * math.prod(
+                sum(len(keys) ** 2 for keys in window_ranges(*axis))
+                for axis in zip(self.size, found.window, found.first, strict=True)
+            )
+        return sum(
+            (last - first)
+            * math.prod(
+                sum(len(window.keys(i, n)) for i in range(n))
+                for n, window in zip(self.size, found.windows[first], strict=True)
+            )
+            for first, last in found.head_groups()
+        )
 
     @property
     def key_tokens(self) -> int:
@@ -50,8 +106,10 @@ class Shape:
 
     @property
     def windows(self) -> int:
-        """Windows per image of a grid."""
-        return self.queries // self.window**2
+        """Windows per image of a grid, the cut ones too."""
+        found = self.neighborhood
+        axes = zip(self.size, found.window, found.first, strict=True)
+        return math.prod(len(window_ranges(*axis)) for axis in axes)
 
     @property
     def query_shape(self) -> tuple[int, ...]:
@@ -62,11 +120,11 @@ class Shape:
         return self.query_shape if self.keys is None else (self.batch, self.keys, self.heads, self.head_dim)
 
     @property
-    def table_shape(self) -> tuple[int, int, int]:
-        return (self.heads, 2 * self.window - 1, 2 * self.window - 1)
+    def table_shape(self) -> tuple[int, ...]:
+        return (self.heads, *(2 * extent - 1 for extent in self.kernel))
 
     @property
-    def head_groups(self) -> list[tuple[slice, int]]:
+    def head_groups(self) -> list[tuple[slice, Each]]:
         """The heads of each dilation, with the dilation."""
         per_group = self.heads // len(self.dilations)
         return [(slice(i * per_group, (i + 1) * per_group), d) for i, d in enumerate(self.dilations)]
@@ -80,7 +138,7 @@ class Shape:
         """A very small problem of the same kind, to warm up code paths without large buffers."""
         if self.kind == "full":
             return replace(self, batch=1, size=(16,), keys=self.keys and 16)
-        return replace(self, batch=1, size=(self.window, self.window), dilations=(1,))
+        return replace(self, batch=1, size=self.kernel, dilations=(1,))
 
     def describe(self) -> str:
         """Batch, map or tokens, heads and head_dim in one short string."""
@@ -92,7 +150,18 @@ class Shape:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Shape:
-        return Shape(**{**data, "size": tuple(data["size"]), "dilations": tuple(data["dilations"])})
+        return Shape(**{name: _tuples(value) for name, value in data.items()})
+
+
+def window_ranges(length: int, window: int, first: int) -> list[range]:
+    """The windows of an axis, which begin at ``first`` and every ``window`` from there; those at its ends are cut."""
+    bounds = [0, *range(first or window, length, window), length]
+    return [range(start, end) for start, end in itertools.pairwise(bounds)]
+
+
+def _tuples(value: Any) -> Any:
+    """The tuples that JSON has made lists of."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _grid(name, side, heads, head_dim, window, batch, where, table=True):
@@ -168,3 +237,38 @@ _ALL = (
 )
 
 SHAPES: dict[str, Shape] = {shape.name: shape for shape in _ALL}
+"""Of the GANs."""
+
+
+def _map(name, size, heads, head_dim, window, batch, where, **choices):
+    return Shape(name, "neighborhood", size, heads, head_dim, where, window=window, batch=batch, **choices)
+
+
+def _shifted(name, size, heads, head_dim, window, shift, batch, where):
+    return Shape(
+        name, "grid", size, heads, head_dim, where, window=window, shift=shift, table=True, batch=batch
+    )  # fmt: skip
+
+
+_GNA = ", latent map and windows of Generalized Neighborhood Attention (arXiv 2504.16922)"
+
+_GENERAL = (
+    # Lines
+    _map("allin1", (8192,), 2, 12, 5, 4, "All-In-One music analysis (arXiv 2307.16425), 82 s, four sources",
+         dilations=(256,), table=True),
+    _map("mimi", (1500,), 8, 64, 250, 1, "Mimi audio codec of Moshi (arXiv 2410.00037), two minutes", causal=True),
+    _map("gpt-oss", (4096,), 64, 64, 128, 1, "gpt-oss (arXiv 2508.10925), every other layer", causal=True),
+    # Images
+    _map("flux-gna", (256, 256), 24, 128, 80, 1, "FLUX.1-dev at 4096 px" + _GNA, stride=16),
+    _shifted("swin-t1", (56, 56), 3, 32, 7, 3, 128, "Swin-T, first stage, 224 px (arXiv 2103.14030)"),
+    # Videos
+    _map("hunyuan-na", (30, 48, 80), 24, 128, (18, 24, 24), 1, "HunyuanVideo" + _GNA),
+    _map("hunyuan-gna", (30, 48, 80), 24, 128, (18, 24, 24), 1, "HunyuanVideo" + _GNA, stride=(16, 8, 8)),
+    _shifted("video-swin-t1", (16, 56, 56), 3, 32, (8, 7, 7), (4, 3, 3), 8,
+             "Video Swin-T, first stage, 32 frames of 224 px (arXiv 2106.13230)"),
+)  # fmt: skip
+
+GENERAL: dict[str, Shape] = {shape.name: shape for shape in _GENERAL}
+"""Of other models: one and three map axes, strides, causal and shifted windows."""
+
+NAMED = SHAPES | GENERAL

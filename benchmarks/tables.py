@@ -31,7 +31,7 @@ from typing import Any
 
 from .figures import OPERATORS, figures_to_reach
 from .record import Record, Row
-from .shapes import SHAPES, Shape
+from .shapes import NAMED, Shape
 from .suites import how_scaled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +162,7 @@ def counts_line(counts: dict[str, Any]) -> str:
 
 def _in_order(record: Record) -> list[str]:
     """The shapes of a record as ``benchmarks/shapes.py`` lists them, whatever was measured first."""
-    return [name for name in SHAPES if name in record.shapes]
+    return [name for name in NAMED if name in record.shapes]
 
 
 def _label(shape: Shape) -> str:

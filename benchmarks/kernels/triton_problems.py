@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from natten_ext import geometry
 from natten_ext.backends.triton import backward, double_backward, forward
-from natten_ext.checks import windows_of
 from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, FORWARD
 
 ORDERS = ("forward", "backward", "double")
@@ -22,15 +20,6 @@ def torch_dtype(name: str) -> torch.dtype:
     return torch.float32 if name == "tf32" else getattr(torch, name)
 
 
-def neighborhood_of(shape: Any) -> geometry.AnyNeighborhood:
-    if shape.kind == "full":
-        return geometry.Full()
-    if shape.kind == "grid":
-        return geometry.Grid((shape.window, shape.window))
-    dilations = [d for group, d in shape.head_groups for _ in range(*group.indices(shape.heads))]
-    return windows_of(2, shape.heads, shape.window, list(dilations))
-
-
 def run_orders(shape: Any, dtype: torch.dtype, device: str, orders: Iterable[str] = ORDERS) -> None:
     """Run the passes of a shape on empty tensors, with all gradients and cotangents."""
     query = torch.empty(shape.query_shape, dtype=dtype, device=device)
@@ -39,7 +28,7 @@ def run_orders(shape: Any, dtype: torch.dtype, device: str, orders: Iterable[str
     batch, *tokens, heads, head_dim = shape.query_shape
     row_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     lse = torch.empty((2, batch, heads, *tokens), dtype=row_dtype, device=device)
-    choices = neighborhood_of(shape).encode(), shape.score == "l2", head_dim**-0.5
+    choices = shape.neighborhood.encode(), shape.score == "l2", head_dim**-0.5
     inputs = query, key, value, bias
     needs = [True, True, True, bias is not None]
     if "forward" in orders:

@@ -18,7 +18,7 @@ from natten_ext.backends.triton.launch import Launch
 from natten_ext.backends.triton.problem import KEY, QUERY, displaced_pairs
 from natten_ext.orders import FORWARD
 
-from .triton_problems import DTYPES, ORDERS, neighborhood_of, torch_dtype
+from .triton_problems import DTYPES, ORDERS, torch_dtype
 
 # (step, owner of the tiles, products per pair) of every order.
 PASSES = {
@@ -46,7 +46,7 @@ def launch_of(shape: Any, dtype: torch.dtype) -> Launch:
     """The launch of a named shape, on tensors without values."""
     query, key = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.query_shape, shape.key_shape))
     bias = torch.empty(shape.table_shape, dtype=dtype, device="meta") if shape.table else None
-    choices = neighborhood_of(shape).encode(), shape.score == "l2", shape.head_dim**-0.5
+    choices = shape.neighborhood.encode(), shape.score == "l2", shape.head_dim**-0.5
     return Launch(FORWARD.operands(query, key, key, bias, *choices, False))
 
 

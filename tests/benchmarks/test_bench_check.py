@@ -12,7 +12,7 @@ from benchmarks.check import ALL_HEADS, CHUNK, compare, expect
 from benchmarks.floors import Rates
 from benchmarks.problem import ORDERS, STEPS, CannotError, make_inputs
 from benchmarks.runner import Options, one_line, run
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import GENERAL, SHAPES
 from benchmarks.suites import SUITES
 from benchmarks.timing import CpuClock
 
@@ -20,11 +20,23 @@ CPU = torch.device("cpu")
 RATES = Rates(1e10, 1e9, 1e10)
 CANDIDATES = {candidate.name: candidate for candidate in all_candidates("cpu")}
 SMOKE = SUITES["smoke"]
+_FEW = {"batch": 1, "heads": 2, "head_dim": 4}
+SMALL = [
+    replace(GENERAL["allin1"], **_FEW, size=(29,), dilations=(3, 5), causal=True),
+    replace(GENERAL["gpt-oss"], **_FEW, size=(37,), window=8, stride=3),
+    replace(GENERAL["mimi"], **_FEW, size=(37,), window=8, stride=2),
+    replace(
+        GENERAL["hunyuan-gna"], **_FEW, size=(4, 7, 6), window=(3, 4, 4), causal=(True, False, False), stride=(1, 4, 2)
+    ),
+    replace(GENERAL["swin-t1"], **_FEW, size=(14, 21)),
+    replace(GENERAL["video-swin-t1"], **_FEW, size=(4, 6, 4), window=(2, 3, 4), shift=(1, 1, 3)),
+]
+"""Blocks of queries that do not fill the map, windows cut at its ends, rows with fewer keys."""
 PLAIN = [
     pytest.param(name, shape, id=f"{name}-{shape.name}")
     for name, candidate in CANDIDATES.items()
-    for shape in SMOKE
-    if name.startswith(("naive", "sdpa")) and candidate.covers(shape)
+    for shape in (*SMOKE, *SMALL)
+    if name.startswith(("naive", "sdpa") if shape in SMOKE else "naive") and candidate.covers(shape)
 ]
 
 

@@ -8,16 +8,18 @@ import torch
 
 from benchmarks.floors import Rates, measure_rates, stage_work, step_floor, step_fmas
 from benchmarks.layout import neighborhood_index
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import NAMED
 
 
 def small(name, **changes):
-    return replace(SHAPES[name], **{"batch": 2, "heads": 2, "head_dim": 3, **changes})
+    return replace(NAMED[name], **{"batch": 2, "heads": 2, "head_dim": 3, **changes})
 
 
 SMALL = {
     "grid": small("church-g4", size=(8, 8), window=4),
     "neighborhood": small("nat-16", size=(14, 14)),
+    "volume": small("hunyuan-gna", size=(4, 5, 6), window=(3, 2, 4), stride=(3, 1, 2), causal=(False, True, False)),
+    "shifted": small("video-swin-t1", size=(3, 5, 4), window=(2, 3, 4), shift=(1, 0, 2)),
     "full": small("seq-65", size=(5,)),
     "cross": small("cross-256", size=(6,), keys=4),
 }
@@ -34,12 +36,17 @@ def pairs(shape):
                 (q, k)
                 for q in tokens
                 for k in tokens
-                if all(a // shape.window == b // shape.window for a, b in zip(q, k, strict=True))
+                if all(
+                    (a - first) // window == (b - first) // window
+                    for a, b, window, first in zip(q, k, shape.kernel, shape.neighborhood.first, strict=True)
+                )
             ]
             yield from same
         else:
-            keys, _ = neighborhood_index(shape, shape.single_head(head).dilations[0])
-            yield from ((q, int(k)) for q, row in enumerate(keys) for k in row)
+            keys, _, exists = neighborhood_index(shape, head)
+            yield from (
+                (q, int(k)) for q, (row, there) in enumerate(zip(keys, exists, strict=True)) for k in row[there]
+            )
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -75,7 +82,7 @@ def test_a_table_adds_its_size():
 def test_floors_of_the_large_maps_are_those_of_the_design():
     """nat-256 to nat-1024 in bf16, per image, at 3.35 TB/s: 20/40/60, 40/80/120 and 80/160/240 us."""
     for name, forward in (("nat-256", 20e-6), ("nat-512", 40e-6), ("nat-1024", 80e-6)):
-        shape = replace(SHAPES[name], batch=1)
+        shape = replace(NAMED[name], batch=1)
         for stage, factor in (("forward", 1), ("backward", 2), ("double", 3)):
             seconds = stage_work(shape, stage, 2).bytes / 3.35e12
             # The statistics per query, which that table leaves out, add up to a quarter at head_dim 8.

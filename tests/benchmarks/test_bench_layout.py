@@ -5,21 +5,38 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.layout import dense_index, from_windows, grid_index, heads_first, heads_last, neighbors, to_windows
-from benchmarks.shapes import SHAPES
+from benchmarks.layout import (
+    dense_index,
+    from_windows,
+    grid_index,
+    heads_first,
+    heads_last,
+    neighborhood_index,
+    to_windows,
+)
+from benchmarks.shapes import GENERAL, SHAPES
 
 
-@pytest.mark.parametrize(("length", "kernel", "dilation"), [(8, 3, 1), (9, 3, 2), (11, 4, 2), (7, 7, 1), (10, 2, 5)])
-def test_neighbors_by_the_rule(length, kernel, dilation):
-    for query, keys in enumerate(neighbors(length, kernel, dilation).tolist()):
-        in_class = [i for i in range(length) if i % dilation == query % dilation]
-        start = max(0, min(in_class.index(query) - kernel // 2, len(in_class) - kernel))
-        assert keys == in_class[start : start + kernel]
+def test_neighborhood_index_on_a_volume():
+    """Depth causal, height strided, width dilated: the keys of a query at hand, its places, and which are missing."""
+    shape = replace(
+        GENERAL["hunyuan-na"], size=(3, 4, 6), window=(2, 3, 2), heads=1, dilations=((1, 1, 2),), stride=(1, 2, 1),
+        causal=(True, False, False),
+    )  # fmt: skip
+    keys, places, exists = neighborhood_index(shape, 0)
+    assert keys.shape == places.shape == exists.shape == (72, 12)
+    at = (
+        0 * 24 + 2 * 6 + 3
+    )  # depth 0, row 2 (whose leader is row 3), column 3, of which 1 and 3 are nearest on its left
+    assert keys[at].view(2, 3, 2)[0].tolist() == [[7, 9], [13, 15], [19, 21]]
+    assert exists[at].view(2, 6).tolist() == [[True] * 6, [False] * 6]
+    # Offsets 0, -1 to 1 and -1 to 0 in a table of 3 x 5 x 3.
+    assert places[at].view(2, 3, 2)[0].tolist() == [[(5 + row) * 3 + column for column in (0, 1)] for row in (1, 2, 3)]
 
 
 def test_grid_index_is_key_minus_query():
     window = 3
-    places = grid_index(window)
+    places = grid_index((window, window))
     for q in range(9):
         for k in range(9):
             dy, dx = k // 3 - q // 3, k % 3 - q % 3
@@ -39,10 +56,17 @@ def test_dense_index_masks_all_but_the_neighborhood():
 def test_window_partition_and_back():
     shape = replace(SHAPES["church-g4"], batch=2, size=(8, 12), heads=3, head_dim=5, window=4)
     x = torch.randn(shape.query_shape)
-    windows = to_windows(x, 4)
+    windows = to_windows(x, (4, 4))
     assert windows.shape == (2 * 6, 3, 16, 5)
     assert torch.equal(windows[1, 2, 5], x[0, 1, 5, 2])
     assert torch.equal(from_windows(windows, shape), x)
+
+
+def test_window_partition_of_volumes_and_lines():
+    for size, window in (((4, 6, 4), (2, 3, 4)), ((6,), (2,))):
+        shape = replace(GENERAL["video-swin-t1"], batch=2, size=size, heads=3, head_dim=5, window=window)
+        x = torch.randn(shape.query_shape)
+        assert torch.equal(from_windows(to_windows(x, window), shape), x)
 
 
 @pytest.mark.parametrize("name", ["nat-16", "seq-65"])

@@ -2,8 +2,9 @@
 
 import pytest
 
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import GENERAL, NAMED, SHAPES, Shape
 from benchmarks.suites import SUITES, how_scaled
+from natten_ext.checks import check_windows
 
 # name: size, heads, head_dim, window, table
 GRIDS = {
@@ -119,21 +120,39 @@ def test_suite_cpu_scales_only_how_much_there_is(shape):
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_suites_are_possible(suite):
-    for shape in SUITES[suite]:
+    for shape in (*SUITES[suite], *NAMED.values()):
         assert shape.heads % len(shape.dilations) == 0
         if shape.kind == "grid":
-            assert shape.size[0] % shape.window == 0
+            assert all(length % window == 0 for length, window in zip(shape.size, shape.kernel, strict=True))
         if shape.kind == "neighborhood":
-            assert shape.window * max(shape.dilations) <= min(shape.size)
+            check_windows(shape.neighborhood, shape.size)
+
+
+def test_suite_general_covers_what_it_must():
+    """At least six shapes of other models, as they are but for their size: lines, volumes, strides, causal, shifted."""
+    shapes = {shape.name: shape for shape in SUITES["general"]}
+    assert set(shapes) == set(GENERAL) and len(shapes) >= 6
+    assert all(shape.general for shape in shapes.values())
+    assert {len(shape.size) for shape in shapes.values()} == {1, 2, 3}
+    for name, shape in shapes.items():
+        kept = ("kind", "head_dim", "table", "score", "causal", "shift", "dilations")
+        assert [getattr(shape, of) for of in kept] == [getattr(GENERAL[name], of) for of in kept]
+    assert {name for name, shape in shapes.items() if shape.causal} == {"mimi", "gpt-oss"}
+    assert {name for name, shape in shapes.items() if shape.stride != 1} == {"flux-gna", "hunyuan-gna"}
+    assert {name for name, shape in shapes.items() if shape.shift} == {"swin-t1", "video-swin-t1"}
 
 
 def test_how_scaled_names_each_change():
     scaled = {shape.name: how_scaled(shape) for shape in SUITES["cpu"]}
     assert scaled["nat-512"] == "batch 4 -> 1, map 512 -> 128, dilations (1, 64) -> (1, 16)"
     assert how_scaled(SHAPES["nat-512"]) == "as it is"
+    general = {shape.name: how_scaled(shape) for shape in SUITES["general"]}
+    assert general["hunyuan-gna"] == (
+        "map 30x48x80 -> 8x12x20, heads 24 -> 1, window 18x24x24 -> 5x6x6, stride (16, 8, 8) -> (4, 2, 2)"
+    )
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", NAMED.values(), ids=lambda shape: shape.name)
 def test_shapes_survive_json(shape):
     assert Shape.from_dict(shape.to_dict()) == shape
 
