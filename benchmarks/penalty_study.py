@@ -18,24 +18,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import torch
 
-from benchmarks import tables
 from benchmarks.environment import describe_environment
-from benchmarks.penalties import accuracy, cost, training
+from benchmarks.penalties import accuracy, cost, page, training
+from benchmarks.penalties.page import MODES, PARTS
 from benchmarks.record import write_whole
 from gans.losses.adversarial import LossConfig
 from gans.recipes.config import TrainConfig
 from gans.recipes.named import preset
-
-PARTS = ("accuracy", "cost", "curves")
-MODES = ("exact", "finite-difference")
-GOAL = 1.3  # exact over estimated, of a step
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -75,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         told = describe_environment(torch.device("cpu"), torch.float32)
         result[part] = {"environment": told, "arguments": {k: str(v) for k, v in vars(options).items()}, "rows": rows}
         write_whole(path, json.dumps(result, indent=1) + "\n")
-        write_whole(options.out / "penalty_study.md", page(result))
+        write_whole(options.out / "penalty_study.md", page.page(result))
         print(f"{part}: {len(rows)} rows", flush=True)
 
     if "accuracy" in options.only:
@@ -132,75 +126,6 @@ def accuracies(batch: int, draws: int, steps: int) -> list[dict]:
     return rows
 
 
-def page(result: dict) -> str:
-    """The tables of docs/penalties.md."""
-    shown = {"accuracy": accuracy_table, "cost": cost_table, "curves": curve_table}
-    parts = []
-    for name in PARTS:
-        if name in result:
-            told = result[name]["environment"]
-            where = f"{told['cpu']}, torch {told['torch']}, commit {told['commit']}"
-            parts.append(f"## {name}\n\n{where}\n\n{shown[name](result[name]['rows'])}\n")
-    return "\n".join(parts)
-
-
-def accuracy_table(rows: list[dict]) -> str:
-    header = ("step", "mode", "sigma", "precision", "bias", "error along the direction", "scatter", "cosine")
-    return tables.table(
-        header,
-        [
-            (
-                row["step"], row["mode"], "" if row["sigma"] is None else f"{row['sigma']:g}", row["precision"],
-                *(f"{row[name]:.2g}" for name in ("bias", "error", "scatter")), f"{row['cosine']:.3f}",
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
-
-
-def cost_table(rows: list[dict]) -> str:
-    header = ("tokens", "R1 and R2", "attention", "update, ms", "spread", "peak memory, MiB", "time", "memory")
-    lines = []
-    for row in rows:
-        exact = next(r for r in rows if (r["tokens"], r["mode"], r["attention"]) == (row["tokens"], "exact", "fused"))
-        lines.append(
-            (
-                row["tokens"], row["mode"] or "none", row["attention"], f"{1e3 * row['seconds']:.0f}",
-                f"{100 * row['spread']:.0f} %", f"{row['peak_mib']:.0f}",
-                f"{row['seconds'] / exact['seconds']:.2f}", f"{row['peak_mib'] / exact['peak_mib']:.2f}",
-            )
-        )  # fmt: skip
-    ratios = ", ".join(f"{ratio:.2f} ({tokens} tokens)" for tokens, ratio in exact_over_estimated(rows).items())
-    return f"{tables.table(header, lines)}\n\nexact / finite differences, time: {ratios}; goal {GOAL}"
-
-
-def exact_over_estimated(rows: list[dict]) -> dict[int, float]:
-    """Time of a fused update, by number of tokens."""
-    seconds = {(row["tokens"], row["mode"]): row["seconds"] for row in rows if row["attention"] == "fused"}
-    return {tokens: s / seconds[tokens, MODES[1]] for (tokens, mode), s in seconds.items() if mode == "exact"}
-
-
-def curve_table(rows: list[dict]) -> str:
-    runs = _runs(rows)
-    times = [point["seconds"] for point in next(iter(runs.values()))]
-    lines = [
-        (mode, seed, *(f"{point['distance']:.3f}" for point in points), points[-1]["step"])
-        for (mode, seed), points in runs.items()
-    ]
-    for mode in dict.fromkeys(mode for mode, _ in runs):
-        columns = zip(*(points for (of, _), points in runs.items() if of == mode), strict=True)
-        medians = [f"{median(point['distance'] for point in column):.3f}" for column in columns]
-        lines.append((mode, "median", *medians, ""))
-    return tables.table(("mode", "seed", *(f"{time:.0f} s" for time in times), "steps"), lines)
-
-
-def _runs(rows: Iterable[dict]) -> dict[tuple[str, int], list[dict]]:
-    runs: dict[tuple[str, int], list[dict]] = {}
-    for row in rows:
-        runs.setdefault((row["mode"], row["seed"]), []).append(row)
-    return runs
-
-
 def plot(rows: list[dict], path: Path) -> None:
     """Distances over processor time, a line for each run."""
     import matplotlib.pyplot as plt
@@ -208,7 +133,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     colors = dict(zip(MODES, ("tab:blue", "tab:orange"), strict=True))
     labelled = set()
-    for (mode, _), points in _runs(rows).items():
+    for (mode, _), points in page.runs(rows).items():
         label = None if mode in labelled else mode
         labelled.add(mode)
         axis.semilogy(

@@ -17,12 +17,14 @@ FILE is a path or a pattern relative to the repository. Kinds:
 - ``steps``: whole steps, the time of naive and of other libraries over that of our fastest backend;
 - ``figures``: the figures to reach;
 - ``orders``: which library gives which derivatives of which shape, and why not the others;
+- ``penalty-accuracy``, ``penalty-cost``, ``penalty-curves``: parts of ``benchmarks.penalty_study``;
 - ``ran``: for each GPU backend, where it last ran and what passed (of all gpu_check results of a pattern).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -184,6 +186,7 @@ ONE_FILE: dict[str, Callable[[Record], str]] = {
     "figures": figures_table,
     "orders": orders_table,
 }
+PENALTIES = ("penalty-accuracy", "penalty-cost", "penalty-curves")
 
 
 def make(description: str, root: Path = ROOT) -> str:
@@ -192,10 +195,16 @@ def make(description: str, root: Path = ROOT) -> str:
     paths = sorted(root.glob(pattern))
     if kind == "ran":
         return ran_table([record for path in paths if "gpu" in (record := Record.read(path)).environment])
-    if kind not in ONE_FILE:
-        raise ValueError(f"the kind of a table must be one of {', '.join((*ONE_FILE, 'ran'))}, got {kind!r}")
+    if kind not in (*ONE_FILE, *PENALTIES):
+        known = ", ".join((*ONE_FILE, *PENALTIES, "ran"))
+        raise ValueError(f"the kind of a table must be one of {known}, got {kind!r}")
     if len(paths) != 1:
         raise ValueError(f"table {kind}: {pattern!r} must be one file, it is {len(paths)}")
+    if kind in PENALTIES:
+        from .penalties.page import TABLES  # which makes its tables with `table`
+
+        part = kind.removeprefix("penalty-")
+        return TABLES[part](json.loads(paths[0].read_text())[part]["rows"])
     return ONE_FILE[kind](Record.read(paths[0]))
 
 

@@ -97,7 +97,8 @@ def test_everything_in_small(tmp_path, monkeypatch, small):
     assert [(row["mode"], row["seed"]) for row in curves] == [("exact", 0), ("finite-difference", 0)]
     assert all(row["step"] >= 1 and row["seconds"] >= 0.01 for row in curves)
     page = (tmp_path / "penalty_study.md").read_text()
-    assert "| 1 | finite-difference | 0.01 | bf16 |" in page
+    assert "| R1 | step 0, fp32 | step 0, bf16 | step 1, fp32 | step 1, bf16 |" in page
+    assert "| finite-difference, 0.01 | " in page
     assert "exact / finite differences, time: 1.20 (64 tokens); goal 1.3" in page
     assert (tmp_path / "curves.png").is_file()
 
@@ -105,7 +106,7 @@ def test_everything_in_small(tmp_path, monkeypatch, small):
 def test_parts_are_kept(tmp_path, monkeypatch):
     (tmp_path / "penalty_study.json").write_text(json.dumps({"cost": "as it was"}))
     monkeypatch.setattr(penalty_study, "accuracies", lambda *options: [])
-    monkeypatch.setattr(penalty_study, "page", lambda result: "")
+    monkeypatch.setattr(penalty_study.page, "page", lambda result: "")
     assert penalty_study.main(["--out", str(tmp_path), "--only", "accuracy"]) == 0
     result = json.loads((tmp_path / "penalty_study.json").read_text())
     assert result["cost"] == "as it was" and result["accuracy"]["rows"] == []
