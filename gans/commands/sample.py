@@ -38,11 +38,14 @@ class SampleArguments(RenderArguments):
     """Seeds, such as 0-63,100; a range includes both ends."""
     columns: int = 0
     """Images in a row of the grid; 0 for a square."""
+    gap: int = 0
+    """White pixels between the images of the grid."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.columns < 0:
-            raise ValueError(f"columns is {self.columns}; it cannot be negative")
+        for name in ("columns", "gap"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
 
 
 def run(arguments: list[str]) -> None:
@@ -60,7 +63,8 @@ def run(arguments: list[str]) -> None:
             for part in batches:
                 images.append(part)
                 bar.update(len(part))
-            save_png(grid(torch.cat(images), options.columns or None), options.out, scale=options.scale)
+            picture = grid(torch.cat(images), options.columns or None, options.gap)
+            save_png(picture, options.out, scale=options.scale)
         else:
             with open_files(options.out) as write:
                 for image in (image for part in batches for image in part):

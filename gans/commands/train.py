@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -14,9 +15,13 @@ from gans.data.sources import open_source
 from gans.recipes import registry
 from gans.recipes.config import RunConfig, TrainConfig
 from gans.recipes.named import PRESETS, preset
+from gans.training import checkpoint
 from gans.training.dry_run import describe
 from gans.training.interrupt import Interrupted
 from gans.training.loop import train
+
+RUNS = Path("runs")
+"""Where runs go whose folder is not named."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def parse(arguments: list[str]) -> TrainArguments:
     recipe = preset(name)
     parts = {field: choice for field in registry.CHOICES if (choice := _peek(arguments, field))}
     default = TrainArguments(
-        run=RunConfig(data=tyro.MISSING, out=tyro.MISSING),
+        run=RunConfig(data=tyro.MISSING, out=""),
         recipe=_with_parts(recipe, parts),
         preset=name,
         **parts,
@@ -106,6 +111,16 @@ def conditional(recipe: TrainConfig, data: str) -> TrainConfig:
     return replace(recipe, generator=generator, discriminator=discriminator)
 
 
+def next_folder(root: Path, preset: str, run: RunConfig) -> Path:
+    """The folder in `root` for a run whose folder was not named: a number, the preset and the data, such as
+    `00003-cifar10-images`. ValueError if it is to resume one.
+    """
+    if run.resume:
+        raise ValueError(f"resume is {run.resume!r}; say with out which run it is that goes on")
+    numbers = [int(path.name[:5]) for path in root.glob("[0-9][0-9][0-9][0-9][0-9]-*")]
+    return root / f"{max(numbers, default=-1) + 1:05d}-{preset}-{Path(run.data).name.partition('.')[0] or 'data'}"
+
+
 def _resized(config: Any, like: Any) -> Any:
     names = {field.name for field in fields(config)} & {"image_size", "channels", "classes"}
     return replace(config, **{name: getattr(like, name) for name in names})
@@ -114,13 +129,20 @@ def _resized(config: Any, like: Any) -> Any:
 def run(arguments: list[str]) -> None:
     """Trains, or prints what would be trained."""
     parsed = parse(arguments)
+    run_config = parsed.run
     recipe = conditional(parsed.recipe, parsed.run.data) if parsed.conditional else parsed.recipe
     world = join(parsed.run.device)
+    if not run_config.out:
+        run_config = replace(run_config, out=str(next_folder(RUNS, parsed.preset, run_config)))
+        world.barrier()  # before one of the processes makes it
     try:
         if parsed.dry_run:
-            shown = json.dumps(describe(recipe, parsed.run, world.size), indent=2)
+            shown = json.dumps(describe(recipe, run_config, world.size), indent=2)
         else:
-            shown = f"last checkpoint: {train(recipe, parsed.run, world=world)}"
+            last = train(recipe, run_config, world=world)
+            shown = f"last checkpoint: {last}"
+            if (last.parent / checkpoint.BEST).exists():
+                shown += f"\nbest checkpoint: {last.parent / checkpoint.BEST}"
     except Interrupted as interrupt:
         world.leave()
         if world.is_main:

@@ -17,16 +17,23 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return scaled.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """Images `(N, C, H, W)` side by side without gaps, row by row; about square unless `columns` is given."""
+GAP = 2
+"""Pixels between the images of a sample grid."""
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 0) -> Image.Image:
+    """Images `(N, C, H, W)` side by side, row by row, with `gap` white pixels in between; about square unless `columns`
+    is given.
+    """
     tiles = to_uint8(images)
     count, height, width, channels = tiles.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    canvas = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
-    canvas[:count] = tiles
+    height, width = height + gap, width + gap
+    canvas = np.full((rows * columns, height, width, channels), 255 if gap else 0, dtype=np.uint8)
+    canvas[:count, : height - gap, : width - gap] = tiles
     canvas = canvas.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    canvas = canvas.reshape(rows * height, columns * width, channels)
+    canvas = canvas.reshape(rows * height, columns * width, channels)[: rows * height - gap, : columns * width - gap]
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 

@@ -10,15 +10,29 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from gans.data.images import GAP
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
 def read_tiles(path: Path, size: int) -> list[np.ndarray]:
-    """The images of a sample grid, with the blank ones that fill up its last row."""
+    """The images of a sample grid, with the blank ones that fill up its last row. Grids of earlier versions have no
+    gaps.
+    """
     grid = np.asarray(Image.open(path))
-    rows, columns = grid.shape[0] // size, grid.shape[1] // size
-    return [grid[y * size : (y + 1) * size, x * size : (x + 1) * size] for y in range(rows) for x in range(columns)]
+    step = size + _gap(grid, size)
+    rows, columns = (range(0, length, step) for length in grid.shape[:2])
+    return [grid[y : y + size, x : x + size] for y in rows for x in columns]
+
+
+def _gap(grid: np.ndarray, size: int) -> int:
+    """Pixels between the images of a grid: they are white from end to end."""
+    height, width = grid.shape[:2]
+    fits = all((length + GAP) % (size + GAP) == 0 for length in (height, width))
+    lines = [grid[:, x : x + GAP] for x in range(size, width, size + GAP)]
+    lines += [grid[y : y + GAP] for y in range(size, height, size + GAP)]
+    return GAP if fits and all((line == 255).all() for line in lines) else 0
 
 
 def sample_steps(run: Path) -> list[int]:

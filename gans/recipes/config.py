@@ -148,9 +148,14 @@ class RunConfig:
     data: str
     """Folder, ZIP file or CIFAR-10 archive (.tar.gz) of images, or "digits" for scikit-learn's scanned digits."""
     out: str
-    """Folder of the run: config.json, log.jsonl, TensorBoard events, samples/, checkpoints/, curves.png."""
+    """Folder of the run: config.json, log.jsonl, TensorBoard events, samples/, checkpoints/, curves.png. On the command
+    line, a numbered folder in runs/ if it is not given."""
     resume: str | None = None
     """A checkpoint folder, or "latest" for the newest of the run (starts afresh if it has none)."""
+    init: str | None = None
+    """A run, a checkpoint or an export whose weights a new run starts from: those that fit by name and shape."""
+    wandb: str | None = None
+    """A project of Weights & Biases that gets the numbers as well (pip install wandb)."""
     device: str = "auto"
     """"auto" (a GPU if there is one), or a torch device."""
     backend: str | None = None

@@ -35,7 +35,9 @@ CHECKSUMS = "SHA256SUMS"
 
 _NAME = re.compile(rf"{PREFIX}([0-9]{{8}}|[1-9][0-9]{{8,}})")
 """Exactly the names that `path_of` gives."""
-_LEFTOVER = re.compile(rf"{re.escape(PARTIAL)}([0-9]+|old-{_NAME.pattern})")
+BEST = "best"
+"""The folder beside them with the checkpoint of the smallest distance."""
+_LEFTOVER = re.compile(rf"{re.escape(PARTIAL)}([0-9]+|old-({_NAME.pattern}|{BEST}))")
 """Exactly the names of what a killed process may leave."""
 
 
@@ -69,8 +71,10 @@ def save(
     state: Mapping[str, Any],
     config: Any,
     keep: int,
+    best: bool = False,
 ) -> Path:
-    """Writes `root/step-<step>` and deletes all but the `keep` newest. Returns its path.
+    """Writes `root/step-<step>` and deletes all but the `keep` newest; with `best`, replaces `root/best` instead.
+    Returns its path.
 
     Raises OSError, naming the folder and the last good checkpoint, when it cannot be written (a full disk, say);
     nothing of the attempt is left.
@@ -81,7 +85,7 @@ def save(
         config: JSON values for `config.json`.
     """
     partial = root / f"{PARTIAL}{step}"
-    final = path_of(root, step)
+    final = root / BEST if best else path_of(root, step)
     try:
         with writing(final, root):
             root.mkdir(parents=True, exist_ok=True)
@@ -103,7 +107,7 @@ def save(
         _discard(final)
     os.replace(partial, final)
     _flush(root)
-    for old in list_checkpoints(root)[:-keep]:
+    for old in [] if best else list_checkpoints(root)[:-keep]:
         _discard(old)
     return final
 
@@ -239,13 +243,17 @@ def load_weights(path: Path, name: str, model: nn.Module) -> None:
 
     Raises DamagedError if the file cannot be read, and ValueError if its names or shapes are not the model's.
     """
+    try:
+        model.load_state_dict(load_tensors(path, name))
+    except RuntimeError as error:
+        raise ValueError(f"cannot load {path / name}.safetensors: {error}") from error
+
+
+def load_tensors(path: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one weights file of a checkpoint; DamagedError if it cannot be read."""
     file = path / f"{name}.safetensors"
     with _reading(file):
-        tensors = load_file(file)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"cannot load {file}: {error}") from error
+        return load_file(file)
 
 
 def load_state(path: Path) -> dict[str, Any]:

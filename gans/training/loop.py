@@ -26,6 +26,7 @@ from gans.training.recompute import recompute_blocks
 from gans.training.resume import find_start, refuse_later
 from gans.training.state import TrainState
 from gans.training.steps import NonFiniteError, discriminator_step, generator_step, make_networks, set_learning_rates
+from gans.training.transfer import transfer
 
 
 def configure_torch(run: RunConfig) -> None:
@@ -115,6 +116,8 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
         state.restore(latest, images=len(source))
         refuse_later(checkpoints, latest, state.step)
     resolved = resolved_config(config, run, state, world)
+    if run.init and not latest:
+        resolved["init"] = transfer(run.init, state.models())
     if labels is not None:
         resolved["classes"] = source.classes
 
@@ -191,7 +194,7 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
         StopSignals(announce=world.is_main) as signals,
     ):
         if monitor:
-            monitor.save_config(resolved)
+            monitor.begin(resolved, len(source))
         while state.step < config.steps and not stopped:
             logs = [{"lr_factor": set_learning_rates(config, networks, state.step)}]
             for index in range(config.n_critic):
@@ -206,8 +209,8 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
             state.average.update(networks.generator, images=state.step * config.batch_g, batch=config.batch_g)
 
             stopped = world.any(signals.received is not None) and state.step < config.steps
-            if monitor:
-                monitor.step_done(logs, stopped=stopped)
+            if monitor and monitor.step_done(logs, stopped=stopped) and not state.not_finite():
+                state.save(checkpoints, images=len(source), config=resolved, keep=run.keep, best=True)
             if stopped or state.step % run.checkpoint_every == 0 or state.step == config.steps:
                 latest = save_checkpoint()
     if stopped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +19,16 @@ from tqdm import tqdm
 
 from gans.common.files import new_file
 from gans.data import loading
-from gans.data.images import grid
+from gans.data.images import GAP, grid
 from gans.data.sources import ImageSource
 from gans.evaluation.metrics import Metric, make_metric
 from gans.models.conditioning import bind
-from gans.recipes.config import RunConfig, TrainConfig
+from gans.recipes.config import RunConfig, TrainConfig, to_dict
 from gans.training.checkpoint import writing
 from gans.training.logs import RunLog, read
 from gans.training.resume import Start
 from gans.training.state import TrainState
+from gans.training.status import banner, status_line
 
 EVALUATION_SEED = 20210214
 
@@ -79,6 +81,16 @@ def memory_mib(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
+def _start_wandb(run: RunConfig) -> Any:
+    """A run of Weights & Biases in the project `run.wandb` that listens to TensorBoard's writers from here on."""
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError(f"wandb is {run.wandb!r}, which needs the package wandb: pip install wandb") from error
+    name = Path(run.out).name
+    return wandb.init(project=run.wandb, name=name, dir=run.out, sync_tensorboard=True, config={"run": to_dict(run)})
+
+
 class Monitor:
     """Writes everything but the checkpoints of a run into its folder; a context for the whole of training.
 
@@ -104,12 +116,19 @@ class Monitor:
         self._shown = class_rows(config.classes, run.sample_count)
         self._measured = class_shares(labels, run.metric_images)
         self.out = Path(run.out)
+        self._wandb = _start_wandb(run) if run.wandb else None  # before TensorBoard's writer, which it listens to
         self.log = RunLog(self.out, state.step, start.describe())
         self.device = next(state.networks.generator.parameters()).device
         self._values: dict[str, list[float]] = defaultdict(list)
         self._latest: dict[str, float] = {}  # the bar has lazy penalties in its sums between their updates as well
         self._images = state.position
-        self._started = time.perf_counter()
+        self._begun = self._started = time.perf_counter()
+        self._first, self._tick = state.step, 0
+        self._progress = progress
+        self._distance: float | None = None
+        past = read(self.out) if run.metric_every and state.step else []
+        self._best = min((line["distance"] for line in past if "distance" in line), default=math.inf)
+        self._improved = False
         self._bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True)
 
         def real(limit: int) -> Tensor:
@@ -118,12 +137,12 @@ class Monitor:
 
         if start.relearned:
             changed = ", ".join(f"{name} ({change})" for name, change in start.relearned.items())
-            self._bar.write(f"from step {state.step} on with another recipe: {changed}")
+            self._say(f"from step {state.step} on with another recipe: {changed}")
         self.metric: Metric | None = None
         if run.metric_every:
             self.metric = metric = make_metric(run.metric, real(run.metric_images).to(self.device))
             floor = f"real against real (two halves of {metric.count} images) {metric.floor:.4g}"
-            self._bar.write(f"{metric.name}: {floor}")
+            self._say(f"{metric.name}: {floor}")
         if not (self.out / "samples" / "real.png").exists():
             self._save_grid(real(run.sample_count), "real")
         if state.step == 0:
@@ -139,6 +158,8 @@ class Monitor:
         self._bar.close()
         with nullcontext() if kind is None else suppress(OSError):  # what went wrong first is what is reported
             self.log.close()
+            if self._wandb:
+                self._wandb.finish(exit_code=0 if kind is None else 1)
         if kind is None:
             from gans.evaluation.plots import plot_curves  # matplotlib takes a second to load
 
@@ -146,58 +167,97 @@ class Monitor:
             with self._file(self.out / "curves.png") as path:
                 plot_curves(read(self.out), path, name)
 
-    def save_config(self, resolved: Mapping[str, Any]) -> None:
-        """Writes `config.json`."""
+    def _say(self, text: str) -> None:
+        self._bar.write(text)
+
+    def begin(self, resolved: Mapping[str, Any], images: int) -> None:
+        """Says what is going to be done, of so many images, and writes `config.json`."""
+        if self._progress:
+            self._say(banner(self.config, self.run, resolved, self.state.step, images))
+            for line in resolved.get("init", []):
+                self._say(line)
         with self._file(self.out / "config.json") as path:
             path.write_text(json.dumps(resolved, indent=2) + "\n")
 
-    def step_done(self, logs: Sequence[dict[str, float]], *, stopped: bool) -> None:
+    def step_done(self, logs: Sequence[dict[str, float]], *, stopped: bool) -> bool:
         """Takes the logs of a step's updates, of which the files get the means, and writes what is due.
 
-        `stopped` says that the run ends here, before its last step.
+        `stopped` says that the run ends here, before its last step. Returns whether a distance was measured that is the
+        smallest of the run so far.
         """
+        self._improved = False
         for values in logs:
             for name, value in values.items():
                 self._values[name].append(value)
         state, run = self.state, self.run
         self._bar.update()
         last = state.step == self.config.steps
-        if last or stopped or state.step % run.log_every == 0:
+        due = last or stopped or state.step % run.log_every == 0
+        first = state.step == self._first + 1
+        if due:
             self._write_means()
+        elif first:  # losses are seen from the first step on; the log has means over whole ticks
+            self._latest |= self._means()
         if self.metric and (last or state.step % run.metric_every == 0):
             self._measure()
+        if due or first:
+            self._show_tick()
         if last or state.step % run.sample_every == 0:
             self._sample()
+        return self._improved
 
     def _write_means(self) -> None:
+        line = self._means()
+        self.log.write(self.state.step, line)
+        self._latest |= line
+        self._values.clear()
+        self._images, self._started = self.state.position, time.perf_counter()
+
+    def _means(self) -> dict[str, float]:
+        """What the log says of the steps since its last line."""
         seconds = time.perf_counter() - self._started
-        line = {name: sum(values) / len(values) for name, values in self._values.items()}
-        line |= {
+        return {name: sum(values) / len(values) for name, values in self._values.items()} | {
             "skipped": self.state.skipped,
             "real_images": self.state.position,
             "images_per_second": (self.state.position - self._images) / seconds,
             "memory_mib": memory_mib(self.device),
         }
-        self.log.write(self.state.step, line)
-        self._latest |= line
+
+    def _show_tick(self) -> None:
+        """The status line, and the numbers beside the bar."""
         losses = {
             letter: sum(
                 value for name, value in self._latest.items() if name.startswith(network) and not name.endswith("_norm")
             )
             for letter, network in (("D", "discriminator/"), ("G", "generator/"))
         }
+        state, elapsed = self.state, time.perf_counter() - self._begun
+        speed, memory = self._latest["images_per_second"], self._latest["memory_mib"]
+        if self._progress:
+            text = status_line(
+                tick=self._tick,
+                thousands=state.position / 1000,
+                elapsed=elapsed,
+                per_thousand=1000 / max(speed, 1e-9),
+                memory=memory,
+                losses=losses,
+                left=elapsed / (state.step - self._first) * (self.config.steps - state.step),
+                distance=self._distance,
+                best=self._improved,
+            )
+            self._say(text)
+        self._tick += 1
         shown = {name: f"{value:.3g}" for name, value in losses.items()}
-        shown |= {"images/s": f"{line['images_per_second']:.3g}", "MiB": f"{line['memory_mib']:.0f}"}
-        self._bar.set_postfix(shown | ({"skipped": str(self.state.skipped)} if self.state.skipped else {}))
-        self._values.clear()
-        self._images, self._started = self.state.position, time.perf_counter()
+        shown |= {"images/s": f"{speed:.3g}", "MiB": f"{memory:.0f}"}
+        self._bar.set_postfix(shown | ({"skipped": str(state.skipped)} if state.skipped else {}))
 
     def _measure(self) -> None:
         if self.metric:
             images = generate(self.state.average.model, self.run.metric_images, self._measured)
             images = images.clamp(-1, 1)  # as they would be saved
-            distance = self.metric(images.to(self.device))
+            self._distance = distance = self.metric(images.to(self.device))
             self.log.write(self.state.step, {"distance": distance, "floor": self.metric.floor})
+            self._improved, self._best = distance < self._best, min(distance, self._best)
 
     def _sample(self) -> None:
         images = generate(self.state.average.model, self.run.sample_count, self._shown)
@@ -205,7 +265,7 @@ class Monitor:
 
     def _save_grid(self, images: Tensor, name: str) -> None:
         with self._file(self.out / "samples" / f"{name}.png") as path:
-            grid(images).save(path)
+            grid(images, gap=GAP).save(path)
 
     @contextmanager
     def _file(self, path: Path) -> Iterator[Path]:

@@ -45,7 +45,7 @@ class TrainState:
                     return f"{name}.{key}"
         return None
 
-    def save(self, root: Path, *, images: int, config: Mapping[str, Any], keep: int) -> Path:
+    def save(self, root: Path, *, images: int, config: Mapping[str, Any], keep: int, best: bool = False) -> Path:
         """Writes a checkpoint into `root` and returns its path; see `gans.training.checkpoint.save`."""
         state = {
             "step": self.step,
@@ -56,7 +56,7 @@ class TrainState:
             "optimizer_d": self.networks.optimizer_d.state_dict(),
             "rng": checkpoint.rng_state(),
         }
-        return checkpoint.save(root, self.step, models=self.models(), state=state, config=config, keep=keep)
+        return checkpoint.save(root, self.step, models=self.models(), state=state, config=config, keep=keep, best=best)
 
     def restore(self, path: Path, *, images: int) -> None:
         """Continues from a checkpoint; ValueError if it was made with another number of real images."""

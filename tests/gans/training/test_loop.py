@@ -92,7 +92,7 @@ def test_run_folder(tiny, tiny_run):
     grid = np.asarray(Image.open(out / "samples" / "step-00000006.png"))
     (out / "samples" / "step-00000006 (copy).png").write_bytes(b"of the user")
     assert sample_steps(out) == [0, 3, 6]
-    assert grid.shape == (16, 16)
+    assert grid.shape == (18, 18)  # a gap of two
     lines = logs.read(out)
     assert [line["step"] for line in lines if "generator/adversarial" in line] == [2, 4, 6]
     assert [line["step"] for line in lines if "distance" in line] == [0, 3, 6]
