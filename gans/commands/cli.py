@@ -27,6 +27,8 @@ COMMANDS = {
     "style-mixing": "styles of two seeds in one image:  style-mixing --checkpoint DIR --rows 0-3 --columns 4-9 --out F",
     "attention-map": "where attention looks:  attention-map --checkpoint DIR --seed 0 --out FILE.png",
     "convert": "a published checkpoint to ours:  convert --checkpoint FILE.pth --preset cifar10 --out DIR",
+    "export": "a generator for the Hugging Face hub:  export --checkpoint DIR --out DIR",
+    "throughput": "images a second of a generator:  throughput --checkpoint DIR",
     "evaluate": "distances to real images:  evaluate --reference FOLDER|ZIP --checkpoint DIR --networks lite1",
     "train-judge": "a network to measure over:  train-judge --data FOLDER|ZIP --out FILE.safetensors",
 }

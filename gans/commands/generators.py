@@ -33,6 +33,9 @@ from gans.training import checkpoint
 Weights = Literal["generator_ema", "generator"]
 Space = Literal["z", "w"]
 
+EXPORTED = "model"
+"""The averaged generator's name in an export, as the Hugging Face hub has it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RenderArguments:
@@ -99,28 +102,30 @@ def latents(seeds: Sequence[int], dim: int) -> Tensor:
     return torch.stack([torch.randn(dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def find_weights(path: Path, weights: Weights) -> Path:
-    """The folder that holds `config.json` and the weights: `path`, or the newest checkpoint of the run in `path`.
+def find_weights(path: Path, weights: Weights) -> tuple[Path, str]:
+    """The folder that holds `config.json` and the weights, `path` or the newest checkpoint of the run in `path`, and
+    the name of the weights' file there, which in an export is another one.
 
     Raises FileNotFoundError.
     """
     if (path / "checkpoints").is_dir():
         path = checkpoint.find("latest", path / "checkpoints") or path
-    missing = [name for name in (checkpoint.CONFIG, f"{weights}.safetensors") if not (path / name).is_file()]
+    name = EXPORTED if weights == "generator_ema" and (path / f"{EXPORTED}.safetensors").is_file() else weights
+    missing = [file for file in (checkpoint.CONFIG, f"{name}.safetensors") if not (path / file).is_file()]
     if missing:
         raise FileNotFoundError(
             f"checkpoint {str(path)!r} has no {' and no '.join(missing)}; give a run's folder, one of its checkpoints, "
-            "or a folder that convert has written"
+            "or a folder that convert or export has written"
         )
-    return path
+    return path, name
 
 
 def load_generator(path: Path, device: torch.device, weights: Weights = "generator_ema") -> nn.Module:
     """The generator of a run, a checkpoint or a converted checkpoint, in evaluation mode without gradients."""
-    path = find_weights(path, weights)
+    path, name = find_weights(path, weights)
     values = checkpoint.load_config(path)["recipe"]["generator"]
     generator: nn.Module = build(from_dict(config_class("generator", values.get("kind")), values))
-    checkpoint.load_weights(path, weights, generator)
+    checkpoint.load_weights(path, name, generator)
     generator.class_names = checkpoint.load_config(path).get("classes", [])  # type: ignore[assignment]
     return generator.eval().requires_grad_(False).to(device)
 
