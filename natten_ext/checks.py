@@ -125,9 +125,14 @@ def check_values(name: str, value: torch.Tensor, key_name: str, key: torch.Tenso
 
 
 def map_layout(query: Any) -> str:
-    """The layout of a map of as many axes as the query has; of two where it can have none."""
-    axes = query.dim() - 3 if isinstance(query, torch.Tensor) and not query.is_nested else 0
-    return MAPS.get(axes, MAPS[2])
+    """The layout of a map of as many axes as the query has."""
+    check_dense("query", query)
+    if query.dim() - 3 not in MAPS:
+        raise ValueError(
+            f"query must have 4 to {3 + MAP_AXES} dimensions (batch, *map, heads, head_dim), with a map of one to"
+            f" {MAP_AXES} axes, got shape {shape_of(query)}"
+        )
+    return MAPS[query.dim() - 3]
 
 
 def checked_maps(query: Any, key: Any, value: Any) -> tuple[torch.Tensor, ...]:

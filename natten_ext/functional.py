@@ -52,7 +52,8 @@ def attention(
     Returns:
         ``(batch, queries, heads, width of value)``. With ``return_lse`` a tuple of it and each query's log-sum-exp,
         ``log(sum_j exp(scale * score(q_i, k_j)))``: ``(batch, queries, heads)``, float64 for float64 inputs, otherwise
-        float32. It has every derivative that the output has. ``natten_ext.merge_attention`` takes both.
+        float32, and NaN where a score is NaN or infinity, as the output is. It has every derivative that the output
+        has. ``natten_ext.merge_attention`` takes both.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above; the message names it.

@@ -15,6 +15,7 @@ from .checks import (
     FlagPerAxis,
     SizePerAxis,
     SizePerGroup,
+    check_bool,
     check_dense,
     check_scale,
     check_score,
@@ -122,6 +123,20 @@ def _map_layout(map_axes: int) -> str:
     if not 1 <= map_axes <= MAP_AXES:
         raise ValueError(f"map_axes must be from 1 to {MAP_AXES}, got {shown(map_axes)}")
     return layout_of_map(map_axes, "batch", "channels")
+
+
+def padded(x: torch.Tensor, least: Extents) -> torch.Tensor:
+    """``(batch, *map, channels)`` with zeros at the ends of the axes that are shorter than ``least``."""
+    check_dense("input", x)
+    padding = [0, 0]
+    for extent, wanted in zip(reversed(x.shape[1:-1]), reversed(least), strict=False):
+        padding += [0, max(wanted - extent, 0)]
+    return nn.functional.pad(x, padding) if any(padding) else x
+
+
+def cropped(output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What ``padded`` added taken away: the output on the map of ``x``, ``(batch, *map, channels)``."""
+    return output[(slice(None), *map(slice, x.shape[1:-1]))]
 
 
 def _table_kernel(bias: bool, kernel: Extents) -> Extents | None:
@@ -255,7 +270,7 @@ class GridAttention(_AttentionModule):
             proj_drop=proj_drop,
             backend=backend,
         )
-        self._layout = layout
+        self._layout, self.map_axes = layout, map_axes
         self.window_size, self.shift = grid.window, grid.shift
 
     def _neighborhood(self) -> dict[str, Any]:
@@ -276,7 +291,7 @@ class GridAttention(_AttentionModule):
         return self._merge(output)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, window_size={self.window_size}, shift={self.shift}"
+        return f"{super().extra_repr()}, map_axes={self.map_axes}, window_size={self.window_size}, shift={self.shift}"
 
 
 class NeighborhoodAttention(_AttentionModule):
@@ -286,6 +301,9 @@ class NeighborhoodAttention(_AttentionModule):
         kernel_size, dilation, stride, is_causal: as ``natten_ext.neighborhood_attention``; lists give one entry per
             equal group of heads, and only a tuple is a (height, width).
         map_axes: how many axes maps have, one to three.
+        pad_small: maps smaller than kernel_size * dilation are an error, or, with True, get zeros at the ends of their
+            axes, before the projections, as in DiNAT's layers (arXiv 2209.15001). Queries attend these places too; the
+            output has the map's own.
         bias: whether there is a relative position table, the parameter ``rel_pos_bias``.
         Others as ``Attention``.
     """
@@ -300,6 +318,7 @@ class NeighborhoodAttention(_AttentionModule):
         stride: SizePerGroup = 1,
         is_causal: FlagPerAxis = False,
         map_axes: int = 2,
+        pad_small: bool = False,
         bias: bool = True,
         score: str = "dot",
         scale: float | None = None,
@@ -311,6 +330,7 @@ class NeighborhoodAttention(_AttentionModule):
         _check_heads(embed_dim, num_heads)
         layout = _map_layout(map_axes)
         neighborhood = windows_of(map_axes, num_heads, kernel_size, dilation, stride, is_causal)
+        check_bool("pad_small", pad_small)
         super().__init__(
             embed_dim,
             num_heads,
@@ -323,14 +343,20 @@ class NeighborhoodAttention(_AttentionModule):
             proj_drop=proj_drop,
             backend=backend,
         )
-        self._layout = layout
+        self._layout, self.map_axes = layout, map_axes
         # The caller may go on to change its lists.
         self.kernel_size, self.dilation, self.stride = copy(kernel_size), copy(dilation), copy(stride)
         self.is_causal = is_causal
+        axes = zip(*neighborhood.windows, strict=True)
+        self._least = tuple(max(window.kernel * window.dilation for window in of_axis) for of_axis in axes)
+        self.pad_small = pad_small
 
     def _neighborhood(self) -> dict[str, Any]:
         names = ("kernel_size", "dilation", "stride", "is_causal")
         return {name: getattr(self, name) for name in names}
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super()._project(padded(x, self._least) if self.pad_small else x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self._project(x)
@@ -344,8 +370,8 @@ class NeighborhoodAttention(_AttentionModule):
             scale=self.scale,
             backend=self.backend,
         )
-        return self._merge(output)
+        return self._merge(cropped(output, x) if self.pad_small else output)
 
     def extra_repr(self) -> str:
         neighborhood = ", ".join(f"{name}={value}" for name, value in self._neighborhood().items())
-        return f"{super().extra_repr()}, {neighborhood}"
+        return f"{super().extra_repr()}, map_axes={self.map_axes}, {neighborhood}"

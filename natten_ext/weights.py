@@ -61,7 +61,8 @@ def attention_weights(
             three axes, as in those functions; without a window or a kernel either will do (every query of a map
             attends every key of it).
         positions: the queries: int64 ``(P,)`` or a list of ints for sequences and maps of one axis, ``(P, axes)`` or a
-            list of tuples such as (row, column) for other maps; the same for every image of the batch.
+            list of tuples such as (row, column) for other maps; the same for every image of the batch. Under
+            ``torch.compile`` a list is a constant; a tensor breaks the graph, as its numbers say what is gathered.
         window_size, shift, kernel_size, dilation, stride, is_causal, bias, score, scale: as in those functions.
 
     Returns:
@@ -73,7 +74,7 @@ def attention_weights(
     """
     full = window_size is None and kernel_size is None
     layout = map_layout(query)
-    if full and (layout == MAPS[1] or not isinstance(query, torch.Tensor) or query.dim() != layout.count(",") + 1):
+    if full and layout == MAPS[1]:
         layout = SEQUENCE
     query, key = alike(layout, query=query, key=key)
     check_heads(query)
@@ -84,7 +85,7 @@ def attention_weights(
     key = repeat_heads(key, query.shape[-2])
     check_score(score)
     scale = scale_of(query, scale)
-    index = _checked_positions(positions, query)
+    index = _checked_positions(positions, query.shape[1:-2])
 
     neighborhood: AnyNeighborhood = Full()
     if window_size is not None and kernel_size is not None:
@@ -107,18 +108,33 @@ def attention_weights(
         return _weights(query, key, bias, index, neighborhood, score, scale)
 
 
-def _checked_positions(positions: Any, query: torch.Tensor) -> torch.Tensor:
-    """Int64 ``(P, axes)`` on the CPU, in range."""
-    if isinstance(positions, torch.Tensor):
-        check_dense("positions", positions)
-        if positions.is_meta:
-            raise ValueError("positions must have contents, got a meta tensor")
-    extents = query.shape[1:-2]
+def _checked_positions(positions: Any, extents: Sequence[int]) -> list[Extents]:
+    """One tuple a position, in range."""
     wanted = (
         "(P,) for a sequence"
         if len(extents) == 1
         else f"(P, {len(extents)}), {', '.join(AXES[-len(extents) :])}, for a map"
     )
+    if torch.compiler.is_compiling() and isinstance(positions, list | tuple):
+        listed = list(positions)  # a tensor would hide the numbers
+    else:
+        listed = _integers(positions, wanted)
+    index = [(position,) if isinstance(position, int) else tuple(position) for position in listed]
+    if any(len(position) != len(extents) for position in index):
+        raise ValueError(f"positions must have shape {wanted}, got {shown(positions)}")
+    for axis, extent in enumerate(extents):
+        for position in index:
+            if not 0 <= position[axis] < extent:
+                raise ValueError(f"positions must lie inside {tuple(extents)}, got {position[axis]} on axis {axis}")
+    return index
+
+
+def _integers(positions: Any, wanted: str) -> list:
+    """Numbers, or lists of as many, found to be integers."""
+    if isinstance(positions, torch.Tensor):
+        check_dense("positions", positions)
+        if positions.is_meta:
+            raise ValueError("positions must have contents, got a meta tensor")
     try:
         index = torch.as_tensor(positions, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:  # no list or array; ragged; beyond int64
@@ -128,25 +144,17 @@ def _checked_positions(positions: Any, query: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"positions must hold at least one position, got {shown(positions)}")
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         raise TypeError(f"positions must be integers, got {index.dtype}")
-    index = index.to(torch.int64)
-    if len(extents) == 1 and index.dim() == 1:
-        index = index[:, None]
-    if index.dim() != 2 or index.shape[1] != len(extents):
+    if index.dim() not in (1, 2):
         raise ValueError(f"positions must have shape {wanted}, got {shape_of(index)}")
-    for axis, extent in enumerate(extents):
-        low, high = int(index[:, axis].min()), int(index[:, axis].max())
-        if low < 0 or high >= extent:
-            raise ValueError(
-                f"positions must lie inside {tuple(extents)}, got {low if low < 0 else high} on axis {axis}"
-            )
-    return index
+    return index.to(torch.int64).tolist()
 
 
 def _weights(query, key, bias, index, neighborhood, score, scale):
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     device, heads, extents = query.device, query.shape[-2], key.shape[1:-2]
     bias = None if bias is None else bias.to(dtype)  # before it is gathered: its gradient is a sum over many pairs
-    chosen = query[(slice(None), *index.to(device).unbind(1))].to(dtype)  # (batch, P, heads, head_dim)
+    at = (torch.tensor(of_axis, device=device) for of_axis in zip(*index, strict=True))
+    chosen = query[(slice(None), *at)].to(dtype)  # (batch, P, heads, head_dim)
     tokens = key.flatten(1, -3)
     groups = neighborhood.head_groups() if isinstance(neighborhood, Neighborhood) else [(0, heads)]
     parts = []
@@ -177,15 +185,16 @@ def _keys(index, extents, neighborhood, head):
         return keys, (), torch.ones_like(keys, dtype=torch.bool)
     axes = []
     for axis, length in enumerate(extents):
-        queries = index[:, axis]
+        of_axis = [position[axis] for position in index]
         if isinstance(neighborhood, Grid):
+            queries = torch.tensor(of_axis, device="cpu")
             window, shift = neighborhood.window[axis], neighborhood.first[axis]
             keys = ((queries - shift) // window * window + shift)[:, None] + indices(window)
             exists = (keys >= 0) & (keys < length)
             keys = torch.where(exists, keys, queries[:, None])
             axes.append(AxisKeys(keys, keys - queries[:, None], exists))
         else:
-            axes.append(axis_keys(queries.tolist(), length, neighborhood.windows[head][axis]))
+            axes.append(axis_keys(of_axis, length, neighborhood.windows[head][axis]))
     dims = len(axes)
 
     def spread(numbers, axis):

@@ -59,9 +59,13 @@ def softmax(scores: torch.Tensor) -> torch.Tensor:
 
 
 def log_sum_exp(scores: torch.Tensor) -> torch.Tensor:
-    """Logarithm of the sum of exponentials along the last dimension that can be differentiated in every way."""
+    """Logarithm of the sum of exponentials along the last dimension that can be differentiated in every way.
+
+    NaN where a score is infinity, as the softmax.
+    """
     if forward_ad._current_level < 0:
-        return scores.logsumexp(-1)
+        lse = scores.logsumexp(-1)
+        return lse + torch.where(lse == torch.inf, torch.nan, 0.0).to(lse.dtype)
     largest = scores.detach().amax(-1, keepdim=True)  # as softmax
     largest = torch.where(largest.isinf(), 0, largest)
     return (scores - largest).exp().sum(-1).log() + largest.squeeze(-1)

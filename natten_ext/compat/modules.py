@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..checks import check_dense, layout_of_map, shape_of, shown, windows_of
+from ..modules import cropped, padded
 from .arguments import Flags, Size, flags, refuse, sizes
 from .fused import fused
 from .unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
@@ -68,27 +69,15 @@ class NeighborhoodAttention(nn.Module):
         if x.dim() != self.axes + 2 or x.shape[-1] != self.qkv.in_features:
             layout = layout_of_map(self.axes, "batch", "channels")
             raise ValueError(f"input must be {layout} with {self.qkv.in_features} channels, got shape {shape_of(x)}")
-        extents = x.shape[1:-1]
-        if self.pads:
-            x = self._padded(x)
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        least = tuple(kernel * dilation for kernel, dilation in zip(self.kernel_size, self.dilation, strict=True))
+        maps = padded(x, least) if self.pads else x
+        query, key, value = self.qkv(maps).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         if self.training and self.attn_drop.p > 0:
             output = self._unfused(query, key, value)
         else:
             windows = self.kernel_size, self.stride, self.dilation, self.is_causal
             output = fused(self.axes, query, key, value, *windows, self.rpb, self.scale, None, None)
-        output = output.flatten(-2)
-        for axis, extent in enumerate(extents):
-            output = output.narrow(axis + 1, 0, extent)
-        return self.proj_drop(self.proj(output))
-
-    def _padded(self, x: torch.Tensor) -> torch.Tensor:
-        padding = [0, 0]
-        for extent, kernel, dilation in zip(
-            reversed(x.shape[1:-1]), self.kernel_size[::-1], self.dilation[::-1], strict=True
-        ):
-            padding += [0, max(kernel * dilation - extent, 0)]
-        return nn.functional.pad(x, padding) if any(padding) else x
+        return self.proj_drop(self.proj(cropped(output.flatten(-2), x)))
 
     def _unfused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         query, key, value = (maps.movedim(-2, 1) for maps in (query * self.scale, key, value))

@@ -86,6 +86,19 @@ def test_value_first_and_second_derivatives(any_target, case):
     compare(any_target, case, inputs_of(case))
 
 
+@pytest.mark.cases([ONE_OF_EACH[0], ONE_OF_EACH[2]])
+def test_a_score_of_infinity_is_nan(any_target, case):
+    """As in the output: in the rows that see it, and no other. A score of minus infinity is a masked key."""
+    inputs = on(any_target, inputs_of(case, torch.float32))
+    inputs["query"] = inputs["query"].abs()
+    inputs["key"][0].flatten(0, -3)[1] = torch.inf
+    output, lse = forward(case, inputs, any_target.backend, return_lse=True)
+    assert torch.equal(lse.isnan(), output.isnan().any(-1))
+    assert 0 < lse.isnan().sum() < lse.numel()
+    _, lse = forward(case, inputs | {"query": -inputs["query"]}, any_target.backend, return_lse=True)
+    assert lse.isfinite().all()
+
+
 @pytest.mark.cases([*TINY, *ONE_OF_EACH, find("full-self-9", tied=("key", "value"), score="l2")])
 @pytest.mark.parametrize("part", ["output", "lse"])
 def test_one_of_them_alone(any_target, case, part):

@@ -122,6 +122,29 @@ def test_repr_says_what_it_is():
     for piece in ("24", "4", "[3, 5]", "[1, 2]", "l2", "reference"):
         assert piece in repr(module)
     assert "(3, 4)" in repr(natten_ext.GridAttention(24, 3, (3, 4)))
+    assert "map_axes=3" in repr(natten_ext.GridAttention(24, 3, 4, map_axes=3))
+    assert "map_axes=1" in repr(natten_ext.NeighborhoodAttention(24, 3, 4, map_axes=1))
+
+
+def test_small_maps_are_padded_if_asked_for():
+    """As in DiNAT: zeros at the ends before the projection, whose places are attended, and the map's own come out."""
+    module = natten_ext.NeighborhoodAttention(8, 2, [3, 5], [2, 1], pad_small=True).double()
+    plain = natten_ext.NeighborhoodAttention(8, 2, [3, 5], [2, 1]).double()
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    whole = torch.cat([x, x.new_zeros(2, 2, 9, 8)], 1)
+    assert module(x).shape == x.shape
+    torch.testing.assert_close(module(x), plain(whole)[:, :4])
+    weights = module.attention_weights(x, [(3, 8)])
+    torch.testing.assert_close(weights, plain.attention_weights(whole, [(3, 8)]))
+    large = torch.randn(1, 6, 7, 8, dtype=torch.float64)
+    assert torch.equal(module(large), plain(large))
+    with pytest.raises(ValueError, match="3 \\* 2 > height 4"):
+        plain(x)
+    with pytest.raises(ValueError, match="8 channels"):
+        module(x[0, 0])
+    with pytest.raises(TypeError, match="pad_small"):
+        natten_ext.NeighborhoodAttention(8, 2, 3, pad_small=1)
 
 
 @pytest.mark.parametrize("name", MODULES)

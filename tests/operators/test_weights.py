@@ -216,3 +216,14 @@ def test_memory_is_that_of_the_chosen_queries():
 def test_shapes_without_data():
     query = torch.empty(2, 6, 6, 2, 8, device="meta")
     assert natten_ext.attention_weights(query, query, [(1, 1)], kernel_size=3).shape == (2, 1, 2, 6, 6)
+
+
+@pytest.mark.parametrize("options", [{}, {"window_size": 2, "shift": 1}, {"kernel_size": [3, 2], "dilation": [1, 2]}])
+def test_compiled_with_a_list_of_positions(options):
+    """Without a break in the graph, and each list for itself."""
+    torch._dynamo.reset()
+    query, key = torch.randn(2, 2, 5, 6, 2, 4).unbind()
+    compiled = torch.compile(natten_ext.attention_weights, fullgraph=True, backend="eager")
+    for positions in ([(0, 0), (4, 5)], [(1, 2), (3, 3)], [(1, 2)]):
+        expected = natten_ext.attention_weights(query, key, torch.tensor(positions), **options)
+        torch.testing.assert_close(compiled(query, key, positions, **options), expected)
