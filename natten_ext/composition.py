@@ -96,26 +96,35 @@ def attend_in_windows(
     ones."""
     window = grid.window
     segments = [list(_segments(*axis)) for axis in zip(query.shape[1:-2], window, grid.first, strict=True)]
+    lengths = [[length for length, _ in of_axis] for of_axis in segments]
+    operands = zip(*(_divided(x, lengths) for x in (query, key, value)), strict=True)
     parts = []
-    for part in itertools.product(*segments):
-        inside = (slice(None), *(slice(start, start + length) for start, length, _ in part))
-        of_part = tuple(extent for _, _, extent in part)
+    for part, of_each in zip(itertools.product(*segments), operands, strict=True):
+        of_part = tuple(extent for _, extent in part)
         table = None
         if bias is not None:
             middles = (slice(size - extent, size + extent - 1) for size, extent in zip(window, of_part, strict=True))
             table = bias[(slice(None), *middles)]
-        parts.append(attend(call, *(x[inside] for x in (query, key, value)), table, Grid(of_part)))
+        parts.append(attend(call, *of_each, table, Grid(of_part)))
     counts = [len(segment) for segment in segments]
     outputs, lses = zip(*parts, strict=True)
     return _joined(outputs, counts), _joined(lses, counts) if call.return_lse else None
 
 
-def _segments(length: int, window: int, shift: int) -> Iterator[tuple[int, int, int]]:
-    """(start, length, window) of the parts of an axis whose windows are alike: cut ones, whole ones, cut ones."""
+def _segments(length: int, window: int, shift: int) -> Iterator[tuple[int, int]]:
+    """(length, window) of the parts of an axis whose windows are alike: cut ones, whole ones, cut ones."""
     first = min(shift, length)
     whole = (length - first) // window * window
     last = length - first - whole
-    yield from (s for s in ((0, first, first), (first, whole, window), (first + whole, last, last)) if s[1])
+    yield from (s for s in ((first, first), (whole, window), (last, last)) if s[0])
+
+
+def _divided(x: Tensor, lengths: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The parts of a map, of these lengths on each axis. Their gradients are joined once, not padded and added up."""
+    parts = [x]
+    for axis, of_axis in enumerate(lengths):
+        parts = [piece for part in parts for piece in part.split(of_axis, 1 + axis)]
+    return parts
 
 
 def _joined(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
