@@ -12,14 +12,16 @@ from gans.data.images import to_uint8
 from gans.data.loading import load_images
 from gans.data.sources import open_source
 from gans.evaluation.plots import plot_curves, plot_neighbours, plot_samples, read_tiles, sample_steps
+from gans.evaluation.report import write_report
 from gans.recipes.config import RunConfig, TrainConfig, from_dict
 from gans.training import logs
 
 
 @dataclass(frozen=True)
 class FigureArguments:
-    """Draws the development of a run's samples (`samples.png`) and its losses and distance (`curves.png`); with
-    `--neighbours`, the real images nearest to the last samples as well (`neighbours.png`).
+    """Draws the development of a run's samples (`samples.png`) and its losses and distance (`curves.png`), and writes
+    all of the run on a page (`report.html`); with `--neighbours`, the real images nearest to the last samples as well
+    (`neighbours.png`).
     """
 
     run: Path
@@ -37,7 +39,7 @@ class FigureArguments:
 
 
 def run(arguments: list[str]) -> None:
-    """Writes both figures."""
+    """Writes figures and page."""
     parsed = tyro.cli(FigureArguments, args=arguments, prog="python -m gans figures")
     resolved = json.loads((parsed.run / "config.json").read_text())
     config, run_config = from_dict(TrainConfig, resolved["recipe"]), from_dict(RunConfig, resolved["run"])
@@ -46,8 +48,10 @@ def run(arguments: list[str]) -> None:
     steps = parsed.steps or tuple(sample_steps(parsed.run))
     plot_samples(parsed.run, steps, size, parsed.out / "samples.png")
     network = run_config.metric.partition(":")[0]
-    plot_curves(logs.read(parsed.run), parsed.out / "curves.png", f"distance ({network})")
-    print(f"wrote {parsed.out / 'samples.png'} and {parsed.out / 'curves.png'}")
+    lines = logs.read(parsed.run)
+    plot_curves(lines, parsed.out / "curves.png", f"distance ({network})")
+    write_report(parsed.run, lines, parsed.out / "curves.png", parsed.out / "report.html")
+    print(f"wrote {', '.join(str(parsed.out / name) for name in ('samples.png', 'curves.png', 'report.html'))}")
     if parsed.neighbours:
         source = open_source(run_config.data, config.images.split)
         channels, broken = config.generator.channels, config.images.broken

@@ -162,10 +162,14 @@ class Monitor:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
         if kind is None:
             from gans.evaluation.plots import plot_curves  # matplotlib takes a second to load
+            from gans.evaluation.report import write_report
 
             name = self.metric.name if self.metric else "distance"
+            lines = read(self.out)
             with self._file(self.out / "curves.png") as path:
-                plot_curves(read(self.out), path, name)
+                plot_curves(lines, path, name)
+            with self._file(self.out / "report.html") as path:
+                write_report(self.out, lines, self.out / "curves.png", path)
 
     def _say(self, text: str) -> None:
         self._bar.write(text)
