@@ -58,8 +58,9 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def speed_table(record: Record) -> str:
-    """One line for each shape and backend; the memory of naive is that of the reference backend."""
+    """One line for each shape and backend; the memory of naive is that of the reference backend, if it was measured."""
     lines = []
+    columns = 4 if any(row.memory for row in record.rows) else 2
     for name, shape in record.shapes.items():
         for backend in record.ours:
             mine, naive = ([record.cells.get((name, o), {}).get(c) for o in record.orders] for c in (backend, "naive"))
@@ -70,7 +71,7 @@ def speed_table(record: Record) -> str:
                 " / ".join(_memory(row, ".0f") for row in naive),
             ))  # fmt: skip
     header = ("shape", f"times the speed of naive: {' / '.join(record.orders)}", "memory beyond results: ours", "naive")
-    return table(header, lines)
+    return table(header[:columns], [line[:columns] for line in lines])
 
 
 def operators_table(record: Record) -> str:
