@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from gans.data.loading import DataConfig
 from gans.losses.adversarial import LossConfig
 from gans.models.ema import EMAConfig
 from gans.models.fastgan import FastGANGeneratorConfig
@@ -80,6 +81,21 @@ TRANSGAN32_SMALL = replace(
 what it had learned after 250 steps.
 """
 
+DIGITS = replace(
+    PROJECTED32_SMALL,
+    generator=replace(PROJECTED32_SMALL.generator, channels=1),
+    discriminator=replace(PROJECTED32_SMALL.discriminator, channels=1, pixel_width=32),
+    images=DataConfig(flip=False),
+    ema=EMAConfig(half_life=2_000),
+    steps=750,
+    batch_d=16,
+    batch_g=16,
+    decay_start=350,
+    decay_end=750,
+    decay_to=0.05,
+)
+"""The same networks on scikit-learn's scanned digits at 32 px grey, with a second discriminator on pixels."""
+
 PRESETS = {
     "projected256": Preset(PROJECTED256, "published", "Projected GAN, FastGAN, 256 px"),
     "projected256-lite": Preset(_sized(256, lite=True), "published", "Projected GAN, FastGAN lite, 256 px: small sets"),
@@ -89,4 +105,5 @@ PRESETS = {
     "projected32-small": Preset(PROJECTED32_SMALL, "ours", "Projected GAN, FastGAN lite, 32 px for a CPU"),
     "projected-transgan32": Preset(TRANSGAN32, "ours", "TransGAN against the projected discriminator, 32 px"),
     "projected-transgan32-small": Preset(TRANSGAN32_SMALL, "ours", "TransGAN's generator of cifar10-small there"),
+    "projected-digits": Preset(DIGITS, "ours", "Projected GAN, FastGAN lite, 32 px grey: scanned digits on a CPU"),
 }

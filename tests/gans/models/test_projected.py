@@ -55,6 +55,15 @@ def test_features_are_frozen_and_pass_gradients_on(name):
     }
 
 
+def test_digits_are_grey_images_of_the_smallest_size():
+    recipe = preset("projected-digits")
+    with torch.no_grad():
+        images = build(recipe.generator)(torch.randn(2, recipe.generator.latent_dim))
+        scores = Discriminator(replace(recipe.discriminator, features="random"))(images)
+    assert images.shape == (2, 1, 32, 32)
+    assert scores.shape == (2, 4 * 1 + 25)  # one logit a scale at 128 px, and those of the pixels
+
+
 def test_projection_by_definition():
     projection = Projection((3, 5, 6, 7)).double()
     assert not any(p.requires_grad for p in projection.parameters())
