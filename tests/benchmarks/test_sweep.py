@@ -62,7 +62,7 @@ def test_all_candidates_agree_with_and_without_a_table(number, order):
     candidates = find_candidates(device, torch.float64, ["cpu"], ("naive", "sdpa"))
     inputs = make_inputs(shape, torch.float64, device)
     results = {}
-    for candidate in candidates:
+    for candidate in filter(lambda candidate: candidate.covers(shape), candidates):
         if not (candidate.name == "sdpa" and order == "backward" and shape.table):  # its kernel has no such gradient
             results[candidate.name] = STEPS[order](candidate.prepare(shape, device, torch.float64), inputs)
     assert {"cpu", "naive", "naive-mask", "naive-loop"} <= set(results)
