@@ -38,7 +38,7 @@ CUDA_MODES = ("HalfMode", "BfloatMode", "Tf32Mode", "FloatMode", "DoubleMode")  
 # File -> modes it is compiled in; the longest first.
 CUDA_KERNELS = {
     **dict.fromkeys(KERNELS[::-1], CUDA_MODES),
-    **dict.fromkeys(("narrow_backward", "narrow_forward"), ("HalfMode", "BfloatMode")),
+    **dict.fromkeys(("narrow_backward_query", "narrow_backward_key", "narrow_forward"), ("HalfMode", "BfloatMode")),
 }
 CUDA_LIBRARY = "libnatten_ext_cuda.so"
 CUDA_RESOURCES = "cuda_resources.txt"  # what ptxas said of every kernel

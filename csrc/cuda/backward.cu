@@ -197,7 +197,9 @@ void backward_query(const Params& p, const std::vector<Window>& windows, Context
 }
 template <class M>
 void backward_key(const Params& p, const std::vector<Window>& windows, Context& context) {
-  launch_all_heads<M, BackwardKey>(p, windows, context);
+  std::vector<HeadRange> heads{{0, p.heads}};
+  if constexpr (kHasNarrow<M>) heads = narrow_backward_key<M>(p, windows, context);
+  for (const HeadRange& range : heads) launch_range<M, BackwardKey>(p, windows, range, context, HeadDims<M>{});
 }
 template <class M>
 uint32_t backward_shared(int head_dim) {

@@ -45,6 +45,7 @@ template <class M> void double_backward_key(const Params&, const std::vector<Win
 // The same for windows of 7 x 7 keys in half precision. They return the heads that are left to the other's own kernel.
 template <class M> std::vector<HeadRange> narrow_forward(const Params&, const std::vector<Window>&, Context&);
 template <class M> std::vector<HeadRange> narrow_backward_query(const Params&, const std::vector<Window>&, Context&);
+template <class M> std::vector<HeadRange> narrow_backward_key(const Params&, const std::vector<Window>&, Context&);
 template <class M> constexpr bool kHasNarrow = M::kTensor && sizeof(typename M::Element) == 2;
 
 // Bytes of shared memory that a block of an order needs at least.

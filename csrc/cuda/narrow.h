@@ -21,9 +21,10 @@ struct ByteRows {
 };
 
 struct NarrowParams {
-  ByteRows query, key, value, output, grad_output, grad_query;
+  ByteRows query, key, value, output, grad_output, grad_query, grad_key, grad_value;
+  ByteRows row_numbers;  // those of rows.h
   Table bias;  // from the entry of the farthest key up and to the left on
-  void *base, *log_sum, *natural_lse, *grad_lse, *row_numbers;  // as in Params
+  void *base, *log_sum, *natural_lse, *grad_lse;  // as in Params
   void* table_partials;  // (blocks_per_head, launch_heads, table_rows, table_columns) in float; null: not wanted
   int table_rows, table_columns;
   float scale;
@@ -61,12 +62,12 @@ struct NarrowTile {
   static constexpr int kRows = Whole ? 8 : kHeight + kNarrowKernel - 1, kColumns = Whole ? 8 : kWidth + 8;  // of staged keys
   static constexpr int kSlots = kClasses * kRows * kColumns;
   static constexpr uint32_t kChunks = Dim / 8, kBytes = 16 * kChunks;  // of a row: chunks of 16 bytes
-  static constexpr int kTableRow = 16;  // entries; those from 2 * kNarrowKernel - 1 on are minus infinity
-  static constexpr Shared kTableBytes = (2 * kNarrowKernel - 1) * kTableRow * sizeof(float);
+  static constexpr int kTableExtent = 2 * kNarrowKernel - 1, kTableRow = 16;  // entries; from kTableExtent on minus infinity
+  static constexpr Shared kTableBytes = (kTableExtent + 1) * kTableRow * sizeof(float);
   // Regions begin at multiples of 128 bytes. Past the last values is room for a frame's eighth row, which is loaded but not
-  // used where whole classes have none. From kOwn on are a kernel's own rows.
-  static constexpr Shared kTable = 0, kKeys = (kTableBytes + 127) / 128 * 128, kValues = kKeys + kSlots * kBytes;
-  static constexpr Shared kOwn = kValues + (kSlots + 8) * kBytes;
+  // used where whole classes have none. From kOwn on are a kernel's own rows. Key-centred kernels have queries for keys, and
+  // gradients of outputs for values.
+  static constexpr Shared kKeys = 0, kValues = kSlots * kBytes, kTable = kValues + (kSlots + 8) * kBytes, kOwn = kTable + kTableBytes;
 
   bool exists;  // smaller classes have fewer tiles
   int batch, head;
@@ -97,9 +98,16 @@ struct NarrowTile {
     top = lesser(top, greater(height - kHeight, 0));
     left = lesser(left, greater(width - kWidth, 0));
   }
-  // The first query that no other tile has: tiles would begin at multiples of their extent.
-  NATTEN_EXT_DEVICE int own_top() const { return (top + kHeight - 1) & ~(kHeight - 1); }
-  NATTEN_EXT_DEVICE int own_left() const { return (left + kWidth - 1) & ~(kWidth - 1); }
+  // The first position that is the tile's own. What two tiles have is the first one's, but for the last `Earlier` positions.
+  template <int Earlier>
+  NATTEN_EXT_DEVICE int own_top() const { return own_begin<kHeight, Earlier>(top); }
+  template <int Earlier>
+  NATTEN_EXT_DEVICE int own_left() const { return own_begin<kWidth, Earlier>(left); }
+  // And the first that is another's again.
+  template <int Earlier>
+  NATTEN_EXT_DEVICE int own_bottom() const { return own_end<kHeight, Earlier>(top, height); }
+  template <int Earlier>
+  NATTEN_EXT_DEVICE int own_right() const { return own_end<kWidth, Earlier>(left, width); }
   NATTEN_EXT_DEVICE static int class_width(const NarrowParams& p, int residue) {
     return p.by_dilation_x(p.width + p.dilation_x - 1 - residue);
   }
@@ -117,17 +125,36 @@ struct NarrowTile {
   NATTEN_EXT_DEVICE static Shared place(uint32_t slot, uint32_t chunk) {
     return slot * kBytes + ((chunk ^ slot * kChunks / 8 % kChunks) * 16);
   }
+
+ private:
+  // Where a tile would begin that does begin there, or earlier so that it is full.
+  template <int Extent>
+  NATTEN_EXT_DEVICE static int nominal(int begin) {
+    return (begin + Extent - 1) & ~(Extent - 1);
+  }
+  template <int Extent, int Earlier>
+  NATTEN_EXT_DEVICE static int own_begin(int begin) {
+    return Earlier > 0 ? greater(begin, nominal<Extent>(begin) - Earlier) : nominal<Extent>(begin);
+  }
+  template <int Extent, int Earlier>
+  NATTEN_EXT_DEVICE static int own_end(int begin, int length) {
+    const int next = nominal<Extent>(begin) + Extent;
+    return Whole || next >= length ? length : lesser(next, greater(length - Extent, next - Earlier));
+  }
 };
 
-// A warp's group of queries.
-template <int Dim, bool Whole>
+// A warp's group of queries; `ByKey`: of keys. Near borders keys are seen by more queries: then not both of two tiles, or groups,
+// that have a key have all of these. What `ByKey` says about who owns it sees to that.
+template <int Dim, bool Whole, bool ByKey = false>
 struct NarrowGroup {
   using Tile = NarrowTile<Dim, Whole>;
   static constexpr int kFrameRows = Whole ? kNarrowKernel : kNarrowKernel + 1;
 
+  int of_class;          // which of the tile's
   int residue_x, width;  // of its class
   int y, x;              // its first query
-  int own_y, own_x;      // the first query that no other group has
+  int own_y, own_x;      // the first query that is its own and no other group's
+  int end_y, end_x;      // and where those end; end_y is of keys only
   int window_y;          // where the windows of its first row begin
   bool lower;            // those of its second row begin one row lower
   uint32_t frame;        // slot of the frame's first position
@@ -135,22 +162,29 @@ struct NarrowGroup {
 
   NATTEN_EXT_DEVICE NarrowGroup(const NarrowParams& p, const Tile& tile, int i) {
     const uint32_t number = narrow_thread() / kWarp + kNarrowWarps * i;
-    const int of_class = Whole ? number / 4 : 0, down = Whole ? number % 4 : number / 2, across = Whole ? 0 : number % 2;
+    const int down = Whole ? number % 4 : number / 2, across = Whole ? 0 : number % 2;
+    of_class = Whole ? number / 4 : 0;
     residue_x = tile.residue_x + of_class;
     width = Whole ? Tile::class_width(p, residue_x) : tile.width;
-    own_y = greater(tile.own_top(), tile.top + 2 * down);
-    own_x = residue_x < p.dilation_x ? greater(tile.own_left(), tile.left + 8 * across) : width;
     y = lesser(tile.top + 2 * down, tile.height - 2);
     x = Whole ? 0 : lesser(tile.left + 8 * across, greater(width - 8, 0));
+    constexpr int kEarlier = ByKey ? Tile::kReach : 0;
+    // Between two groups side by side. Of 14 columns the eighth key has queries beyond the first group's frame.
+    const int seam = ByKey && width == 2 * kNarrowKernel ? 7 : 8, own_left = tile.template own_left<kEarlier>();
+    own_y = greater(tile.template own_top<kEarlier>(), tile.top + 2 * down);
+    own_x = Whole && residue_x >= p.dilation_x ? width : across != 0 ? greater(own_left, tile.left + seam) : own_left;
+    end_y = tile.template own_bottom<kEarlier>();
+    end_x = !ByKey || Whole ? width : across != 0 ? tile.template own_right<kEarlier>() : lesser(tile.template own_right<kEarlier>(), tile.left + seam);
     window_y = class_window_start(y, tile.height, kNarrowKernel);
     lower = !Whole && class_window_start(y + 1, tile.height, kNarrowKernel) != window_y;
-    const auto slot = [&](int row) {
-      return (of_class * Tile::kRows + (Whole ? row : row - tile.top + Tile::kReach)) * Tile::kColumns + x - tile.left;
-    };
-    frame = slot(window_y);
-    own_key = slot(y) + (Whole ? 0 : Tile::kReach);
+    frame = frame_from(tile, window_y);
+    own_key = frame_from(tile, y) + (Whole ? 0 : Tile::kReach);
   }
-  NATTEN_EXT_DEVICE bool empty() const { return own_y > y + 1 || own_x >= lesser(x + 8, width); }
+  // Slot of the first position of a frame that begins at row `row`.
+  NATTEN_EXT_DEVICE uint32_t frame_from(const Tile& tile, int row) const {
+    return (of_class * Tile::kRows + (Whole ? row : row - tile.top + Tile::kReach)) * Tile::kColumns + x - tile.left;
+  }
+  NATTEN_EXT_DEVICE bool empty() const { return own_y > y + 1 || (ByKey && y >= end_y) || own_x >= lesser(x + 8, end_x); }
   // Whether queries of the upper (h = 0) or lower row have frame row r.
   NATTEN_EXT_DEVICE bool has(int r, int h) const {
     const int first = h == 1 && lower ? 1 : 0;
@@ -158,10 +192,9 @@ struct NarrowGroup {
   }
   // The eighth frame row is the lower queries' alone.
   NATTEN_EXT_DEVICE static constexpr bool may_have(int r, int h) { return r < kNarrowKernel || h == 1; }
-  // Whether the query in row (0 to 15) of the group exists, and no other group has it.
   NATTEN_EXT_DEVICE bool owns(uint32_t row) const {
-    const int column = x + row % 8;
-    return y + static_cast<int>(row / 8) >= own_y && column >= own_x && column < width;
+    const int own_row = y + row / 8, column = x + row % 8;
+    return own_row >= own_y && (!ByKey || own_row < end_y) && column >= own_x && column < end_x;
   }
 
   // Calls `use(row, address in the tensor, place in shared memory)` for the lane's chunks of the group's rows, as far as they
@@ -214,63 +247,76 @@ struct NarrowGroup {
   }
 };
 
-// Copies part of a column of keys and of values: the thread's chunk of every `Apart`-th row. Zeros where the map ends.
-template <int Apart, int Dim, bool Whole>
-NATTEN_EXT_DEVICE void stage_narrow_column(const NarrowParams& p, const NarrowTile<Dim, Whole>& tile, uint64_t keys, uint64_t values,
-                                           uint32_t slot, uint32_t chunk, int first_row, int map_x) {
+// Starts the copies of a tile's halo in tensors whose rows have `Chunks` chunks of 16 bytes, of which `row_bytes` exist, each to
+// its region. A thread has columns of its own, so that only rows change. Zeros where the map ends.
+template <uint32_t Chunks, int Dim, bool Whole, int Count>
+NATTEN_EXT_DEVICE void stage_narrow_halo(const NarrowParams& p, const NarrowTile<Dim, Whole>& tile, const ByteRows* const (&tensors)[Count],
+                                         const Shared (&regions)[Count], uint32_t row_bytes) {
   using Tile = NarrowTile<Dim, Whole>;
-  const bool exists = inside(map_x, p.width) && 16 * chunk < p.head_bytes;
-  const uint64_t key = advanced(keys, map_x, p.key.x), value = advanced(values, map_x, p.value.x);
-  const Shared to = Tile::place(slot, chunk);
-  const int first = Whole ? first_row : first_row + tile.top - Tile::kReach;
+  using Rows = NarrowTile<8 * Chunks, Whole>;
+  constexpr uint32_t kPositions = kNarrowWarps * kWarp / Chunks;  // at a time
+  const uint32_t chunk = narrow_thread() % Chunks, position = narrow_thread() / Chunks;
+  uint64_t origins[Count];
   NATTEN_EXT_UNROLL
-  for (int row = 0; row < Tile::kRows; row += Apart) {
-    if (row + Apart > Tile::kRows && first_row + row >= Tile::kRows) break;
-    const int map_y = tile.map_y(p, first + row);
-    const bool valid = exists && inside(map_y, p.height);
-    const Shared at = to + row * Tile::kColumns * Tile::kBytes;
-    copy_async<16>(Tile::kKeys + at, reinterpret_cast<const void*>(advanced(key, map_y, p.key.y)), valid);
-    copy_async<16>(Tile::kValues + at, reinterpret_cast<const void*>(advanced(value, map_y, p.value.y)), valid);
-  }
-}
-
-// Starts the copies of a tile's keys and values. A thread has columns of its own, so that only rows change.
-template <int Dim, bool Whole>
-NATTEN_EXT_DEVICE void stage_narrow_keys(const NarrowParams& p, const NarrowTile<Dim, Whole>& tile) {
-  using Tile = NarrowTile<Dim, Whole>;
-  constexpr uint32_t kPositions = kNarrowWarps * kWarp / Tile::kChunks;  // at a time
-  const uint32_t chunk = narrow_thread() % Tile::kChunks, position = narrow_thread() / Tile::kChunks;
-  const uint64_t keys = tile.origin(p.key, chunk), values = tile.origin(p.value, chunk);
+  for (int i = 0; i < Count; ++i) origins[i] = tile.origin(*tensors[i], chunk);
+  // Every `Apart`-th row of a column.
+  const auto column = [&]<int Apart>(uint32_t slot, int first_row, int map_x) {
+    const bool exists = inside(map_x, p.width) && 16 * chunk < row_bytes;
+    uint64_t from[Count];
+    NATTEN_EXT_UNROLL
+    for (int i = 0; i < Count; ++i) from[i] = advanced(origins[i], map_x, tensors[i]->x);
+    const Shared to = Rows::place(slot, chunk);
+    const int first = Whole ? first_row : first_row + tile.top - Tile::kReach;
+    NATTEN_EXT_UNROLL
+    for (int row = 0; row < Tile::kRows; row += Apart) {
+      if (row + Apart > Tile::kRows && first_row + row >= Tile::kRows) break;
+      const int map_y = tile.map_y(p, first + row);
+      const bool valid = exists && inside(map_y, p.height);
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < Count; ++i) {
+        copy_async<16>(regions[i] + to + row * Tile::kColumns * Rows::kBytes,
+                       reinterpret_cast<const void*>(advanced(from[i], map_y, tensors[i]->y)), valid);
+      }
+    }
+  };
   if constexpr (Whole) {
     NATTEN_EXT_UNROLL
     for (uint32_t slot = position; slot < Tile::kSlots; slot += kPositions) {
-      const int row = slot / 8 % 8, map_x = tile.map_x(p, slot % 8, tile.residue_x + slot / 64);
-      stage_narrow_column<8>(p, tile, keys, values, slot, chunk, row, map_x);
+      column.template operator()<8>(slot, slot / 8 % 8, tile.map_x(p, slot % 8, tile.residue_x + slot / 64));
     }
   } else {
-    const auto columns = [&]<uint32_t First, uint32_t Count>() {
-      const uint32_t row = position / Count, column = First + position % Count;
-      const int map_x = tile.map_x(p, tile.left - Tile::kReach + static_cast<int>(column), tile.residue_x);
-      stage_narrow_column<kPositions / Count>(p, tile, keys, values, row * Tile::kColumns + column, chunk, row, map_x);
+    const auto columns = [&]<uint32_t First, uint32_t Width>() {
+      const uint32_t row = position / Width, x = First + position % Width;
+      const int map_x = tile.map_x(p, tile.left - Tile::kReach + static_cast<int>(x), tile.residue_x);
+      column.template operator()<kPositions / Width>(row * Tile::kColumns + x, row, map_x);
     };
     columns.template operator()<0, 16>();
     columns.template operator()<16, 8>();
   }
 }
 
-// A table in shared memory, times log2(e), with columns of minus infinity for what no query attends. The same without a
-// table, as one of zeros. A barrier must follow.
+template <int Dim, bool Whole>
+NATTEN_EXT_DEVICE void stage_narrow_keys(const NarrowParams& p, const NarrowTile<Dim, Whole>& tile) {
+  using Tile = NarrowTile<Dim, Whole>;
+  stage_narrow_halo<Tile::kChunks>(p, tile, {&p.key, &p.value}, {Tile::kKeys, Tile::kValues}, p.head_bytes);
+}
+
+// The thread's entry of a table in shared memory, in rows of Tile::kTableRow; past the last row too: times log2(e), and minus infinity
+// for what no query attends. Without a table zeros.
+template <class Element, class Tile>
+NATTEN_EXT_DEVICE float narrow_table_entry(const NarrowParams& p, int head, int y, int x) {
+  static_assert(Tile::kTableBytes <= kNarrowWarps * kWarp * sizeof(float), "a thread has one entry");
+  if (!inside(y, Tile::kTableExtent) || !inside(x, Tile::kTableExtent)) return -kInfinity<float>;
+  if (p.bias.data == nullptr) return 0;
+  return kLog2E<float> * bounded(table_entry<Element, float>(p.bias, head * p.bias.head + y * p.bias.y + x * p.bias.x));
+}
+
+// Fills the table. A barrier must follow.
 template <class Element, class Tile>
 NATTEN_EXT_DEVICE void fill_narrow_table(const NarrowParams& p, int head) {
-  constexpr uint32_t kExtent = 2 * kNarrowKernel - 1;
-  static_assert(kExtent * Tile::kTableRow <= kNarrowWarps * kWarp, "a thread has one entry");
   const uint32_t y = narrow_thread() / Tile::kTableRow, x = narrow_thread() % Tile::kTableRow;
-  if (y >= kExtent) return;
-  float value = x < kExtent ? 0 : -kInfinity<float>;
-  if (p.bias.data != nullptr && x < kExtent) {
-    value = kLog2E<float> * bounded(table_entry<Element, float>(p.bias, head * p.bias.head + y * p.bias.y + x * p.bias.x));
-  }
-  store_shared(Tile::kTable + narrow_thread() * static_cast<Shared>(sizeof(float)), value);
+  if (y >= Tile::kTableExtent) return;
+  store_shared(Tile::kTable + narrow_thread() * static_cast<Shared>(sizeof(float)), narrow_table_entry<Element, Tile>(p, head, y, x));
 }
 
 }  // namespace natten_ext::cuda

@@ -124,7 +124,9 @@ struct NarrowForward {
         s[e] = exists ? power_of_two(s[e] - from[h]) : kMasked<float>;
         sum[h] += s[e];
       }
-      if (i >= rows) results.add_valid(Tile::kValues, group.frame + r * Tile::kColumns, s, columns);
+      if (i >= rows) {
+        results.add_valid(Tile::kValues, s, [&](int column) { return group.frame + r * Tile::kColumns + columns.frame_column(column); });
+      }
     }
     add_over_columns(sum);
   }

@@ -17,7 +17,8 @@ struct FrameColumns {
   bool valid[2];   // whether they have it at all
   Shared table[2]; // entries of the column in frame row 0, of the lower query
 
-  NATTEN_EXT_DEVICE FrameColumns(const NarrowGroup<Dim, Whole>& group) {
+  template <bool ByKey>
+  NATTEN_EXT_DEVICE FrameColumns(const NarrowGroup<Dim, Whole, ByKey>& group) {
     const uint32_t lane = narrow_lane();
     const int left = Whole ? 0 : group.x - Tile::kReach;
     const int x = lesser(group.x + static_cast<int>(lane / 4), group.width - 1);
@@ -46,11 +47,13 @@ struct FrameColumns {
   }
 };
 
-// The frame's rows as right operands of scores: four 8 x 8 matrices at a time, one or several of which are a row.
-template <int Dim, bool Whole>
+// The frame's rows as right operands of scores: four 8 x 8 matrices at a time, one or several of which are a row. Of whole classes
+// two rows may be taken as one of two `Blocks`.
+template <int Dim, bool Whole, int Blocks = Whole ? 1 : 2>
 struct FrameScores {
   using Tile = NarrowTile<Dim, Whole>;
-  static constexpr int kChunks = Dim / 8, kBlocks = Whole ? 1 : 2, kMatrices = kBlocks * kChunks;  // of a row
+  static constexpr int kChunks = Dim / 8, kBlocks = Blocks, kMatrices = kBlocks * kChunks;  // of a row
+  static constexpr int kRowSlots = Whole ? 8 * Blocks : Tile::kColumns;
   static constexpr int kLoads = kMatrices > 4 ? kMatrices / 4 : 1, kRowsAtATime = kMatrices < 4 ? 4 / kMatrices : 1;
   Shared address;
   uint32_t words[kLoads][4];
@@ -59,13 +62,13 @@ struct FrameScores {
   NATTEN_EXT_DEVICE FrameScores(Shared region, uint32_t frame) {
     const uint32_t lane = narrow_lane(), matrix = lane / 8;
     const uint32_t row = matrix / kMatrices, block = matrix / kChunks % kBlocks, chunk = matrix % kChunks;
-    address = region + Tile::place(frame + row * Tile::kColumns + block * 8 + lane % 8, chunk);
+    address = region + Tile::place(frame + row * kRowSlots + block * 8 + lane % 8, chunk);
   }
   // Loads frame row `row`, and what else comes with it.
   NATTEN_EXT_DEVICE void load(int row) {
     NATTEN_EXT_UNROLL
     for (int i = 0; i < kLoads; ++i) {
-      load_matrices(words[i], address + (row * Tile::kColumns + 4 * i / kChunks * 8) * Tile::kBytes);
+      load_matrices(words[i], address + (row * kRowSlots + 4 * i / kChunks * 8) * Tile::kBytes);
     }
   }
   // A chunk of 8 rows of a block, `row` rows after the one that was asked for.
@@ -180,8 +183,16 @@ struct FrameSums {
     }
   }
 
-  // The same in ordinary arithmetic, without weights that are marked as masked. `rows`: the region's address.
-  NATTEN_EXT_DEVICE void add_valid(Shared rows, uint32_t slot, const float (&weights)[4], const Columns& columns) {
+  // Adds both blocks of product number `product`, unfolded.
+  NATTEN_EXT_DEVICE void add_blocks(const Rows& rows, int product, const float (&weights)[2][4]) {
+    uint32_t left[4];
+    pack_weights<Element>(left, weights);
+    add_product(left, [&](int n, int half) { return rows.word(product, n, half); });
+  }
+
+  // A row in ordinary arithmetic, without weights that are marked as masked. `slot_of`: of columns 0 to 7, from the region on.
+  template <class SlotOf>
+  NATTEN_EXT_DEVICE void add_valid(Shared region, const float (&weights)[4], SlotOf slot_of) {
     const uint32_t lane = narrow_lane();
     NATTEN_EXT_NO_UNROLL
     for (int column = 0; column < 8; ++column) {
@@ -196,7 +207,7 @@ struct FrameSums {
         weight[h] = as_operand<M>(weight[h]);
         if (valid[h]) totals[2 * h] += weight[h];
       }
-      const Shared row = rows + Tile::place(slot + columns.frame_column(column), 0) + lane % 4 * 4;
+      const Shared row = region + Tile::place(slot_of(column), 0) + lane % 4 * 4;
       NATTEN_EXT_UNROLL
       for (int n = 0; n < kChunks; ++n) {
         struct alignas(4) Pair {

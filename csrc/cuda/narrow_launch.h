@@ -22,15 +22,19 @@ bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
   if (p.kind != Kind::neighborhood || p.heads > UINT16_MAX || p.l2 || p.vector_bytes != 16 || p.output_vector_bytes != 16) return false;
   if (w.kernel_y != kNarrowKernel || w.kernel_x != kNarrowKernel) return false;
   bool fits = int64_t{p.batch} * p.heads <= INT32_MAX;
-  const auto steps = [&](const Rows& t) {
+  const auto steps_of = [&](const Rows& t, int size) {
     const auto bytes = [&](int64_t elements) {
-      fits &= elements >= 0 && elements <= INT32_MAX / kSize;
-      return static_cast<uint32_t>(elements * kSize);
+      fits &= elements >= 0 && elements <= INT32_MAX / size;
+      return static_cast<uint32_t>(elements * size);
     };
     return ByteRows{static_cast<unsigned char*>(t.data), bytes(t.batch), bytes(t.head), bytes(t.y), bytes(t.x)};
   };
+  const auto steps = [&](const Rows& t) { return steps_of(t, kSize); };
   n.query = steps(p.query), n.key = steps(p.key), n.value = steps(p.value), n.output = steps(p.output);
   n.grad_output = steps(p.grad_output), n.grad_query = steps(p.grad_query);
+  n.grad_key = steps(p.grad_key), n.grad_value = steps(p.grad_value);
+  const int64_t rows = p.queries.count;
+  if (p.row_numbers != nullptr) n.row_numbers = steps_of({p.row_numbers, p.heads * rows, p.queries.width, 1, rows}, sizeof(NumberChunk<float>));
   if (!fits) return false;
   n.bias = p.bias;
   if (p.bias.data != nullptr) {
@@ -39,7 +43,7 @@ bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
     n.bias.data = static_cast<char*>(p.bias.data) + first * (p.bias.is_float ? 4 : kSize);
   }
   n.base = p.base, n.log_sum = p.log_sum, n.natural_lse = p.natural_lse;
-  n.grad_lse = p.grad_lse, n.row_numbers = p.row_numbers;
+  n.grad_lse = p.grad_lse;
   n.table_rows = p.table_rows, n.table_columns = p.table_columns;
   n.scale = static_cast<float>(p.scale);
   n.head_bytes = p.head_dim * kSize;

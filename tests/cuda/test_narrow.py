@@ -136,6 +136,56 @@ def test_backward_is_that_of_the_general_kernel(case, dtype):
         assert_gradients_alike(gradients(case, inputs)[0], expected, dtype)
 
 
+# Keys near borders are seen by more queries: axes where parts of tiles, and tiles of 16 and 32 rows, meet near one.
+BORDERS = {
+    "14 x 14": neighborhood(14, 14, 32),
+    "20 x 22": neighborhood(20, 22, 32),
+    "21 x 30": neighborhood(21, 30, 24, bias=False),
+    "22 x 15": neighborhood(22, 15, 32),
+    "38 x 17": neighborhood(38, 17),
+    "36 x 9": neighborhood(36, 9, 16),
+    "8 x 20": neighborhood(8, 20),
+    "classes of 8 x 7 to 9 x 8": neighborhood(26, 31, dilation=(3, 4)),
+    "whole classes of 7 x 7 to 8 x 8": neighborhood(15, 31, 16, dilation=(2, 4), heads=2),
+    "heads with different dilations": neighborhood(28, 29, heads=3, dilation=(1, 4, 2), groups=("dilation",)),
+}
+
+
+@pytest.mark.parametrize("case", BORDERS.values(), ids=list(BORDERS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_at_borders_are_those_of_float64(case, dtype):
+    inputs = inputs_of(case, dtype)
+    results, narrow = gradients(case, inputs)
+    assert any("narrow_backward_key" in site for site in narrow)
+    leaves = {name: x.double().requires_grad_() for name, x in inputs.items()}
+    output, lse = oracle_forward(case, leaves, return_lse=True)
+    grad_lse = torch.linspace(-1, 1, lse.numel()).view(lse.movedim(-1, 1).shape).movedim(1, -1)
+    grad_output = grad_output_of(case, inputs["query"]).double()
+    expected = torch.autograd.grad([output, lse], list(leaves.values()), [grad_output, grad_lse.double()])
+    for (name, result), exact in zip(results.items(), expected, strict=True):
+        assert magnitude([result.double() - exact]) <= 3 * ulp(magnitude([exact]), dtype), name
+
+
+@pytest.mark.parametrize("needs", [(False, True, False), (False, False, True)], ids=["key", "value"])
+def test_one_gradient_alone(needs):
+    case = CASES["several tiles"]
+    inputs = inputs_of(case, torch.bfloat16)
+    values, _ = run(case, inputs)
+    arguments = [grad_output_of(case, inputs["query"]), None, *arguments_of(case, inputs)]
+    arguments += [values["output"], values["lse"], case.code, case.score == "l2", case.effective_scale]
+    expected = OPERATORS["cuda"].backward(*arguments, [True, True, True, False])
+    results = OPERATORS["cuda"].backward(*arguments, [*needs, False])
+    index = needs.index(True)
+    assert torch.equal(results[index], expected[index])
+
+
+def test_no_batch():
+    case = neighborhood(16, 16, batch=0)
+    inputs = inputs_of(case, torch.bfloat16)
+    results, _ = gradients(case, inputs)
+    assert {n: x.shape for n, x in results.items()} == {n: x.shape for n, x in inputs.items()}
+
+
 SMALL = {name: CASES[name] for name in ("several tiles", "whole classes")}
 
 

@@ -25,7 +25,9 @@ JOBS += [("backward", "BfloatMode", capability) for capability in CAPABILITIES]
 JOBS += [("backward", "FloatMode", "8.0")]
 JOBS += [("forward", "BfloatMode", capability) for capability in CAPABILITIES]
 JOBS += [
-    (f"narrow_{order}", "BfloatMode", capability) for order in ("backward", "forward") for capability in CAPABILITIES
+    (f"narrow_{order}", "BfloatMode", capability)
+    for order in ("backward_query", "backward_key", "forward")
+    for capability in CAPABILITIES
 ]
 
 
@@ -54,7 +56,8 @@ def kernels(tmp_path_factory) -> list[cuda_resources.Kernel]:
 def test_every_kernel_is_reported(kernels):
     names = {(kernel.name, kernel.capability) for kernel in kernels if kernel.dtype == "bfloat16"}
     expected = ("Forward", "BackwardQuery", "BackwardKey", "DoubleBackwardQuery", "DoubleBackwardKey")
-    expected += ("NarrowForward", "NarrowForwardWhole", "NarrowBackwardQuery", "NarrowBackwardQueryWhole")
+    narrow = ("NarrowForward", "NarrowBackwardQuery", "NarrowBackwardKey")
+    expected += (*narrow, *(f"{name}Whole" for name in narrow))
     assert names == {(name, capability) for name in expected for capability in CAPABILITIES}
     assert {kernel.dtype for kernel in kernels} == {"bfloat16", "float32 (tf32)", "float32"}
     assert {kernel.head_dim for kernel in kernels} == {8, 16, 32, 64, 96, 128, 256}

@@ -1,5 +1,5 @@
 // Backward of windows of 7 x 7 keys, the query-centred side (narrow.h): gradients of queries and of the table, and the numbers
-// of each row for the key-centred kernel of backward.cu, which also says what corrects D.
+// of each row for the key-centred kernel. backward.cu says what corrects D.
 #include "narrow_launch.h"
 
 namespace natten_ext::cuda {
@@ -119,7 +119,7 @@ struct NarrowBackwardQuery {
     fill_narrow_table<Element, Tile>(p, head);
     Table table;
     for (int index = narrow_block_of_head(p); index < p.tiles; index += p.blocks_per_head) {
-      const Tile tile(p, head, index);
+      const Tile tile(p, forget(head), index);
       if (!tile.exists) continue;
       sync_block();  // shared memory is free again
       stage_narrow_keys(p, tile);
@@ -250,7 +250,7 @@ struct NarrowBackwardQuery {
         const float weight = weight_of(fused_multiply_add(s[e], factor, entry), base[h], log_sum[h]);
         s[e] = exists ? product_of(weight, dp[e] - d[h]) : kMasked<float>;
       }
-      results.add_valid(Tile::kKeys, group.frame + r * Tile::kColumns, s, columns);
+      results.add_valid(Tile::kKeys, s, [&](int column) { return group.frame + r * Tile::kColumns + columns.frame_column(column); });
     }
   }
 
@@ -284,7 +284,7 @@ struct NarrowBackwardQuery {
     numbers.numbers[kBase] = t ? base[1] : base[0];
     numbers.numbers[kLogSum] = t ? log_sum[1] : log_sum[0];
     numbers.numbers[kD] = t ? d[1] + lacking[1] : d[0] + lacking[0];
-    store_global(static_cast<NumberChunk<float>*>(p.row_numbers) + group.row_index(p, tile, g + 8 * t), numbers);
+    store_global(reinterpret_cast<NumberChunk<float>*>(p.row_numbers.data) + group.row_index(p, tile, g + 8 * t), numbers);
   }
 };
 
