@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from gans.data.loading import DataConfig
 from gans.losses.adversarial import LossConfig
+from gans.models.adaptive import ADAConfig
 from gans.models.ema import EMAConfig
 from gans.models.transgan import DiscriminatorConfig, GeneratorConfig
 from gans.recipes import registry
@@ -34,6 +35,7 @@ class TrainConfig:
     loss: registry.LossConfig = field(default_factory=LossConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     images: DataConfig = field(default_factory=DataConfig)
+    ada: ADAConfig = field(default_factory=ADAConfig)
     steps: int = 500_000
     """Generator steps."""
     seed: int = 0

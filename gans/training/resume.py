@@ -16,6 +16,7 @@ CHANGEABLE = frozenset(
     {
         *("lr_d", "lr_g", "warmup", "decay_start", "decay_end", "decay_to", "clip"),
         *("precision", "penalty_precision", "penalty_update", "ema.decay", "ema.half_life", "ema.rampup"),
+        *("ada.target", "ada.images"),
         *("loss.gp_weight", "loss.gp_target", "loss.drift", "loss.r1", "loss.r2"),
         *("loss.penalty_every", "loss.penalty_mode", "loss.penalty_sigma"),
         *("loss.out_of_range", "loss.bcr_real", "loss.bcr_fake"),

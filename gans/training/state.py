@@ -55,6 +55,7 @@ class TrainState:
             "optimizer_g": self.networks.optimizer_g.state_dict(),
             "optimizer_d": self.networks.optimizer_d.state_dict(),
             "rng": checkpoint.rng_state(),
+            "augment_probability": self.networks.ada.probability if self.networks.ada else 0.0,
         }
         return checkpoint.save(root, self.step, models=self.models(), state=state, config=config, keep=keep, best=best)
 
@@ -69,3 +70,5 @@ class TrainState:
         self.networks.optimizer_d.load_state_dict(state["optimizer_d"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
         checkpoint.set_rng_state(state["rng"])
+        if self.networks.ada:
+            self.networks.ada.probability = state.get("augment_probability", 0.0)

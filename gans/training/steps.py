@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gans.common import rng
 from gans.common.distributed import World
 from gans.losses.adversarial import Loss, Terms, has_levels
+from gans.models.adaptive import ADA
 from gans.models.conditioning import bind
 from gans.models.spectral_norm import begin_step
 from gans.recipes.config import TrainConfig
@@ -39,6 +40,7 @@ class Networks:
     loss: Loss
     optimizer_g: torch.optim.Optimizer
     optimizer_d: torch.optim.Optimizer
+    ada: ADA | None = None
 
     def buffers(self) -> dict[str, Tensor]:
         """What an update moves besides weights, by name: the buffers that checkpoints hold, of both networks and the
@@ -75,12 +77,14 @@ def make_networks(config: TrainConfig, device: torch.device) -> Networks:
     generator: nn.Module = build(config.generator).to(device, dtype)
     discriminator: nn.Module = build(config.discriminator).to(device, dtype)
     loss = build(config.loss)
+    relativistic = getattr(config.loss, "adversarial", "") == "relativistic"
     return Networks(
         generator,
         discriminator,
         loss.to(device, dtype) if isinstance(loss, nn.Module) else loss,
         adam(generator, config.lr_g, config.betas_g),
         adam(discriminator, config.lr_d, config.betas_d),
+        ADA(config.ada, relativistic=relativistic) if config.ada.target else None,
     )
 
 
@@ -230,6 +234,8 @@ def discriminator_gradients(
         with rng.part(draw_seed(config, step * (config.n_critic + 1) + index), config.batch_d, start, stop):
             with precision(config, real.device), torch.no_grad():
                 fake = make_images(config, networks, latents(generator, stop - start), own)
+            if networks.ada:
+                discriminator = networks.ada.watch(discriminator, real_part, fake)
             if "loss" in what:
                 with precision(config, real.device):
                     terms = loss.discriminator(discriminator, real_part, fake)
@@ -258,6 +264,8 @@ def generator_gradients(
     seed = draw_seed(config, step * (config.n_critic + 1) + config.n_critic)
     for (start, stop), real_part, own in zip(parts, _chunk(real, parts), _chunk(labels, parts), strict=True):
         generator, discriminator = bind(networks.generator, own), bind(networks.discriminator, own)
+        if networks.ada:
+            discriminator = networks.ada.watch(discriminator)
         with rng.part(seed, config.batch_g, start, stop), frozen(networks.discriminator):
             z = latents(networks.generator, stop - start)
             if "loss" in what:
@@ -289,10 +297,22 @@ def discriminator_step(
     """
     if "loss" not in what and (step * config.n_critic + index) % networks.loss.discriminator_penalty_every:
         return {}
+    if networks.ada:
+        networks.ada.signs.clear()  # of an update that was not applied
     with undone_if_not_finite(networks):
         begin_step(networks.discriminator)
         terms = discriminator_gradients(step, index, config, networks, real, world, what, labels)
-        return apply("discriminator", step + 1, config, networks, terms, what, world) if terms else {}
+        values = apply("discriminator", step + 1, config, networks, terms, what, world) if terms else {}
+    return values | adapt(networks.ada, config, world) if networks.ada else values
+
+
+def adapt(ada: ADA, config: TrainConfig, world: World) -> dict[str, float]:
+    """Moves the probability of augmentation after an update that has seen scores; returns what the log says of it."""
+    if not ada.signs:
+        return {}
+    sign = world.mean(ada.take_sign()).item()
+    ada.move(sign, config.batch_d)
+    return {"ada/sign": sign, "ada/probability": ada.probability}
 
 
 def generator_step(

@@ -19,7 +19,7 @@ from gans.models.stylenat import StyleNATGeneratorConfig
 from gans.recipes.named import PRESETS
 from gans.recipes.presets_stylenat import LAZY
 from gans.training.logs import read
-from gans.training.loop import train
+from gans.training.loop import resolved_config, train
 from gans.training.monitor import Monitor
 from gans.training.resume import Start
 from gans.training.state import TrainState
@@ -61,6 +61,7 @@ def test_the_bar_has_the_mean_penalty_also_between_its_updates(tiny, tiny_run):
     state = TrainState(networks, EMA(networks.generator, tiny.ema))
     run = replace(tiny_run, log_every=1, sample_every=100)
     with Monitor(tiny, run, Start(), state, open_source("digits"), progress=False) as monitor:
+        monitor.begin(resolved_config(tiny, run, state, ALONE), 1797)
         for lazy in ({"discriminator/r1": 0.25}, {}):
             state.step += 1
             monitor.step_done(
