@@ -100,7 +100,8 @@ def training_seconds(means: Sequence[dict[str, float]]) -> float:
     """The time that the steps in these lines took, also where the run was interrupted in between."""
     seconds, before = 0.0, 0.0
     for line in means:
-        seconds += max(line["real_images"] - before, 0) / line["images_per_second"]
+        if line["real_images"] > before:
+            seconds += (line["real_images"] - before) / line["images_per_second"]
         before = line["real_images"]
     return seconds
 
@@ -117,7 +118,10 @@ def _summary(resolved: dict[str, Any], means: Sequence[dict[str, float]], distan
         last, seconds = means[-1], training_seconds(means)
         yield "steps", f"{last['step']:,} of {resolved['recipe']['steps']:,}"
         yield "real images seen", f"{last['real_images']:,}"
-        yield "time", f"{seconds / 60:.1f} minutes, {1000 * seconds / last['real_images']:.3g} s per thousand images"
+        yield (
+            "time",
+            f"{seconds / 60:.1f} minutes, {1000 * seconds / max(last['real_images'], 1):.3g} s per thousand images",
+        )
         yield "memory", f"{max(line['memory_mib'] for line in means):,.0f} MiB at most"
         yield "updates left out", f"{last['skipped']:,}"
     if distances:
