@@ -7,6 +7,7 @@ function ``run``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,13 @@ def _fake(order: Order, *arguments: Any) -> tuple[torch.Tensor, ...]:
 # ---------------------------------------------------------------------------------------------- declarations
 
 
+def _run(order: Order, run: Callable, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    """An operator's results are tensors: where one is not asked for, empty, and each its own."""
+    results = run(order, arguments)
+    query = arguments[order.query]
+    return tuple([query.new_empty((0,)) if result is None else result for result in results])
+
+
 def _declare(backend: str, order: Order) -> None:
     name = f"{namespace(backend)}::{order.name}"
     torch.library.define(name, order.schema())
@@ -49,7 +57,7 @@ def _declare(backend: str, order: Order) -> None:
     torch.library.register_vmap(name, vmap_rule(order, getattr(OPERATORS[backend], order.name)))
     run = FUSED[backend].run
     if run is not None:
-        torch.library.impl(name, "CompositeExplicitAutograd")(lambda *arguments: run(order, order.checked(arguments)))
+        torch.library.impl(name, "CompositeExplicitAutograd")(partial(_run, order, run))
 
 
 for _backend in FUSED:

@@ -43,6 +43,8 @@ class Order:
         self.types = operands
         self.operands = NamedTuple("Operands", operands.items())
         self.results = tuple(results)
+        self.query = list(operands).index("query")
+        """Its place among the arguments."""
 
     def schema(self, **more: type) -> str:
         """As torch declares operators; ``more`` are arguments after the operands."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from natten_ext.backends.triton import backward, double_backward, forward
-from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, FORWARD
+from natten_ext.backends.triton.launch import Launch
+from natten_ext.backends.triton.plans import planned
+from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, FORWARD, Order
 
 ORDERS = ("forward", "backward", "double")
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
@@ -20,8 +21,16 @@ def torch_dtype(name: str) -> torch.dtype:
     return torch.float32 if name == "tf32" else getattr(torch, name)
 
 
-def run_orders(shape: Any, dtype: torch.dtype, device: str, orders: Iterable[str] = ORDERS) -> None:
-    """Run the passes of a shape on empty tensors, with all gradients and cotangents."""
+def planned_orders(shape: Any, dtype: torch.dtype, orders: Iterable[str] = ORDERS) -> Iterator[Launch]:
+    """The launches of the orders of a shape, with all gradients and cotangents, on tensors without data."""
+    for order, arguments in orders_of(shape, dtype, "meta", orders):
+        yield planned(order, order.operands(*arguments))[0]
+
+
+def orders_of(
+    shape: Any, dtype: torch.dtype, device: str, orders: Iterable[str] = ORDERS
+) -> Iterator[tuple[Order, tuple]]:
+    """The orders of a shape and their arguments, empty tensors, with all gradients and cotangents."""
     query = torch.empty(shape.query_shape, dtype=dtype, device=device)
     key, value = (torch.empty(shape.key_shape, dtype=dtype, device=device) for _ in range(2))
     bias = torch.empty(shape.table_shape, dtype=dtype, device=device) if shape.table else None
@@ -31,11 +40,12 @@ def run_orders(shape: Any, dtype: torch.dtype, device: str, orders: Iterable[str
     choices = shape.neighborhood.encode(), shape.score == "l2", head_dim**-0.5
     inputs = query, key, value, bias
     needs = [True, True, True, bias is not None]
-    if "forward" in orders:
-        forward.forward(FORWARD.operands(*inputs, *choices, False))
-    if "backward" in orders:
-        backward.backward(BACKWARD.operands(query, None, *inputs, query, lse, *choices, needs))
-    if "double" in orders:
-        needs = [True, False, *needs]
-        operands = DOUBLE_BACKWARD.operands(*inputs, query, None, *inputs, query, lse, *choices, needs)
-        double_backward.double_backward(operands)
+    backward = query, None, *inputs, query, lse, *choices
+    arguments = {
+        "forward": (FORWARD, (*inputs, *choices, False)),
+        "backward": (BACKWARD, (*backward, needs)),
+        "double": (DOUBLE_BACKWARD, (*inputs, *backward, [True, False, *needs])),
+    }
+    for order in ORDERS:
+        if order in orders:
+            yield arguments[order]

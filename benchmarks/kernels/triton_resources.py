@@ -32,16 +32,15 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITCallable
 
 from benchmarks.shapes import SHAPES
 from natten_ext.backends.triton import configs
-from natten_ext.backends.triton.launch import INTERPRETED, recorded_launches
+from natten_ext.backends.triton.launch import INTERPRETED
 from natten_ext.backends.triton.tiles import Rows
 
-from . import triton_usage
-from .triton_problems import DTYPES, ORDERS, run_orders, torch_dtype
+from . import pretended, triton_usage
+from .triton_problems import DTYPES, ORDERS, planned_orders, torch_dtype
 from .triton_usage import SHARED_LIMIT, Table, Usage
 
 ARCHS = ("sm_90", "sm_80", "sm_100")
@@ -50,22 +49,6 @@ TABLE_DTYPES = ("bfloat16",)
 
 UNSAVED = 8
 """Compiled variants that a stopped ``--update`` may lose."""
-
-
-class _CompileOnly:
-    """A Triton driver for a GPU that is not there."""
-
-    def __init__(self, arch: str) -> None:
-        self.target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return self.target.arch
-
-    def get_current_stream(self, device: Any = None) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -140,14 +123,12 @@ def variants(shapes: Iterable[Any], dtype_name: str, arch: str, orders: Iterable
     """Every different kernel that the shapes launch."""
     dtype = torch_dtype(dtype_name)
     found: dict[str, Variant] = {}
-    for shape in shapes:
-
-        def record(kernel, programs, arguments, options, shape=shape):
-            variant = Variant(arch, dtype_name, shape.name, kernel, tuple(arguments), options)
-            found.setdefault(variant.digest, variant)
-
-        with recorded_launches(record), configs.assumed_architecture(arch):
-            run_orders(shape, dtype, "meta", orders)
+    with configs.assumed_architecture(arch):
+        for shape in shapes:
+            for launch in planned_orders(shape, dtype, orders):
+                for kernel, _, arguments, options in launch.launches:
+                    variant = Variant(arch, dtype_name, shape.name, kernel, arguments, options)
+                    found.setdefault(variant.digest, variant)
     return list(found.values())
 
 
@@ -173,7 +154,7 @@ def compile_variant(variant: Variant) -> Usage:
 
     A kernel that would read beyond its tiles is an error.
     """
-    triton.runtime.driver.set_active(_CompileOnly(variant.arch))
+    triton.runtime.driver.set_active(pretended.Driver(variant.arch))
     triton.knobs.compilation.always_compile = True  # a cached result has no compile time
     start = sum(os.times()[:4])
     compiled = variant.kernel.warmup(*variant.arguments, grid=(1,), **variant.options)

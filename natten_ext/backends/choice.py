@@ -1,7 +1,7 @@
 """Which implementation runs a problem, and why.
 
 Every fused backend is a module with ``cannot_run(device_type, dtype, head_dim) -> str`` (empty: it can) and
-``run(order, operands)``, which does the work of the operators of ``natten_ext.operators``; None where C++ does it.
+``run(order, arguments)``, which does the work of the operators of ``natten_ext.operators``; None where C++ does it.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ compiled for the host instead, under the emulator of csrc/emulator; the environm
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,8 +58,9 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     return ""
 
 
-def run(order: Order, operands: Any) -> tuple[torch.Tensor, ...]:
+def run(order: Order, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     """The results of an order; RuntimeError where there are no kernels."""
+    operands = order.checked(arguments)
     if reason := _not_loaded():
         raise RuntimeError(f"backend 'cuda' cannot run this: {reason}")
     query, key = operands.query, operands.key

@@ -2,54 +2,24 @@
 
 Everything from ``natten_ext.backends.triton`` to the call of ``cuLaunchKernelEx`` is real: Triton's compiler for sm_90,
 the launcher that it makes of C, its check of pointers. So a kernel that takes other parameters than it is given, or in
-another order, is seen, as is a grid or a size of shared memory that is not what was compiled for.
+another order, is seen, as is a grid or a size of shared memory that is not what was compiled for. A plan's first launch
+goes through Triton, with tensors, and the others go to the compiled kernel, with addresses: both must give the same.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
-from triton.backends.nvidia.driver import CudaLauncher
 
-from benchmarks.kernels import triton_resources as resources
-from natten_ext.backends.triton import backward, configs, double_backward, forward
-from natten_ext.backends.triton.launch import recorded_launches
+from benchmarks.kernels import pretended
+from natten_ext.backends.triton import plans
 from natten_ext.checks import windows_of
 from natten_ext.geometry import Full, Grid
 from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, FORWARD
-
-
-def load(folder: Path) -> ctypes.CDLL:
-    library = folder / "libcuda.so.1"
-    source = Path(__file__).with_name("pretend_cuda.c")
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", f"-Wl,-soname,{library.name}", "-o", library, source],
-        check=True,
-    )
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)  # where Triton links its launchers
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-def pretend(arch: str) -> None:
-    """Make Triton's driver one with a device of this architecture."""
-    driver = resources._CompileOnly(arch)
-    driver.launcher_cls = CudaLauncher
-    driver.get_current_device = lambda: 0
-    driver.utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": resources.SHARED_LIMIT[arch]},
-        load_binary=lambda *binary: (1, 1, 0, 0, 1024),  # module, function, registers, spills, most threads
-    )
-    triton.runtime.driver.set_active(driver)
 
 
 def leaves(types: Any, value: Any) -> Iterator[Any]:
@@ -67,25 +37,48 @@ def sizes_of(ptx: str) -> list[int]:
     return [int(bits) // 8 for bits in re.findall(r"\.param \.[usbf](\d+)", head)]
 
 
-def launch(pretended: ctypes.CDLL, kernel: Any, programs: int, arguments: tuple, options: dict) -> None:
-    """Launch a kernel twice, and compare what the second launch got to what the kernel takes."""
-    count = ctypes.c_int.in_dll(pretended, "pretend_count")
-    count.value = 0
-    compiled = kernel[(programs,)](*arguments, **options)
-    sizes = sizes_of(compiled.asm["ptx"])
-    (ctypes.c_int * len(sizes)).in_dll(pretended, "pretend_sizes")[:] = sizes
-    count.value = len(sizes)
-    kernel[(programs,)](*arguments, **options)  # from Triton's cache, which has a path of its own
+class Checked:
+    """In the place of ``Plan._launch``: launches every step in both ways, and compares what the driver got to what the
+    kernel takes."""
 
-    raw = bytes((ctypes.c_ubyte * (8 * len(sizes))).in_dll(pretended, "pretend_values"))
-    given = [int.from_bytes(raw[8 * i : 8 * i + size], "little", signed=True) for i, size in enumerate(sizes)]
-    by_name = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-    wanted = [leaf for name in kernel.arg_names for leaf in leaves(compiled.src.signature[name], by_name[name])]
-    wanted += [0] * 2  # Triton's scratch memory: none
-    name = kernel.fn.__name__
-    assert given == wanted, f"{name} takes {given}, is given {wanted}"
-    config = list((ctypes.c_uint * 7).in_dll(pretended, "pretend_config"))
-    assert config == [programs, 1, 1, 32 * options["num_warps"], 1, 1, compiled.metadata.shared], (name, config)
+    def __init__(self, driver: ctypes.CDLL) -> None:
+        self.driver = driver
+        self.count = ctypes.c_int.in_dll(driver, "pretend_count")
+        self.launched: list[str] = []
+
+    def __call__(self, plan: plans.Plan, tensors: list, addresses: list[int], ready: bool) -> None:
+        assert ready
+        for step in plan.steps:
+            plan._compile_and_launch(step, tensors)  # compiles: how many parameters there are is not known before
+            compiled = step.compiled
+            sizes = sizes_of(compiled.asm["ptx"])
+            wanted = [
+                leaf
+                for name, argument in zip(step.kernel.arg_names, step.typed(plan.all_tensors(tensors)), strict=True)
+                for leaf in leaves(compiled.src.signature[name], argument)
+            ]
+            wanted += [0] * 2  # Triton's scratch memory: none
+            ways = (
+                lambda step=step: plan._compile_and_launch(step, tensors),
+                lambda step=step: step.launch(*step.filled(addresses), stream=0),
+            )
+            for way in ways:
+                given = self.given(way, sizes)
+                name = step.kernel.fn.__name__
+                assert given == wanted, f"{name} takes {given}, is given {wanted}"
+                config = list((ctypes.c_uint * 7).in_dll(self.driver, "pretend_config"))
+                threads = 32 * step.options["num_warps"]
+                assert config == [step.programs, 1, 1, threads, 1, 1, compiled.metadata.shared], (name, config)
+            self.launched.append(name)
+
+    def given(self, way: Any, sizes: list[int]) -> list[int]:
+        """The parameters that the driver gets."""
+        (ctypes.c_int * len(sizes)).in_dll(self.driver, "pretend_sizes")[:] = sizes
+        self.count.value = len(sizes)
+        way()
+        self.count.value = 0
+        raw = bytes((ctypes.c_ubyte * (8 * len(sizes))).in_dll(self.driver, "pretend_values"))
+        return [int.from_bytes(raw[8 * i : 8 * i + size], "little", signed=True) for i, size in enumerate(sizes)]
 
 
 def attend(neighborhood: Any, shape: tuple[int, ...], table: tuple[int, ...] | None, score: str) -> None:
@@ -96,31 +89,24 @@ def attend(neighborhood: Any, shape: tuple[int, ...], table: tuple[int, ...] | N
     inputs = query, key, value, bias
     choices = neighborhood.encode(), score == "l2", 0.3
     needs = [True, True, True, bias is not None]
-    output, lse, _ = forward.forward(FORWARD.operands(*inputs, *choices, False))
-    rest = grad, None, *inputs, output, lse, *choices
-    backward.backward(BACKWARD.operands(*rest, needs))
-    double_backward.double_backward(DOUBLE_BACKWARD.operands(*inputs, *rest, [True, False, *needs]))
-    some = DOUBLE_BACKWARD.operands(query, None, value, None, *rest, [True, False, False, True, False, False])
-    double_backward.double_backward(some)
+    output, lse, natural_lse = plans.run(FORWARD, (*inputs, *choices, True))
+    rest = grad, natural_lse, *inputs, output, lse, *choices
+    plans.run(BACKWARD, (*rest, needs))
+    plans.run(DOUBLE_BACKWARD, (*inputs, *rest, [True, False, *needs]))
+    plans.run(DOUBLE_BACKWARD, (query, None, value, None, *rest, [True, False, False, True, False, False]))
 
 
-def main(folder: Path) -> None:
-    pretended = load(folder)
-    pretend("sm_90")
-    launched = []
-
-    def record(kernel: Any, programs: int, arguments: tuple, options: dict) -> None:
-        launch(pretended, kernel, programs, arguments, options)
-        launched.append(kernel.fn.__name__)
-
-    with recorded_launches(record), configs.assumed_architecture("sm_90"):
+def main() -> None:
+    with pretended.gpu("sm_90") as driver:
+        checked = Checked(driver)
+        plans.Plan._launch = lambda *arguments: checked(*arguments)
         attend(Full(), (2, 65, 2, 24), None, "l2")
         attend(windows_of(2, 2, [3, (5, 2)], [1, (2, 3)]), (2, 11, 13, 2, 4), (2, 9, 5), "dot")
         attend(Grid((4, 4)), (2, 8, 12, 2, 24), (2, 7, 7), "dot")
         video = windows_of(3, 2, [3, (2, 3, 5)], 1, [(2, 1, 1), (1, 2, 3)], (True, False, False))
         attend(video, (2, 5, 6, 7, 2, 16), (2, 5, 5, 9), "dot")
-    print(len(launched), *sorted(set(launched)))
+    print(len(checked.launched), *sorted(set(checked.launched)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import torch
 
 import natten_ext
 from natten_ext.backends.triton import backend
+from natten_ext.checks import windows_of
 from natten_ext.orders import DOUBLE_BACKWARD, FORWARD
 from tests.operators.budget import assert_equal_to_rounding
 from tests.operators.cases import (
@@ -129,25 +131,19 @@ def test_the_log_sum_exp_in_several_tiles(chunk):
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=["output", "lse", "both"])
 def test_tangents_alone(wanted):
     """One launch, which has no rows' numbers to write and no other gradient."""
-    launch = pytest.importorskip("natten_ext.backends.triton.launch")
-    double_backward = pytest.importorskip("natten_ext.backends.triton.double_backward").double_backward
+    plans = pytest.importorskip("natten_ext.backends.triton.plans")
     x = torch.empty(1, 8, 8, 1, 16, device="meta")
     lse = torch.empty(2, 1, 1, 8, 8, device="meta")
-    launches = []
-    with launch.recorded_launches(lambda *one: launches.append(one)):
-        results = double_backward(
-            DOUBLE_BACKWARD.operands(
-                x, x, x, None, x, None, x, x, x, None, x, lse, [1, 1, 4, 4], False, 1.0, [*wanted, *[False] * 4]
-            )
-        )
-    ((kernel, _, arguments, _),) = launches
+    choices = [1, 1, 4, 4], False, 1.0, [*wanted, *[False] * 4]
+    operands = DOUBLE_BACKWARD.operands(x, x, x, None, x, None, x, x, x, None, x, lse, *choices)
+    launch, results = plans.planned(DOUBLE_BACKWARD, operands)
+    ((kernel, _, arguments, _),) = launch.launches
     given = dict(zip(kernel.arg_names, arguments, strict=False))
     assert kernel.fn.__name__ == "double_query_kernel"
     assert given["numbers"] is given["grad_query"] is None
     assert (given["grad_grad_output"] is not None, given["grad_grad_lse"] is not None) == wanted
-    assert [tuple(result.shape) for result in results] == [
-        x.shape if wanted[0] else (0,), lse.shape[1:] if wanted[1] else (0,), *[(0,)] * 4,
-    ]  # fmt: skip
+    shapes = [x.shape if wanted[0] else None, lse.shape[1:] if wanted[1] else None, *[None] * 4]
+    assert [result if result is None else result.shape for result in results] == shapes
 
 
 WHOLE = [
@@ -162,6 +158,7 @@ WHOLE = [
 def test_tiles_that_fit_and_that_do_not(case, whole, monkeypatch):
     """Where tiles and blocks fit, nothing is masked; masks change nothing there."""
     launch = pytest.importorskip("natten_ext.backends.triton.launch")
+    monkeypatch.setattr(importlib.import_module("natten_ext.backends.triton.plans"), "_plans", {})
     statics = []
     start = launch.Launch.start
 
@@ -233,7 +230,7 @@ def test_tuning_writes_the_fastest(tmp_path):
 
 def test_what_is_kept_is_not_allocated_by_the_calling_thread(monkeypatch):
     """That may be warming up a CUDA graph (torch.compile with "reduce-overhead"), whose memory nothing may keep."""
-    launch = pytest.importorskip("natten_ext.backends.triton.launch")
+    on_device = pytest.importorskip("natten_ext.backends.triton.on_device")
     threads = []
     original = torch.tensor
 
@@ -242,29 +239,46 @@ def test_what_is_kept_is_not_allocated_by_the_calling_thread(monkeypatch):
         return original(*arguments, **options)
 
     monkeypatch.setattr(torch, "tensor", spy)
-    members = ((3, 5, 1, 2), (3, 5, 1, 97))
-    kept = launch._members_on(torch.device("cpu"), members)
-    assert kept.tolist() == [list(member) for member in members] and kept.dtype == torch.int32
-    assert launch._members_on(torch.device("cpu"), members) is kept
+    rows = ((3, 5, 1, 2), (3, 5, 1, 97))
+
+    def make(rows):
+        return (rows,)
+
+    (kept,) = on_device.kept_on(torch.device("cpu"), make, rows)
+    assert kept.tolist() == [list(row) for row in rows] and kept.dtype == torch.int32
+    assert on_device.kept_on(torch.device("cpu"), make, rows)[0] is kept
     assert len(threads) == 1 and threads[0] != threading.get_ident()
 
 
 def test_first_use_while_a_graph_is_captured(monkeypatch):
     """Nothing can be copied to a device then; and what a graph has read stays, whatever else comes."""
-    launch = pytest.importorskip("natten_ext.backends.triton.launch")
+    plans = pytest.importorskip("natten_ext.backends.triton.plans")
+    if not plans.INTERPRETED:
+        pytest.skip("a device that captures is pretended")
     capturing = False
-    monkeypatch.setattr(launch, "_capturing", lambda device: capturing)
-    kept = launch.kept_on_device(lambda device, number: launch.made_on(device, [number]))
-    cpu = torch.device("cpu")
-    kept(cpu, 1)
+    monkeypatch.setattr(plans.on_device, "capturing", lambda device: capturing)
+    monkeypatch.setattr(plans, "_plans", {})
+    plans.on_device.kept_on.cache_clear()
+
+    def run(size: int) -> None:
+        x = torch.zeros(1, size, size, 1, 4)
+        plans.run(FORWARD, (x, x, x, None, windows_of(2, 1, 2, size // 2).encode(), False, 1.0, False))
+
+    def kept() -> weakref.ref:
+        ((tensor,),) = list(plans._plans.values())[-1].kept
+        return weakref.ref(tensor)
+
+    run(4)
+    graph = kept()
     capturing = True
     with pytest.raises(RuntimeError, match="run it once before the capture"):
-        kept(cpu, 3)
-    graph = weakref.ref(kept(cpu, 1))
+        run(6)
+    run(4)
     capturing = False
-    eager = weakref.ref(kept(cpu, 2))
-    for number in range(3, 1100):
-        kept(cpu, number)
+    run(8)
+    eager = kept()
+    plans._plans.clear()
+    plans.on_device.kept_on.cache_clear()
     assert (graph() is not None, eager()) == (True, None)
 
 

@@ -21,10 +21,9 @@ from tests.operators.interpreter import environment_without_interpreter
 pytest.importorskip("triton")
 
 from benchmarks.kernels import triton_usage
-from benchmarks.kernels.triton_problems import run_orders
+from benchmarks.kernels.triton_problems import planned_orders
 from benchmarks.shapes import SHAPES
 from natten_ext.backends.triton import configs
-from natten_ext.backends.triton.launch import recorded_launches
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,10 +115,9 @@ def test_no_more_warps_than_rows():
 
 def test_small_maps_get_fewer_warps():
     """A window of 8 x 8 has tiles of 64 rows where the configuration says 128."""
-    launches = []
-    with configs.forced(configs.Config(128, 32, 8, 1)), recorded_launches(lambda *launch: launches.append(launch)):
-        run_orders(SHAPES["cifar-d2"], torch.bfloat16, "meta")
-    tiles = [options for _, _, _, options in launches if "S" in options]
+    with configs.forced(configs.Config(128, 32, 8, 1)):
+        orders = list(planned_orders(SHAPES["cifar-d2"], torch.bfloat16))
+    tiles = [launched.options for launch in orders for launched in launch.launches if "S" in launched.options]
     assert len(tiles) == 7
     assert {(options["S"].own_h * options["S"].own_w, options["num_warps"]) for options in tiles} == {(64, 4)}
 

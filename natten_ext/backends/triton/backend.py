@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ...orders import Order
 from ..support import asked_once, cannot_take, cannot_use_gpu
-from .operands import check_operands
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -31,13 +31,17 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     return cannot_take(dtype, DTYPES, head_dim)
 
 
-def run(order: Order, operands: Any) -> tuple[torch.Tensor, ...]:
-    """The results of an order; RuntimeError where it can't run."""
-    check_operands(operands)
-    query = operands.query
-    if reason := cannot_run(query.device.type, query.dtype, query.shape[-1]):
-        raise RuntimeError(f"backend 'triton' cannot run this: {reason}")
-    return getattr(importlib.import_module(f".{order.name}", __package__), order.name)(operands)
+def run(order: Order, arguments: Sequence[Any]) -> tuple[torch.Tensor | None, ...]:
+    """The results of an order, None where one is not asked for; RuntimeError where it can't run."""
+    global _planned_run
+    if _planned_run is None:
+        if missing := _missing():
+            raise RuntimeError(f"backend 'triton' cannot run this: {missing}")
+        _planned_run = importlib.import_module(".plans", __package__).run
+    return _planned_run(order, arguments)
+
+
+_planned_run: Callable[..., tuple[torch.Tensor | None, ...]] | None = None
 
 
 def _interpreted() -> bool:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .distances import score_terms
 from .geometry import SIZES, empty, keys_of, own_tile, queries_of
-from .launch import Launch, asked, rows_of
+from .launch import Launch, Results, rows_of
 from .places import as_keys, as_queries, block_count, block_place, not_beyond, own_place
 from .problem import KEY, QUERY
 from .row_numbers import FIRST, RowNumbers, load_numbers, store_numbers
@@ -127,28 +127,24 @@ def backward_key_kernel(
     store_rows(grad_value, lattice, tile, dv, S)
 
 
-def backward(operands):
+def backward(launch: Launch) -> Results:
     """``(grad_query, grad_key, grad_value, grad_bias)``; see ``natten_ext.orders``."""
-    query, key, value = operands.query, operands.key, operands.value
-    lse, needs = operands.lse, operands.needs
-    launch = Launch(operands)
-    grad_query, grad_key, grad_value, grad_bias = None, None, None, None
-    if not any(needs):
-        return asked(query, (None,) * 4, needs)
+    operands = launch.operands
+    of_query, of_key, of_value, of_bias = operands.needs
     q, k, terms = launch.query, launch.key, score_terms(launch)
-    do, v, out = (rows_of(tensor) for tensor in (operands.grad_output, value, operands.output))
-    dl = None if operands.grad_lse is None else operands.grad_lse.contiguous()
+    do, v, out = (rows_of(tensor) for tensor in (operands.grad_output, operands.value, operands.output))
     table = padded_table(launch)
-    numbers = lse.new_empty((*launch.row_shape, FIRST.value))
-    dq = None
-    if needs[0]:
-        grad_query = query.new_empty(query.shape)
-        dq = rows_of(grad_query)
-    launch.run(backward_query_kernel, "backward_query", QUERY, do, dl, q, k, terms, v, out, *lse, numbers, dq, table)
-    if needs[1] or needs[2]:
-        grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
+    numbers = launch.empty((*launch.row_shape, FIRST.value))
+    grad_query = launch.like(operands.query, of_query)
+    launch.run(
+        backward_query_kernel, "backward_query", QUERY, do, operands.grad_lse, q, k, terms, v, out, *operands.lse,
+        numbers, rows_of(grad_query), table,
+    )  # fmt: skip
+    grad_key, grad_value, grad_bias = None, None, None
+    if of_key or of_value:
+        grad_key, grad_value = launch.like(operands.key), launch.like(operands.value)
         dk, dv = rows_of(grad_key), rows_of(grad_value)
         launch.run(backward_key_kernel, "backward_key", KEY, do, q, k, terms, v, numbers, dk, dv, table)
-    if needs[3]:
+    if of_bias:
         grad_bias = table_gradient(launch, "table", table, (None,) * 5, (do, q, k, terms, v), numbers)
-    return asked(query, (grad_query, grad_key, grad_value, grad_bias), needs)
+    return grad_query, grad_key, grad_value, grad_bias

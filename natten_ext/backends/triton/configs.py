@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -67,8 +67,16 @@ def pipelines(section: str) -> bool:
 INTERPRETER = Config(128, 64, 1, 1)
 
 
-_assumed = "default"
-_forced: Config | None = None
+class State(NamedTuple):
+    """What decides a configuration besides the problem and the device."""
+
+    assumed: str = "default"
+    forced: Config | None = None
+    table: int = 0
+    """How often ``write`` has changed it."""
+
+
+state = State()
 
 
 def precision(dtype: torch.dtype, full: bool) -> str:
@@ -94,37 +102,35 @@ def architecture(device: torch.device) -> str:
     if triton.knobs.runtime.interpret:
         return "interpreter"
     if device.type != "cuda":
-        return _assumed
+        return state.assumed
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 
 @contextlib.contextmanager
-def assumed_architecture(name: str) -> Iterator[None]:
+def _with(**changes: Any) -> Iterator[None]:
+    global state
+    previous, state = state, state._replace(**changes)
+    try:
+        yield
+    finally:
+        state = previous._replace(table=state.table)
+
+
+def assumed_architecture(name: str) -> contextlib.AbstractContextManager[None]:
     """Which architecture tensors that are not on a GPU stand for (to compile ahead of time)."""
-    global _assumed
-    previous, _assumed = _assumed, name
-    try:
-        yield
-    finally:
-        _assumed = previous
+    return _with(assumed=name)
 
 
-@contextlib.contextmanager
-def forced(config: Config) -> Iterator[None]:
+def forced(config: Config) -> contextlib.AbstractContextManager[None]:
     """Use one configuration for everything (to tune, and in tests)."""
-    global _forced
-    previous, _forced = _forced, config
-    try:
-        yield
-    finally:
-        _forced = previous
+    return _with(forced=config)
 
 
 def lookup(device: torch.device, step: str, shape_class: str, dtype: torch.dtype, full: bool, head_dim: int) -> Config:
     """The configuration of a step."""
     section = architecture(device)
-    config = _forced or _lookup(section, step, shape_class, dtype_class(dtype, full), channel_class(head_dim))
+    config = state.forced or _lookup(section, step, shape_class, dtype_class(dtype, full), channel_class(head_dim))
     return config if pipelines(section) else config._replace(stages=1)
 
 
@@ -151,4 +157,6 @@ def write(table: dict[str, dict[str, list]], path: Path = PATH) -> None:
         lines = [f"    {json.dumps(key)}: {json.dumps(list(entries[key]))}" for key in sorted(entries)]
         sections.append(f"  {json.dumps(section)}: {{\n" + ",\n".join(lines) + "\n  }")
     path.write_text("{\n" + ",\n".join(sections) + "\n}\n")
+    global state
     _lookup.cache_clear()
+    state = state._replace(table=state.table + 1)

@@ -37,8 +37,8 @@ def row_terms_kernel(
 def _terms(launch: Launch, first: Rows | None, second: Rows, factor: float, owner: str) -> torch.Tensor:
     shape = launch.row_shape if owner == QUERY else launch.key_shape
     if first is None:
-        return torch.zeros(shape, dtype=launch.accumulate, device=launch.device)
-    terms = torch.empty(shape, dtype=launch.accumulate, device=launch.device)
+        return launch.empty(shape, zero=True)
+    terms = launch.empty(shape)
     launch.run(row_terms_kernel, "forward", owner, first, second, terms, FACTOR=factor, KEYS=owner == KEY)
     return terms
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .distances import score_terms, x_terms
 from .geometry import SIZES, empty, keys_of, own_tile, queries_of
-from .launch import Launch, asked, rows_of
+from .launch import Launch, Results, rows_of
 from .places import as_keys, as_queries, block_count, block_place, not_beyond, own_place
 from .problem import KEY, QUERY
 from .row_numbers import FIRST, SECOND, RowNumbers, SecondNumbers, load_numbers, load_second_numbers, store_numbers
@@ -226,36 +226,31 @@ def double_key_kernel(
     store_rows(grad_value, lattice, tile, dv, S)
 
 
-def double_backward(operands):
+def double_backward(launch: Launch) -> Results:
     """Gradients of ``(grad_output, grad_lse, query, key, value, bias)``; see ``natten_ext.orders``."""
-    query, key, value = operands.query, operands.key, operands.value
-    lse, needs = operands.lse, operands.needs
-    if not any(needs):
-        return asked(query, (None,) * 6, needs)
-    launch = Launch(operands)
+    operands = launch.operands
+    of_output, of_lse, of_query, of_key, of_value, of_bias = operands.needs
     table = padded_table(launch, operands.cot_bias)
     cot_table = None if operands.cot_bias is None else table
     gq, gk, gv = (rows_of(tensor) for tensor in (operands.cot_query, operands.cot_key, operands.cot_value))
     cots = gq, gk, x_terms(launch, gq, gk), gv, cot_table
-    do, v, out = (rows_of(tensor) for tensor in (operands.grad_output, value, operands.output))
-    dl = None if operands.grad_lse is None else operands.grad_lse.contiguous()
+    do, v, out = (rows_of(tensor) for tensor in (operands.grad_output, operands.value, operands.output))
     terms = score_terms(launch)
-    of_output, of_lse, of_query, of_key, of_value, of_bias = needs
-    numbers = lse.new_empty((*launch.row_shape, SECOND.value)) if of_key or of_value or of_bias else None
-    grad_grad_output = query.new_empty(query.shape) if of_output else None
-    grad_grad_lse = lse.new_empty(launch.row_shape) if of_lse else None
-    grad_query = query.new_empty(query.shape) if of_query else None
+    numbers = launch.empty((*launch.row_shape, SECOND.value)) if of_key or of_value or of_bias else None
+    grad_grad_output = launch.like(operands.query, of_output)
+    grad_grad_lse = launch.empty(launch.row_shape) if of_lse else None
+    grad_query = launch.like(operands.query, of_query)
     launch.run(
-        double_query_kernel, "double_query", QUERY, *cots, do, dl, launch.query, launch.key, terms, v, out, *lse,
-        numbers, rows_of(grad_grad_output), grad_grad_lse, rows_of(grad_query), table,
+        double_query_kernel, "double_query", QUERY, *cots, do, operands.grad_lse, launch.query, launch.key, terms, v,
+        out, *operands.lse, numbers, rows_of(grad_grad_output), grad_grad_lse, rows_of(grad_query), table,
     )  # fmt: skip
     maps = do, launch.query, launch.key, terms, v
     grad_key, grad_value, grad_bias = None, None, None
     if of_key or of_value:
-        grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
+        grad_key, grad_value = launch.like(operands.key), launch.like(operands.value)
         launch.run(
             double_key_kernel, "double_key", KEY, *cots, *maps, numbers, rows_of(grad_key), rows_of(grad_value), table
         )  # fmt: skip
     if of_bias:
         grad_bias = table_gradient(launch, "double_table", table, cots, maps, numbers)
-    return asked(query, (grad_grad_output, grad_grad_lse, grad_query, grad_key, grad_value, grad_bias), needs)
+    return grad_grad_output, grad_grad_lse, grad_query, grad_key, grad_value, grad_bias

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
 from .distances import score_terms
 from .geometry import SIZES, empty, keys_of, own_tile
-from .launch import Launch, rows_of
+from .launch import Launch, Results, rows_of
 from .places import as_queries, block_count, own_place
 from .problem import QUERY
 from .scores import block_of_keys, per_query
 from .tables import head_table, padded_table
-from .tiles import add_weighted, load_rows, number, scaled, store_column, store_rows, zero_rows
+from .tiles import LN2, add_weighted, load_rows, number, scaled, store_column, store_rows, zero_rows
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    query, key, score_terms, value, output, base, log_sum, table, members,
+    query, key, score_terms, value, output, base, log_sum, natural_lse, table, members,
     scale, heads, tiles, depth, height, width, window_z, window_y, window_x, table_planes, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
@@ -55,17 +53,19 @@ def forward_kernel(
     total = tl.where(tile.valid[:, None], total, 1.0)
     store_rows(output, lattice, tile, scaled(o, 1 / total, S), S)
     store_column(base, lattice, tile, highest, False, S)
-    store_column(log_sum, lattice, tile, tl.log2(total), False, S)
+    log_sum_of = tl.log2(total)
+    store_column(log_sum, lattice, tile, log_sum_of, False, S)
+    if natural_lse is not None:
+        # Scores are true, those of l2 as well (``distances.py``).
+        store_column(natural_lse, lattice, tile, (highest + log_sum_of) * LN2, False, S)
 
 
-def forward(operands):
+def forward(launch: Launch) -> Results:
     """``(output, lse, natural_lse)``; see ``natten_ext.orders``."""
-    launch = Launch(operands)
-    query = operands.query
-    output = query.new_empty(query.shape)
-    lse = query.new_empty((2, *launch.row_shape), dtype=launch.accumulate)
+    operands = launch.operands
+    output = launch.like(operands.query)
+    lse = launch.empty((2, *launch.row_shape))
+    natural_lse = launch.empty(launch.row_shape) if operands.return_lse else None
     maps = launch.query, launch.key, score_terms(launch), rows_of(operands.value), rows_of(output)
-    launch.run(forward_kernel, "forward", QUERY, *maps, *lse, padded_table(launch))
-    # Scores are true, those of l2 as well (``distances.py``).
-    natural_lse = lse.sum(0) * math.log(2) if operands.return_lse else lse.new_empty((0,))
+    launch.run(forward_kernel, "forward", QUERY, *maps, *lse, natural_lse, padded_table(launch))
     return output, lse, natural_lse

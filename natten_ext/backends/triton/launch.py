@@ -1,23 +1,23 @@
-"""From the operators' arguments to a launch: addresses and strides, tile sizes, the device, what is compiled."""
+"""From the operators' arguments to launches: addresses and strides, tile sizes, what is compiled.
+
+Launches are planned on tensors without data (the device "meta"), and carried out by ``plans.py``.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ...geometry import FULL, GRID, MAP_AXES, NEIGHBORHOOD, HeadWindow
-from ..origin import about_origin
 from . import configs
+from .on_device import Lists
 from .problem import Problem, Tiling, problem_of, tiling
 from .tiles import Rows, Static
 
@@ -25,15 +25,15 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 MAX_PROGRAMS = 2**31 - 1
 
+Results = tuple[torch.Tensor | None, ...]
+"""Of an order; None for what is not asked for."""
+
 ELEMENT = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-
-# Replaced by `recorded_launches`: what is done instead of a launch.
-_recorder: Callable[..., None] | None = None
 
 
 def _index_with_any_numpy() -> None:
@@ -53,38 +53,14 @@ if INTERPRETED:
     _index_with_any_numpy()
 
 
-@contextlib.contextmanager
-def recorded_launches(recorder: Callable[..., None]) -> Iterator[None]:
-    """Hand ``(kernel, programs, arguments, options)`` of every launch to ``recorder`` instead of launching.
-
-    With tensors on the device "meta" that is all a problem does. Not for several threads.
-    """
-    global _recorder
-    previous, _recorder = _recorder, recorder
-    try:
-        yield
-    finally:
-        _recorder = previous
-
-
 def rows_of(tensor: torch.Tensor | None) -> Rows | None:
     """Address and strides of a map or a sequence, for a kernel."""
     if tensor is None:
         return None
-    # Kernels want contiguous channels; anything else (say an expanded gradient) is copied.
-    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
-        tensor = tensor.contiguous()
     batch, *axes, heads, _ = tensor.stride()
     z, y, x = *(0,) * (MAP_AXES - len(axes)), *axes
     deep = tensor.dim() == 6 and tensor.shape[1] > 1
     return Rows(tensor, batch, z if deep else (), y, x, heads)
-
-
-def asked(
-    like: torch.Tensor, results: Sequence[torch.Tensor | None], needs: Sequence[bool]
-) -> tuple[torch.Tensor, ...]:
-    """The results that are needed; for each other an empty tensor of its own, for results may not alias."""
-    return tuple(result if need else like.new_empty((0,)) for result, need in zip(results, needs, strict=True))
 
 
 def _aligned(arguments: Sequence[Any]) -> tuple[int, list[Any]]:
@@ -116,45 +92,9 @@ def chunks_of(head_dim: int, chunk: int = 0) -> tuple[int, ...]:
     return tuple(widths)
 
 
-def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def made_on(device: torch.device, numbers: Sequence[Any]) -> torch.Tensor:
-    """Integers on a device, to keep; RuntimeError while a CUDA graph is captured, which may copy nothing to a device.
-
-    Made in a thread of its own. torch.compile(mode="reduce-overhead") has what the calling thread allocates while it
-    warms up in the memory of a CUDA graph, where nothing may be kept: it raises an error if something is.
-    """
-    if _capturing(device):
-        raise RuntimeError(
-            "backend 'triton' meets this problem for the first time while a CUDA graph is captured; run it once before"
-            " the capture"
-        )
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(torch.tensor, numbers, dtype=torch.int32, device=device).result()
-
-
-def kept_on_device(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A cache of what ``make`` puts on a device, its first argument. What a captured graph reads is kept for good."""
-    cached = functools.lru_cache(maxsize=256)(make)
-    captured: dict[int, Any] = {}
-
-    @functools.wraps(make)
-    def kept(device: torch.device, *arguments: Any) -> Any:
-        made = cached(device, *arguments)
-        if _capturing(device):
-            captured[id(made)] = made
-        return made
-
-    return kept
-
-
-@kept_on_device
-def _members_on(device: torch.device, members: tuple[HeadWindow, ...]) -> torch.Tensor:
+def _members(windows: tuple[HeadWindow, ...]) -> Lists:
     """Kernel, dilation, stride and whether it is causal, of every head on every axis."""
-    return made_on(device, members)
+    return (windows,)
 
 
 def full_precision(dtype: torch.dtype) -> bool:
@@ -162,21 +102,31 @@ def full_precision(dtype: torch.dtype) -> bool:
     return dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
-class Launch:
-    """One problem on one device, and how to run a kernel of any pass on it."""
+class Launched(NamedTuple):
+    """One launch of a kernel. ``arguments`` hold tensors without data, as ``Rows``, ``Terms`` or alone."""
 
-    def __init__(self, operands: Any) -> None:
-        """Of the operands of any order (``natten_ext.orders``)."""
+    kernel: Any
+    programs: int
+    arguments: tuple
+    options: dict[str, Any]
+
+
+class Launch:
+    """One problem on one device, and the launches of the passes on it."""
+
+    def __init__(self, operands: Any, device: torch.device | None = None) -> None:
+        """Of the operands of any order (``natten_ext.orders``), on "meta", where channels and tables are contiguous.
+
+        ``device`` is where it will run; by default the one that ``configs.assumed_architecture`` names.
+        """
+        self.operands = operands
         query, key, bias = operands.query, operands.key, operands.bias
         self.problem: Problem = problem_of(operands.neighborhood, query, key)
-        self.device = query.device
+        self.device = query.device if device is None else device
         self.dtype = query.dtype
         self.l2 = operands.l2
         # -s|q-k|^2 is 2s q.k - s|k|^2 and a constant per query.
         self.scale = 2 * operands.scale if self.l2 else operands.scale
-        # Sums of products of bfloat16 lose nothing in float32.
-        if self.l2 and self.dtype != torch.bfloat16:
-            query, key = about_origin(query, key)
         self.query, self.key = rows_of(query), rows_of(key)
         self.table = bias
         extents = () if bias is None else bias.shape[1:]
@@ -185,6 +135,30 @@ class Launch:
         batch, *tokens, heads, _ = query.shape
         self.row_shape = (batch, heads, *tokens)
         self.key_shape = (batch, heads, *key.shape[1:-2])
+        self.launches: list[Launched] = []
+        self.made: list[tuple[torch.Tensor, bool]] = []
+        """What the launches write, and whether it must be zero before."""
+        self.kept: list[tuple[tuple[torch.Tensor, ...], Callable[..., Lists], tuple]] = []
+        """What lies on the device, and what makes it (``on_device.kept_on``)."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype | None = None, zero: bool = False) -> torch.Tensor:
+        """A result, or numbers that one launch leaves to others."""
+        tensor = torch.empty(shape, dtype=dtype or self.accumulate, device="meta")
+        self.made.append((tensor, zero))
+        return tensor
+
+    def like(self, operand: torch.Tensor | None, asked: bool = True) -> torch.Tensor | None:
+        """A result with the shape and dtype of an operand; None where it is not asked for."""
+        return self.empty(operand.shape, operand.dtype) if asked else None
+
+    def on_device(self, make: Callable[..., Lists], *arguments: Any) -> tuple[torch.Tensor, ...]:
+        """Integers that are kept on the device: ``make(*arguments)``."""
+        for tensors, *made in self.kept:
+            if made == [make, arguments]:
+                return tensors
+        tensors = tuple(torch.empty(len(numbers), dtype=torch.int32, device="meta") for numbers in make(*arguments))
+        self.kept.append((tensors, make, arguments))
+        return tensors
 
     def static(self, step: str, owner: str) -> tuple[Static, Tiling, configs.Config]:
         """What the kernel of a step is compiled for, how the problem is tiled, and the step's configuration."""
@@ -218,7 +192,7 @@ class Launch:
     def sizes(self, tiles: int) -> tuple[Any, ...]:
         """The integers of ``geometry.SIZES`` and, before them, the windows of the heads."""
         problem = self.problem
-        members = _members_on(self.device, problem.windows) if problem.kind == NEIGHBORHOOD else None
+        members = self.on_device(_members, problem.windows)[0] if problem.kind == NEIGHBORHOOD else None
         bits = struct.unpack("<q", struct.pack("<d", self.scale))[0]
         axes = problem.extents, problem.window, self.table_shape
         if not problem.deep:
@@ -226,7 +200,7 @@ class Launch:
         return members, bits, problem.heads, tiles, *itertools.chain(*axes)
 
     def run(self, kernel: Any, step: str, owner: str, *arguments: Any, **constants: Any) -> None:
-        """Launch a kernel with a program for every tile of the owner's side, head and image."""
+        """Plan a kernel with a program for every tile of the owner's side, head and image."""
         static, tiles, config = self.static(step, owner)
         programs = tiles.tiles * self.problem.heads * self.problem.batch
         self.start(kernel, programs, (*arguments, *self.sizes(tiles.tiles)), config, S=static, **constants)
@@ -234,7 +208,7 @@ class Launch:
     def start(
         self, kernel: Any, programs: int, arguments: Sequence[Any], config: configs.Config, **constants: Any
     ) -> None:
-        """Launch a kernel compiled for ``constants``: ``S``, which is told the strides' alignment, and others."""
+        """Plan a kernel compiled for ``constants``: ``S``, which is told the strides' alignment, and others."""
         if programs == 0:
             return
         if programs > MAX_PROGRAMS:
@@ -243,10 +217,4 @@ class Launch:
         if "S" in constants:
             constants["S"] = constants["S"]._replace(align=align)
         options = constants | {"num_warps": config.warps, "num_stages": config.stages}
-        if _recorder is not None:
-            _recorder(kernel, programs, arguments, options)
-            return
-        # Triton launches on the current device, on its current stream.
-        guard = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-        with guard:
-            kernel[(programs,)](*arguments, **options)
+        self.launches.append(Launched(kernel, programs, tuple(arguments), options))

@@ -8,17 +8,17 @@ backward.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from .configs import Config
 from .geometry import SIZES, X, Y, Z, lattice_at, split_index, tile_box, window_of
-from .launch import kept_on_device, made_on
+from .on_device import Lists
 from .places import as_keys, as_queries, in_keys, not_beyond, own_place, within
 from .problem import QUERY, Problem, Tiling, displacements, offset_extent
 from .row_numbers import FIRST, SECOND, load_numbers, load_second_numbers
@@ -104,7 +104,7 @@ def table_shares_kernel(
     scale, heads, tiles, depth, height, width, window_z, window_y, window_x, table_planes, table_rows, table_columns,
     SECOND_ORDER: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """One program's sums over its visits, which ``work`` lists (see ``_work_on``)."""
+    """One program's sums over its visits, which ``work`` lists (see ``_work_of``)."""
     OWN: tl.constexpr = S.own
     BLOCK: tl.constexpr = S.block
     COUNT: tl.constexpr = SECOND if SECOND_ORDER else FIRST
@@ -243,9 +243,9 @@ def table_sum_kernel(
     )
 
 
-@kept_on_device
-def _work_on(device: torch.device, problem: Problem, tiles: Tiling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """On a device: a row for every program, a row for every displacement, and the first of these of every head.
+@functools.lru_cache(maxsize=8)  # it counts rows, and is then copied to a device
+def _work_of(problem: Problem, tiles: Tiling) -> Lists:
+    """A row for every program, a row for every displacement, and the first of these of every head.
 
     A program's are head, first visit, visits, where its sums go, and for each axis where the block starts from the
     tile, first tile and tiles. Programs that visit the same tiles run at about the same time, for these to be in the
@@ -265,7 +265,7 @@ def _work_on(device: torch.device, problem: Problem, tiles: Tiling) -> tuple[tor
         groups.append((first, len(programs), *(axis.start for axis in place.axes)))
         first_groups[place.head + 1] = len(groups)
     work = [row for _, row in sorted(programs, key=lambda program: program[0])]
-    return made_on(device, work), made_on(device, groups), made_on(device, first_groups)
+    return work, groups, first_groups
 
 
 def table_gradient(launch, step, table, cotangents, maps, numbers):
@@ -274,18 +274,18 @@ def table_gradient(launch, step, table, cotangents, maps, numbers):
     problem = launch.problem
     static, tiles, config = launch.static(step, QUERY)
     if problem.batch * problem.queries == 0:
-        return bias.new_zeros(bias.shape)
-    work, groups, first_groups = _work_on(launch.device, problem, tiles)
+        return launch.empty(bias.shape, bias.dtype, zero=True)
+    work, groups, first_groups = launch.on_device(_work_of, problem, tiles)
     offsets = tuple(map(offset_extent, tiles.own, tiles.block))
     size = math.prod(offsets)
-    sums = numbers.new_empty((work.shape[0], size))
+    sums = launch.empty((len(work), size))
     arguments = *cotangents, *maps, numbers, sums, work, table, *launch.sizes(tiles.tiles)
     second = numbers.shape[-1] == SECOND.value
     launch.start(table_shares_kernel, len(sums), arguments, config, SECOND_ORDER=second, S=static)
-    parts = numbers.new_empty((groups.shape[0], size))
+    parts = launch.empty((len(groups), size))
     constants = {"SIZE": size, "WIDTH": SUM_WIDTH, "AT_ONCE": SUM_AT_ONCE}
     launch.start(table_parts_kernel, parts.numel() // SUM_WIDTH, (sums, parts, groups), SUM_CONFIG, **constants)
-    grad = bias.new_empty(bias.shape)
+    grad = launch.like(bias)
     planes, rows, columns = launch.table_shape
     extents = *tiles.own, *offsets, bias.shape[0], planes, rows, columns
     programs = bias.shape[0] * planes * rows * -(-columns // SUM_WIDTH)

@@ -76,9 +76,8 @@ def padded_table(launch: Launch, cot_table: torch.Tensor | None = None) -> torch
     planes, rows, columns = launch.table_shape
     lines = table.shape[0] * (planes + deep) * (rows + 1)
     paired = () if cot_table is None else (2,)
-    padded = table.new_empty((lines, columns + 1, *paired), dtype=launch.accumulate)
-    cot_table = None if cot_table is None else cot_table.contiguous()
-    arguments = table.contiguous(), cot_table, padded, table.shape[0], *launch.table_shape
+    padded = launch.empty((lines, columns + 1, *paired))
+    arguments = table, cot_table, padded, table.shape[0], *launch.table_shape
     programs = lines * -(-(columns + 1) // WIDTH)
     launch.start(padded_table_kernel, programs, arguments, CONFIG, DEEP=deep, WIDTH=WIDTH)
     return padded

@@ -16,6 +16,7 @@ from .geometry import pixel_of
 from .places import own_keys
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 TOTALS = tl.constexpr(16)  # columns of totals: the narrowest product
 
 

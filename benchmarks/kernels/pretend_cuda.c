@@ -1,4 +1,4 @@
-/* A libcuda.so.1 that launches nothing and keeps what it was asked to launch (pretend_driver.py). */
+/* A libcuda.so.1 that launches nothing and keeps what it was asked to launch (pretended.py). */
 
 #include <string.h>
 
