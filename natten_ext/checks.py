@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .geometry import MAP_AXES, AnyNeighborhood, AxisWindow, Extents, Grid, Neighborhood
+from .remembered import of_plain_values
 
 SCORES = ("dot", "l2")
 SizePerAxis = int | Extents
@@ -68,25 +69,26 @@ def alike(layout: str, **tensors: Any) -> tuple[torch.Tensor, ...]:
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
     # Tables stay as they are: they are small, and may be float32 beside half-precision maps.
-    cast = tuple(_autocast(tensor) for tensor in tensors.values())
+    cast = tuple(tensors.values())
+    if first.device.type != "meta" and torch.is_autocast_enabled(first.device.type):
+        cast = tuple(_autocast(tensor) for tensor in cast)
+    dtype = cast[0].dtype
     for name, tensor in zip(tensors, cast, strict=True):
-        if tensor.dtype != cast[0].dtype:
-            raise TypeError(f"{name} must have the dtype of {first_name}, {cast[0].dtype}, got {tensor.dtype}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {dtype}, got {tensor.dtype}")
     return cast
 
 
 def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """In autocast's dtype where that is on; float64 stays, as in torch."""
-    device_type = tensor.device.type
+    """In autocast's dtype; float64 stays, as in torch."""
     # Not torch.amp.is_autocast_available: torch 2.11 can't compile it.
-    if device_type == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def check_heads(query: torch.Tensor) -> None:
+    shape = query.shape
     for position, name in ((-2, "heads"), (-1, "head_dim")):
-        if query.shape[position] == 0:
+        if shape[position] == 0:
             raise ValueError(f"query must have {name} of at least 1, got shape {shape_of(query)}")
 
 
@@ -146,9 +148,11 @@ def checked_maps(query: Any, key: Any, value: Any) -> tuple[torch.Tensor, ...]:
 
 def check_map(query: torch.Tensor, key: torch.Tensor) -> None:
     """Of keys on the map of the queries."""
+    check_extents(query)
+    if key.shape == query.shape:
+        return
     if key.shape[1:-2] != query.shape[1:-2]:
         raise ValueError(f"key must have the query's map {shape_of(query)}, got {shape_of(key)}")
-    check_extents(query)
     check_cross(query, key)
 
 
@@ -235,6 +239,11 @@ def check_bool(name: str, value: Any) -> None:
 
 def grid_of(extents: Sequence[int], window_size: Any, shift: Any = 0) -> Grid:
     """The windows on a map of these extents."""
+    return _grid_of(tuple(extents), window_size, shift)
+
+
+@of_plain_values
+def _grid_of(extents: Extents, window_size: Any, shift: Any) -> Grid:
     grid = windows_of_grid(len(extents), window_size, shift)
     for axis, size, extent in zip(AXES[-len(extents) :], extents, grid.window, strict=True):
         if extent > size:
@@ -255,6 +264,13 @@ def neighborhood_of(
     extents: Sequence[int], heads: int, kernel_size: Any, dilation: Any, stride: Any = 1, is_causal: Any = False
 ) -> Neighborhood:
     """The neighborhoods of so many heads on a map of these extents."""
+    return _neighborhood_of(tuple(extents), heads, kernel_size, dilation, stride, is_causal)
+
+
+@of_plain_values
+def _neighborhood_of(
+    extents: Extents, heads: int, kernel_size: Any, dilation: Any, stride: Any, is_causal: Any
+) -> Neighborhood:
     neighborhood = windows_of(len(extents), heads, kernel_size, dilation, stride, is_causal)
     check_windows(neighborhood, extents)
     return neighborhood

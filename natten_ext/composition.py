@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +18,13 @@ from torch.nn.functional import pad
 from .backends import reference
 from .geometry import AnyNeighborhood, Full, Grid
 from .merging import merge_attention
-from .operators import OPERATORS
+from .operators import CALLS
 
 Results = tuple[Tensor, Tensor | None]
 """The output, and the log-sum-exp where it is asked for."""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a call of a public function says besides its tensors."""
 
     backend: str
@@ -81,7 +80,7 @@ def _one_width(
         )
     else:
         choices = neighborhood.encode(), call.score == "l2", call.scale
-        output, _, lse = OPERATORS[call.backend].forward(query, key, value, bias, *choices, call.return_lse)
+        output, _, lse = CALLS[call.backend].forward(query, key, value, bias, *choices, call.return_lse)
         lse = lse.movedim(1, -1) if call.return_lse else None
     return output if of_values == output.shape[-1] else output[..., :of_values], lse
 

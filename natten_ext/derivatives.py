@@ -15,6 +15,7 @@ What is missing takes a third derivative, and raises. docs/double_backward.md ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from .eager import plain
 from .geometry import NEIGHBORHOOD
 from .orders import BACKWARD, CHOICES, DOUBLE_BACKWARD, FORWARD, INPUTS, ORDERS, Order
 
@@ -44,23 +46,35 @@ _OUTGOING = len(DOUBLE_BACKWARD.results) - len(INPUTS)  # the output and the log
 # ---------------------------------------------------------------------------------------------- where autograd sees it
 
 
-def differentiable(order: Order, operators: Any) -> Callable:
+class Direct:
+    """The operators of a backend in Python, called without torch's dispatcher where they need nothing of it.
+
+    Results that are not asked for are None there.
+    """
+
+    def __init__(self, operators: Any, run: Callable) -> None:
+        self.operators, self.run = operators, run
+        for order in ORDERS:
+            setattr(self, order.name, partial(self._call, order))
+
+    def _call(self, order: Order, *arguments: Any) -> tuple[Tensor | None, ...]:
+        if plain(arguments):
+            return differentiated(order, self, *arguments)
+        return getattr(self.operators, order.name)(*arguments)
+
+
+def differentiated(order: Order, operators: Any, *arguments: Any) -> Any:
     """What an operator does where autograd is to see it.
 
     Not ``torch.library.register_autograd``, which drops tangents without a word wherever no gradient is recorded.
     """
-    operator, function = getattr(operators, order.name), _FUNCTIONS[order]
-
-    def call(*arguments):
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        if not ((torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or _any_tangent(tensors)):
-            return _below_autograd(operator, arguments)
-        if order is DOUBLE_BACKWARD:
-            cotangents = len(INPUTS)
-            arguments = (*arguments, *map(_refuse_third, arguments[cotangents : 2 * cotangents + _OUTGOING]))
-        return _apply(function, operators, *arguments)
-
-    return call
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    if not ((torch.is_grad_enabled() and any([x.requires_grad for x in tensors])) or _any_tangent(tensors)):
+        return _below_autograd(operators, order, arguments)
+    if order is DOUBLE_BACKWARD:
+        cotangents = len(INPUTS)
+        arguments = (*arguments, *map(_refuse_third, arguments[cotangents : 2 * cotangents + _OUTGOING]))
+    return _apply(_FUNCTIONS[order], operators, *arguments)
 
 
 def _any_tangent(tensors: Sequence[Tensor]) -> bool:
@@ -82,7 +96,10 @@ def _apply(function: type[_SingleLevelFunction], *arguments: Any) -> Any:
         return function.apply(*arguments)
 
 
-def _below_autograd(operator: Callable, arguments: Sequence[Any]) -> Any:
+def _below_autograd(operators: Any, order: Order, arguments: Sequence[Any]) -> Any:
+    if isinstance(operators, Direct):
+        return operators.run(order, arguments)
+    operator = getattr(operators, order.name)
     if not torch._C._are_functorch_transforms_active():
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
@@ -113,10 +130,10 @@ def _outgoing(of_output: Tensor | None, of_lse: Tensor | None, output: Tensor) -
 class _Forward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, operators, *arguments):
-        output, lse, natural_lse = _below_autograd(operators.forward, arguments)
+        output, lse, natural_lse = _below_autograd(operators, FORWARD, arguments)
         _save(ctx, operators, *arguments[: len(INPUTS)], output, lse)
         *ctx.choices, ctx.return_lse = arguments[len(INPUTS) :]
-        ctx.mark_non_differentiable(lse, *[] if ctx.return_lse else [natural_lse])
+        ctx.mark_non_differentiable(lse, *[] if ctx.return_lse or natural_lse is None else [natural_lse])
         return output, lse, natural_lse
 
     @staticmethod
@@ -153,7 +170,7 @@ class _Backward(_SingleLevelFunction):
         count = _COUNT[BACKWARD] - len(CHOICES) - 1
         _save(ctx, operators, *arguments[:count])
         ctx.choices, ctx.needs = arguments[count:-1], arguments[-1]
-        return _below_autograd(operators.backward, arguments)
+        return _below_autograd(operators, BACKWARD, arguments)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -189,7 +206,7 @@ class _DoubleBackward(_SingleLevelFunction):
         count = len(arguments) - len(CHOICES) - 1
         _save(ctx, operators, *arguments[:count])
         ctx.choices, ctx.needs = arguments[count:-1], arguments[-1]
-        return _below_autograd(operators.double_backward, arguments)
+        return _below_autograd(operators, DOUBLE_BACKWARD, arguments)
 
     @staticmethod
     def backward(ctx, *cotangents):

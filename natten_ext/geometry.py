@@ -12,6 +12,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from .remembered import remembered
+
 Extents = tuple[int, ...]
 """Of a map, a window or a kernel, one per map axis: (width,), (height, width) or (depth, height, width)."""
 
@@ -75,8 +77,8 @@ class Full:
         """The most keys that a query attends, of ``tokens``."""
         return tokens
 
-    def encode(self) -> list[int]:
-        return [FULL]
+    def encode(self) -> tuple[int, ...]:
+        return (FULL,)
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ class Grid:
         """Whether the borders of a map of these extents cut windows off."""
         return any(self.shift) or any(size % window for size, window in zip(extents, self.window, strict=True))
 
-    def encode(self) -> list[int]:
+    @remembered
+    def encode(self) -> tuple[int, ...]:
         """Of whole windows, which operators take."""
-        return [GRID, *(1,) * (MAP_AXES - len(self.window)), *self.window]
+        return GRID, *(1,) * (MAP_AXES - len(self.window)), *self.window
 
 
 @dataclass(frozen=True)
@@ -126,22 +129,25 @@ class Neighborhood:
     kind: ClassVar[str] = "neighborhood"
 
     @property
+    @remembered
     def kernel(self) -> Extents:
         """Largest kernel over the heads: the extent that sizes the relative position table."""
         return tuple(max(window.kernel for window in axis) for axis in zip(*set(self.windows), strict=True))
 
     @property
+    @remembered
     def general(self) -> bool:
         """Whether it has more than windows that slide on two map axes: a third axis, a stride or causal windows."""
         return any(len(head) > 2 or not all(window.sliding for window in head) for head in set(self.windows))
 
-    def encode(self) -> list[int]:
+    @remembered
+    def encode(self) -> tuple[int, ...]:
         code = [NEIGHBORHOOD]
         for first, last in self.head_groups():
             head = self.windows[first]
             axes = (*(AxisWindow(1),) * (MAP_AXES - len(head)), *head)
             code += [int(number) for window in axes for number in window] * (last - first)
-        return code
+        return tuple(code)
 
     def keys(self, tokens: int) -> int:
         """The most keys that a query attends, of ``tokens``."""

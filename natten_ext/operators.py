@@ -15,11 +15,17 @@ import torch
 
 from .backends.choice import FUSED
 from .backends.support import namespace
-from .derivatives import differentiable, vmap_rule
+from .derivatives import Direct, differentiated, vmap_rule
 from .orders import INPUTS, ORDERS, Order
 
 OPERATORS = {backend: getattr(torch.ops, namespace(backend)) for backend in FUSED}
 """By backend, the operators as attributes."""
+
+CALLS = {
+    backend: operators if FUSED[backend].run is None else Direct(operators, FUSED[backend].run)
+    for backend, operators in OPERATORS.items()
+}
+"""The same, called directly where that makes no difference but time."""
 
 # ---------------------------------------------------------------------------------------------- results without data
 
@@ -53,7 +59,7 @@ def _declare(backend: str, order: Order) -> None:
     name = f"{namespace(backend)}::{order.name}"
     torch.library.define(name, order.schema())
     torch.library.register_fake(name, partial(_fake, order))
-    torch.library.impl(name, "Autograd")(differentiable(order, OPERATORS[backend]))
+    torch.library.impl(name, "Autograd")(partial(differentiated, order, OPERATORS[backend]))
     torch.library.register_vmap(name, vmap_rule(order, getattr(OPERATORS[backend], order.name)))
     run = FUSED[backend].run
     if run is not None:

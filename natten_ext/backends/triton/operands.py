@@ -69,7 +69,7 @@ def _decoded(code: tuple[int, ...], extents: tuple[int, ...], heads: int) -> Any
     """The neighborhood of a code, found to fit a map of these extents."""
     axes, size = len(extents), len(code) - 1
     known = {FULL: size == 0, GRID: size == MAP_AXES, NEIGHBORHOOD: size == 4 * MAP_AXES * heads}
-    if not code or not known.get(code[0], False) or list(code) != (neighborhood := decode(code, axes)).encode():
+    if not code or not known.get(code[0], False) or code != (neighborhood := decode(code, axes)).encode():
         raise ValueError(
             f"neighborhood code {list(code)} must be [0], [1, three extents] or [2, twelve values per head]"
         )

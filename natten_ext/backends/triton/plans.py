@@ -122,9 +122,7 @@ class Plan:
         sources = _Sources([*given, *made, *(tensor for tensors, _, _ in launch.kept for tensor in tensors)])
         empty = {dtype: torch.empty(0, dtype=dtype, device=device) for dtype in {tensor.dtype for tensor in made}}
         # A method of an empty tensor takes half the time of torch.empty.
-        self.made = [
-            (empty[tensor.dtype].new_empty_strided, tuple(tensor.shape), tensor.stride()) for tensor in made
-        ]
+        self.made = [(empty[tensor.dtype].new_empty_strided, tuple(tensor.shape), tensor.stride()) for tensor in made]
         self.zeros = [len(given) + index for index, (_, zero) in enumerate(launch.made) if zero]
         self.results = [None if result is None else sources.index_of(result) for result in results]
         self.steps = [_Step(launched, sources) for launched in launch.launches]
@@ -256,7 +254,15 @@ def _kind(
 ) -> tuple[tuple, list[int]]:
     """All that a plan depends on, and the operands' addresses."""
     code, l2, scale, asked = others
-    kind = [order.name, tuple(code), l2, scale, asked if asked.__class__ is bool else tuple(asked), moved, configs.state]
+    kind = [
+        order.name,
+        tuple(code),
+        l2,
+        scale,
+        asked if asked.__class__ is bool else tuple(asked),
+        moved,
+        configs.state,
+    ]
     addresses = []
     single = False
     for tensor in operands:

@@ -1,0 +1,52 @@
+"""Whether a call needs torch's dispatcher: most need nothing of it, and it takes as long as a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN_KEYS = {f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA")} | {
+    "ADInplaceOrView"
+}
+_AUTOGRAD = torch._C.DispatchKey.AutogradCPU
+_MODES = {torch._C._dispatch_tls_local_include_set().raw_repr()}
+with torch.inference_mode():
+    _MODES.add(torch._C._dispatch_tls_local_include_set().raw_repr())
+
+
+def plain(arguments: Sequence[Any]) -> bool:
+    """Whether the dispatcher would do nothing but autograd and the kernel.
+
+    Not while torch.compile, torch.func, a mode, a trace or a profiler is to see the operator, nor below autograd, nor
+    for tensors that are no plain memory on a device.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _MODES
+        or torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+        or torch.autograd._profiler_enabled()
+        or torch._C._len_torch_function_stack()
+    ):
+        return False
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            kind = type(argument)
+            if kind is not Tensor and kind is not torch.nn.Parameter:
+                return False
+            if not _plain_keys(torch._C._dispatch_keys(argument).raw_repr(), argument):
+                return False
+    return True
+
+
+_known: dict[int, bool] = {}
+
+
+def _plain_keys(raw: int, tensor: Tensor) -> bool:
+    known = _known.get(raw)
+    if known is None:
+        names = str(torch._C._dispatch_keys(tensor)).removeprefix("DispatchKeySet(").removesuffix(")")
+        known = _known[raw] = _PLAIN_KEYS.issuperset(names.split(", "))
+    return known
