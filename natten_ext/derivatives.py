@@ -69,7 +69,7 @@ def differentiated(order: Order, operators: Any, *arguments: Any) -> Any:
     Not ``torch.library.register_autograd``, which drops tangents without a word wherever no gradient is recorded.
     """
     tensors = [x for x in arguments if isinstance(x, Tensor)]
-    if not ((torch.is_grad_enabled() and any([x.requires_grad for x in tensors])) or _any_tangent(tensors)):
+    if not ((torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or _any_tangent(tensors)):
         return _below_autograd(operators, order, arguments)
     if order is DOUBLE_BACKWARD:
         cotangents = len(INPUTS)
