@@ -50,8 +50,8 @@ def _fake(order: Order, *arguments: Any) -> tuple[torch.Tensor, ...]:
 
 def _run(order: Order, run: Callable, *arguments: Any) -> tuple[torch.Tensor, ...]:
     """An operator's results are tensors: where one is not asked for, empty, and each its own."""
+    query = order.checked(arguments).query
     results = run(order, arguments)
-    query = arguments[order.query]
     return tuple([query.new_empty((0,)) if result is None else result for result in results])
 
 

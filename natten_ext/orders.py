@@ -43,8 +43,8 @@ class Order:
         self.types = operands
         self.operands = NamedTuple("Operands", operands.items())
         self.results = tuple(results)
-        self.query = list(operands).index("query")
-        """Its place among the arguments."""
+        self.query, self.l2 = (list(operands).index(name) for name in ("query", "l2"))
+        """Their places among the arguments. The key comes after the query."""
 
     def schema(self, **more: type) -> str:
         """As torch declares operators; ``more`` are arguments after the operands."""

@@ -51,7 +51,7 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
         return reason
     if device_type == "meta":
         return ""
-    limit = _shared_limit(torch.cuda.current_device() if device_type == "cuda" else 0)
+    limit = _shared_limit(torch.cuda.current_device()) if device_type == "cuda" else _ask_shared_limit(0)
     most = _most_channels(dtype, limit)
     if head_dim > most:
         return f"head_dim in {dtype} must be at most {most} with the shared memory of this GPU, got {head_dim}"
@@ -60,18 +60,19 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
 
 def run(order: Order, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     """The results of an order; RuntimeError where there are no kernels."""
-    operands = order.checked(arguments)
     if reason := _not_loaded():
         raise RuntimeError(f"backend 'cuda' cannot run this: {reason}")
-    query, key = operands.query, operands.key
+    place = order.query
+    query = arguments[place]
     # l2 scores need vectors near zero: far from it, their products would cancel. Those of bfloat16 are sums of 16-bit
     # numbers in float32, which lose nothing.
-    if operands.l2 and query.dtype != torch.bfloat16:
-        query, key = about_origin(query, key)
+    if arguments[order.l2] and query.dtype != torch.bfloat16:
+        arguments = [*arguments]
+        arguments[place : place + 2] = about_origin(*arguments[place : place + 2])
     # Whether torch lets float32 matrix products run in TF32 on the tensor cores.
     tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     try:
-        return getattr(_compiled, f"{order.name}_kernels")(*operands._replace(query=query, key=key), tf32)
+        return getattr(_compiled, f"{order.name}_kernels")(*arguments, tf32)
     except RuntimeError as error:
         # What passes the stable ABI is a RuntimeError; callers catch torch's own kind, to try a smaller batch.
         if "out of memory" in str(error):
@@ -80,9 +81,12 @@ def run(order: Order, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
 
 
 @torch.compiler.assume_constant_result
-def _shared_limit(device: int) -> int:
+def _ask_shared_limit(device: int) -> int:
     """Bytes of shared memory that a GPU gives a block; tests change those of the emulated one."""
     return _compiled.shared_memory("float32", 1, device)[1]
+
+
+_shared_limit = asked_once(_ask_shared_limit)
 
 
 @asked_once

@@ -124,7 +124,7 @@ def test_absurd_neighborhood_codes(target, order):
     """Every place of every code, huge, negative and zero; codes of wrong length and kind."""
     for kind, neighborhood in NEIGHBORHOODS.items():
         call = call_of(order, kind, target.backend, target.device)
-        code = neighborhood.encode()
+        code = [*neighborhood.encode()]
         wrong = [[], code[:-1], [*code, 1], [3, *code[1:]], [-1, *code[1:]], [*code, *code[1:], 1]]
         wrong += [[(kind_code + 1) % 3, *code[1:]] for kind_code in code[:1]]
         wrong += [[*code[:i], huge, *code[i + 1 :]] for i in range(1, len(code)) for huge in HUGE]

@@ -203,15 +203,14 @@ class _Preparation:
         for index in self.copied:
             arguments[index] = arguments[index].contiguous()
         if self.moved:
-            query, key = (order.operands._fields.index(name) for name in ("query", "key"))
-            arguments[query], arguments[key] = about_origin(arguments[query], arguments[key])
+            place = order.query
+            arguments[place : place + 2] = about_origin(*arguments[place : place + 2])
         return arguments
 
 
 def _fit(name: str, tensor: torch.Tensor) -> bool:
-    if name.endswith("bias") or name == "grad_lse":
-        return tensor.is_contiguous()
-    return name == "lse" or tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    whole = name.endswith("bias") or name == "grad_lse"
+    return tensor.is_contiguous() or (not whole and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1))
 
 
 def _without_data(order: Order, arguments: Sequence[Any]) -> Any:
@@ -281,7 +280,7 @@ def _kind(
 
 
 def _new(order: Order, arguments: Sequence[Any], moved: bool) -> Plan | _Preparation:
-    operands = order.checked(arguments)
+    operands = order.operands(*arguments)
     check_operands(operands)
     query = operands.query
     if reason := cannot_run(query.device.type, query.dtype, query.shape[-1]):
