@@ -11,7 +11,7 @@ from torch import Tensor
 _PLAIN_KEYS = {f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA")} | {
     "ADInplaceOrView"
 }
-_AUTOGRAD = torch._C.DispatchKey.AutogradCPU
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 _MODES = {torch._C._dispatch_tls_local_include_set().raw_repr()}
 with torch.inference_mode():
     _MODES.add(torch._C._dispatch_tls_local_include_set().raw_repr())
