@@ -26,7 +26,8 @@ def plain(arguments: Sequence[Any]) -> bool:
     if (
         torch.compiler.is_compiling()
         or torch._C._dispatch_tls_local_include_set().raw_repr() not in _MODES
-        or torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+        # Inference mode records nothing anyway.
+        or (torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD) and not torch.is_inference_mode_enabled())
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_function_stack()
     ):
