@@ -203,31 +203,6 @@ def test_more_programs_than_a_launch_can_have():
         problem.start(None, 2**31, (), launch.configs.Config(16, 16, 4, 1))
 
 
-@pytest.mark.slow
-def test_tuning_writes_the_fastest(tmp_path):
-    """With a clock that prefers one candidate; the rest of the table stays."""
-    tune = pytest.importorskip("benchmarks.kernels.triton_tune")
-    shapes = pytest.importorskip("benchmarks.shapes").SHAPES
-    path = tmp_path / "configs.json"
-    path.write_text('{"default": {"forward/half/32": [64, 32, 4, 2]}}')
-    wanted = tune.Config(32, 16, 2, 1)
-    seen = set()
-
-    def timer(kernel, programs, arguments, options) -> float:
-        static = options["S"]
-        config = (static.own_h * static.own_w, static.block_h * static.block_w, options["num_warps"])
-        seen.add(kernel.fn.__name__)
-        return 1.0 if (*config, options["num_stages"]) == wanted[:4] else 2.0
-
-    lines: list[str] = []
-    steps = ["forward", "backward_key", "table"]
-    tune.tune([shapes["nat-16"]], ["bfloat16"], steps, "sm_90", path, "meta", timer, lines.append)
-    table = tune.configs.read(path)
-    assert table["default"] == {"forward/half/32": [64, 32, 4, 2]}
-    assert table["sm_90"] == {f"{step}/neighborhood/half/32": list(wanted) for step in steps}
-    assert len(lines) == 3 and {"forward_kernel", "backward_key_kernel", "table_shares_kernel"} <= seen
-
-
 def test_what_is_kept_is_not_allocated_by_the_calling_thread(monkeypatch):
     """That may be warming up a CUDA graph (torch.compile with "reduce-overhead"), whose memory nothing may keep."""
     on_device = pytest.importorskip("natten_ext.backends.triton.on_device")

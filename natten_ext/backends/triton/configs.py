@@ -72,6 +72,8 @@ class State(NamedTuple):
 
     assumed: str = "default"
     forced: Config | None = None
+    step: str = ""
+    """Of what ``forced`` is for; empty: of every step."""
     table: int = 0
     """How often ``write`` has changed it."""
 
@@ -122,15 +124,18 @@ def assumed_architecture(name: str) -> contextlib.AbstractContextManager[None]:
     return _with(assumed=name)
 
 
-def forced(config: Config) -> contextlib.AbstractContextManager[None]:
-    """Use one configuration for everything (to tune, and in tests)."""
-    return _with(forced=config)
+def forced(config: Config, step: str = "") -> contextlib.AbstractContextManager[None]:
+    """Use one configuration for everything, or for one step (to tune, and in tests)."""
+    return _with(forced=config, step=step)
 
 
 def lookup(device: torch.device, step: str, shape_class: str, dtype: torch.dtype, full: bool, head_dim: int) -> Config:
     """The configuration of a step."""
     section = architecture(device)
-    config = state.forced or _lookup(section, step, shape_class, dtype_class(dtype, full), channel_class(head_dim))
+    if state.forced and state.step in ("", step):
+        config = state.forced
+    else:
+        config = _lookup(section, step, shape_class, dtype_class(dtype, full), channel_class(head_dim))
     return config if pipelines(section) else config._replace(stages=1)
 
 
