@@ -38,7 +38,7 @@ def test_train_sample_and_resume(tmp_path, capsys):
     assert main(arguments) == 0
     assert Image.open(picture).size == (64, 64)
     assert main(["figures", "--run", str(out), "--out", str(tmp_path / "figures"), "--neighbours", "2"]) == 0
-    expected = {"samples.png", "curves.png", "neighbours.png"}
+    expected = {"samples.png", "curves.png", "neighbours.png", "report.html"}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == expected
 
 
