@@ -99,17 +99,20 @@ struct NarrowBackwardKey {
 #else
   static constexpr int kBlocksAtATime = 2;
 #endif
-  // Behind the tables: numbers of the staged queries, and a warp's own keys and values, of one group at a time.
+  // Groups whose own rows are staged with the tile. Where rows are short, shared memory has room for all.
+  static constexpr int kAhead = Dim == 8 ? Tile::kGroups : 1;
+  // Behind the tables: numbers of the staged queries, and a warp's own keys and values, of one group or of all.
   static constexpr Shared kNumbers = Tile::kTable + Frame::kCopies * Tile::kTableBytes, kOwn = kNumbers + Tile::kSlots * sizeof(Numbers);
   static_assert((kOwn - Tile::kOwn) % Tile::kBytes == 0);
-  static constexpr uint32_t kShared = kOwn + kNarrowWarps * 2 * kWarpRows * Tile::kBytes;
+  static constexpr uint32_t kShared = kOwn + kNarrowWarps * kAhead * 2 * kWarpRows * Tile::kBytes;
   static constexpr bool kTableGradient = false;
 
   NarrowLeft<M, Dim> key, value;
   Sums grad_key, grad_value;
 
-  NATTEN_EXT_DEVICE static uint32_t own_slot(int tensor) {
-    return (kOwn - Tile::kOwn) / Tile::kBytes + (narrow_thread() / kWarp * 2 + tensor) * kWarpRows;
+  NATTEN_EXT_DEVICE static uint32_t own_slot(int group, int tensor) {
+    const uint32_t of_warp = narrow_thread() / kWarp * kAhead + (kAhead > 1 ? group : 0);
+    return (kOwn - Tile::kOwn) / Tile::kBytes + (of_warp * 2 + tensor) * kWarpRows;
   }
 
   NATTEN_EXT_DEVICE static void run(const NarrowParams& p) {
@@ -123,20 +126,19 @@ struct NarrowBackwardKey {
     NATTEN_EXT_NO_UNROLL
     for (int i = 0; i < Tile::kGroups; ++i) {
       const Group group(p, tile, i);
-      if (!group.empty()) {
-        Tile here = tile;
-        if (Dim == 32) here.head = forget(head), here.batch = forget(tile.batch);  // so that no addresses are kept
-        group.stage(p, here, p.key, own_slot(0), false);
-        group.stage(p, here, p.value, own_slot(1), false);
+      if (i == 0 || kAhead == 1) {
+        stage_own(p, tile, group, i);
+        NATTEN_EXT_UNROLL
+        for (int next = 1; next < kAhead; ++next) stage_own(p, tile, Group(p, tile, next), next);
+        copy_async_commit();
+        copy_async_wait<0>();
+        if (i == 0) sync_block();
+        else sync_warp();
       }
-      copy_async_commit();
-      copy_async_wait<0>();
-      if (i == 0) sync_block();
-      else sync_warp();
       if (group.empty()) continue;
       NarrowBackwardKey gradients;
-      gradients.key.template load<Tile>(own_slot(0));
-      gradients.value.template load<Tile>(own_slot(1));
+      gradients.key.template load<Tile>(own_slot(i, 0));
+      gradients.value.template load<Tile>(own_slot(i, 1));
       if (Frame::is_plain(tile, group)) gradients.attend(factor, group, Columns(group));
       else gradients.template attend_units<false>(factor, Frame(tile, group));
       const auto finish = [&](const Tile& tile, const Group& group) {
@@ -144,7 +146,7 @@ struct NarrowBackwardKey {
         if (any_in_warp(!all_finite(gradients.grad_key.acc) || !all_finite(gradients.grad_value.acc))) {
           gradients.template attend_units<true>(factor, Frame(tile, group));
         }
-        gradients.write(p, tile, group);
+        gradients.write(p, tile, group, i);
       };
       if constexpr (Dim == 32) {  // where computing them again saves registers
         const Tile again(p, head, forget(narrow_block_of_head(p)));
@@ -155,9 +157,17 @@ struct NarrowBackwardKey {
     }
   }
 
-  NATTEN_EXT_DEVICE void write(const NarrowParams& p, const Tile& tile, const Group& group) const {
-    if (p.grad_key.data != nullptr) group.template write<Element>(grad_key.acc, {p.scale, p.scale}, p, tile, p.grad_key, own_slot(0));
-    if (p.grad_value.data != nullptr) group.template write<Element>(grad_value.acc, {1, 1}, p, tile, p.grad_value, own_slot(1));
+  // Starts the copies of a group's own rows.
+  NATTEN_EXT_DEVICE static void stage_own(const NarrowParams& p, Tile tile, const Group& group, int i) {
+    if (group.empty()) return;
+    if (Dim == 32) tile.head = forget(tile.head), tile.batch = forget(tile.batch);  // so that no addresses are kept
+    group.stage(p, tile, p.key, own_slot(i, 0), false);
+    group.stage(p, tile, p.value, own_slot(i, 1), false);
+  }
+
+  NATTEN_EXT_DEVICE void write(const NarrowParams& p, const Tile& tile, const Group& group, int i) const {
+    if (p.grad_key.data != nullptr) group.template write<Element>(grad_key.acc, {p.scale, p.scale}, p, tile, p.grad_key, own_slot(i, 0));
+    if (p.grad_value.data != nullptr) group.template write<Element>(grad_value.acc, {1, 1}, p, tile, p.grad_value, own_slot(i, 1));
   }
 
   NATTEN_EXT_DEVICE static Shared numbers_at(uint32_t slot) { return kNumbers + slot * static_cast<Shared>(sizeof(Numbers)); }
