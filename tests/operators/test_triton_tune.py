@@ -143,7 +143,7 @@ def test_results_are_compared_with_those_of_the_configuration_in_use(step, monke
     """Interpreted."""
     if not tune.plans.INTERPRETED:
         pytest.skip("measured on the GPU")
-    tiny = replace(SHAPES["nat-16"], name="tiny", size=(6, 6), window=3, heads=2, head_dim=8)
+    tiny = replace(SHAPES["nat-16"], name="tiny", batch=1, size=(6, 6), window=3, heads=2, head_dim=8)
     monkeypatch.setitem(SHAPES, "tiny", tiny)
     tune._problem.cache_clear()
     one = tune.Task(step, "float32", ("tiny",), configs.Config(16, 16, 1, 1), "cpu")
