@@ -26,6 +26,7 @@ class DenseForward {
         output_(plan, true),
         maximum_(plan.block_queries),
         sum_(plan.block_queries),
+        log_sum_(plan.block_queries),
         correction_(plan.block_queries),
         key_bias_(plan.block_keys) {}
 
@@ -63,13 +64,14 @@ class DenseForward {
       if (k > 0) output_.scale(correction_, count);
       output_.add(scores_, count, keys, value_.block(k, keys), k > 0);
     }
+    for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) store(log_sum_ + lane, log2(load(sum_ + lane)));
     const T* output = output_.rows(count);
     RowCursor row(a_.output, job, plan_.window_x, first), lse = lse_cursor(p, job, plan_.window_x, first);
     for (int64_t i = 0; i < count; ++i, ++row, ++lse) {
       store_row(output + i * padded, a_.output, row.offset, plan_.channels, 1 / sum_[i]);
       T* to = static_cast<T*>(a_.lse) + lse.offset;
       to[0] = maximum_[i];
-      to[p.rows()] = log2_of(sum_[i]);
+      to[p.rows()] = log_sum_[i];
     }
   }
 
@@ -106,7 +108,7 @@ class DenseForward {
   TableIndex<T> index_;
   Buffer<T> query_, query_t_, scores_;
   QuerySums<T> output_;
-  Buffer<T> maximum_, sum_, correction_, key_bias_;
+  Buffer<T> maximum_, sum_, log_sum_, correction_, key_bias_;
 };
 
 template <class T>

@@ -220,7 +220,7 @@ class NeighborhoodBackward {
         T* gradient = grad_query_.row(b - begin, r);
         if (a_.problem.l2) rows_.subtract_own(gradient, rows_.query.row(row) + b * L, row_sum_[b - begin][r]);
         else if (a_.grad_lse) rows_.add_origin(gradient, load(backward_.grad_lse[r] + b * L));
-        rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, row, b * L, T(a_.problem.dot_scale()));
+        rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, row, b * L, broadcast(T(a_.problem.dot_scale())));
       }
     }
   }

@@ -92,7 +92,7 @@ class NeighborhoodDoubleBackward {
       gather(kValueWeight, rows_.value, grad_grad_output_, static_cast<bool>(a_.cot_value));
       for_each_block([&](int r, int64_t b, int64_t slot) {
         if (!rows_.job.owns(group.row(r), b * L)) return;
-        rows_.transposer.unload(grad_grad_output_.row(slot, r), L, a_.grad_grad_output, rows_.job, group.row(r), b * L, 1);
+        rows_.transposer.unload(grad_grad_output_.row(slot, r), L, a_.grad_grad_output, rows_.job, group.row(r), b * L, broadcast(T(1)));
       });
     }
     if (a_.grad_grad_lse && own) {
@@ -112,7 +112,7 @@ class NeighborhoodDoubleBackward {
         rows_.subtract_own(gradient, rows_.query.row(row) + b * L, score_bar_sum_[slot][r]);
         if (a_.cot_query) rows_.subtract_own(gradient, cotangents_.query.row(row) + b * L, grad_score_sum_[slot][r]);
       }
-      rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, row, b * L, T(a_.problem.dot_scale()));
+      rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, row, b * L, broadcast(T(a_.problem.dot_scale())));
     });
   }
 

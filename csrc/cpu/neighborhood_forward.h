@@ -37,9 +37,7 @@ class NeighborhoodForward {
     gather_keys<T>(g, group, begin, end, weights_, rows_.value, rows_.channels, terms_, output_, false);
     for (int64_t b = begin; b < end; ++b) {
       for (int r = 0; r < group.count; ++r) {
-        T* output = output_.row(b - begin, r);
-        for (int64_t c = 0; c < rows_.channels; ++c) store(output + c * L, load(output + c * L) * inverse_sum_[b - begin][r]);
-        rows_.transposer.unload(output, L, a_.output, rows_.job, group.row(r), b * L, 1);
+        rows_.transposer.unload(output_.row(b - begin, r), L, a_.output, rows_.job, group.row(r), b * L, inverse_sum_[b - begin][r]);
       }
     }
   }
@@ -66,11 +64,12 @@ class NeighborhoodForward {
     }
     const Vector<T> sum = sums[0] + sums[1];
     const NeighborhoodJob& job = rows_.job;
+    const Vector<T> log_sum = log2(sum);
     T* lse = static_cast<T*>(a_.lse) + job.lse_offset(a_.problem, group.row(r));
     for (int lane = 0; lane < L && x + lane < g.width; ++lane) {
       T* row = lse + (x + lane) * job.window.x.dilation;
       row[0] = top[lane];
-      row[a_.problem.rows()] = log2_of(sum[lane]);
+      row[a_.problem.rows()] = log_sum[lane];
     }
     return 1 / sum;
   }

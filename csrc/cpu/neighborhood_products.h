@@ -84,7 +84,7 @@ NATTEN_EXT_INLINE void score_tile(const T* const* query, const T* key, int64_t f
     for (int r = 0; r < ROWS; ++r) q[r] = load(query[r] + c * stride);
 #pragma GCC unroll 8
     for (int j = 0; j < KEYS; ++j) {
-      const Vector<T> k = read(key + c * stride, first + j);
+      const Vector<T> k = kept_vector(read(key + c * stride, first + j));
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) sum[r][j] += q[r] * k;
     }
@@ -104,7 +104,7 @@ void score_row(const T* const* query, const T* key, int64_t stride, int64_t chan
                const T* const* start, T* const* out) {
   constexpr int L = kLanes<T>;
   // Accumulators for 16 registers, of which a permutation takes two.
-  constexpr int kLimit = ROWS == 1 ? 7 : ROWS == 3 && !Read::kPlain ? 3 : 4;
+  constexpr int kLimit = ROWS == 1 || kRegisters == 32 ? 7 : ROWS == 3 && !Read::kPlain ? 3 : 4;
   const int64_t tile = even_block(kx, kLimit);
   T* target[ROWS];
   const T* from[ROWS];
@@ -144,13 +144,16 @@ template <class T, int CHANNELS, int COUNT, int FIRST, int LAST, class Read>
 NATTEN_EXT_INLINE void sum_term(const Term<T>& term, const T* b, int64_t stride, const Read read,
                                 Vector<T> (&sum)[kGroup][CHANNELS]) {
   const int64_t a_stride = COUNT > 0 ? kLanes<T> : term.a_stride;
+  const T* column[CHANNELS];
+#pragma GCC unroll 8
+  for (int c = 0; c < CHANNELS; ++c) column[c] = kept(b + c * stride);
   const auto products = [&](int64_t m) __attribute__((always_inline)) {
     Vector<T> weight[kGroup];
 #pragma GCC unroll 4
     for (int r = FIRST; r < LAST; ++r) weight[r] = load(term.a[r] + m * a_stride);
 #pragma GCC unroll 8
     for (int c = 0; c < CHANNELS; ++c) {
-      const Vector<T> value = read(b + c * stride, m);
+      const Vector<T> value = kept_vector(read(column[c], m));
 #pragma GCC unroll 4
       for (int r = FIRST; r < LAST; ++r) sum[r][c] += weight[r] * value;
     }
@@ -200,11 +203,15 @@ NATTEN_EXT_INLINE void sum_terms_tile(const Term<T>* terms, int64_t n, int64_t b
 template <class T, int COUNT, class Read>
 int64_t sum_terms(const Term<T>* terms, int64_t n, int64_t c, int64_t channels, int64_t stride, const Read read,
                   T* const* out, int rows, int64_t out_stride, bool add) {
-  constexpr int kWide = Read::kPlain ? 4 : 3;  // a permutation takes two registers
+  constexpr int kWide = kRegisters == 32 ? 8 : Read::kPlain ? 4 : 3;  // a permutation takes two registers
   const int64_t from = c * stride, to = c * out_stride;
   if (c + kWide <= channels) {
     sum_terms_tile<T, kWide, COUNT>(terms, n, from, stride, read, out, rows, to, out_stride, add);
     return c + kWide;
+  }
+  if (kWide > 4 && c + 4 <= channels) {
+    sum_terms_tile<T, 4, COUNT>(terms, n, from, stride, read, out, rows, to, out_stride, add);
+    return c + 4;
   }
   if (c + 2 <= channels) {
     sum_terms_tile<T, 2, COUNT>(terms, n, from, stride, read, out, rows, to, out_stride, add);

@@ -62,12 +62,12 @@ class RowTransposer {
       const T* values = static_cast<const T*>(v.data) + from;
       for (int64_t i = 0; whole > 0 && i < L; ++i) prefetch_row(values + (3 * L + i) * step, channels_);
       for (int64_t c = 0; c < whole; c += L) {
-        const T* source = values + c;
-        const Vector<T> from = origin != nullptr ? NATTEN_EXT_ISA::load(origin + c) : Vector<T>{};
         Vector<T> square[L];
-        for (int i = 0; i < L; ++i) square[i] = (NATTEN_EXT_ISA::load(source + i * step) - from) * factor;
-        transpose_square<T>(square);
-        for (int i = 0; i < L; ++i) store(target + (c + i) * stride + x, square[i]);
+        load_transposed<T>(values + c, step, square);
+        for (int i = 0; i < L; ++i) {
+          const Vector<T> counted = origin != nullptr ? square[i] - origin[c + i] : square[i];
+          store(target + (c + i) * stride + x, counted * factor);
+        }
       }
       if (whole == channels_) continue;
       for (int64_t lane = 0; lane < lanes; ++lane) {
@@ -77,32 +77,35 @@ class RowTransposer {
       for (int64_t lane = lanes; lane < L; ++lane) std::fill_n(rows_ + lane * padded_, channels_, T(0));
       for (int64_t c = whole; c < channels_; c += L) {
         Vector<T> square[L];
-        for (int i = 0; i < L; ++i) square[i] = NATTEN_EXT_ISA::load(rows_ + i * padded_ + c - whole);
-        transpose_square<T>(square);
+        load_transposed<T>(rows_ + c - whole, padded_, square);
         const int64_t kept = std::min<int64_t>(L, channels_ - c);
         for (int64_t i = 0; i < kept; ++i) store(target + (c + i) * stride + x, square[i]);
       }
     }
   }
-  // One block of lanes at x, from source[channel][stride].
+  // One block of lanes at x, from source[channel][stride], each lane times its factor.
   void unload(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, Row row, int64_t x,
-              T factor) const {
-    for (int64_t c = 0; c < channels_; c += L) {
+              Vector<T> factors) const {
+    const int64_t lanes = std::min<int64_t>(L, job.columns.count - x), step = job.window.x.dilation * v.x;
+    T factor[L];
+    store(factor, factors);
+    visit_numbers<T>(v, job.offset(v, row, x), [&](auto* to) __attribute__((always_inline)) {
       Vector<T> square[L];
-      for (int i = 0; i < L; ++i) square[i] = c + i < channels_ ? NATTEN_EXT_ISA::load(source + (c + i) * stride) : Vector<T>{};
-      transpose_square<T>(square);
-      for (int i = 0; i < L; ++i) store(rows_ + i * padded_ + c, square[i]);
-    }
-    const int64_t lanes = std::min<int64_t>(L, job.columns.count - x);
-    int64_t to = job.offset(v, row, x);
-    for (int64_t lane = 0; lane < lanes; ++lane, to += job.window.x.dilation * v.x) {
-      store_row<T>(rows_ + lane * padded_, v, to, channels_, factor);
-    }
+      int64_t c = 0;
+      for (; c + L <= channels_; c += L) {
+        load_transposed<T>(source + c * stride, stride, square);
+        for (int64_t i = 0; i < lanes; ++i) store_narrow(to + i * step + c, square[i] * factor[i]);
+      }
+      if (c == channels_) return;
+      for (int64_t i = 0; i < channels_ - c; ++i) store(rows_ + i * L, NATTEN_EXT_ISA::load(source + (c + i) * stride));
+      load_transposed<T>(rows_, L, square);
+      for (int64_t i = 0; i < lanes; ++i) store_first(to + i * step + c, square[i] * factor[i], channels_ - c);
+    });
   }
 
   // All of a row that the job owns, from source[channel][stride].
   void unload_row(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, Row row, T factor) const {
-    for (int64_t x = job.columns.owned.start; x < job.columns.owned.end; x += L) unload(source + x, stride, v, job, row, x, factor);
+    for (int64_t x = job.columns.owned.start; x < job.columns.owned.end; x += L) unload(source + x, stride, v, job, row, x, broadcast(factor));
   }
 
  private:

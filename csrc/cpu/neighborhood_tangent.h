@@ -48,7 +48,7 @@ class NeighborhoodTangent {
     if (moves_) gather(x_, rows_.value, static_cast<bool>(a_.cot_value));
     for (int64_t b = begin; a_.grad_grad_output && b < end; ++b) {
       for (int r = 0; r < group.count; ++r) {
-        rows_.transposer.unload(tangent_.row(b - begin, r), L, a_.grad_grad_output, rows_.job, group.row(r), b * L, 1);
+        rows_.transposer.unload(tangent_.row(b - begin, r), L, a_.grad_grad_output, rows_.job, group.row(r), b * L, broadcast(T(1)));
       }
     }
   }

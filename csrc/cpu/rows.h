@@ -103,8 +103,7 @@ void transpose(T* target, int64_t target_stride, const T* source, int64_t source
   for (int64_t r = 0; r < rows; r += L) {
     for (int64_t c = 0; c < columns; c += L) {
       Vector<T> square[L];
-      for (int i = 0; i < L; ++i) square[i] = load(source + (r + i) * source_stride + c);
-      transpose_square<T>(square);
+      load_transposed<T>(source + r * source_stride + c, source_stride, square);
       for (int i = 0; i < L; ++i) store(target + (c + i) * target_stride + r, square[i]);
     }
   }
@@ -128,14 +127,6 @@ template <class T>
 constexpr T kLog2E = static_cast<T>(1.44269504088896340735992468100189214);
 template <class T>
 constexpr T kLn2 = static_cast<T>(0.693147180559945309417232121458176568);
-
-// The logarithm to base 2. That of double is a symbol of glibc 2.29, newer than what wheels may need; that of long double
-// is as old as glibc, and one is taken for each row of queries.
-template <class T>
-T log2_of(T value) {
-  using Wide = std::conditional_t<std::is_same_v<T, double>, long double, T>;
-  return static_cast<T>(std::log2(static_cast<Wide>(value)));
-}
 
 // A value of a table as a score in units of log2. It saturates: the largest numbers, with which tables mask or choose,
 // stay finite, and so do their sums with other scores and the differences of those. Infinities stay what they are.

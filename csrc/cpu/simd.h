@@ -4,8 +4,10 @@
 // of one kernel apart) come from the build, one pair per variant; see setup.py.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -39,6 +41,9 @@ using Integers = typename VectorOf<T>::integer;
 template <class T>
 constexpr int kLanes = NATTEN_EXT_VECTOR_BYTES / sizeof(T);
 
+// Vector registers.
+constexpr int kRegisters = NATTEN_EXT_VECTOR_BYTES == 64 ? 32 : 16;
+
 template <class T>
 constexpr int64_t round_up_to_lanes(int64_t n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -58,6 +63,29 @@ template <class T>
 NATTEN_EXT_INLINE void store(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
+// The same vector or pointer, which the compiler then keeps in a register: it would rather load what several products share
+// once for each of them, and compute addresses again.
+#if defined(__x86_64__)
+template <class T>
+NATTEN_EXT_INLINE T* kept(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+template <class V>
+NATTEN_EXT_INLINE V kept_vector(V v) {
+  asm("" : "+v"(v));
+  return v;
+}
+#else
+template <class V>
+NATTEN_EXT_INLINE V kept(V v) {
+  return v;
+}
+template <class V>
+NATTEN_EXT_INLINE V kept_vector(V v) {
+  return v;
+}
+#endif
 template <class T>
 NATTEN_EXT_INLINE Vector<T> broadcast(T value) {
   return value - Vector<T>{};
@@ -153,60 +181,79 @@ NATTEN_EXT_INLINE Vector<double> exp2(Vector<double> x) {
   return (Vector<double>)((Integers<double>)p + ((Integers<double>)shifted << 52));
 }
 
-// Transposes a square of lanes x lanes values held in one vector per row.
+// log2 of a sum of exponentials: a normal number (to 2 units in the last place), zero or NaN.
+// log2(m 2^n) = n + log2(1 + f), 1 + f = m in [2/3, 4/3), = n + f log2(e) + f^2 q(f); q fits to 5e-9 of the logarithm.
+NATTEN_EXT_INLINE Vector<float> log2(Vector<float> x) {
+  const Integers<float> n = ((Integers<float>)x - 0x3f2aaaab) >> 23;
+  const Vector<float> f = (Vector<float>)((Integers<float>)x - (n << 23)) - 1.0f;
+  Vector<float> q = broadcast<float>(-0.18681218f);
+  q = q * f + 0.20204602f;
+  q = q * f - 0.17553538f;
+  q = q * f + 0.20199403f;
+  q = q * f - 0.24067476f;
+  q = q * f + 0.28869405f;
+  q = q * f - 0.36066967f;
+  q = q * f + 0.48089653f;
+  q = q * f - 0.7213475f;
+  constexpr float kHigh = 1.44269504088896340736, kLow = 1.44269504088896340736 - static_cast<double>(kHigh);
+  const Vector<float> result = __builtin_convertvector(n, Vector<float>) + (f * kHigh + (f * kLow + q * f * f));
+  // Not above zero: zero, or NaN.
+  return x > 0.0f ? result : x - std::numeric_limits<float>::infinity();
+}
+// That of double is a symbol of glibc 2.29, newer than what wheels may need; that of long double is as old as glibc.
+NATTEN_EXT_INLINE Vector<double> log2(Vector<double> x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = static_cast<double>(std::log2(static_cast<long double>(x[lane])));
+  return x;
+}
+
+#if defined(__AVX2__)
+// The quarters at p, p + 4 stride, ... as one vector: inserted from memory, they leave the unit that shuffles free.
+NATTEN_EXT_INLINE Vector<float> load_quarters(const float* p, int64_t stride) {
+#if NATTEN_EXT_VECTOR_BYTES == 64
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * stride), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 8 * stride), 2);
+  return (Vector<float>)_mm512_insertf32x4(v, _mm_loadu_ps(p + 12 * stride), 3);
+#else
+  const __m256 v = _mm256_castps128_ps256(_mm_loadu_ps(p));
+  return (Vector<float>)_mm256_insertf128_ps(v, _mm_loadu_ps(p + 4 * stride), 1);
+#endif
+}
+
+// Transposes four rows of four values in each quarter.
+NATTEN_EXT_INLINE void transpose_quarters(Vector<float>* rows) {
+#if NATTEN_EXT_VECTOR_BYTES == 64
+  using Float = __m512;
+#define NATTEN_EXT_SHUFFLE(name, ...) _mm512_##name##_ps(__VA_ARGS__)
+#else
+  using Float = __m256;
+#define NATTEN_EXT_SHUFFLE(name, ...) _mm256_##name##_ps(__VA_ARGS__)
+#endif
+  const Float a = NATTEN_EXT_SHUFFLE(unpacklo, (Float)rows[0], (Float)rows[1]), b = NATTEN_EXT_SHUFFLE(unpackhi, (Float)rows[0], (Float)rows[1]);
+  const Float c = NATTEN_EXT_SHUFFLE(unpacklo, (Float)rows[2], (Float)rows[3]), d = NATTEN_EXT_SHUFFLE(unpackhi, (Float)rows[2], (Float)rows[3]);
+  rows[0] = (Vector<float>)NATTEN_EXT_SHUFFLE(shuffle, a, c, 0x44);
+  rows[1] = (Vector<float>)NATTEN_EXT_SHUFFLE(shuffle, a, c, 0xee);
+  rows[2] = (Vector<float>)NATTEN_EXT_SHUFFLE(shuffle, b, d, 0x44);
+  rows[3] = (Vector<float>)NATTEN_EXT_SHUFFLE(shuffle, b, d, 0xee);
+#undef NATTEN_EXT_SHUFFLE
+}
+#endif
+
+// columns[c][r] = source[r][c], a square of lanes x lanes values.
 template <class T>
-NATTEN_EXT_INLINE void transpose_square(Vector<T>* rows) {
-#if NATTEN_EXT_VECTOR_BYTES == 32 && defined(__AVX2__)
+NATTEN_EXT_INLINE void load_transposed(const T* source, int64_t stride, Vector<T>* columns) {
+  constexpr int L = kLanes<T>;
+#if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
-    __m256 r[8], s[8];
-    for (int i = 0; i < 4; ++i) {
-      r[2 * i] = _mm256_unpacklo_ps((__m256)rows[2 * i], (__m256)rows[2 * i + 1]);
-      r[2 * i + 1] = _mm256_unpackhi_ps((__m256)rows[2 * i], (__m256)rows[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; ++i) {
-      s[4 * i] = _mm256_shuffle_ps(r[4 * i], r[4 * i + 2], 0x44);
-      s[4 * i + 1] = _mm256_shuffle_ps(r[4 * i], r[4 * i + 2], 0xee);
-      s[4 * i + 2] = _mm256_shuffle_ps(r[4 * i + 1], r[4 * i + 3], 0x44);
-      s[4 * i + 3] = _mm256_shuffle_ps(r[4 * i + 1], r[4 * i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; ++i) {
-      rows[i] = (Vector<T>)_mm256_permute2f128_ps(s[i], s[i + 4], 0x20);
-      rows[i + 4] = (Vector<T>)_mm256_permute2f128_ps(s[i], s[i + 4], 0x31);
-    }
-    return;
-  }
-#elif NATTEN_EXT_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    __m512 r[16], s[16];
-    for (int i = 0; i < 16; i += 2) {
-      r[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
-      r[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {  // s[i + k]: columns k, 4 + k, 8 + k and 12 + k of rows i to i + 3
-      s[i] = _mm512_shuffle_ps(r[i], r[i + 2], 0x44);
-      s[i + 1] = _mm512_shuffle_ps(r[i], r[i + 2], 0xee);
-      s[i + 2] = _mm512_shuffle_ps(r[i + 1], r[i + 3], 0x44);
-      s[i + 3] = _mm512_shuffle_ps(r[i + 1], r[i + 3], 0xee);
-    }
-    for (int k = 0; k < 4; ++k) {
-      const __m512 even_low = _mm512_shuffle_f32x4(s[k], s[4 + k], 0x88), odd_low = _mm512_shuffle_f32x4(s[k], s[4 + k], 0xdd);
-      const __m512 even_high = _mm512_shuffle_f32x4(s[8 + k], s[12 + k], 0x88);
-      const __m512 odd_high = _mm512_shuffle_f32x4(s[8 + k], s[12 + k], 0xdd);
-      rows[k] = (Vector<T>)_mm512_shuffle_f32x4(even_low, even_high, 0x88);
-      rows[4 + k] = (Vector<T>)_mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
-      rows[8 + k] = (Vector<T>)_mm512_shuffle_f32x4(even_low, even_high, 0xdd);
-      rows[12 + k] = (Vector<T>)_mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    for (int c = 0; c < L; c += 4) {
+      for (int r = 0; r < 4; ++r) columns[c + r] = load_quarters(source + r * stride + c, stride);
+      transpose_quarters(columns + c);
     }
     return;
   }
 #endif
-  constexpr int n = kLanes<T>;
-  for (int i = 0; i < n; ++i) {
-    for (int j = i + 1; j < n; ++j) {
-      const T upper = rows[i][j];
-      rows[i][j] = rows[j][i];
-      rows[j][i] = upper;
-    }
+  for (int c = 0; c < L; ++c) {
+    for (int r = 0; r < L; ++r) columns[c][r] = source[r * stride + c];
   }
 }
 
