@@ -35,11 +35,18 @@ MINIMUM_TORCH = (2, 11)
 
 CUDA_SOURCE = ROOT / "csrc" / "cuda"
 CUDA_MODES = ("HalfMode", "BfloatMode", "Tf32Mode", "FloatMode", "DoubleMode")  # csrc/cuda/params.h
-# File -> modes it is compiled in; the longest first.
-CUDA_KERNELS = {
-    **dict.fromkeys(KERNELS[::-1], CUDA_MODES),
-    **dict.fromkeys(("narrow_backward_query", "narrow_backward_key", "narrow_forward"), ("HalfMode", "BfloatMode")),
-}
+# What is compiled of csrc/cuda, the longest first: name of the object, file, mode, whether for general neighborhoods.
+CUDA_OBJECTS = [
+    (f"{kernel}_{mode}{'_general' * general}", kernel, mode, general)
+    for kernel in KERNELS[::-1]
+    for general in (False, True)
+    for mode in CUDA_MODES
+]
+CUDA_OBJECTS += [
+    (f"{kernel}_{mode}", kernel, mode, False)
+    for kernel in ("narrow_backward_query", "narrow_backward_key", "narrow_forward")
+    for mode in ("HalfMode", "BfloatMode")
+]
 CUDA_LIBRARY = "libnatten_ext_cuda.so"
 CUDA_RESOURCES = "cuda_resources.txt"  # what ptxas said of every kernel
 CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
@@ -194,10 +201,14 @@ def architecture_flags(capability_list: str) -> list[str]:
     return flags
 
 
-def kernel_flags(mode: str) -> list[str]:
-    """nvcc's flags for one kernel file in one mode, without the architectures. ptxas reports resources."""
-    options = ["-fPIC", "-fvisibility=hidden"]
-    return ["-std=c++20", "-O3", *(f"-Xcompiler={o}" for o in options), "-Xptxas=-v", f"-DNATTEN_EXT_MODE={mode}"]
+def kernel_macros(mode: str, general: bool) -> list[str]:
+    """Flags that say what a kernel file is compiled for."""
+    return [f"-DNATTEN_EXT_MODE={mode}", f"-DNATTEN_EXT_GENERAL={str(general).lower()}"]
+
+
+def cuda_flags() -> list[str]:
+    """nvcc's flags, without the architectures and ``kernel_macros``. ptxas reports resources."""
+    return ["-std=c++20", "-O3", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-v"]
 
 
 def add_cuda_library(file: NinjaFile, nvcc: str, build: Path, package: Path, torch) -> None:
@@ -218,19 +229,17 @@ def add_cuda_library(file: NinjaFile, nvcc: str, build: Path, package: Path, tor
     architectures = architecture_flags(capabilities(torch))
     folder = Path(torch.__file__).parent
     torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{folder / 'include'}", "-x=cu", "-DUSE_CUDA"]
-    flags = [flag for flag in kernel_flags("BfloatMode") if not flag.startswith("-DNATTEN_EXT_MODE")]
     library = file.statement(
-        "compile_cuda", build / "cuda_library.o", [CUDA_SOURCE / "library.cpp"], flags + torch_flags
+        "compile_cuda", build / "cuda_library.o", [CUDA_SOURCE / "library.cpp"], cuda_flags() + torch_flags
     )
     kernels = [
         file.statement(
             "compile_cuda",
-            build / f"cuda_{kernel}_{mode}.o",
+            build / f"cuda_{name}.o",
             [CUDA_SOURCE / f"{kernel}.cu"],
-            kernel_flags(mode) + architectures,
+            cuda_flags() + kernel_macros(mode, general) + architectures,
         )
-        for kernel, modes in CUDA_KERNELS.items()
-        for mode in modes
+        for name, kernel, mode, general in CUDA_OBJECTS
     ]
     # libtorch.so is what brings libtorch_cuda.so at load time, also where the torch at hand has none to link to. With
     # --as-needed, the default of many compilers, a library is dropped in which the linker finds nothing.

@@ -26,7 +26,7 @@ THREADS, NARROW_THREADS = 128, 256
 _REGISTERS = 65536  # of a multiprocessor, since 3.5
 _MODES = {"4Half": "float16", "6Bfloat": "bfloat16", "ffLb1": "float32 (tf32)", "ffLb0": "float32", "ddLb0": "float64"}
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)a?'")
-_KERNEL = re.compile(r"attention_kernelI.*?4ModeI(.*?)EE?NS0_\d+(\w+?)ELi(\d+)E")
+_KERNEL = re.compile(r"attention_kernelI.*?4ModeI(.*?)EE?NS0_\d+(\w+?)ELi(\d+)ELb([01])E")
 _NARROW = re.compile(r"narrow_kernelINS0_\d+(\w+?)INS0_4ModeI(.*?)EELi(\d+)ELb([01])E")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
@@ -93,9 +93,13 @@ def parse(lines: Iterable[str]) -> Iterator[Kernel]:
 
 
 def _kernel_of(entry: str) -> tuple[str, str, str] | None:
-    """Mode, name and head_dim of an attention kernel; those for whole classes (csrc/cuda/narrow.h) end in "Whole"."""
+    """Mode, name and head_dim of an attention kernel.
+
+    Names of those for general neighborhoods begin with "General"; of those for whole classes (csrc/cuda/narrow.h), they
+    end in "Whole".
+    """
     if match := _KERNEL.search(entry):
-        return match[1], match[2], match[3]
+        return match[1], ("General" if match[4] == "1" else "") + match[2], match[3]
     if match := _NARROW.search(entry):
         return match[2], match[1] + ("Whole" if match[4] == "1" else ""), match[3]
     return None

@@ -7,13 +7,14 @@
 
 namespace natten_ext::cuda {
 
-template <class M, int Dim>
+template <class M, int Dim, bool General>
 struct BackwardQuery {
   using Real = typename M::Real;
+  using Own = Side<false, General>;
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 3, kStaged = 2, kScalars = 1, kTables = 1;  // query, grad_output, output; key, value; half norms of keys
   static constexpr int kChannels = kResultChannels<M, Dim, 128>;
-  static constexpr int kBlocks = Dim * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBlocks = !General && Dim * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.query;
@@ -23,16 +24,16 @@ struct BackwardQuery {
     p.staged[1] = p.value;
   }
 
-  NATTEN_EXT_DEVICE static void run(const Params& p) {
+  NATTEN_EXT_DEVICE static void run(const ParamsOf<General>& p) {
     const SharedLayout& shared = p.shared;
     const int head = launch_head(p), first = block_y() * kChannels;
-    const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
-    TableGradient<Real> table(p, head, block_of_head(p));
+    const TableReader<typename M::Element, Real, General> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
+    TableGradient<Real, General> table(p, head, block_of_head(p));
     const Real factor = static_cast<Real>(p.scale) * kLog2E<Real>;
 
-    for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
-      const OwnRows<false> own(tile);
-      const Pieces pieces(tile.halo(p), p.plan.slots);
+    for_each_tile<Own>(p, [&](const Tile<Own>& tile, auto again) {
+      const OwnRows<Own> own(p, tile);
+      const Pieces<General> pieces(p, tile);
       stage_own<M, Dim, kOwn>(p, tile);
       const LeftRows<M, Dim> query(shared.own(0), own), grad_output(shared.own(1), own);
       const RowNumbers<Real> base(p, p.base, tile, own), log_sum(p, p.log_sum, tile, own);
@@ -61,7 +62,7 @@ struct BackwardQuery {
             sync_warp();
             stage_own_keys<M, Dim>(shared.own(2), p.key, p, again(), own);
           }
-          for_each_unit(p, own, piece, [&](const Unit& unit, const UnitPairs<false>& pairs) {
+          for_each_unit(p, own, piece, [&](const Unit& unit, const UnitPairs<Own>& pairs) {
             Scores<Real> s, dp;
             clear(s);
             clear(dp);
@@ -69,7 +70,7 @@ struct BackwardQuery {
             scores<M, Dim>(dp, grad_output, shared.rows(stage, 1), unit);
             pairs.fold(s);
             pairs.fold(dp);
-            pairs.for_each_block([&](int b, const BlockPairs& block) {
+            pairs.for_each_block([&](int b, const auto& block) {
               finish_scores(s[b], block, factor, bias, p.l2, half_norm,
                             [&](int c) { return staged_scalar<Real>(half_key_norms, block, c); }, needs_masks<M>(careful));
               NATTEN_EXT_UNROLL
@@ -106,13 +107,14 @@ struct BackwardQuery {
   }
 };
 
-template <class M, int Dim>
+template <class M, int Dim, bool General>
 struct BackwardKey {
   using Real = typename M::Real;
+  using Own = Side<true, General>;
   static constexpr bool kByKey = true, kTableGradient = false;
   static constexpr int kOwn = 2, kStaged = 2, kScalars = 4, kTables = 1;  // key, value; query, grad_output; RowNumber
   static constexpr int kChannels = kResultChannels<M, Dim, 96>;
-  static constexpr int kBlocks = Dim * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBlocks = !General && Dim * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
 
   static void choose_tensors(Params& p) {
     p.own[0] = p.key;
@@ -121,15 +123,15 @@ struct BackwardKey {
     p.staged[1] = p.grad_output;
   }
 
-  NATTEN_EXT_DEVICE static void run(const Params& p) {
+  NATTEN_EXT_DEVICE static void run(const ParamsOf<General>& p) {
     const SharedLayout& shared = p.shared;
     const int head = launch_head(p), first = block_y() * kChannels;
-    const TableReader<typename M::Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
+    const TableReader<typename M::Element, Real, General> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
 
-    for_each_tile<true>(p, [&](const Tile<true>& tile, auto again) {
-      const OwnRows<true> own(tile);
-      const Pieces pieces(tile.halo(p), p.plan.slots);
+    for_each_tile<Own>(p, [&](const Tile<Own>& tile, auto again) {
+      const OwnRows<Own> own(p, tile);
+      const Pieces<General> pieces(p, tile);
       stage_own<M, Dim, kOwn>(p, tile);
       const LeftRows<M, Dim> key(shared.own(0), own), value(shared.own(1), own);
       Real half_norm[2] = {0, 0};
@@ -145,7 +147,7 @@ struct BackwardKey {
         clear(grad_value);
         for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
           if (i == 0 && p.l2) own_half_norms<M, Dim>(half_norm, shared.own(0), own);
-          for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<true>& pairs) {
+          for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<Own>& pairs) {
             Scores<Real> s, dp;
             clear(s);
             clear(dp);
@@ -153,7 +155,7 @@ struct BackwardKey {
             scores<M, Dim>(dp, value, shared.rows(stage, 1), unit);
             pairs.fold(s);
             pairs.fold(dp);
-            pairs.for_each_block([&](int b, const BlockPairs& block) {
+            pairs.for_each_block([&](int b, const auto& block) {
               const StagedNumbers<Real, kScalars> numbers(shared.scalars(stage, 0), block);
               finish_scores(s[b], block, factor, bias, p.l2, half_norm, [&](int c) { return numbers(kHalfNorm, c); },
                             needs_masks<M>(careful));
@@ -189,26 +191,25 @@ struct BackwardKey {
   }
 };
 
-template <class M>
-void backward_query(const Params& p, const std::vector<Window>& windows, Context& context) {
+template <class M, bool General>
+void backward_query(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
   std::vector<HeadRange> heads{{0, p.heads}};
-  if constexpr (kHasNarrow<M>) heads = narrow_backward_query<M>(p, windows, context);
-  for (const HeadRange& range : heads) launch_range<M, BackwardQuery>(p, windows, range, context, HeadDims<M>{});
+  if constexpr (kHasNarrow<M> && !General) heads = narrow_backward_query<M>(p, windows, context);
+  for (const HeadRange& range : heads) launch_heads<M, BackwardQuery, General>(p, windows, range, context);
 }
-template <class M>
-void backward_key(const Params& p, const std::vector<Window>& windows, Context& context) {
+template <class M, bool General>
+void backward_key(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
   std::vector<HeadRange> heads{{0, p.heads}};
-  if constexpr (kHasNarrow<M>) heads = narrow_backward_key<M>(p, windows, context);
-  for (const HeadRange& range : heads) launch_range<M, BackwardKey>(p, windows, range, context, HeadDims<M>{});
+  if constexpr (kHasNarrow<M> && !General) heads = narrow_backward_key<M>(p, windows, context);
+  for (const HeadRange& range : heads) launch_heads<M, BackwardKey, General>(p, windows, range, context);
 }
-template <class M>
+template <class M, bool General>
 uint32_t backward_shared(int head_dim) {
-  return std::max(least_shared<M, BackwardQuery>(head_dim, HeadDims<M>{}),
-                  least_shared<M, BackwardKey>(head_dim, HeadDims<M>{}));
+  return std::max(least_shared<M, BackwardQuery, General>(head_dim), least_shared<M, BackwardKey, General>(head_dim));
 }
 
-template void backward_query<NATTEN_EXT_MODE>(const Params&, const std::vector<Window>&, Context&);
-template void backward_key<NATTEN_EXT_MODE>(const Params&, const std::vector<Window>&, Context&);
-template uint32_t backward_shared<NATTEN_EXT_MODE>(int);
+template void backward_query<NATTEN_EXT_MODE, NATTEN_EXT_GENERAL>(const Params&, const std::vector<WindowOf<NATTEN_EXT_GENERAL>>&, Context&);
+template void backward_key<NATTEN_EXT_MODE, NATTEN_EXT_GENERAL>(const Params&, const std::vector<WindowOf<NATTEN_EXT_GENERAL>>&, Context&);
+template uint32_t backward_shared<NATTEN_EXT_MODE, NATTEN_EXT_GENERAL>(int);
 
 }  // namespace natten_ext::cuda

@@ -17,21 +17,22 @@ struct PairTerms {
     clear(x);
     clear(g);
   }
-  template <bool ByKey>
-  NATTEN_EXT_DEVICE void fold(const UnitPairs<ByKey>& pairs) {
+  template <class Own>
+  NATTEN_EXT_DEVICE void fold(const UnitPairs<Own>& pairs) {
     pairs.fold(p);
     pairs.fold(dp);
     pairs.fold(x);
     pairs.fold(g);
   }
-  template <bool ByKey>
-  NATTEN_EXT_DEVICE void unfold(const UnitPairs<ByKey>& pairs) {
+  template <class Own>
+  NATTEN_EXT_DEVICE void unfold(const UnitPairs<Own>& pairs) {
     pairs.unfold(p);
     pairs.unfold(dp);
     pairs.unfold(x);
     pairs.unfold(g);
   }
-  NATTEN_EXT_DEVICE void mask(int b, const BlockPairs& pairs) {
+  template <bool General>
+  NATTEN_EXT_DEVICE void mask(int b, const BlockPairs<General>& pairs) {
     mark_masked(p[b], pairs);
     mark_masked(dp[b], pairs);
     mark_masked(x[b], pairs);
@@ -46,9 +47,10 @@ struct PairTerms {
   }
 };
 
-template <class M, int Dim>
+template <class M, int Dim, bool General>
 struct DoubleBackwardQuery {
   using Real = typename M::Real;
+  using Own = Side<false, General>;
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 4, kStaged = 4, kScalars = 2, kTables = 2;
   static constexpr int kChannels = kResultChannels<M, Dim, 64>;
@@ -68,20 +70,20 @@ struct DoubleBackwardQuery {
     p.staged[3] = p.cot_value;
   }
 
-  NATTEN_EXT_DEVICE static void run(const Params& p) {
+  NATTEN_EXT_DEVICE static void run(const ParamsOf<General>& p) {
     const SharedLayout& shared = p.shared;
     using Element = typename M::Element;
     const int head = launch_head(p), first = block_y() * kChannels;
-    const TableReader<Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
-    const TableReader<Element, Real> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1, 0);
-    TableGradient<Real> table(p, head, block_of_head(p));
+    const TableReader<Element, Real, General> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
+    const TableReader<Element, Real, General> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1, 0);
+    TableGradient<Real, General> table(p, head, block_of_head(p));
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
     const bool has_cot_query = p.cot_query.data != nullptr, has_cot_key = p.cot_key.data != nullptr;
     const bool has_cot_value = p.cot_value.data != nullptr, has_grad_query = p.grad_query.data != nullptr;
 
-    for_each_tile<false>(p, [&](const Tile<false>& tile, auto again) {
-      const OwnRows<false> own(tile);
-      const Pieces pieces(tile.halo(p), p.plan.slots);
+    for_each_tile<Own>(p, [&](const Tile<Own>& tile, auto again) {
+      const OwnRows<Own> own(p, tile);
+      const Pieces<General> pieces(p, tile);
       stage_own<M, Dim, kOwn>(p, tile);
       const LeftRows<M, Dim> query(shared.own(kQuery), own), grad_output(shared.own(kGradOutput), own);
       const LeftRows<M, Dim> cot_query(shared.own(kCotQuery), own);
@@ -103,7 +105,7 @@ struct DoubleBackwardQuery {
       Real half_norm[2] = {0, 0}, cot_product[2] = {0, 0};  // of l2: |q|^2 / 2, gQ.q
       // Calls `use(unit, pairs, terms)` for every unit of a staged piece; the terms are folded.
       const auto for_each_terms = [&](int i, int stage, bool masks, auto use) {
-        for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<false>& pairs) {
+        for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<Own>& pairs) {
           PairTerms<Real> terms;
           scores<M, Dim>(terms.p, query, shared.rows(stage, kKey), unit);
           if (!p.tangents_only) scores<M, Dim>(terms.dp, grad_output, shared.rows(stage, kValue), unit);
@@ -111,7 +113,7 @@ struct DoubleBackwardQuery {
           if (has_cot_key) scores<M, Dim>(terms.x, query, shared.rows(stage, kCotKey), unit);
           if (has_cot_value && !p.tangents_only) scores<M, Dim>(terms.g, grad_output, shared.rows(stage, kCotValue), unit);
           terms.fold(pairs);
-          pairs.for_each_block([&](int b, const BlockPairs& block) {
+          pairs.for_each_block([&](int b, const auto& block) {
             finish_scores(terms.p[b], block, factor, bias, p.l2, half_norm,
                           [&](int c) { return staged_scalar<Real>(shared.scalars(stage, kHalfKeyNorm), block, c); }, masks);
             finish_scores(terms.x[b], block, scale, cot_bias, p.l2, cot_product, [&](int c) {
@@ -138,8 +140,8 @@ struct DoubleBackwardQuery {
             if (p.l2 && has_cot_query) row_products<M, Dim>(cot_product, shared.own(kCotQuery), shared.own(kQuery), own);
           }
           const bool masks = needs_masks<M>(careful);
-          for_each_terms(i, stage, masks, [&](const Unit&, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
-            pairs.for_each_block([&](int b, const BlockPairs& block) {
+          for_each_terms(i, stage, masks, [&](const Unit&, const UnitPairs<Own>& pairs, PairTerms<Real>& terms) {
+            pairs.for_each_block([&](int b, const auto& block) {
               if (masks) terms.mask(b, block);
               NATTEN_EXT_UNROLL
               for (int e = 0; e < 4; ++e) {
@@ -175,7 +177,7 @@ struct DoubleBackwardQuery {
                                {base[h], log_sum[h], d[h], half_norm[h], r[h], t[h], cot_product[h], Real(0)});
         }
         if (p.grad_grad_lse != nullptr && thread_index() % 4 == 0 && own.exists[h]) {
-          store_global(static_cast<Real*>(p.grad_grad_lse) + again().row_index(p, own.y[h], own.x), r[h]);
+          store_global(static_cast<Real*>(p.grad_grad_lse) + own.index(p, again(), h), r[h]);
         }
       }
       if (!has_grad_query && p.grad_grad_output.data == nullptr && !table) return;
@@ -194,8 +196,8 @@ struct DoubleBackwardQuery {
         for_each_piece(pieces.count, p.plan.stages, issue_again, [&](int i, int stage) {
           if (staged_again) write_key_terms(i, stage);
           const bool masks = needs_masks<M>(careful);
-          for_each_terms(i, stage, masks, [&](const Unit& unit, const UnitPairs<false>& pairs, PairTerms<Real>& terms) {
-            pairs.for_each_block([&](int b, const BlockPairs& block) {
+          for_each_terms(i, stage, masks, [&](const Unit& unit, const UnitPairs<Own>& pairs, PairTerms<Real>& terms) {
+            pairs.for_each_block([&](int b, const auto& block) {
               NATTEN_EXT_UNROLL
               for (int e = 0; e < 4; ++e) terms.to_gradients(b, e, d[e / 2], r[e / 2], t[e / 2]);
               if (masks) terms.mask(b, block);
@@ -246,9 +248,10 @@ struct DoubleBackwardQuery {
   }
 };
 
-template <class M, int Dim>
+template <class M, int Dim, bool General>
 struct DoubleBackwardKey {
   using Real = typename M::Real;
+  using Own = Side<true, General>;
   static constexpr bool kByKey = true, kTableGradient = false;
   static constexpr int kOwn = 4, kStaged = 3, kScalars = 8, kTables = 2;
   static constexpr int kChannels = kResultChannels<M, Dim, 96>;
@@ -266,19 +269,19 @@ struct DoubleBackwardKey {
     p.staged[2] = p.cot_query;
   }
 
-  NATTEN_EXT_DEVICE static void run(const Params& p) {
+  NATTEN_EXT_DEVICE static void run(const ParamsOf<General>& p) {
     const SharedLayout& shared = p.shared;
     using Element = typename M::Element;
     const int head = launch_head(p), first = block_y() * kChannels;
-    const TableReader<Element, Real> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
-    const TableReader<Element, Real> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1, 0);
+    const TableReader<Element, Real, General> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
+    const TableReader<Element, Real, General> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1, 0);
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
     const bool has_cot_query = p.cot_query.data != nullptr, has_cot_key = p.cot_key.data != nullptr;
     const bool has_cot_value = p.cot_value.data != nullptr;
 
-    for_each_tile<true>(p, [&](const Tile<true>& tile, auto again) {
-      const OwnRows<true> own(tile);
-      const Pieces pieces(tile.halo(p), p.plan.slots);
+    for_each_tile<Own>(p, [&](const Tile<Own>& tile, auto again) {
+      const OwnRows<Own> own(p, tile);
+      const Pieces<General> pieces(p, tile);
       stage_own<M, Dim, kOwn>(p, tile);
       const LeftRows<M, Dim> key(shared.own(kKey), own), value(shared.own(kValue), own);
       const LeftRows<M, Dim> cot_key(shared.own(kCotKey), own), cot_value(shared.own(kCotValue), own);
@@ -298,7 +301,7 @@ struct DoubleBackwardKey {
             own_half_norms<M, Dim>(half_norm, shared.own(kKey), own);
             if (has_cot_key) row_products<M, Dim>(cot_product, shared.own(kCotKey), shared.own(kKey), own);
           }
-          for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<true>& pairs) {
+          for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<Own>& pairs) {
             PairTerms<Real> terms;
             scores<M, Dim>(terms.p, key, shared.rows(stage, kQuery), unit);
             scores<M, Dim>(terms.dp, value, shared.rows(stage, kGradOutput), unit);
@@ -307,7 +310,7 @@ struct DoubleBackwardKey {
             if (has_cot_value) scores<M, Dim>(terms.g, cot_value, shared.rows(stage, kGradOutput), unit);
             const bool masks = needs_masks<M>(careful);
             terms.fold(pairs);
-            pairs.for_each_block([&](int b, const BlockPairs& block) {
+            pairs.for_each_block([&](int b, const auto& block) {
               const StagedNumbers<Real, kScalars> numbers(shared.scalars(stage, 0), block);
               finish_scores(terms.p[b], block, factor, bias, p.l2, half_norm, [&](int c) { return numbers(kHalfNorm, c); }, masks);
               finish_scores(terms.x[b], block, scale, cot_bias, p.l2, cot_product, [&](int c) { return numbers(kCotProduct, c); }, masks);
@@ -351,22 +354,21 @@ struct DoubleBackwardKey {
   }
 };
 
-template <class M>
-void double_backward_query(const Params& p, const std::vector<Window>& windows, Context& context) {
-  launch_all_heads<M, DoubleBackwardQuery>(p, windows, context);
+template <class M, bool General>
+void double_backward_query(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
+  launch_heads<M, DoubleBackwardQuery, General>(p, windows, {0, p.heads}, context);
 }
-template <class M>
-void double_backward_key(const Params& p, const std::vector<Window>& windows, Context& context) {
-  launch_all_heads<M, DoubleBackwardKey>(p, windows, context);
+template <class M, bool General>
+void double_backward_key(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
+  launch_heads<M, DoubleBackwardKey, General>(p, windows, {0, p.heads}, context);
 }
-template <class M>
+template <class M, bool General>
 uint32_t double_backward_shared(int head_dim) {
-  return std::max(least_shared<M, DoubleBackwardQuery>(head_dim, HeadDims<M>{}),
-                  least_shared<M, DoubleBackwardKey>(head_dim, HeadDims<M>{}));
+  return std::max(least_shared<M, DoubleBackwardQuery, General>(head_dim), least_shared<M, DoubleBackwardKey, General>(head_dim));
 }
 
-template void double_backward_query<NATTEN_EXT_MODE>(const Params&, const std::vector<Window>&, Context&);
-template void double_backward_key<NATTEN_EXT_MODE>(const Params&, const std::vector<Window>&, Context&);
-template uint32_t double_backward_shared<NATTEN_EXT_MODE>(int);
+template void double_backward_query<NATTEN_EXT_MODE, NATTEN_EXT_GENERAL>(const Params&, const std::vector<WindowOf<NATTEN_EXT_GENERAL>>&, Context&);
+template void double_backward_key<NATTEN_EXT_MODE, NATTEN_EXT_GENERAL>(const Params&, const std::vector<WindowOf<NATTEN_EXT_GENERAL>>&, Context&);
+template uint32_t double_backward_shared<NATTEN_EXT_MODE, NATTEN_EXT_GENERAL>(int);
 
 }  // namespace natten_ext::cuda

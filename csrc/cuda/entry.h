@@ -35,12 +35,12 @@ inline void check(cudaError_t error, const char* what) {
 #endif
 
 // One order each, or one side of it: query-centred kernels write what belongs to queries and the table's gradient,
-// key-centred ones what belongs to keys.
-template <class M> void forward(const Params&, const std::vector<Window>&, Context&);
-template <class M> void backward_query(const Params&, const std::vector<Window>&, Context&);
-template <class M> void backward_key(const Params&, const std::vector<Window>&, Context&);
-template <class M> void double_backward_query(const Params&, const std::vector<Window>&, Context&);
-template <class M> void double_backward_key(const Params&, const std::vector<Window>&, Context&);
+// key-centred ones what belongs to keys. `General`: see ParamsOf.
+template <class M, bool General> void forward(const Params&, const std::vector<WindowOf<General>>&, Context&);
+template <class M, bool General> void backward_query(const Params&, const std::vector<WindowOf<General>>&, Context&);
+template <class M, bool General> void backward_key(const Params&, const std::vector<WindowOf<General>>&, Context&);
+template <class M, bool General> void double_backward_query(const Params&, const std::vector<WindowOf<General>>&, Context&);
+template <class M, bool General> void double_backward_key(const Params&, const std::vector<WindowOf<General>>&, Context&);
 
 // The same for windows of 7 x 7 keys in half precision. They return the heads that are left to the other's own kernel.
 template <class M> std::vector<HeadRange> narrow_forward(const Params&, const std::vector<Window>&, Context&);
@@ -49,8 +49,8 @@ template <class M> std::vector<HeadRange> narrow_backward_key(const Params&, con
 template <class M> constexpr bool kHasNarrow = M::kTensor && sizeof(typename M::Element) == 2;
 
 // Bytes of shared memory that a block of an order needs at least.
-template <class M> uint32_t forward_shared(int head_dim);
-template <class M> uint32_t backward_shared(int head_dim);
-template <class M> uint32_t double_backward_shared(int head_dim);
+template <class M, bool General> uint32_t forward_shared(int head_dim);
+template <class M, bool General> uint32_t backward_shared(int head_dim);
+template <class M, bool General> uint32_t double_backward_shared(int head_dim);
 
 }  // namespace natten_ext::cuda

@@ -28,20 +28,20 @@ NATTEN_EXT_DEVICE int launch_head(const Params& p) { return block_x() - block_of
 // Runs `body(tile, again)` on the tiles of this block. `again()` is the tile too, but computed when it is called: where
 // what it gives is not needed in between, that saves registers. Neighboring blocks have the same tile of their heads, whose
 // rows share cache lines.
-template <bool ByKey, class Body>
-NATTEN_EXT_DEVICE void for_each_tile(const Params& p, Body body) {
-  const int head = launch_head(p), count = Tile<ByKey>::count(p, head);
+template <class S, class Body>
+NATTEN_EXT_DEVICE void for_each_tile(const ParamsOf<S::kGeneral>& p, Body body) {
+  const int head = launch_head(p), count = Tile<S>::count(p, head);
   for (int i = block_of_head(p); i < count; i += p.plan.blocks_per_head) {
-    const Tile<ByKey> tile(p, head, i);
+    const Tile<S> tile(p, head, i);
     if (tile.empty()) continue;
-    body(tile, [&] { return Tile<ByKey>(p, head, forget(i)); });
+    body(tile, [&] { return Tile<S>(p, head, forget(i)); });
     if (i + p.plan.blocks_per_head < count) sync_block();  // shared memory is free again
   }
 }
 
 // The number that belongs to the staged row of a lane's column c of a block.
-template <class Real>
-NATTEN_EXT_DEVICE Real staged_scalar(Shared scalars, const BlockPairs& pairs, int c) {
+template <class Real, class Pairs>
+NATTEN_EXT_DEVICE Real staged_scalar(Shared scalars, const Pairs& pairs, int c) {
   return load_shared<Real>(scalars + pairs.slot[c] * static_cast<uint32_t>(sizeof(Real)));
 }
 
@@ -49,8 +49,8 @@ NATTEN_EXT_DEVICE Real staged_scalar(Shared scalars, const BlockPairs& pairs, in
 // own row and per column of the block. S is in base-2 logarithms, and so is the table; its norms are |q|^2 / 2 and |k|^2 / 2,
 // so that it becomes -|q - k|^2 / 2 before anything is rounded at the size of the norms. The norms of X are gQ.q and gK.k.
 // All kernels get the same bits. What is masked may hold NaN if products do; with `masks` it does not.
-template <class Real, class Reader, class OfColumn>
-NATTEN_EXT_DEVICE void finish_scores(Real (&s)[4], const BlockPairs& pairs, Real factor, const Reader& table, bool l2,
+template <class Real, class Pairs, class Reader, class OfColumn>
+NATTEN_EXT_DEVICE void finish_scores(Real (&s)[4], const Pairs& pairs, Real factor, const Reader& table, bool l2,
                                      const Real (&of_row)[2], OfColumn of_column, bool masks) {
   if (l2) {
     const Real columns[2] = {of_column(0), of_column(1)};

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -17,14 +18,51 @@ namespace {
 // The last row of a sequence's map may be short: see params.h.
 Map sequence_map(int64_t tokens) {
   require(tokens <= INT32_MAX - kBlock, "a sequence may have at most 2^31 - 9 tokens");
-  return {static_cast<int>((tokens + kBlock - 1) / kBlock), kBlock, static_cast<int>(tokens)};
+  return {1, static_cast<int>((tokens + kBlock - 1) / kBlock), kBlock, static_cast<int>(tokens)};
 }
 
-Rows rows_of(const View& v, bool sequence) {
-  return {v.data, v.batch, sequence ? v.x * kBlock : v.y, v.x, v.head};
+// The map axes as kernels see them: those of length 1 come first, so that a line is one wherever it lies.
+class Axes {
+ public:
+  explicit Axes(const Problem& p) {
+    const int64_t lengths[3] = {p.depth, p.height, p.width};
+    std::stable_partition(order_.begin(), order_.end(), [&](int axis) { return lengths[axis] == 1; });
+  }
+  template <class T>
+  std::array<T, 3> operator()(const T& z, const T& y, const T& x) const {
+    const T* given[3] = {&z, &y, &x};
+    return {*given[order_[0]], *given[order_[1]], *given[order_[2]]};
+  }
+
+ private:
+  std::array<int, 3> order_{0, 1, 2};
+};
+
+Rows rows_of(const View& v, const Axes& axes, bool sequence) {
+  const auto [z, y, x] = axes(v.z, v.y, v.x);
+  return {v.data, v.batch, z, sequence ? x * kBlock : y, x, v.head};
 }
 
-Table table_of(const View& v) { return {v.data, v.head, v.y, v.x, v.dtype == DType::float32}; }
+Table table_of(const View& v, const Axes& axes) {
+  const auto [z, y, x] = axes(v.z, v.y, v.x);
+  return {v.data, v.head, z, y, x, v.dtype == DType::float32};
+}
+
+// Windows of a head, as far as there are any.
+HeadWindow window_of(const Problem& p, int64_t head, const Axes& axes) {
+  HeadWindow w{};
+  if (p.kind == Kind::grid) w = {{p.window_z, 1, p.window_z}, {p.window_y, 1, p.window_y}, {p.window_x, 1, p.window_x}};
+  if (p.kind == Kind::neighborhood) w = p.windows[head];
+  const auto [z, y, x] = axes(w.z, w.y, w.x);
+  return {z, y, x};
+}
+
+// Whether a problem is one for the general kernels. So are lines, for their tiles, and maps whose sizes the others can't hold.
+bool is_general(const Problem& p) {
+  if (p.kind == Kind::full) return false;
+  const auto [depth, height, width] = Axes(p)(p.depth, p.height, p.width);
+  return p.general() || height == 1 || height > UINT16_MAX || width > UINT16_MAX;
+}
 
 int element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
@@ -35,7 +73,7 @@ int vector_bytes(const Problem& p, std::initializer_list<const View*> views) {
     if (!*v) continue;
     const int64_t size = element_size(v->dtype);
     all |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(v->data)) | p.head_dim * size;
-    for (const int64_t stride : {v->batch, v->y, v->x, v->head}) all |= stride * size;
+    for (const int64_t stride : {v->batch, v->z, v->y, v->x, v->head}) all |= stride * size;
   }
   return static_cast<int>(all & -all);
 }
@@ -43,17 +81,18 @@ int vector_bytes(const Problem& p, std::initializer_list<const View*> views) {
 Context context_of(const Tensor& like);
 void note_workspace(Context& context, void* data, size_t bytes);
 
+template <bool General>
 struct Launcher {
   Params params{};
-  std::vector<Window> windows;
+  std::vector<WindowOf<General>> windows;
   Context context;
   std::vector<Tensor> workspace;
   Tensor like;  // where workspace is allocated
 
   Launcher(const Arguments& a, const Tensor& like) : like(like) {
     const Problem& p = a.problem;
-    require(!p.general(), "the GPU has no kernels for three map axes, strides and causal windows");
     const bool sequence = p.kind == Kind::full;
+    const Axes axes(p);
     params.kind = p.kind;
     params.batch = static_cast<int>(p.batch);
     params.heads = static_cast<int>(p.heads);
@@ -65,22 +104,20 @@ struct Launcher {
       params.queries = sequence_map(p.width);
       params.keys = sequence_map(p.key_width);
     } else {
-      require(p.height <= UINT16_MAX && p.width <= UINT16_MAX, "height and width must be at most 65535");
-      require(p.height * p.width <= INT32_MAX, "a map may have at most 2^31 - 1 positions");
-      params.queries = params.keys = {static_cast<int>(p.height), static_cast<int>(p.width),
-                                      static_cast<int>(p.height * p.width)};
+      require(p.queries() <= INT32_MAX, "a map may have at most 2^31 - 1 positions");
+      const auto [depth, height, width] = axes(p.depth, p.height, p.width);
+      params.queries = params.keys = {static_cast<int>(depth), static_cast<int>(height), static_cast<int>(width),
+                                      static_cast<int>(p.queries())};
     }
-    for (int64_t head = 0; head < p.heads; ++head) {
-      HeadWindow w{};
-      if (p.kind == Kind::grid) w.y.kernel = p.window_y, w.x.kernel = p.window_x;
-      if (p.kind == Kind::neighborhood) w = p.windows[head];
-      windows.push_back({static_cast<uint16_t>(w.y.kernel), static_cast<uint16_t>(w.x.kernel),
-                         static_cast<uint16_t>(w.y.dilation), static_cast<uint16_t>(w.x.dilation)});
+    for (int64_t head = 0; head < p.heads; ++head) windows.push_back(window(window_of(p, head, axes)));
+    if (a.bias || a.cot_bias) {
+      const auto [planes, rows, columns] = axes(p.table_depth(), p.table_height(), p.table_width());
+      params.table_planes = static_cast<int>(planes);
+      params.table_rows = static_cast<int>(rows);
+      params.table_columns = static_cast<int>(columns);
     }
-    const bool table = a.bias || a.cot_bias;
-    params.table_rows = table ? static_cast<int>(p.table_height()) : 0;
-    params.table_columns = table ? static_cast<int>(p.table_width()) : 0;
-    const auto rows = [&](const View& v) { return rows_of(v, sequence); };
+    const auto rows = [&](const View& v) { return rows_of(v, axes, sequence); };
+    const auto table_of = [&](const View& v) { return cuda::table_of(v, axes); };
     params.query = rows(a.query), params.key = rows(a.key), params.value = rows(a.value);
     params.output = rows(a.output), params.grad_output = rows(a.grad_output);
     params.cot_query = rows(a.cot_query), params.cot_key = rows(a.cot_key), params.cot_value = rows(a.cot_value);
@@ -101,6 +138,17 @@ struct Launcher {
     context = context_of(like);
     context.allocate = [this](size_t bytes) { return allocate(bytes); };
     note_memory(a);
+  }
+
+  static WindowOf<General> window(const HeadWindow& w) {
+    const auto number = [](int64_t size) { return static_cast<decltype(WindowOf<General>::kernel_y)>(size); };
+    if constexpr (General) {
+      return {number(w.z.kernel), number(w.y.kernel), number(w.x.kernel),
+              number(w.z.dilation), number(w.y.dilation), number(w.x.dilation),
+              number(w.z.stride), number(w.y.stride), number(w.x.stride), w.z.causal, w.y.causal, w.x.causal};
+    } else {
+      return {number(w.y.kernel), number(w.x.kernel), number(w.y.dilation), number(w.x.dilation)};
+    }
   }
 
   void* allocate(size_t bytes) {
@@ -133,16 +181,19 @@ void note_workspace(Context& context, void* data, size_t bytes) {
   context.memory.push_back({data, bytes, true});
 }
 
-void Launcher::note_memory(const Arguments& a) {
+template <bool General>
+void Launcher<General>::note_memory(const Arguments& a) {
   const Problem& p = a.problem;
   const auto note = [&](const View& v, bool written, int64_t width) {
     if (!v) return;
-    const int64_t last = (p.batch - 1) * v.batch + (p.height - 1) * v.y + (width - 1) * v.x + (p.heads - 1) * v.head;
+    const int64_t last = (p.batch - 1) * v.batch + (p.depth - 1) * v.z + (p.height - 1) * v.y + (width - 1) * v.x +
+                         (p.heads - 1) * v.head;
     context.memory.push_back({v.data, static_cast<size_t>((last + p.head_dim) * element_size(v.dtype)), written});
   };
   const auto note_table = [&](const View& v, bool written) {
     if (!v) return;
-    const int64_t last = (p.heads - 1) * v.head + (p.table_height() - 1) * v.y + (p.table_width() - 1) * v.x;
+    const int64_t last = (p.heads - 1) * v.head + (p.table_depth() - 1) * v.z + (p.table_height() - 1) * v.y +
+                         (p.table_width() - 1) * v.x;
     context.memory.push_back({v.data, static_cast<size_t>((last + 1) * element_size(v.dtype)), written});
   };
   for (const View* v : {&a.query, &a.grad_output, &a.cot_query}) note(*v, false, p.width);
@@ -185,7 +236,8 @@ Context context_of(const Tensor& like) {
 }
 
 void note_workspace(Context&, void*, size_t) {}
-void Launcher::note_memory(const Arguments&) {}
+template <bool General>
+void Launcher<General>::note_memory(const Arguments&) {}
 
 bool on_device(const Tensor& t) { return t.is_cuda(); }
 void poison(Tensor&) {}
@@ -214,7 +266,8 @@ std::tuple<int64_t, int64_t> shared_memory(std::string dtype, int64_t head_dim, 
                      : dtype == "float32" ? DType::float32 : DType::float64;
   int64_t needed = 0;
   with_mode(type, false, [&]<class M>() {  // TF32 pads to no more channels
-    needed = std::max({forward_shared<M>(dim), backward_shared<M>(dim), double_backward_shared<M>(dim)});
+    needed = std::max({forward_shared<M, false>(dim), backward_shared<M, false>(dim), double_backward_shared<M, false>(dim),
+                       forward_shared<M, true>(dim), backward_shared<M, true>(dim), double_backward_shared<M, true>(dim)});
   });
   return {needed, shared_limit_of(device)};
 }
@@ -236,28 +289,35 @@ struct CudaBackend {
   void allocated(Tensor& t) const { poison(t); }
 
   void forward(const Arguments& a) const {
-    Launcher launcher(a, like);
-    with_mode(a.query.dtype, tf32, [&]<class M>() { cuda::forward<M>(launcher.params, launcher.windows, launcher.context); });
+    launch(a, [&]<class M, bool General>(Launcher<General>& l) { cuda::forward<M, General>(l.params, l.windows, l.context); });
   }
 
   void backward(const Arguments& a) const {
-    Launcher launcher(a, like);
-    Params& p = launcher.params;
-    with_mode(a.query.dtype, tf32, [&]<class M>() {
-      launcher.allocate_row_numbers<typename M::Real>(4);
-      cuda::backward_query<M>(p, launcher.windows, launcher.context);
-      if (a.grad_key || a.grad_value) cuda::backward_key<M>(p, launcher.windows, launcher.context);
+    launch(a, [&]<class M, bool General>(Launcher<General>& l) {
+      l.template allocate_row_numbers<typename M::Real>(4);
+      cuda::backward_query<M, General>(l.params, l.windows, l.context);
+      if (a.grad_key || a.grad_value) cuda::backward_key<M, General>(l.params, l.windows, l.context);
     });
   }
 
   void double_backward(const Arguments& a) const {
-    Launcher launcher(a, like);
-    Params& p = launcher.params;
-    with_mode(a.query.dtype, tf32, [&]<class M>() {
-      launcher.allocate_row_numbers<typename M::Real>(8);
-      cuda::double_backward_query<M>(p, launcher.windows, launcher.context);
-      if (a.grad_key || a.grad_value) cuda::double_backward_key<M>(p, launcher.windows, launcher.context);
+    launch(a, [&]<class M, bool General>(Launcher<General>& l) {
+      l.template allocate_row_numbers<typename M::Real>(8);
+      cuda::double_backward_query<M, General>(l.params, l.windows, l.context);
+      if (a.grad_key || a.grad_value) cuda::double_backward_key<M, General>(l.params, l.windows, l.context);
     });
+  }
+
+ private:
+  // Calls `run.template operator()<Mode, General>(launcher)`.
+  template <class Run>
+  void launch(const Arguments& a, Run run) const {
+    const auto launch_kernels = [&]<bool General>() {
+      Launcher<General> launcher(a, like);
+      with_mode(a.query.dtype, tf32, [&]<class M>() { run.template operator()<M, General>(launcher); });
+    };
+    if (is_general(a.problem)) launch_kernels.template operator()<true>();
+    else launch_kernels.template operator()<false>();
   }
 };
 

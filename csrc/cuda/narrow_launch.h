@@ -34,7 +34,7 @@ bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
   n.grad_output = steps(p.grad_output), n.grad_query = steps(p.grad_query);
   n.grad_key = steps(p.grad_key), n.grad_value = steps(p.grad_value);
   const int64_t rows = p.queries.count;
-  if (p.row_numbers != nullptr) n.row_numbers = steps_of({p.row_numbers, p.heads * rows, p.queries.width, 1, rows}, sizeof(NumberChunk<float>));
+  if (p.row_numbers != nullptr) n.row_numbers = steps_of({p.row_numbers, p.heads * rows, 0, p.queries.width, 1, rows}, sizeof(NumberChunk<float>));
   if (!fits) return false;
   n.bias = p.bias;
   if (p.bias.data != nullptr) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../geometry.h"
 #include "arch.h"
@@ -9,6 +10,7 @@
 namespace natten_ext::cuda {
 
 constexpr int kMaxHeads = 48;  // per launch: what parameters have room for; the host starts another for the rest
+constexpr int kMaxGeneralHeads = 16;  // likewise, of general neighborhoods
 constexpr int kMaxTensors = 4;  // staged together
 constexpr int kBlock = 8;      // adjacent keys (or queries) of a row that are worked on as one
 constexpr int kWarpRows = 16;  // queries (or keys) of a warp: two rows of eight
@@ -39,40 +41,54 @@ struct Cut {
   uint16_t tiles_x;
 };
 
-// A tensor (batch, y, x, head, channel). Strides count elements; channels are contiguous. No data: absent.
-struct Rows {
-  void* data;
-  int64_t batch, y, x, head;
+// The same for general neighborhoods: of three axes, with strides and causal windows.
+struct GeneralWindow {
+  int kernel_z, kernel_y, kernel_x, dilation_z, dilation_y, dilation_x, stride_z, stride_y, stride_x;
+  bool causal_z, causal_y, causal_x;
+};
+struct GeneralCut {
+  Divisor by_tiles_z, by_tiles_y, by_tiles_x, by_dilation_z, by_dilation_y, by_dilation_x, by_stride_z, by_stride_y, by_stride_x;
+  int tiles_z, tiles_y, tiles_x;
 };
 
-// A relative position table (head, y, x), in the element type of the maps or in float.
+// A tensor (batch, z, y, x, head, channel). Strides count elements; channels are contiguous. No data: absent.
+struct Rows {
+  void* data;
+  int64_t batch, z, y, x, head;
+};
+
+// A relative position table (head, z, y, x), in the element type of the maps or in float.
 struct Table {
   void* data;
-  int64_t head, y, x;
+  int64_t head, z, y, x;
   bool is_float;
 };
 
 // Where pairs find their entries in the copy of a table that kernels read, in bytes: at the sum of their row's and their
-// column's place, from the entry of offset zero on. The copy has a row and a column more, for pairs that don't exist. Where
-// there is no table, one entry serves all pairs that exist.
+// column's place, from the entry of offset zero on. Planes of the copy have a row and a column more, for pairs that don't
+// exist. Where there is no table, one entry serves all pairs that exist.
 struct TablePlaces {
   int zero;                       // place of offset zero in the copy
-  int row, column;                // from one to the next
+  int plane, row, column;         // from one to the next
   int masked_row, masked_column;  // those of pairs that don't exist
 };
 
 // A map of queries or keys. Sequences are maps of width 8 whose last row may be short: `count` positions in all.
 struct Map {
-  int height, width, count;
+  int depth, height, width, count;
 };
 
 // How a kernel cuts its work. A tile has 16 rows for each warp; the other side is staged in pieces of at most `slots`
 // rows, `stages` (one or two) pieces deep.
 struct Plan {
   int warps, slots, stages;
+  bool wide;  // of general neighborhoods: a tile is one row of the map, see tiles.h
   int blocks_per_head;  // each works on every blocks_per_head-th tile of its head
   bool tables_shared;   // tables and their gradients fit shared memory
   uint32_t shared_bytes;
+
+  NATTEN_EXT_HOST_DEVICE int tile_height() const { return wide ? 1 : 2 * warps; }
+  NATTEN_EXT_HOST_DEVICE int tile_width() const { return wide ? 2 * warps * kBlock : kBlock; }
 };
 
 // Where things lie in a block's shared memory.
@@ -90,6 +106,7 @@ struct SharedLayout {
   NATTEN_EXT_DEVICE Shared gradient(int warp) const { return gradients + warp * gradient_bytes; }
 };
 
+// What kernels of all neighborhoods are given.
 struct Params {
   Kind kind;
   int batch, heads, head_dim;
@@ -99,7 +116,7 @@ struct Params {
   double scale;                // a: factor of q.k
   int vector_bytes;            // widest copy that every staged row allows: 16, 8, 4 or 2
   int output_vector_bytes;     // the same for results
-  int table_rows, table_columns;
+  int table_planes, table_rows, table_columns;
 
   Rows query, key, value, output;
   Rows grad_output, cot_query, cot_key, cot_value;
@@ -119,11 +136,28 @@ struct Params {
   TablePlaces table_places;
   int short_row, short_columns;  // of the staged sequence: the last row, if it has fewer columns; -1: none has
   bool wide_copies;  // all staged rows allow copies of 16 bytes, and their strides in bytes, dilation included, fit 31 bits
-  Divisor by_launch_heads, by_table_columns, by_kernel_y, by_kernel_x;  // the last two: of grid, where all heads are alike
-  Window windows[kMaxHeads];
-  Cut cuts[kMaxHeads];
+  Divisor by_launch_heads, by_table_rows, by_table_columns;
 };
-static_assert(sizeof(Params) <= 4096, "older drivers take no more parameters");
+
+// And the windows. `General`: of three map axes, strides and causal windows; otherwise two axes on which windows slide, grid and
+// full attention.
+template <bool General>
+struct ParamsOf : Params {
+  static constexpr int kHeads = kMaxHeads;
+  Divisor by_kernel_y, by_kernel_x;  // of grid, where all heads are alike
+  Window windows[kHeads];
+  Cut cuts[kHeads];
+};
+template <>
+struct ParamsOf<true> : Params {
+  static constexpr int kHeads = kMaxGeneralHeads;
+  GeneralWindow windows[kHeads];
+  GeneralCut cuts[kHeads];
+};
+static_assert(sizeof(ParamsOf<false>) <= 4096 && sizeof(ParamsOf<true>) <= 4096, "older drivers take no more parameters");
+
+template <bool General>
+using WindowOf = std::remove_extent_t<decltype(ParamsOf<General>::windows)>;
 
 // What a kernel computes in. Tensor: on the matrix units (float: as TF32).
 template <class ElementType, class RealType, bool Tensor>

@@ -9,11 +9,13 @@ namespace natten_ext::cuda {
 template <class Real>
 struct RowNumbers {
   Real value[2];
-  NATTEN_EXT_DEVICE RowNumbers(const Params& p, const void* source, const Tile<false>& tile, const OwnRows<false>& own) {
+  template <bool General>
+  NATTEN_EXT_DEVICE RowNumbers(const Params& p, const void* source, const Tile<Side<false, General>>& tile,
+                               const OwnRows<Side<false, General>>& own) {
     for (int h = 0; h < 2; ++h) {
       value[h] = 0;
       if (own.exists[h] && source != nullptr) {
-        value[h] = load_global(static_cast<const Real*>(source) + tile.row_index(p, own.y[h], own.x));
+        value[h] = load_global(static_cast<const Real*>(source) + own.index(p, tile, h));
       }
     }
   }
@@ -30,12 +32,12 @@ struct alignas(16) NumberChunk {
 };
 
 // Writes those of the lane's own row h.
-template <int N, class Real>
-NATTEN_EXT_DEVICE void write_row_numbers(const Params& p, const Tile<false>& tile, const OwnRows<false>& own, int h,
-                                         const Real (&numbers)[N]) {
+template <int N, class Real, bool General>
+NATTEN_EXT_DEVICE void write_row_numbers(const Params& p, const Tile<Side<false, General>>& tile,
+                                         const OwnRows<Side<false, General>>& own, int h, const Real (&numbers)[N]) {
   constexpr int kPerChunk = 16 / sizeof(Real);
   if (thread_index() % 4 != 0 || !own.exists[h]) return;
-  auto* to = static_cast<NumberChunk<Real>*>(p.row_numbers) + tile.row_index(p, own.y[h], own.x) * (N / kPerChunk);
+  auto* to = static_cast<NumberChunk<Real>*>(p.row_numbers) + own.index(p, tile, h) * (N / kPerChunk);
   NATTEN_EXT_UNROLL
   for (int i = 0; i < N / kPerChunk; ++i) {
     NumberChunk<Real> chunk;
@@ -50,7 +52,8 @@ struct StagedNumbers {
   static constexpr int kPerChunk = 16 / sizeof(Real);
   NumberChunk<Real> chunks[2][N / kPerChunk];
 
-  NATTEN_EXT_DEVICE StagedNumbers(Shared at, const BlockPairs& pairs) {
+  template <bool General>
+  NATTEN_EXT_DEVICE StagedNumbers(Shared at, const BlockPairs<General>& pairs) {
     NATTEN_EXT_UNROLL
     for (int i = 0; i < 2 * N / kPerChunk; ++i) {
       const int c = i / (N / kPerChunk), chunk = i % (N / kPerChunk);

@@ -15,15 +15,15 @@ struct RunningSoftmax {
   Real sum[2] = {0, 0};   // of the lane's own columns
 
   // Turns scores into weights.
-  template <int N>
-  NATTEN_EXT_DEVICE void update(const UnitPairs<false>& pairs, Scores<Real>& s, Real (&acc)[N][4]) {
+  template <class Pairs, int N>
+  NATTEN_EXT_DEVICE void update(const Pairs& pairs, Scores<Real>& s, Real (&acc)[N][4]) {
     Real largest[2] = {-kInfinity<Real>, -kInfinity<Real>};
-    pairs.for_each_block([&](int b, const BlockPairs&) {
+    pairs.for_each_block([&](int b, const auto&) {
       NATTEN_EXT_UNROLL
       for (int h = 0; h < 2; ++h) largest[h] = larger(largest[h], larger(s[b][2 * h], s[b][2 * h + 1]));
     });
     if (any_in_warp(largest[0] > base[0] + kSlack || largest[1] > base[1] + kSlack)) raise(largest, acc);
-    pairs.for_each_block([&](int b, const BlockPairs&) {
+    pairs.for_each_block([&](int b, const auto&) {
       NATTEN_EXT_UNROLL
       for (int e = 0; e < 4; ++e) {
         s[b][e] = power_of_two(s[b][e] - from[e / 2]);

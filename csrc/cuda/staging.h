@@ -50,7 +50,7 @@ NATTEN_EXT_DEVICE void stage_rows(Shared destination, const Rows& t, const Param
     }
   };
   if (p.wide_copies && whole) {
-    const auto origin = reinterpret_cast<uint64_t>(data) + tile.short_offset(t, r.y0, r.x0, kSize);
+    const auto origin = reinterpret_cast<uint64_t>(data) + tile.short_offset(t, r.z, r.y0, r.x0, kSize);
     const uint32_t step_y = static_cast<uint32_t>(t.y) * tile.window.dilation_y * kSize;
     const uint32_t step_x = static_cast<uint32_t>(t.x) * tile.window.dilation_x * kSize;
     for_each_slot([&](Shared to, int row, int column, int chunk) {
@@ -59,7 +59,7 @@ NATTEN_EXT_DEVICE void stage_rows(Shared destination, const Rows& t, const Param
     });
   } else {
     const int64_t step_y = t.y * tile.window.dilation_y, step_x = t.x * tile.window.dilation_x;
-    const auto* origin = data + tile.offset(t, r.y0, r.x0) * kSize;
+    const auto* origin = data + tile.offset(t, r.z, r.y0, r.x0) * kSize;
     for_each_slot([&](Shared to, int row, int column, int chunk) {
       copy_chunk<Element>(to, origin + (row * step_y + column * step_x) * kSize + chunk,
                           exists(r.y0 + row, r.x0 + column) ? bytes - chunk : 0, p.vector_bytes);
@@ -73,7 +73,7 @@ NATTEN_EXT_DEVICE void stage_row_numbers(Shared destination, const Params& p, co
                                          const SlotDivisor& by_width, Exists exists) {
   constexpr int kBytes = N * sizeof(Real), kChunks = kBytes / 16;
   const int total = r.height() * r.width() * kChunks, step_y = p.queries.width * tile.window.dilation_y;
-  const auto* origin = static_cast<const unsigned char*>(p.row_numbers) + tile.row_index(p, r.y0, r.x0) * kBytes;
+  const auto* origin = static_cast<const unsigned char*>(p.row_numbers) + tile.row_index(p, r.z, r.y0, r.x0) * kBytes;
   for (int i = thread_index(); i < total; i += block_threads()) {
     const int slot = i / kChunks, row = by_width(slot), column = slot - row * r.width();
     const bool valid = exists(r.y0 + row, r.x0 + column);
@@ -83,34 +83,35 @@ NATTEN_EXT_DEVICE void stage_row_numbers(Shared destination, const Params& p, co
 }
 
 // Starts copying a tile's own rows of p.own[0] to p.own[Count - 1], as far as they are given.
-template <class M, int Dim, int Count, bool ByKey>
-NATTEN_EXT_DEVICE void stage_own(const Params& p, const Tile<ByKey>& tile) {
-  const Rectangle r{tile.origin_y, tile.origin_y + Tile<ByKey>::tile_height(p), tile.origin_x, tile.origin_x + kBlock};
+template <class M, int Dim, int Count, class S>
+NATTEN_EXT_DEVICE void stage_own(const Params& p, const Tile<S>& tile) {
+  const int width = Tile<S>::tile_width(p);
+  const Rectangle r{tile.origin_y, tile.origin_y + Tile<S>::tile_height(p), tile.origin_x, tile.origin_x + width, tile.z};
   const auto exists = [&](int y, int x) { return tile.owns(y, x); };
   const bool whole = r.x1 <= tile.own_width() && exists(r.y1 - 1, r.x1 - 1);
   NATTEN_EXT_NO_UNROLL
   for (int i = 0; i < Count; ++i) {
-    if (p.own[i].data != nullptr) stage_rows<M, Dim>(p.shared.own(i), p.own[i], p, tile, r, SlotDivisor(kBlock), whole, exists);
+    if (p.own[i].data != nullptr) stage_rows<M, Dim>(p.shared.own(i), p.own[i], p, tile, r, SlotDivisor(width), whole, exists);
   }
 }
 
 // Starts copying rows of keys at the places of a warp's own queries to the warp's rows of a tile; where there is none, the
 // nearest. `await_own_keys` ends what began.
-template <class M, int Dim>
-NATTEN_EXT_DEVICE void stage_own_keys(Shared destination, const Rows& keys, const Params& p, const Tile<false>& tile,
-                                      const OwnRows<false>& own) {
+template <class M, int Dim, class S>
+NATTEN_EXT_DEVICE void stage_own_keys(Shared destination, const Rows& keys, const Params& p, const Tile<S>& tile,
+                                      const OwnRows<S>& own) {
   using Element = typename M::Element;
   constexpr int kChunk = 16 / sizeof(Element), kChunks = Dim / kChunk;
   const int lane = thread_index() % kWarp;
   NATTEN_EXT_NO_UNROLL
   for (int i = lane; i < kWarpRows * kChunks; i += kWarp) {
     const int row = i / kChunks, channel = i % kChunks * kChunk;
-    int y = lesser(own.y[0] + row / kBlock, tile.own_height() - 1), x = lesser(own.x - lane / 4 + row % kBlock, tile.own_width() - 1);
+    int y = lesser(own.row_y(row), tile.own_height() - 1), x = lesser(own.row_x(row), tile.own_width() - 1);
     if (p.kind == Kind::full) {
       const int token = lesser(y * kBlock + x, p.keys.count - 1);
       y = token / kBlock, x = token % kBlock;
     }
-    const auto* from = reinterpret_cast<const unsigned char*>(static_cast<const Element*>(keys.data) + tile.offset(keys, y, x) + channel);
+    const auto* from = reinterpret_cast<const unsigned char*>(static_cast<const Element*>(keys.data) + tile.offset(keys, tile.z, y, x) + channel);
     copy_chunk<Element>(destination + own.slot_of(row) * kPitch<M, Dim> + channel * static_cast<uint32_t>(sizeof(Element)), from,
                own.any ? (p.head_dim - channel) * static_cast<int>(sizeof(Element)) : 0, p.vector_bytes);
   }
@@ -122,11 +123,11 @@ NATTEN_EXT_DEVICE void await_own_keys() {
 }
 
 // The same for a piece: p.staged[0] and on, and `Numbers` numbers of each row.
-template <class M, int Dim, int Tensors, int Numbers, bool ByKey>
-NATTEN_EXT_DEVICE void stage_piece(int stage, const Params& p, const Tile<ByKey>& tile, const Rectangle& piece) {
+template <class M, int Dim, int Tensors, int Numbers, class S>
+NATTEN_EXT_DEVICE void stage_piece(int stage, const Params& p, const Tile<S>& tile, const Rectangle& piece) {
   const SlotDivisor by_width(piece.width());
   // Windows lie inside the map. But the last row of a sequence may be short.
-  const auto exists = [&](int y, int x) { return y * tile.other.width + x < tile.other.count; };
+  const auto exists = [&](int y, int x) { return S::kGeneral || y * tile.other.width + x < tile.other.count; };
   const bool whole = exists(piece.y1 - 1, piece.x1 - 1);
   NATTEN_EXT_NO_UNROLL
   for (int i = 0; i < Tensors; ++i) {
@@ -194,10 +195,10 @@ NATTEN_EXT_DEVICE void store_pair(Shared address, Real first, Real second) {
 
 // Writes a warp's 16 x Channels results, times `factor`, to channels `first` and on of its own rows. `scratch` is a tile in
 // shared memory whose rows of this warp nobody needs any more.
-template <class M, int Dim, int Channels, bool ByKey>
+template <class M, int Dim, int Channels, class S>
 NATTEN_EXT_DEVICE void write_rows(const typename M::Real (&acc)[Channels / 8][4], const typename M::Real (&factor)[2],
-                                  const Rows& t, Shared scratch, const Params& p, const Tile<ByKey>& tile,
-                                  const OwnRows<ByKey>& own, int first) {
+                                  const Rows& t, Shared scratch, const Params& p, const Tile<S>& tile, const OwnRows<S>& own,
+                                  int first) {
   using Element = typename M::Element;
   constexpr int kChunk = 16 / sizeof(Element), kChunks = Channels / kChunk;
   const int lane = thread_index() % kWarp;
@@ -213,13 +214,14 @@ NATTEN_EXT_DEVICE void write_rows(const typename M::Real (&acc)[Channels / 8][4]
   }
   sync_warp();
   const int y0 = own.y[0], x0 = own.x - lane / 4;
-  auto* origin = static_cast<Element*>(t.data) + tile.offset(t, y0, x0) + first;
+  auto* origin = static_cast<Element*>(t.data) + tile.offset(t, tile.z, y0, x0) + first;
   const int64_t step_y = t.y * tile.window.dilation_y, step_x = t.x * tile.window.dilation_x;
+  const int64_t to_second = own.step_y * step_y + own.step_x * step_x;
   for (int i = lane; i < kWarpRows * kChunks; i += kWarp) {
     const int row = i / kChunks, channel = i % kChunks * kChunk;
     const int bytes = (p.head_dim - first - channel) * static_cast<int>(sizeof(Element));
-    if (bytes <= 0 || !tile.owns(y0 + row / kBlock, x0 + row % kBlock)) continue;
-    auto* to = reinterpret_cast<unsigned char*>(origin + (row < kBlock ? 0 : step_y) + row % kBlock * step_x + channel);
+    if (bytes <= 0 || !tile.owns(own.row_y(row), own.row_x(row))) continue;
+    auto* to = reinterpret_cast<unsigned char*>(origin + (row < kBlock ? 0 : to_second) + row % kBlock * step_x + channel);
     const Shared from =
         scratch + own.slot_of(row) * kPitch<M, Dim> + channel * static_cast<uint32_t>(sizeof(Element));
     if (p.output_vector_bytes == 16) {

@@ -32,8 +32,8 @@ NATTEN_EXT_DEVICE Real bounded(Real entry) {
 }
 
 // A table of one head as a kernel reads it, times `factor`; zero where there is none, and `masked` for pairs that don't
-// exist: in its shared copy, the last row and the last column.
-template <class Element, class Real>
+// exist: in its shared copy, the last row and the last column of every plane.
+template <class Element, class Real, bool General>
 struct TableReader {
   const Params& p;
   const Table& table;
@@ -45,7 +45,10 @@ struct TableReader {
   NATTEN_EXT_DEVICE TableReader(const Params& p, const Table& t, int head, Shared at, Real factor, Real masked)
       : p(p), table(t), address(at), head(head), factor(factor), masked(masked) {
     if (!p.plan.tables_shared) return;
-    const int last = (p.table_places.zero + p.table_places.masked_row + p.table_places.masked_column) / static_cast<int>(sizeof(Real));
+    const TablePlaces& places = p.table_places;
+    int last = places.zero + places.masked_row + places.masked_column;
+    if constexpr (General) last += p.table_planes / 2 * places.plane;
+    last /= static_cast<int>(sizeof(Real));
     NATTEN_EXT_NO_UNROLL
     for (int i = thread_index(); i <= last; i += block_threads()) {
       store_shared(address + i * static_cast<uint32_t>(sizeof(Real)), entry(i));
@@ -54,7 +57,7 @@ struct TableReader {
   // Whether it is more than zeros.
   NATTEN_EXT_DEVICE explicit operator bool() const { return masked != 0 || table.data != nullptr; }
   // The entries of a block's pairs.
-  NATTEN_EXT_DEVICE void read(Real (&entries)[4], const BlockPairs& pairs) const {
+  NATTEN_EXT_DEVICE void read(Real (&entries)[4], const BlockPairs<General>& pairs) const {
     if (p.plan.tables_shared) {
       NATTEN_EXT_UNROLL
       for (int e = 0; e < 4; ++e) entries[e] = load_shared<Real>(address + p.table_places.zero + pairs.place(e));
@@ -62,7 +65,9 @@ struct TableReader {
     }
     NATTEN_EXT_NO_UNROLL
     for (int e = 0; e < 4; ++e) {
-      const int place = (e / 2 ? pairs.row[1] : pairs.row[0]) + (e % 2 ? pairs.column[1] : pairs.column[0]);
+      const int place = (e / 2 ? pairs.row[1] : pairs.row[0]) +
+                        (General && e / 2 ? (e % 2 ? pairs.column_of(1, 1) : pairs.column_of(1, 0))
+                                          : (e % 2 ? pairs.column_of(0, 1) : pairs.column_of(0, 0)));
       const Real value = entry((p.table_places.zero + place) / static_cast<int>(sizeof(Real)));
       NATTEN_EXT_UNROLL
       for (int i = 0; i < 4; ++i) entries[i] = i == e ? value : entries[i];
@@ -72,15 +77,22 @@ struct TableReader {
  private:
   NATTEN_EXT_DEVICE Real entry(int index) const {
     if (p.table_columns == 0) return index == 0 ? Real(0) : masked;
-    const int y = p.by_table_columns(index), x = index - y * (p.table_columns + 1);
+    int y = p.by_table_columns(index), z = 0;
+    const int x = index - y * (p.table_columns + 1);
+    if constexpr (General) {
+      z = p.by_table_rows(y);
+      y -= z * (p.table_rows + 1);
+    }
     if (y == p.table_rows || x == p.table_columns) return masked;
     if (table.data == nullptr) return 0;
-    return factor * bounded(table_entry<Element, Real>(table, head * table.head + y * table.y + x * table.x));
+    int64_t offset = head * table.head + y * table.y + x * table.x;
+    if constexpr (General) offset += z * table.z;
+    return factor * bounded(table_entry<Element, Real>(table, offset));
   }
 };
 
 // Sums of one warp, where the launch wants them; of the blocks that share a tile's channels, the first has them.
-template <class Real>
+template <class Real, bool General>
 struct TableGradient {
   const Params& p;
   Shared sums, scratch;
@@ -100,10 +112,12 @@ struct TableGradient {
   NATTEN_EXT_DEVICE explicit operator bool() const { return place >= 0; }
 
   // Adds the gradients of a unit's pairs, 0 where there is none. `kernel`: width of the windows.
-  NATTEN_EXT_DEVICE void add(const Scores<Real>& values, const OwnRows<false>& own, const Unit& unit, int kernel) {
+  NATTEN_EXT_DEVICE void add(const Scores<Real>& values, const OwnRows<Side<false, General>>& own, const Unit& unit, int kernel) {
     const int lane = thread_index() % kWarp, h = lane / 16;
-    // Table column of column 0 and own row 0 of block 0, and table row of the lane's h.
-    const int x = p.table_columns / 2 + unit.x[0] - (own.x - lane / 4), y = p.table_rows / 2 + unit.y[0] - own.y[0] - h;
+    // Table column of column 0 and the first of the lane's h own rows of block 0, and their table row.
+    const int x = p.table_columns / 2 + unit.x[0] - (own.x - lane / 4) - h * own.step_x;
+    const int y = p.table_rows / 2 + unit.y[0] - own.y[0] - h * own.step_y;
+    const int plane = General ? p.table_planes / 2 + unit.plane : 0;
     if (own.narrow && unit.y[0] == unit.y[1]) {
       // Both blocks at once: modulo eight, offsets are those of eight diagonals of eight. Two lanes have half of one each.
       put(values[0][0] + values[1][0], values[0][1] + values[1][1], values[0][2] + values[1][2], values[0][3] + values[1][3]);
@@ -113,8 +127,7 @@ struct TableGradient {
       for (int i = 4 * half; i < 4 * half + 4; ++i) sum += load_shared<Real>(at(h, i, (i + lane) % 8));
       sum += shuffle_xor(sum, 8);
       const int offset = (x + lane % 8 - first) & 7;
-      if (half == 0 && offset < kernel) add_entry(y, first + offset, sum);
-      sync_warp();
+      add_entries(half == 0 && offset < kernel, h, plane, y, first + offset, sum, own);
       return;
     }
     // Lanes 0 to 14 sum the diagonals column - row = -7 to 7 of h = 0, lanes 16 to 30 those of h = 1.
@@ -130,8 +143,7 @@ struct TableGradient {
         if (column >= 0 && column < 8 && diagonal < 8) sum += load_shared<Real>(at(h, i, column));
       }
       const int to_x = x + diagonal + (b ? unit.x[1] - unit.x[0] : 0), to_y = y + (b ? unit.y[1] - unit.y[0] : 0);
-      if (diagonal < 8) add_entry(to_y, to_x, sum);
-      sync_warp();
+      add_entries(diagonal < 8, h, plane, to_y, to_x, sum, own);
     }
   }
 
@@ -151,7 +163,7 @@ struct TableGradient {
  private:
   NATTEN_EXT_DEVICE Real* partial(int i) const { return static_cast<Real*>(p.table_partials) + int64_t{place} * size() + i; }
   NATTEN_EXT_DEVICE Shared shared(int i) const { return sums + i * static_cast<uint32_t>(sizeof(Real)); }
-  NATTEN_EXT_DEVICE int size() const { return p.table_rows * p.table_columns; }
+  NATTEN_EXT_DEVICE int size() const { return (General ? p.table_planes : 1) * p.table_rows * p.table_columns; }
   // In the scratch, rows 4 to 7 of a block lie eight numbers further, so that halves of diagonals are in different banks.
   NATTEN_EXT_DEVICE Shared at(int h, int row, int column) const {
     return scratch + (80 * h + 8 * row + row / 4 * 8 + column) * static_cast<uint32_t>(sizeof(Real));
@@ -165,9 +177,19 @@ struct TableGradient {
     store_shared(at(0, g, 2 * t), Pair{{a, b}});
     store_shared(at(1, g, 2 * t), Pair{{c, d}});
   }
-  NATTEN_EXT_DEVICE void add_entry(int y, int x, Real sum) {
+  // Adds the sums of lanes that have one, each to an entry of its own. In wide tiles, entries of both own rows may be the same.
+  NATTEN_EXT_DEVICE void add_entries(bool has_one, int h, int z, int y, int x, Real sum, const OwnRows<Side<false, General>>& own) {
+    const bool second = General && own.step_y == 0 && h == 1;
+    if (has_one && !second) add_entry(z, y, x, sum);
+    if (General && own.step_y == 0) {
+      sync_warp();
+      if (has_one && second) add_entry(z, y, x, sum);
+    }
+    sync_warp();
+  }
+  NATTEN_EXT_DEVICE void add_entry(int z, int y, int x, Real sum) {
     if (y < 0 || y >= p.table_rows || x < 0 || x >= p.table_columns) return;
-    const int i = y * p.table_columns + x;
+    const int i = (z * p.table_rows + y) * p.table_columns + x;
     if (p.plan.tables_shared) {
       store_shared(shared(i), load_shared<Real>(shared(i)) + sum);
     } else {

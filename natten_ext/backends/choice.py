@@ -27,9 +27,6 @@ FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
 # On CPU tensors these run in an interpreter or an emulator, and only when they are asked for by name.
 _MADE_FOR_GPUS = ("cuda", "triton")
 
-SLIDING_ONLY = ("cuda",)
-"""Backends without kernels for general neighborhoods, as natten_ext.geometry says of one."""
-
 NAMES = (*FUSED, "reference")
 
 ENVIRONMENT_VARIABLE = "NATTEN_EXT_BACKEND"
@@ -102,9 +99,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {shown(name)}")
 
 
-def choose(
-    name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str, general: bool = False
-) -> str:
+def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> str:
     """The backend that runs a problem: ``name``, what ``use_backend`` or the environment says, or the first that can.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run the problem.
@@ -113,13 +108,13 @@ def choose(
         name = _override or "auto"
     check_name(name)
     if name != "auto":
-        status = _status(name, device_type, dtype, head_dim, general)
+        status = _status(name, device_type, dtype, head_dim)
         if not status.available:
             raise RuntimeError(f"backend {name!r} cannot run this: {status.reason}")
         return name
     reasons = []
     for candidate in _candidates(device_type, dtype, head_dim, neighborhood):
-        status = _status(candidate, device_type, dtype, head_dim, general)
+        status = _status(candidate, device_type, dtype, head_dim)
         if status.available:
             break
         reasons.append(f"{candidate}: {status.reason}")
@@ -151,10 +146,8 @@ def _gpu_candidates(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tup
     return ("triton", "cuda") if wide else ("cuda", "triton")
 
 
-def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int, general: bool = False) -> BackendStatus:
+def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> BackendStatus:
     reason = "" if name == "reference" else FUSED[name].cannot_run(device_type, dtype, head_dim)
-    if not reason and general and name in SLIDING_ONLY:
-        reason = "it has no kernels for three map axes, strides and causal windows"
     return BackendStatus(name, not reason, reason)
 
 

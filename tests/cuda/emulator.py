@@ -40,12 +40,11 @@ def build(folder: Path) -> Path:
     objects = [
         file.statement(
             "compile",
-            folder / f"{kernel}_{mode}.o",
+            folder / f"{name}.o",
             [setup.CUDA_SOURCE / f"{kernel}.cu"],
-            [*common, f"-DNATTEN_EXT_MODE={mode}", "-x", "c++"],
+            [*common, *setup.kernel_macros(mode, general), "-x", "c++"],
         )
-        for kernel, modes in setup.CUDA_KERNELS.items()
-        for mode in modes
+        for name, kernel, mode, general in setup.CUDA_OBJECTS
     ]
     machine = ROOT / "csrc" / "emulator" / "machine.cpp"
     objects.append(file.statement("compile", folder / "machine.o", [machine], [*common, "-O2"]))

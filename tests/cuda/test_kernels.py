@@ -34,6 +34,19 @@ LARGER = [
     Case("grid", "grid", (1, 12, 24, 1, 8), window=12, bias=True),
     Case("grid-small-windows", "grid", (1, 12, 12, 2, 8), window=(4, 2), score="l2", bias=True),
     Case("na", "neighborhood", (1, 13, 21, 2, 8), kernel=(5, 3), dilation=(1, 2), groups=("dilation",), bias=True),
+    # Tiles are 64 queries of a line, whose own rows share entries of the table.
+    Case("line", "neighborhood", (1, 75, 2, 8), kernel=(9, 30), stride=(4, 1), groups=("kernel", "stride"), bias=True),
+    # Pieces of a halo are planes, or parts of one.
+    Case(
+        "volume",
+        "neighborhood",
+        (1, 3, 5, 9, 1, 4),
+        kernel=(2, 4, 5),
+        stride=(1, 3, 1),
+        causal=(True, False, False),
+        bias=True,
+        score="l2",
+    ),
 ]
 # A window wider than a block of eight keys: nothing is folded, and diagonals of a table's gradient stay apart.
 WIDE_WINDOW = Case("na-wide-window", "neighborhood", (1, 5, 20, 1, 4), kernel=(2, 9), bias=True)
@@ -133,6 +146,13 @@ def test_bits_do_not_depend_on_the_order_of_warps(case):
         assert_same_bits(emulated.solve(case, torch.bfloat16), ascending)
 
 
+def test_a_line_may_be_long_and_lie_along_any_axis():
+    """This one is longer than the kernels for maps count."""
+    line = torch.randn(1, 65600, 1, 1, 1)
+    results = [natten_ext.neighborhood_attention(line, line, line, (3, 1), backend=b) for b in ("cuda", "cpu")]
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("head_dim", [4, 8, 16, 33, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_padded_widths(head_dim, dtype):
@@ -207,6 +227,7 @@ PASSING_ALL = [
     ),
     # The second tile of the second residue class is empty, and a block has no other.
     ({}, Case("na", "neighborhood", (1, 2, 17, 1, 8), kernel=(1, 3), dilation=(1, 2), bias=True), torch.bfloat16),
+    ({}, Case("line", "neighborhood", (1, 20, 1, 8), kernel=9, causal=True, bias=True), torch.bfloat16),
 ]
 
 

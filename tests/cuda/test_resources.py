@@ -19,13 +19,14 @@ CAPABILITIES = ("8.0", "9.0", "10.0")
 
 # Files and modes, the longest first: bfloat16 for every capability, and of the others what is nearest to spilling.
 # docs/cuda.md has the rest.
-JOBS = [("double_backward", "BfloatMode", capability) for capability in CAPABILITIES]
-JOBS += [("double_backward", "Tf32Mode", "8.0")]
-JOBS += [("backward", "BfloatMode", capability) for capability in CAPABILITIES]
-JOBS += [("backward", "FloatMode", "8.0")]
-JOBS += [("forward", "BfloatMode", capability) for capability in CAPABILITIES]
+JOBS = [("double_backward", "BfloatMode", False, capability) for capability in CAPABILITIES]
+JOBS += [("double_backward", "Tf32Mode", False, "8.0")]
+JOBS += [("backward", "BfloatMode", False, capability) for capability in CAPABILITIES]
+JOBS += [("backward", "FloatMode", False, "8.0")]
+JOBS += [("forward", "BfloatMode", False, capability) for capability in CAPABILITIES]
+JOBS += [(kernel, "BfloatMode", True, "8.0") for kernel in ("backward", "forward")]
 JOBS += [
-    (f"narrow_{order}", "BfloatMode", capability)
+    (f"narrow_{order}", "BfloatMode", False, capability)
     for order in ("backward_query", "backward_key", "forward")
     for capability in CAPABILITIES
 ]
@@ -39,10 +40,10 @@ def kernels(tmp_path_factory) -> list[cuda_resources.Kernel]:
         pytest.skip("there is no nvcc")
     folder = tmp_path_factory.mktemp("cuda")
 
-    def compile_one(job: tuple[str, str, str]) -> str:
-        kernel, mode, capability = job
-        flags = [*setup.kernel_flags(mode), *setup.architecture_flags(capability)]
-        source, to = setup.CUDA_SOURCE / f"{kernel}.cu", folder / f"{kernel}{mode}{capability}.o"
+    def compile_one(job: tuple[str, str, bool, str]) -> str:
+        kernel, mode, general, capability = job
+        flags = [*setup.cuda_flags(), *setup.kernel_macros(mode, general), *setup.architecture_flags(capability)]
+        source, to = setup.CUDA_SOURCE / f"{kernel}.cu", folder / f"{kernel}{mode}{general}{capability}.o"
         command = [nvcc, *flags, "-c", str(source), "-o", str(to)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -58,7 +59,8 @@ def test_every_kernel_is_reported(kernels):
     expected = ("Forward", "BackwardQuery", "BackwardKey", "DoubleBackwardQuery", "DoubleBackwardKey")
     narrow = ("NarrowForward", "NarrowBackwardQuery", "NarrowBackwardKey")
     expected += (*narrow, *(f"{name}Whole" for name in narrow))
-    assert names == {(name, capability) for name in expected for capability in CAPABILITIES}
+    general = {(f"General{name}", "8.0") for name in ("Forward", "BackwardQuery", "BackwardKey")}
+    assert names == general | {(name, capability) for name in expected for capability in CAPABILITIES}
     assert {kernel.dtype for kernel in kernels} == {"bfloat16", "float32 (tf32)", "float32"}
     assert {kernel.head_dim for kernel in kernels} == {8, 16, 32, 64, 96, 128, 256}
 
@@ -76,8 +78,8 @@ def test_nothing_spills(kernels):
 
 
 REPORT = """\
-ptxas info    : Compiling entry function '_ZN10natten_ext4cuda16attention_kernelINS0_4ModeINS0_6BfloatEfLb1EEENS0_7ForwardELi32EEEvNS0_6ParamsE' for 'sm_90'
-ptxas info    : Function properties for _ZN10natten_ext4cuda16attention_kernelINS0_4ModeINS0_6BfloatEfLb1EEENS0_7ForwardELi32EEEvNS0_6ParamsE
+ptxas info    : Compiling entry function '_ZN10natten_ext4cuda16attention_kernelINS0_4ModeINS0_6BfloatEfLb1EEENS0_7ForwardELi32ELb0EEEvNS0_8ParamsOfIXT2_EEE' for 'sm_90'
+ptxas info    : Function properties for _ZN10natten_ext4cuda16attention_kernelINS0_4ModeINS0_6BfloatEfLb1EEENS0_7ForwardELi32ELb0EEEvNS0_8ParamsOfIXT2_EEE
     16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack size
 """  # noqa: E501

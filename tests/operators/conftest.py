@@ -24,7 +24,6 @@ if not torch.cuda.is_available():
     emulator.use()
 
 import natten_ext
-from natten_ext.backends import choice
 
 # Backends whose kernels are not made for the CPU run there through an interpreter or an emulator.
 NATIVE_ON_CPU = {"reference", "cpu"}
@@ -54,11 +53,8 @@ class Target:
     def takes(self, case: Case) -> bool:
         """Whether a case is small enough for this target."""
         if self.interpreted and not TEST_ALL:
-            return case.small and case.lattices <= 6 and not self._lacks(case)
-        return (case.small or not self.slow) and not self._lacks(case)
-
-    def _lacks(self, case: Case) -> bool:
-        return case.general and self.backend in choice.SLIDING_ONLY
+            return case.small and case.lattices <= 6
+        return case.small or not self.slow
 
     def can(self, dtype: torch.dtype, head_dim: int = 8) -> bool:
         return any(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from natten_ext.backends import choice
 from natten_ext.compat import natten_021
 from tests.operators.oracle import axis_neighbors
 
@@ -40,10 +39,6 @@ class Problem:
         return "-".join([*parts, f"h{self.heads}over{self.key_heads}", f"w{self.width}v{self.value_width}"]) + (
             f"-plus{self.additional}" * bool(self.additional)
         )
-
-    @property
-    def general(self) -> bool:
-        return len(self.extents) > 2 or any(self.causal) or any(stride > 1 for stride in self.stride)
 
     def inputs(self) -> dict[str, torch.Tensor]:
         of_keys = {"key": self.width, "value": self.value_width}
@@ -119,8 +114,6 @@ def test_the_kinds_are_as_frequent_as_in_natten():
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_problem(any_target, problem):
     """The output, the log-sum-exp and all gradients of both."""
-    if problem.general and any_target.backend in choice.SLIDING_ONLY:
-        pytest.skip("no kernels for this yet")
     if any_target.slow and math.prod(problem.extents) * math.prod(problem.dilation) * problem.heads > 300:
         pytest.skip("for native kernels")
     any_target.skip_unless_can(torch.float64, max(problem.width, problem.value_width))
