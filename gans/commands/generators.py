@@ -186,7 +186,7 @@ def render(
     space: Space = "z",
     name: str | None = None,
 ) -> Iterator[Tensor]:
-    """Images `(n, C, H, W)` in [-1, 1] on the CPU, batch by batch, n <= `batch`.
+    """Images `(n, C, H, W)` in [-1, 1] (clamped) on the CPU, batch by batch, n <= `batch`.
 
     Image i has the z and the noise of `seeds[i]`, whatever else is in its batch; with `codes`, rows of z or w by
     `space`, only the noise is that of the seeds. Its class is the one called `name`, or goes by the seed (`labels_of`).
@@ -209,4 +209,4 @@ def render(
             images = generator.synthesize(x) if mapped else bind(generator, own)(x)
         if hasattr(generator, "denormalize"):
             images = generator.denormalize(images)
-        yield images.float().cpu()
+        yield images.float().clamp(-1, 1).cpu()

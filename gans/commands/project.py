@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 from gans.commands.generators import Weights, attention_backend, class_of, load_generator
@@ -16,6 +15,7 @@ from gans.common.distributed import choose_device
 from gans.common.files import new_folder, save_tensors
 from gans.data.images import GAP, grid, save_png
 from gans.data.loading import to_array, to_unit_range
+from gans.data.sources import decode
 from gans.evaluation.projection import ProjectionConfig, project
 from gans.features.by_name import make_maps
 from gans.models.conditioning import bind
@@ -67,8 +67,8 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"class is not given; the generator has {classes}, and an image is projected in one of them")
     label = None if options.class_ is None else torch.tensor([class_of(generator, options.class_)], device=device)
     size, channels = generator.config.image_size, generator.config.channels
-    with Image.open(options.image) as image:
-        target = to_unit_range(torch.from_numpy(to_array(image, size, channels).copy()))[None].to(device)
+    image = decode(options.image.read_bytes, repr(str(options.image)))
+    target = to_unit_range(torch.from_numpy(to_array(image, size, channels).copy()))[None].to(device)
     network = None if options.network == "none" else make_maps(options.network).to(device)
     steps = options.projection.steps
     shown = {round(i * (steps - 1) / (COLUMNS - 2)) for i in range(COLUMNS - 1)}

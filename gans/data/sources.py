@@ -20,7 +20,7 @@ import re
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -43,6 +43,22 @@ MAX_BYTES = 8 * MAX_PIXELS
 
 class BrokenImageError(ValueError):
     """A file that is no readable image; the message has its name."""
+
+
+def decode(read: Callable[[], bytes], called: str) -> Image.Image:
+    """The image in the bytes that `read` returns, turned upright as its EXIF data say; BrokenImageError, which names it
+    as `called`, if there is none.
+    """
+    try:
+        image = Image.open(io.BytesIO(read()))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"it has {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are decoded")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+    except Exception as error:  # Pillow's decoders raise all sorts
+        what = "Pillow knows no such format" if isinstance(error, UnidentifiedImageError) else error
+        raise BrokenImageError(f"cannot read image {called}: {what}") from error
 
 
 class ImageSource(Protocol):
@@ -103,16 +119,7 @@ class FileImages:
 
     def open(self, index: int) -> Image.Image:
         name = self.names[index]
-        try:
-            image = Image.open(io.BytesIO(self._contents(name)))
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it has {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are decoded")
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image
-        except Exception as error:  # Pillow's decoders raise all sorts
-            what = "Pillow knows no such format" if isinstance(error, UnidentifiedImageError) else error
-            raise BrokenImageError(f"cannot read image {name!r} in {str(self.origin)!r}: {what}") from error
+        return decode(lambda: self._contents(name), f"{name!r} in {str(self.origin)!r}")
 
     def _contents(self, name: str) -> bytes:
         size = self.size_of(name)

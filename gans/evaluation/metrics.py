@@ -5,6 +5,8 @@ For the result of a run use `python -m gans evaluate`, which takes more images a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,3 +59,14 @@ def make_metric(choice: str, real: Tensor) -> Metric:
         network = make_vectors(kind, judge=Path(file) if file else None)  # type: ignore[arg-type]
         return Metric(real, network.to(real.device))
     raise ValueError(f"metric is {choice!r}; it must be random, lite1 or judge:FILE")
+
+
+def distances(lines: Sequence[dict[str, float]], floor: float | None = None) -> list[dict[str, float]]:
+    """The lines of a run's log with a distance that has this floor, or else the last one's.
+
+    Only those are comparable: a run may have gone on with another network or number of images, and so another floor.
+    """
+    found = [line for line in lines if "distance" in line]
+    if found and floor is None:
+        floor = found[-1]["floor"]
+    return [line for line in found if math.isclose(line["floor"], floor, rel_tol=1e-3)]  # threads round differently

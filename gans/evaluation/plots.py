@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from gans.data.images import GAP
+from gans.evaluation import metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -94,7 +95,7 @@ def plot_curves(lines: Sequence[dict[str, float]], path: Path, distance: str = "
 
     `distance` is the distance's name.
     """
-    distances = [line for line in lines if "distance" in line]
+    distances = metrics.distances(lines)
     panels = 3 if distances else 2
     figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.6), layout="constrained", squeeze=False)
     for axis, network in zip(axes[0], ("discriminator", "generator"), strict=False):

@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from gans.evaluation import metrics
 from gans.evaluation.plots import read_tiles, sample_steps
 from gans.recipes.config import TrainConfig, from_dict
 
@@ -79,7 +80,7 @@ def write_report(run: Path, lines: Sequence[dict[str, float]], curves: Path, pat
         raise FileNotFoundError(f"run {str(run)!r} has no samples to show")
     size = from_dict(TrainConfig, recipe).generator.image_size
     means = [line for line in lines if "images_per_second" in line]
-    distances = [line for line in lines if "distance" in line]
+    distances = metrics.distances(lines)
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
     text = page.render(
         title=run.resolve().name,

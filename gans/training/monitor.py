@@ -21,7 +21,7 @@ from gans.common.files import new_file
 from gans.data import loading
 from gans.data.images import GAP, grid
 from gans.data.sources import ImageSource
-from gans.evaluation.metrics import Metric, make_metric
+from gans.evaluation.metrics import Metric, distances, make_metric
 from gans.models.conditioning import bind
 from gans.recipes.config import RunConfig, TrainConfig, to_dict
 from gans.training.checkpoint import writing
@@ -126,8 +126,7 @@ class Monitor:
         self._first, self._tick = state.step, 0
         self._progress = progress
         self._distance: float | None = None
-        past = read(self.out) if run.metric_every and state.step else []
-        self._best = min((line["distance"] for line in past if "distance" in line), default=math.inf)
+        self._best = math.inf
         self._improved = False
         self._bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True)
 
@@ -141,6 +140,8 @@ class Monitor:
         self.metric: Metric | None = None
         if run.metric_every:
             self.metric = metric = make_metric(run.metric, real(run.metric_images).to(self.device))
+            past = distances(read(self.out), metric.floor) if state.step else []
+            self._best = min((line["distance"] for line in past), default=math.inf)
             floor = f"real against real (two halves of {metric.count} images) {metric.floor:.4g}"
             self._say(f"{metric.name}: {floor}")
         if not (self.out / "samples" / "real.png").exists():
@@ -187,7 +188,7 @@ class Monitor:
         """Takes the logs of a step's updates, of which the files get the means, and writes what is due.
 
         `stopped` says that the run ends here, before its last step. Returns whether a distance was measured that is the
-        smallest of the run so far.
+        smallest of the run so far, of those with this network and number of images.
         """
         self._improved = False
         for values in logs:

@@ -86,6 +86,22 @@ def test_command(tiny, tiny_run, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_the_image_is_read_as_training_reads_it(tiny, tiny_run, tmp_path, capsys):
+    train(replace(tiny, steps=0), tiny_run, progress=False)
+    upright = Image.new("L", (8, 16), "black")
+    upright.paste("white", (0, 0, 8, 8))  # the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera that was turned: what is upright lies on its left side in the file
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
+    arguments = ["project", "--checkpoint", tiny_run.out, "--steps", "1", "--network", "none", "--scale", "1"]
+    assert main([*arguments, "--image", str(tmp_path / "photo.png"), "--out", str(tmp_path / "found")]) == 0
+    given = np.asarray(Image.open(tmp_path / "found" / "way.png"))[:, :8]
+    assert (given[:4] == 255).all() and (given[4:] == 0).all()
+    (tmp_path / "notes.png").write_text("no image")
+    assert main([*arguments, "--image", str(tmp_path / "notes.png"), "--out", str(tmp_path / "other")]) == 1
+    assert f"cannot read image '{tmp_path}/notes.png': Pillow knows no such format" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -17,9 +17,11 @@ from PIL import Image
 from gans.commands.cli import main
 from gans.commands.train import next_folder
 from gans.data.images import grid, to_uint8
+from gans.evaluation.metrics import distances
 from gans.evaluation.plots import read_tiles
 from gans.recipes.config import RunConfig
 from gans.training import checkpoint, monitor
+from gans.training.logs import read
 from gans.training.loop import train
 from gans.training.status import duration
 
@@ -75,6 +77,30 @@ def test_the_best_checkpoint_is_kept(tiny, tiny_run, monkeypatch):
     (root / f"{checkpoint.PARTIAL}old-best").mkdir()  # what a killed process leaves
     train(replace(tiny, steps=10), replace(run, resume="latest"), progress=False)
     assert not list(root.glob(".partial-*")) and checkpoint.load_state(root / "best")["step"] == 8
+
+
+def test_the_best_checkpoint_goes_by_one_metric(tiny, tiny_run, monkeypatch):
+    other = Distances(300.0, 400.0)
+    other.floor = 20.0  # of another network, or number of images
+    scripts = iter([Distances(9.0, 4.0), other])
+    monkeypatch.setattr(monitor, "make_metric", lambda choice, real: next(scripts))
+    run = replace(tiny_run, metric_every=2, metric_images=4)
+    out = Path(run.out)
+    train(replace(tiny, steps=2), run, progress=False)
+    train(replace(tiny, steps=6), replace(run, resume="latest"), progress=False)
+    assert checkpoint.load_state(out / "checkpoints" / "best")["step"] == 4
+    assert "300 at step 4" in (out / "report.html").read_text()
+    lines = read(out)
+    assert [line["distance"] for line in distances(lines)] == [300.0, 400.0]
+    assert [line["distance"] for line in distances(lines, 0.5)] == [9.0, 4.0]
+    assert distances(lines, 1.0) == distances([]) == []
+
+
+def test_a_run_with_only_a_best_checkpoint_is_not_begun_again(tiny, tiny_run):
+    best = Path(tiny_run.out) / "checkpoints" / "best"
+    best.mkdir(parents=True)  # what is there of a run that was killed before its first regular checkpoint
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train(tiny, tiny_run, progress=False)
 
 
 def test_grids_have_gaps_and_are_read_with_or_without():
