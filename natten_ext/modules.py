@@ -78,11 +78,16 @@ class _AttentionModule(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    def _prepared(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as it is projected."""
+        return x
+
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views ``(..., heads, head_dim)`` of one packed projection of the input: nothing is copied."""
         check_dense("input", x)
         if x.dim() != self._layout.count(",") + 1 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"input must be {self._layout} with {self.embed_dim} channels, got shape {shape_of(x)}")
+        x = self._prepared(x)
         packed = self.qkv(x).unflatten(-1, (self.projections, self.num_heads, self.head_dim))
         return packed.unbind(-3)
 
@@ -355,8 +360,8 @@ class NeighborhoodAttention(_AttentionModule):
         names = ("kernel_size", "dilation", "stride", "is_causal")
         return {name: getattr(self, name) for name in names}
 
-    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super()._project(padded(x, self._least) if self.pad_small else x)
+    def _prepared(self, x: torch.Tensor) -> torch.Tensor:
+        return padded(x, self._least) if self.pad_small else x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self._project(x)
@@ -374,4 +379,5 @@ class NeighborhoodAttention(_AttentionModule):
 
     def extra_repr(self) -> str:
         neighborhood = ", ".join(f"{name}={value}" for name, value in self._neighborhood().items())
-        return f"{super().extra_repr()}, map_axes={self.map_axes}, {neighborhood}"
+        padding = ", pad_small=True" if self.pad_small else ""
+        return f"{super().extra_repr()}, map_axes={self.map_axes}, {neighborhood}{padding}"

@@ -141,8 +141,9 @@ def test_small_maps_are_padded_if_asked_for():
     assert torch.equal(module(large), plain(large))
     with pytest.raises(ValueError, match="3 \\* 2 > height 4"):
         plain(x)
-    with pytest.raises(ValueError, match="8 channels"):
-        module(x[0, 0])
+    with pytest.raises(ValueError, match=r"8 channels, got shape \(2, 4, 9, 7\)"):  # the caller's, not the padded one
+        module(x[..., :7])
+    assert "pad_small=True\n" in repr(module) and "pad_small" not in repr(plain)
     with pytest.raises(TypeError, match="pad_small"):
         natten_ext.NeighborhoodAttention(8, 2, 3, pad_small=1)
 
