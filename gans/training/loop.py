@@ -23,7 +23,7 @@ from gans.training.interrupt import Interrupted, StopSignals
 from gans.training.lock import locked
 from gans.training.monitor import Monitor
 from gans.training.recompute import recompute_blocks
-from gans.training.resume import find_start, refuse_later
+from gans.training.resume import check_classes, find_start, refuse_later
 from gans.training.state import TrainState
 from gans.training.steps import NonFiniteError, discriminator_step, generator_step, make_networks, set_learning_rates
 from gans.training.transfer import transfer
@@ -115,6 +115,8 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
     if latest:
         state.restore(latest, images=len(source))
         refuse_later(checkpoints, latest, state.step)
+        if labels is not None:
+            check_classes(latest, source.classes, run.data)
     resolved = resolved_config(config, run, state, world)
     if run.init and not latest:
         resolved["init"] = transfer(run.init, state.models())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,13 @@ def refuse_later(root: Path, start: Path, step: int) -> None:
     """ValueError where `root` has checkpoints of later steps than that of `start`: which of them would be the run's?"""
     if later := [path.name for path in checkpoint.list_checkpoints(root) if checkpoint.step_of(path) > step]:
         raise ValueError(f"cannot resume {start}: {root} has later checkpoints ({', '.join(later)}); move them away")
+
+
+def check_classes(path: Path, classes: Sequence[str], data: str) -> None:
+    """ValueError where the networks of a checkpoint know the classes of `data` by other names, or in another order."""
+    before = checkpoint.load_config(path).get("classes", classes)
+    if other := [(i, *names) for i, names in enumerate(zip(before, classes, strict=True)) if names[0] != names[1]]:
+        number, then, now = other[0]
+        raise ValueError(
+            f"data {data!r} has other classes than {path} was made with: class {number} is {now!r}, and was {then!r}"
+        )

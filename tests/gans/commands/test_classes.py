@@ -102,6 +102,23 @@ def test_what_is_refused(tiny, classes, tiny_run, tmp_path, folder):
     assert main(arguments) == 1
 
 
+def test_a_run_goes_on_with_the_same_classes(tiny, tiny_run, tmp_path):
+    data = tmp_path / "pets"
+    for name in ("cat", "dog"):
+        (data / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (8, 8), 60 * i).save(data / name / f"{i}.png")
+    run, recipe = replace(tiny_run, data=str(data), sample_count=4), conditional(tiny, str(data))
+    train(replace(recipe, steps=1), run, progress=False)
+    (data / "dog").rename(data / "ant")
+    with pytest.raises(
+        ValueError, match=r"pets' has other classes than .*step-00000001 .*class 0 is 'ant', and was 'cat'"
+    ):
+        train(replace(recipe, steps=2), replace(run, resume="latest"), progress=False)
+    (data / "ant").rename(data / "dog")
+    train(replace(recipe, steps=2), replace(run, resume="latest"), progress=False)
+
+
 def test_command_line(capsys):
     options = "--data digits --out y --preset digits --conditional"
     parsed = parse(options.split())
