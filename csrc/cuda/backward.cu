@@ -195,13 +195,13 @@ template <class M, bool General>
 void backward_query(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
   std::vector<HeadRange> heads{{0, p.heads}};
   if constexpr (kHasNarrow<M> && !General) heads = narrow_backward_query<M>(p, windows, context);
-  for (const HeadRange& range : heads) launch_heads<M, BackwardQuery, General>(p, windows, range, context);
+  for (const HeadRange& range : heads) launch_range<M, BackwardQuery, General>(p, windows, range, context);
 }
 template <class M, bool General>
 void backward_key(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
   std::vector<HeadRange> heads{{0, p.heads}};
   if constexpr (kHasNarrow<M> && !General) heads = narrow_backward_key<M>(p, windows, context);
-  for (const HeadRange& range : heads) launch_heads<M, BackwardKey, General>(p, windows, range, context);
+  for (const HeadRange& range : heads) launch_range<M, BackwardKey, General>(p, windows, range, context);
 }
 template <class M, bool General>
 uint32_t backward_shared(int head_dim) {

@@ -356,11 +356,11 @@ struct DoubleBackwardKey {
 
 template <class M, bool General>
 void double_backward_query(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
-  launch_heads<M, DoubleBackwardQuery, General>(p, windows, {0, p.heads}, context);
+  launch_range<M, DoubleBackwardQuery, General>(p, windows, {0, p.heads}, context);
 }
 template <class M, bool General>
 void double_backward_key(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
-  launch_heads<M, DoubleBackwardKey, General>(p, windows, {0, p.heads}, context);
+  launch_range<M, DoubleBackwardKey, General>(p, windows, {0, p.heads}, context);
 }
 template <class M, bool General>
 uint32_t double_backward_shared(int head_dim) {

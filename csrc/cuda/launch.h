@@ -312,7 +312,7 @@ void launch_padded(ParamsOf<General> p, Context& context) {
 
 // Launches the kernel for a range of heads, for as many at a time as parameters have room for.
 template <class M, template <class, int, bool> class Kernel, bool General>
-void launch_heads(const Params& problem, const std::vector<WindowOf<General>>& windows, const HeadRange& heads, Context& context) {
+void launch_range(const Params& problem, const std::vector<WindowOf<General>>& windows, const HeadRange& heads, Context& context) {
   ParamsOf<General> p{};
   static_cast<Params&>(p) = problem;
   for (p.first_head = static_cast<int>(heads.first); p.first_head < heads.last; p.first_head += p.launch_heads) {
