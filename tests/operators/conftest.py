@@ -6,7 +6,8 @@ test that also asks for `case` gets its cases from the marker `pytest.mark.cases
 at full speed, the small ones where they are interpreted or emulated.
 
 An interpreter takes seconds for what takes an emulator milliseconds. Of each test it gets a few, evenly spread over
-its parameters: 2, or as many as `pytest.mark.interpreted(...)` says; all of them with NATTEN_EXT_TEST_ALL=1.
+its parameters: 2, or as many as `pytest.mark.interpreted(...)` says; an emulator gets 60 of them at most. Both get all
+with NATTEN_EXT_TEST_ALL=1.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import natten_ext
 # Backends whose kernels are not made for the CPU run there through an interpreter or an emulator.
 NATIVE_ON_CPU = {"reference", "cpu"}
 INTERPRETED_ON_CPU = {"triton"}
+EMULATED = 60
 TEST_ALL = os.environ.get("NATTEN_EXT_TEST_ALL") == "1"
 
 
@@ -100,18 +102,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave an interpreter a few of each test."""
+    """Leave interpreters and emulators a few of each test."""
     if TEST_ALL:
         return
-    groups: dict[str, list[pytest.Item]] = {}
+    groups: dict[tuple[str, Target], list[pytest.Item]] = {}
     for item in items:
         parameters = getattr(item, "callspec", None) and item.callspec.params.values()
-        if any(isinstance(value, Target) and value.interpreted for value in parameters or ()):
-            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        for target in [value for value in parameters or () if isinstance(value, Target) and value.slow]:
+            groups.setdefault((item.nodeid.partition("[")[0], target), []).append(item)
     dropped: set[pytest.Item] = set()
-    for group in groups.values():
+    for (_, target), group in groups.items():
         marker = group[0].get_closest_marker("interpreted")
-        count = marker.args[0] if marker else 2
+        count = EMULATED if not target.interpreted else marker.args[0] if marker else 2
         if count < len(group):
             kept = {index * (len(group) - 1) // max(count - 1, 1) for index in range(count)}
             dropped |= {item for index, item in enumerate(group) if index not in kept}
