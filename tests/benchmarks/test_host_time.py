@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.operators.interpreter import environment_without_interpreter
+from tests.operators.interpreter import python_without_interpreter
 
 pytest.importorskip("triton")
 
@@ -35,13 +31,7 @@ for backend, pretend in {"triton": pretended.gpu, "cuda": host_time.pretended_cu
 
 @pytest.mark.slow
 def test_the_table_and_how_much_python_a_call_runs():
-    done = subprocess.run(
-        [sys.executable, "-c", CODE],
-        cwd=Path(__file__).parents[2],
-        env=environment_without_interpreter(),
-        capture_output=True,
-        text=True,
-    )
+    done = python_without_interpreter("-c", CODE)
     assert done.returncode == 0, done.stderr
     *table, triton, cuda = done.stdout.splitlines()
     cells = [line.strip("| ").split(" | ") for line in table]

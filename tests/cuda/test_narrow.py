@@ -3,6 +3,7 @@ general kernels do."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -90,14 +91,20 @@ def assert_alike(results: Inputs, expected: Inputs, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_is_that_of_the_general_kernel(case, dtype):
     inputs = inputs_of(case, dtype)
-    results, narrow = run(case, inputs)
-    assert narrow
-    expected, narrow = run(case, unaligned(inputs))
-    assert not narrow or "kernel" in case.groups
+    results, expected = both(run, case, inputs)
     assert_alike(results, expected, dtype)
     output, lse = oracle_forward(case, {n: x.double() for n, x in inputs.items()}, return_lse=True)
     assert magnitude([results["output"].double() - output]) <= 3 * ulp(magnitude([output]), dtype)
     assert magnitude([results["natural"].double() - lse.movedim(-1, 1)]) <= 4e-6 * magnitude([lse])
+
+
+def both(compute: Callable, case: Case, inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """What the narrow kernels compute, and what the general ones do."""
+    results, narrow = compute(case, inputs)
+    assert narrow
+    expected, narrow = compute(case, unaligned(inputs))
+    assert not narrow or "kernel" in case.groups
+    return results, expected
 
 
 def gradients(case: Case, inputs: Inputs) -> tuple[Inputs, list[str]]:
@@ -127,10 +134,7 @@ def assert_gradients_alike(results: Inputs, expected: Inputs, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_is_that_of_the_general_kernel(case, dtype):
     inputs = inputs_of(case, dtype)
-    results, narrow = gradients(case, inputs)
-    assert narrow
-    expected, narrow = gradients(case, unaligned(inputs))
-    assert not narrow or "kernel" in case.groups
+    results, expected = both(gradients, case, inputs)
     assert_gradients_alike(results, expected, dtype)
     with emulated.settings(table_blocks=1):  # all tiles in one block
         assert_gradients_alike(gradients(case, inputs)[0], expected, dtype)

@@ -9,6 +9,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 def use() -> None:
@@ -24,9 +29,12 @@ def use() -> None:
     interpreter._patch_lang = _patch_once(interpreter._patch_lang)
 
 
-def environment_without_interpreter() -> dict[str, str]:
-    """For a process that does not interpret Triton's kernels."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def python_without_interpreter(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a process that interprets Triton's kernels only if ``environment`` says so."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=inherited | environment, capture_output=True, text=True
+    )
 
 
 class _Patched:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 import threading
 import weakref
 
@@ -27,15 +25,14 @@ from tests.operators.cases import (
     oracle_derivatives,
 )
 from tests.operators.conftest import Target
-from tests.operators.interpreter import environment_without_interpreter
+from tests.operators.interpreter import python_without_interpreter
 from tests.operators.test_log_sum_exp import compare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(code: str, **environment: str) -> str:
-    inherited = environment_without_interpreter()
-    done = subprocess.run([sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True)
+    done = python_without_interpreter("-c", code, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -6,13 +6,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.operators.interpreter import environment_without_interpreter
+from tests.operators.interpreter import python_without_interpreter
 
 pytest.importorskip("triton")
 
@@ -30,9 +28,7 @@ def test_no_sampled_kernel_has_grown():
         "counts |= counted(['church-g5'], ['double_query'])\n"
         "print(json.dumps([[*kind, loops] for kind, loops in counts.items()]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment_without_interpreter(), capture_output=True, text=True
-    )
+    done = python_without_interpreter("-c", code)
     assert done.returncode == 0, done.stderr
     counts = {(kernel, shape): loops for kernel, shape, loops in json.loads(done.stdout)}
     assert len(counts) == 5

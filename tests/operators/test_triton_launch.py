@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.operators.interpreter import environment_without_interpreter
+from tests.operators.interpreter import python_without_interpreter
 
 pytest.importorskip("triton")
 
@@ -20,13 +16,7 @@ KERNELS = (
 
 @pytest.mark.slow
 def test_every_kernel_gets_the_parameters_it_was_compiled_for():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.operators.pretend_driver"],
-        cwd=Path(__file__).parents[2],
-        env=environment_without_interpreter(),
-        capture_output=True,
-        text=True,
-    )
+    done = python_without_interpreter("-m", "tests.operators.pretend_driver")
     assert done.returncode == 0, done.stderr
     count, *kernels = done.stdout.split()
     assert tuple(kernels) == KERNELS and int(count) >= 3 * (1 + 2 + 2 + 2)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.operators.interpreter import environment_without_interpreter
+from tests.operators.interpreter import python_without_interpreter
 
 pytest.importorskip("triton")
 
@@ -63,9 +62,7 @@ KNOWN = {("double_query", "sm_90", "bfloat16", "cifar-d2"), ("double_query", "sm
 def resources(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
     """The command (or other code), in a process that does not interpret kernels."""
     run = ["-c", code] if code else ["-m", "benchmarks.kernels.triton_resources", *arguments]
-    return subprocess.run(
-        [sys.executable, *run], cwd=ROOT, env=environment_without_interpreter(), capture_output=True, text=True
-    )
+    return python_without_interpreter(*run)
 
 
 def test_every_variant_is_in_the_table():

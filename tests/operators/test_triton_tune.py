@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.operators.interpreter import environment_without_interpreter
+from tests.operators.interpreter import python_without_interpreter
 
 pytest.importorskip("triton")
 
@@ -129,9 +127,7 @@ def test_what_spills_is_left_out():
         "             for block in (16, 64)]\n"
         "    print([tuple(one.config) for one in tune.compiled(tasks, 'sm_80', 2, print)])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment_without_interpreter(), capture_output=True, text=True
-    )
+    done = python_without_interpreter("-c", code)
     assert done.returncode == 0, done.stderr
     spills, kept = done.stdout.splitlines()
     assert spills.startswith("  (64, 64, 4, 1, 0) is left out: spills") and kept == "[(64, 16, 4, 1, 0)]"
