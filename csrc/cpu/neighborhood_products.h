@@ -84,7 +84,7 @@ NATTEN_EXT_INLINE void score_tile(const T* const* query, const T* key, int64_t f
     for (int r = 0; r < ROWS; ++r) q[r] = load(query[r] + c * stride);
 #pragma GCC unroll 8
     for (int j = 0; j < KEYS; ++j) {
-      const Vector<T> k = kept_vector(read(key + c * stride, first + j));
+      const Vector<T> k = kept(read(key + c * stride, first + j));
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) sum[r][j] += q[r] * k;
     }
@@ -153,7 +153,7 @@ NATTEN_EXT_INLINE void sum_term(const Term<T>& term, const T* b, int64_t stride,
     for (int r = FIRST; r < LAST; ++r) weight[r] = load(term.a[r] + m * a_stride);
 #pragma GCC unroll 8
     for (int c = 0; c < CHANNELS; ++c) {
-      const Vector<T> value = kept_vector(read(column[c], m));
+      const Vector<T> value = kept(read(column[c], m));
 #pragma GCC unroll 4
       for (int r = FIRST; r < LAST; ++r) sum[r][c] += weight[r] * value;
     }

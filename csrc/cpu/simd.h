@@ -63,29 +63,23 @@ template <class T>
 NATTEN_EXT_INLINE void store(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
-// The same vector or pointer, which the compiler then keeps in a register: it would rather load what several products share
+// The same pointer or vector, which the compiler then keeps in a register: it would rather load what several products share
 // once for each of them, and compute addresses again.
-#if defined(__x86_64__)
 template <class T>
 NATTEN_EXT_INLINE T* kept(T* p) {
+#if defined(__x86_64__)
   asm("" : "+r"(p));
+#endif
   return p;
 }
 template <class V>
-NATTEN_EXT_INLINE V kept_vector(V v) {
-  asm("" : "+v"(v));
-  return v;
-}
-#else
-template <class V>
 NATTEN_EXT_INLINE V kept(V v) {
-  return v;
-}
-template <class V>
-NATTEN_EXT_INLINE V kept_vector(V v) {
-  return v;
-}
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
 #endif
+  return v;
+}
+
 template <class T>
 NATTEN_EXT_INLINE Vector<T> broadcast(T value) {
   return value - Vector<T>{};
