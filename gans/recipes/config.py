@@ -156,6 +156,8 @@ class RunConfig:
     """A checkpoint folder, or "latest" for the newest of the run (starts afresh if it has none)."""
     init: str | None = None
     """A run, a checkpoint or an export whose weights a new run starts from: those that fit by name and shape."""
+    init_little: bool = False
+    """Take them even if they are less than 5 percent of the generator or of the discriminator."""
     wandb: str | None = None
     """A project of Weights & Biases that gets the numbers as well (pip install wandb)."""
     device: str = "auto"

@@ -119,7 +119,7 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
             check_classes(latest, source.classes, run.data)
     resolved = resolved_config(config, run, state, world)
     if run.init and not latest:
-        resolved["init"] = transfer(run.init, state.models())
+        resolved["init"] = transfer(run.init, state.models(), little=run.init_little)
     if labels is not None:
         resolved["classes"] = source.classes
 

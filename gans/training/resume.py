@@ -66,7 +66,8 @@ def find_start(config: TrainConfig, run: RunConfig, root: Path) -> Start:
     if refused:
         raise ValueError(f"cannot resume {path} with another recipe; it differs in {', '.join(refused)}")
     places = {"data": run.data, "out": run.out, "resume": run.resume}
-    changed |= differences(saved["run"] | places, to_dict(run))
+    defaults = to_dict(RunConfig(data="", out=""))  # of options that are younger than the checkpoint
+    changed |= differences(defaults | saved["run"] | places, to_dict(run))
     return Start(path, changed)
 
 

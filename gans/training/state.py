@@ -26,6 +26,8 @@ class TrainState:
     """Images taken from the endless stream of real ones."""
     skipped: int = 0
     """Updates that were left out because something was not finite."""
+    idle_probability: float = 0.0
+    """The probability of adaptive augmentation while it is switched off, for a later run that has it again."""
 
     def models(self) -> dict[str, nn.Module]:
         """Everything with weights, by the name of its file in a checkpoint."""
@@ -55,7 +57,7 @@ class TrainState:
             "optimizer_g": self.networks.optimizer_g.state_dict(),
             "optimizer_d": self.networks.optimizer_d.state_dict(),
             "rng": checkpoint.rng_state(),
-            "augment_probability": self.networks.ada.probability if self.networks.ada else 0.0,
+            "augment_probability": self.networks.ada.probability if self.networks.ada else self.idle_probability,
         }
         return checkpoint.save(root, self.step, models=self.models(), state=state, config=config, keep=keep, best=best)
 
@@ -70,5 +72,6 @@ class TrainState:
         self.networks.optimizer_d.load_state_dict(state["optimizer_d"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
         checkpoint.set_rng_state(state["rng"])
+        self.idle_probability = state.get("augment_probability", 0.0)
         if self.networks.ada:
-            self.networks.ada.probability = state.get("augment_probability", 0.0)
+            self.networks.ada.probability = self.idle_probability

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +13,17 @@ from gans.training import checkpoint
 
 SHOWN = 6
 """Names in a line of the account; the others are counted."""
+LEAST = 0.05
+"""The share of a network's numbers that has to fit: networks of two kinds share a few names and shapes by chance."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How much of a network came from elsewhere."""
+
+    account: str
+    share: float
+    """Of its numbers, 0 to 1."""
 
 
 def find_source(path: str) -> Path:
@@ -24,10 +36,10 @@ def find_source(path: str) -> Path:
     return folder
 
 
-def _fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> str:
-    """Copies what fits into `model`; returns the account."""
+def _fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> Fit:
+    """Copies what fits into `model`."""
     own = model.state_dict(keep_vars=True)
-    taken, others = [], []
+    taken, others, numbers = 0, [], 0
     with torch.no_grad():
         for name, value in own.items():
             given = tensors.get(name)
@@ -37,24 +49,25 @@ def _fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> str:
                 others.append(f"{name} ({tuple(given.shape)} there, {tuple(value.shape)} here)")
             else:
                 value.copy_(given)
-                taken.append(name)
+                taken, numbers = taken + 1, numbers + value.numel()
     left = [name for name in tensors if name not in own]
-    lines = [f"{where}: {len(taken)} of {len(own)} tensors"]
+    lines = [f"{where}: {taken} of {len(own)} tensors"]
     lines += [f"not loaded: {_names(others)}"] if others else []
     lines += [f"of no use: {_names(left)}"] if left else []
-    return "; ".join(lines)
+    return Fit("; ".join(lines), numbers / max(1, sum(value.numel() for value in own.values())))
 
 
 def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def transfer(path: str, models: Mapping[str, nn.Module]) -> list[str]:
+def transfer(path: str, models: Mapping[str, nn.Module], *, little: bool = False) -> list[str]:
     """Copies into each model of a run, by the name of its weights file, what fits of the weights at `path`; returns a
     line for each.
 
     A generator without a file of its own takes the averaged one's, and the other way round. Raises FileNotFoundError
-    where there are no weights, and ValueError if nothing of the generator fits.
+    where there are no weights, and ValueError where nothing of the generator fits, or less than `LEAST` of a network
+    that has weights there, unless `little` allows that.
     """
     source = find_source(path)
     names = {
@@ -64,11 +77,16 @@ def transfer(path: str, models: Mapping[str, nn.Module]) -> list[str]:
     account = []
     for name, model in models.items():
         files = [file for file in names.get(name, (name,)) if (source / f"{file}.safetensors").exists()]
-        if files:
-            tensors = checkpoint.load_tensors(source, files[0])
-            account.append(f"{name} from {_fit(model, tensors, f'{source}/{files[0]}')}")
-        else:
+        if not files:
             account.append(f"{name}: no weights in {source}, starts afresh")
-    if ": 0 of" in account[0]:
-        raise ValueError(f"init is {path!r}, of which nothing fits: {account[0]}")
+            continue
+        fit = _fit(model, checkpoint.load_tensors(source, files[0]), f"{source}/{files[0]}")
+        account.append(f"{name} from {fit.account}")
+        if name == "generator" and not fit.share:
+            raise ValueError(f"init is {path!r}, of which nothing fits: {account[-1]}")
+        if name in ("generator", "discriminator") and fit.share < LEAST and not little:
+            raise ValueError(
+                f"init is {path!r}, of which {fit.share:.1%} of the {name}'s numbers come, less than {LEAST:.0%}: it is "
+                f"another network ({account[-1]}). With --init-little it starts from these all the same"
+            )
     return account

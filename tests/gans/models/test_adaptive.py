@@ -102,6 +102,18 @@ def test_a_resumed_run_goes_on_bit_for_bit(tiny, tiny_run, tmp_path):
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_run_without_it_keeps_the_probability_for_a_later_one(tiny, tiny_run):
+    recipe = replace(tiny, ada=ADAConfig(target=0.001, images=40))
+    probability = checkpoint.load_state(train(replace(recipe, steps=3), tiny_run, progress=False))["augment_probability"]
+    assert probability > 0
+    resumed = replace(tiny_run, resume="latest")
+    without = train(replace(tiny, steps=4), resumed, progress=False)
+    assert checkpoint.load_state(without)["augment_probability"] == probability
+    again = train(replace(recipe, steps=5), resumed, progress=False)
+    moved = checkpoint.load_state(again)["augment_probability"]
+    assert abs(moved - probability) == pytest.approx(2 * 4 / 40) or moved == pytest.approx(probability)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -20,6 +20,7 @@ from gans.data.images import grid, to_uint8
 from gans.evaluation.metrics import distances
 from gans.evaluation.plots import read_tiles
 from gans.recipes.config import RunConfig
+from gans.recipes.named import preset
 from gans.training import checkpoint, monitor
 from gans.training.logs import read
 from gans.training.loop import train
@@ -162,6 +163,22 @@ def test_transfer_names_what_fits_and_what_does_not(tiny, tiny_run, tmp_path, ca
         assert same and all(torch.equal(before[key], after[key]) for key in same)
     with pytest.raises(FileNotFoundError, match=r"init is .*nowhere.*, which holds no weights"):
         train(tiny, replace(second, out=str(tmp_path / "third"), init="nowhere"), progress=False)
+
+
+def test_transfer_from_another_network_is_refused(tiny, tiny_run, tmp_path, capsys):
+    """A few names and shapes agree by chance; that is no transfer."""
+    train(replace(tiny, steps=0), tiny_run, progress=False)
+    vitgan = preset("vitgan32-small").discriminator
+    other = replace(tiny, discriminator=replace(vitgan, image_size=8, channels=1, augment=()), steps=0)
+    second = replace(tiny_run, out=str(tmp_path / "second"), init=tiny_run.out)
+    message = r"init is .*run', of which (0|[1-4])\.\d% of the discriminator's numbers come, less than 5%: .* tensors; not loa"
+    with pytest.raises(ValueError, match=message):
+        train(other, second, progress=False)
+    last = train(other, replace(second, init_little=True), progress=False)
+    assert "discriminator from" in json.loads((last / "config.json").read_text())["init"][2]
+    wider = replace(tiny, generator=replace(tiny.generator, base_dim=64), steps=0)
+    with pytest.raises(ValueError, match=r"% of the generator's numbers come, less than 5%.*With --init-little it starts"):
+        train(wider, replace(second, out=str(tmp_path / "third")), progress=False)
 
 
 def test_sample_with_gaps(tiny, tiny_run, tmp_path):
