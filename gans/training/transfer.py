@@ -86,7 +86,7 @@ def transfer(path: str, models: Mapping[str, nn.Module], *, little: bool = False
             raise ValueError(f"init is {path!r}, of which nothing fits: {account[-1]}")
         if name in ("generator", "discriminator") and fit.share < LEAST and not little:
             raise ValueError(
-                f"init is {path!r}, of which {fit.share:.1%} of the {name}'s numbers come, less than {LEAST:.0%}: it is "
-                f"another network ({account[-1]}). With --init-little it starts from these all the same"
+                f"init is {path!r}, of which {fit.share:.1%} of the {name}'s numbers come, less than {LEAST:.0%}: it "
+                f"is another network ({account[-1]}). With --init-little it starts from these all the same"
             )
     return account

@@ -104,7 +104,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(tiny, tiny_run, tmp_path):
 
 def test_a_run_without_it_keeps_the_probability_for_a_later_one(tiny, tiny_run):
     recipe = replace(tiny, ada=ADAConfig(target=0.001, images=40))
-    probability = checkpoint.load_state(train(replace(recipe, steps=3), tiny_run, progress=False))["augment_probability"]
+    first = train(replace(recipe, steps=3), tiny_run, progress=False)
+    probability = checkpoint.load_state(first)["augment_probability"]
     assert probability > 0
     resumed = replace(tiny_run, resume="latest")
     without = train(replace(tiny, steps=4), resumed, progress=False)

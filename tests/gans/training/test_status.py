@@ -171,13 +171,13 @@ def test_transfer_from_another_network_is_refused(tiny, tiny_run, tmp_path, caps
     vitgan = preset("vitgan32-small").discriminator
     other = replace(tiny, discriminator=replace(vitgan, image_size=8, channels=1, augment=()), steps=0)
     second = replace(tiny_run, out=str(tmp_path / "second"), init=tiny_run.out)
-    message = r"init is .*run', of which (0|[1-4])\.\d% of the discriminator's numbers come, less than 5%: .* tensors; not loa"
+    message = r"init is .*run', of which (0|[1-4])\.\d% of the discriminator's numbers come, less than 5%: "
     with pytest.raises(ValueError, match=message):
         train(other, second, progress=False)
     last = train(other, replace(second, init_little=True), progress=False)
     assert "discriminator from" in json.loads((last / "config.json").read_text())["init"][2]
     wider = replace(tiny, generator=replace(tiny.generator, base_dim=64), steps=0)
-    with pytest.raises(ValueError, match=r"% of the generator's numbers come, less than 5%.*With --init-little it starts"):
+    with pytest.raises(ValueError, match=r"% of the generator's numbers come.*With --init-little it starts"):
         train(wider, replace(second, out=str(tmp_path / "third")), progress=False)
 
 
