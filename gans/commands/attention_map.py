@@ -12,7 +12,7 @@ from gans.commands.generators import Weights, attention_backend, load_generator,
 from gans.common.distributed import choose_device
 from gans.common.files import new_file
 from gans.data.images import to_uint8
-from gans.evaluation.attention_maps import Pixel, last_of_each_size, plot, recorded
+from gans.evaluation.attention_maps import Pixel, last_of_each_size, looks, plot, recorded
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def run(arguments: list[str]) -> None:
     generator = load_generator(options.checkpoint, choose_device(options.device), options.weights)
     size = generator.config.image_size
     pixels = parse_pixels(options.pixels, size)
-    with attention_backend(options.backend), recorded(generator, pixels, size) as maps:
+    with attention_backend(options.backend), recorded(generator) as modules:
         (image,) = render(generator, [options.seed], truncation=options.truncation, name=options.class_)
+    maps = looks(modules, pixels, size)
     if not maps:
         raise ValueError(f"{type(generator.config).__name__} describes a generator without attention that can be drawn")
     chosen = maps if options.every_module else last_of_each_size(maps)

@@ -26,6 +26,7 @@ COMMANDS = {
     "interpolate": "an animation from seed to seed:  interpolate --checkpoint DIR --seeds 0-5 --out FILE.gif",
     "style-mixing": "styles of two seeds in one image:  style-mixing --checkpoint DIR --rows 0-3 --columns 4-9 --out F",
     "attention-map": "where attention looks:  attention-map --checkpoint DIR --seed 0 --out FILE.png",
+    "explore": "a page in the browser for all of these:  explore --checkpoint DIR",
     "project": "the latent of an image:  project --checkpoint DIR --image FILE --out DIR",
     "convert": "a published checkpoint to ours:  convert --checkpoint FILE.pth --preset cifar10 --out DIR",
     "export": "a generator for the Hugging Face hub:  export --checkpoint DIR --out DIR",

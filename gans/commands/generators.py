@@ -153,7 +153,8 @@ def labels_of(generator: nn.Module, seeds: Sequence[int], name: str | None = Non
     return torch.tensor([seed % classes for seed in seeds], device=device) if classes else None
 
 
-def _has_mapping(generator: nn.Module) -> bool:
+def has_mapping(generator: nn.Module) -> bool:
+    """Whether it offers w between z and images."""
     return hasattr(generator, "map_latents") and hasattr(generator, "synthesize")
 
 
@@ -168,7 +169,7 @@ def to_codes(
         raise ValueError(f"truncation is {truncation}; it must be in [0, 1], where 1 leaves the samples as they are")
     if space == "z" and truncation == 1:
         return z
-    if not _has_mapping(generator):
+    if not has_mapping(generator):
         wish = "space w" if space == "w" else f"truncation {truncation}"
         raise ValueError(f"{wish} needs a mapping network, which {type(generator.config).__qualname__} does not have")
     with torch.no_grad():

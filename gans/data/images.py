@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from pathlib import Path
 
@@ -51,3 +53,10 @@ def save_png(image: Image.Image, path: Path, scale: int = 1) -> None:
     """Writes a PNG, enlarged by whole pixels; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     enlarge(image, scale).save(path)
+
+
+def data_uri(image: Image.Image) -> str:
+    """The image itself as an address, for pages that need no other file."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()

@@ -53,54 +53,71 @@ def groups_of_heads(module: nn.Module, heads: int) -> tuple[tuple[str, int, int]
     return tuple((f"dilation {dilations[a]}", a, b) for a, b in zip(starts, ends, strict=True))
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What an attention module of a model was given."""
+
+    name: str
+    """The module's name in the model."""
+    module: nn.Module
+    x: Tensor
+    """The first image of the batch, `(1, N, dim)` or `(1, H, W, dim)`."""
+
+    @property
+    def extents(self) -> tuple[int, int]:
+        """Height and width of the map; a sequence is taken for a square one, row by row."""
+        if self.x.dim() == 4:
+            return self.x.shape[1], self.x.shape[2]
+        side = math.isqrt(self.x.shape[1])
+        return side, side
+
+
 @contextmanager
-def recorded(model: nn.Module, pixels: Sequence[Pixel], image_size: int) -> Iterator[list[AttentionMaps]]:
-    """Inside, each forward pass of `model` appends what its attention modules do, for the first image of the batch.
+def recorded(model: nn.Module) -> Iterator[list[Recorded]]:
+    """Inside, each forward pass of `model` appends what its attention modules are given, in their order.
 
-    A pixel (row, column) of an image of side `image_size` is the query whose part of the map it lies in. Modules are
-    those with a method `attention_weights(x, positions)`: all of `natten_ext`'s and ViTGAN's. Sequences are taken for
-    square maps, row by row; others are left out.
-
-    Raises ValueError for a pixel outside the image.
+    They are those with a method `attention_weights(x, positions)`: all of `natten_ext`'s, ViTGAN's and GAT's. Sequences
+    that are no square map (with a class token) are left out, and so is attention from one map to another.
     """
-    for row, column in pixels:
-        if not (0 <= row < image_size and 0 <= column < image_size):
-            raise ValueError(f"pixels has {row},{column}, which lies outside the {image_size}x{image_size} image")
-    maps: list[AttentionMaps] = []
+    found: list[Recorded] = []
+
+    def record(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        entry = Recorded(name, module, inputs[0][:1].detach())
+        if entry.x.dim() == 4 or math.prod(entry.extents) == entry.x.shape[1]:
+            found.append(entry)
+
     handles = [
-        module.register_forward_pre_hook(partial(_record, maps, name, tuple(pixels), image_size))
+        module.register_forward_pre_hook(partial(record, name))
         for name, module in model.named_modules()
         if hasattr(module, "attention_weights")
     ]
     try:
-        yield maps
+        yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
+def looks(entries: Sequence[Recorded], pixels: Sequence[Pixel], image_size: int) -> list[AttentionMaps]:
+    """Where each of the recorded modules looks from some pixels of the image.
+
+    A pixel (row, column) of an image of side `image_size` is the query whose part of the map it lies in. Raises
+    ValueError for a pixel outside the image.
+    """
+    for row, column in pixels:
+        if not (0 <= row < image_size and 0 <= column < image_size):
+            raise ValueError(f"pixels has {row},{column}, which lies outside the {image_size}x{image_size} image")
+    return [_look(entry, pixels, image_size) for entry in entries]
+
+
 @torch.no_grad()
-def _record(
-    maps: list[AttentionMaps],
-    name: str,
-    pixels: tuple[Pixel, ...],
-    image_size: int,
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-) -> None:
-    x = inputs[0][:1]
-    if x.dim() == 3:
-        side = math.isqrt(x.shape[1])
-        if side * side != x.shape[1]:
-            return
-        height = width = side
-    else:
-        height, width = x.shape[1:3]
+def _look(entry: Recorded, pixels: Sequence[Pixel], image_size: int) -> AttentionMaps:
+    height, width = entry.extents
     positions = tuple((row * height // image_size, column * width // image_size) for row, column in pixels)
-    asked = positions if x.dim() == 4 else [row * width + column for row, column in positions]
-    weights = module.attention_weights(x, asked)[0].float().cpu()  # type: ignore[operator]
+    asked = positions if entry.x.dim() == 4 else [row * width + column for row, column in positions]
+    weights = entry.module.attention_weights(entry.x, asked)[0].float().cpu()  # type: ignore[operator]
     weights = weights.reshape(*weights.shape[:2], height, width)
-    maps.append(AttentionMaps(name, weights, positions, groups_of_heads(module, weights.shape[1])))
+    return AttentionMaps(entry.name, weights, positions, groups_of_heads(entry.module, weights.shape[1]))
 
 
 def last_of_each_size(maps: Sequence[AttentionMaps]) -> list[AttentionMaps]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from gans.data.images import data_uri
 from gans.evaluation import metrics
 from gans.evaluation.plots import read_tiles, sample_steps
 from gans.recipes.config import TrainConfig, from_dict
@@ -86,12 +85,12 @@ def write_report(run: Path, lines: Sequence[dict[str, float]], curves: Path, pat
         title=run.resolve().name,
         subtitle=f"{recipe['generator']['kind']} against {recipe['discriminator']['kind']}, {resolved['run']['data']}",
         summary=list(_summary(resolved, means, distances)),
-        strip=[(label, _uri(image)) for label, image in _strip(run, steps, size)],
-        curves=_uri(Image.open(curves)) if means else "",
+        strip=[(label, data_uri(image)) for label, image in _strip(run, steps, size)],
+        curves=data_uri(Image.open(curves)) if means else "",
         distances=distances,
         metric=resolved["run"]["metric"],
         last=steps[-1],
-        grid=_uri(Image.open(run / "samples" / f"step-{steps[-1]:08d}.png")),
+        grid=data_uri(Image.open(run / "samples" / f"step-{steps[-1]:08d}.png")),
         settings=[*_flat(recipe), *_flat({"run": resolved["run"]})],
     )
     path.write_text(text, encoding="utf-8")
@@ -141,12 +140,6 @@ def _strip(run: Path, steps: Sequence[int], size: int) -> Iterator[tuple[str, Im
                 label,
                 Image.fromarray(np.concatenate(read_tiles(run / "samples" / name, size)[:STRIP_COLUMNS], axis=1)),
             )
-
-
-def _uri(image: Image.Image) -> str:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

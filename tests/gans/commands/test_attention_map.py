@@ -13,32 +13,12 @@ from safetensors.torch import save_file
 import natten_ext
 from gans.commands.attention_map import parse_pixels
 from gans.commands.cli import main
-from gans.evaluation.attention_maps import last_of_each_size, recorded
+from gans.evaluation.attention_maps import last_of_each_size, looks, recorded
 from gans.models.fastgan import FastGANGeneratorConfig
-from gans.models.gat import GATGeneratorConfig
-from gans.models.stylenat import StyleNATGeneratorConfig
-from gans.models.transgan import GeneratorConfig
-from gans.models.vitgan import ViTGeneratorConfig
 from gans.recipes.config import to_dict
 from gans.recipes.registry import build
+from tests.gans.attending_generators import GENERATORS
 
-GENERATORS = {
-    "stylenat": StyleNATGeneratorConfig(
-        latent_dim=8,
-        dims=(8, 16, 12),
-        dilations=("1,2", "1,2"),
-        kernel_size=3,
-        head_dim=4,
-        min_heads=2,
-        depth=2,
-        mapping_depth=1,
-    ),
-    "transgan": GeneratorConfig(latent_dim=8, base_size=4, base_dim=64, depths=(2, 1), windows=(4, 4), heads=2),
-    "vitgan": ViTGeneratorConfig(
-        latent_dim=16, image_size=16, dim=32, depth=2, heads=2, implicit_dim=16, mapping_depth=1, score="l2"
-    ),
-    "gat": GATGeneratorConfig(latent_dim=8, image_size=16, patch_size=4, dim=16, depth=2, heads=2, levels=2),
-}
 SIZE = 16
 PIXELS = [(15, 2), (6, 9)]
 
@@ -55,8 +35,9 @@ def test_recorded_weights_give_back_what_the_modules_compute(name):
     modules = {n: m for n, m in generator.named_modules() if hasattr(m, "attention_weights")}
     for n, module in modules.items():
         module.register_forward_hook(lambda module, x, y, n=n: inputs.update({n: x[0]}) or outputs.update({n: y}))
-    with recorded(generator, pixels, size) as maps, torch.no_grad():
+    with recorded(generator) as entries, torch.no_grad():
         generator(torch.randn(2, config.latent_dim))
+    maps = looks(entries, pixels, size)
     assert [m.name for m in maps] == list(modules)
     assert not any(module._forward_pre_hooks for module in modules.values())
     for entry in maps:
@@ -73,8 +54,9 @@ def test_recorded_weights_give_back_what_the_modules_compute(name):
 
 def test_dilations_label_their_heads():
     generator = build(GENERATORS["stylenat"]).eval()
-    with recorded(generator, PIXELS, SIZE) as maps, torch.no_grad():
+    with recorded(generator) as entries, torch.no_grad():
         generator(torch.randn(1, 8))
+    maps = looks(entries, PIXELS, SIZE)
     groups = {m.name: m.groups for m in maps}
     assert groups["levels.0.blocks.0.attn"] == (("", 0, 2),)
     assert groups["levels.1.blocks.1.attn"] == (("dilation 1", 0, 2), ("dilation 2", 2, 4))
@@ -87,9 +69,9 @@ def test_dilations_label_their_heads():
 
 def test_sequences_that_are_no_map_are_left_out():
     module = torch.nn.Sequential(natten_ext.Attention(8, 2))
-    with recorded(module, [(0, 0)], 8) as maps:
+    with recorded(module) as entries:
         module(torch.randn(1, 17, 8))
-    assert maps == []
+    assert entries == []
 
 
 @pytest.fixture
