@@ -19,13 +19,16 @@ def locked(folder: Path) -> Iterator[None]:
     """Inside, no other process is inside with this folder, which is made. FileExistsError names the one that is.
 
     The lock is on the file `.lock`, which says whose it is and stays behind, unlocked. Where the file system has no
-    locks, a line on stderr says so.
+    locks, a line on stderr says so. What was made is taken away after an exception before anything else was written.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     # Programs started inside do not inherit the file, so none of them can hold the lock longer than this process.
     with (folder / NAME).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink == 0:  # a run that was refused took it away since it was opened
+                raise BlockingIOError
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read().strip() or "another process"
@@ -38,4 +41,12 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # a full disk is reported where it matters
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), owner.encode())
-        yield
+        try:
+            yield
+        except BaseException:
+            if made and os.listdir(folder) == [NAME]:
+                (folder / NAME).unlink()
+                with suppress(OSError):  # a folder above it that holds something else by now
+                    for path in made:
+                        path.rmdir()
+            raise

@@ -21,7 +21,7 @@ from gans.common.files import new_file
 from gans.data import loading
 from gans.data.images import GAP, grid
 from gans.data.sources import ImageSource
-from gans.evaluation.metrics import Metric, distances, make_metric
+from gans.evaluation.metrics import distances, make_metric
 from gans.models.conditioning import bind
 from gans.recipes.config import RunConfig, TrainConfig, to_dict
 from gans.training.checkpoint import writing
@@ -116,9 +116,17 @@ class Monitor:
         self._shown = class_rows(config.classes, run.sample_count)
         self._measured = class_shares(labels, run.metric_images)
         self.out = Path(run.out)
+
+        def real(limit: int) -> Tensor:
+            size, channels, broken = config.generator.image_size, config.generator.channels, config.images.broken
+            return loading.load_images(source, size=size, channels=channels, limit=limit, broken=broken)
+
+        # What may be refused comes first: a run that is leaves no file behind.
+        self.device = next(state.networks.generator.parameters()).device
+        self.metric = make_metric(run.metric, real(run.metric_images).to(self.device)) if run.metric_every else None
+        tiles = None if (self.out / "samples" / "real.png").exists() else real(run.sample_count)
         self._wandb = _start_wandb(run) if run.wandb else None  # before TensorBoard's writer, which it listens to
         self.log = RunLog(self.out, state.step, start.describe())
-        self.device = next(state.networks.generator.parameters()).device
         self._values: dict[str, list[float]] = defaultdict(list)
         self._latest: dict[str, float] = {}  # the bar has lazy penalties in its sums between their updates as well
         self._images = state.position
@@ -130,22 +138,16 @@ class Monitor:
         self._improved = False
         self._bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True)
 
-        def real(limit: int) -> Tensor:
-            size, channels, broken = config.generator.image_size, config.generator.channels, config.images.broken
-            return loading.load_images(source, size=size, channels=channels, limit=limit, broken=broken)
-
         if start.relearned:
             changed = ", ".join(f"{name} ({change})" for name, change in start.relearned.items())
             self._say(f"from step {state.step} on with another recipe: {changed}")
-        self.metric: Metric | None = None
-        if run.metric_every:
-            self.metric = metric = make_metric(run.metric, real(run.metric_images).to(self.device))
-            past = distances(read(self.out), metric.floor) if state.step else []
+        if self.metric:
+            past = distances(read(self.out), self.metric.floor) if state.step else []
             self._best = min((line["distance"] for line in past), default=math.inf)
-            floor = f"real against real (two halves of {metric.count} images) {metric.floor:.4g}"
-            self._say(f"{metric.name}: {floor}")
-        if not (self.out / "samples" / "real.png").exists():
-            self._save_grid(real(run.sample_count), "real")
+            floor = f"real against real (two halves of {self.metric.count} images) {self.metric.floor:.4g}"
+            self._say(f"{self.metric.name}: {floor}")
+        if tiles is not None:
+            self._save_grid(tiles, "real")
         if state.step == 0:
             self._sample()
             self._measure()

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from gans.commands.cli import main
 from gans.commands.demo import run as demo
+from gans.commands.train import RUNS, next_folder
+from gans.data.sources import BrokenImageError
 from gans.training import checkpoint, interrupt, logs, monitor
 from gans.training import loop as trainer
 from gans.training.interrupt import Interrupted, StopSignals
@@ -229,6 +231,28 @@ def test_the_lock_of_a_folder(tmp_path, monkeypatch, capsys):
     with locked(folder):
         pass
     assert "cannot be locked ([Errno 38] Function not implemented): do not start a second" in capsys.readouterr().err
+
+
+def test_a_refused_run_leaves_nothing(tiny, tiny_run, tmp_path, folder, monkeypatch):
+    """Neither an empty folder nor a number that the next run would have had, whatever it was refused for."""
+    monkeypatch.chdir(tmp_path)
+    (folder / "broken.png").write_bytes(b"none")
+    out = next_folder(RUNS, "tiny", tiny_run)
+    run = replace(tiny_run, out=str(out), data=str(folder), sample_count=16)
+    many = replace(tiny, **{name: replace(getattr(tiny, name), classes=3) for name in ("generator", "discriminator")})
+    for recipe, settings, error in (
+        (tiny, replace(run, init="nowhere"), FileNotFoundError),
+        (tiny, run, BrokenImageError),
+        (tiny, replace(run, data="digits", metric_every=1, metric="judge:nowhere"), OSError),
+        (many, replace(run, data="digits"), ValueError),
+    ):
+        with pytest.raises(error):
+            train(recipe, settings, progress=False)
+        assert not RUNS.exists() and next_folder(RUNS, "tiny", tiny_run) == out
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(BrokenImageError):
+        train(tiny, replace(run, out="mine/run"), progress=False)
+    assert (tmp_path / "mine").is_dir() and not (tmp_path / "mine" / "run").exists()
 
 
 def test_the_demo_deletes_a_run_of_its_own_only(tmp_path):
