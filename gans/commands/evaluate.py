@@ -6,15 +6,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from torch import Tensor
 
-from gans.commands.generators import Weights, attention_backend, load_generator, render
+from gans.commands.generators import Weights, attention_backend, class_of, load_generator, render
 from gans.common.distributed import choose_device
 from gans.common.files import new_file
-from gans.data.sources import open_source
+from gans.data.sources import ImageSource, open_source
 from gans.evaluation.reference import (
     Reference,
     choose,
@@ -63,6 +63,9 @@ class EvaluateArguments:
     """The most images of each set that precision and recall compare; memory grows with its square."""
     truncation: float = 1.0
     """How far w may lie from its mean, from 0 to 1, for generators with a mapping network; 1 changes nothing."""
+    class_: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """The class of all images that the checkpoint makes, by name or number; they are compared with the real images of
+    that class, where the reference has labels. Without it, equally many of each class."""
     weights: Weights = "generator_ema"
     """The averaged generator, or the one under training."""
     cache: Path | None = None
@@ -83,6 +86,8 @@ class EvaluateArguments:
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.images is None):
             raise ValueError("give one of checkpoint and images")
+        if self.class_ is not None and self.images is not None:
+            raise ValueError(f"class is {self.class_!r}, which is for images that a checkpoint makes; leave it out")
         if not self.networks or len(set(self.networks)) < len(self.networks):
             raise ValueError(f"networks is {self.networks}; name each network once, and at least one")
         for name in ("count", "reference_count", "size", "workers"):
@@ -108,6 +113,8 @@ class Generated:
     size: int
     channels: int
     batches: Iterable[Tensor]
+    class_name: str | None = None
+    """The class of all of them, if they were asked for by class."""
 
 
 def from_checkpoint(options: EvaluateArguments) -> Generated:
@@ -116,10 +123,14 @@ def from_checkpoint(options: EvaluateArguments) -> Generated:
     config = generator.config
     if options.size not in (0, config.image_size):
         raise ValueError(f"size is {options.size}, but the generator makes {config.image_size} px; leave it out")
-
-    batches = render(generator, range(options.count), batch=options.batch, truncation=options.truncation)
-    name = f"{options.checkpoint} (seeds 0-{options.count - 1})"
-    return Generated(name, options.count, config.image_size, config.channels, batches)
+    settings = {"batch": options.batch, "truncation": options.truncation, "name": options.class_}
+    batches = render(generator, range(options.count), **settings)
+    name, asked = f"{options.checkpoint} (seeds 0-{options.count - 1})", None
+    if options.class_ is not None:
+        number, names = class_of(generator, options.class_), list(generator.class_names)  # type: ignore[arg-type]
+        asked = names[number] if names else str(number)
+        name += f", class {asked}"
+    return Generated(name, options.count, config.image_size, config.channels, batches, asked)
 
 
 def from_images(options: EvaluateArguments) -> Generated:
@@ -134,6 +145,19 @@ def from_images(options: EvaluateArguments) -> Generated:
     return Generated(options.images, len(rows), size, channels, batches)
 
 
+def label_in(source: ImageSource, name: str, class_name: str | None) -> int | None:
+    """The label of the class called `class_name` in a source; None without a class, or where the source has no labels.
+
+    ValueError where it has labels and no such class.
+    """
+    if class_name is None or source.labels is None:
+        return None
+    if class_name not in source.classes:
+        known = f"{', '.join(source.classes[:20])}{' ...' * (len(source.classes) > 20)}"
+        raise ValueError(f"class is {class_name!r}, which reference {name!r} has not; it has {known}")
+    return source.classes.index(class_name)
+
+
 def run(arguments: list[str]) -> None:
     options = tyro.cli(EvaluateArguments, args=arguments, prog="python -m gans evaluate")
     device = choose_device(options.device)
@@ -143,7 +167,9 @@ def run(arguments: list[str]) -> None:
     ]
     generated = from_checkpoint(options) if options.checkpoint else from_images(options)
     source = open_source(options.reference, options.reference_split)
-    reference = Reference(source, options.reference, generated.size, generated.channels, options.reference_count)
+    label = label_in(source, options.reference, generated.class_name)
+    name = options.reference if label is None else f"{options.reference}, class {generated.class_name}"
+    reference = Reference(source, name, generated.size, generated.channels, options.reference_count, label)
     cache = (options.cache or default_cache()) if options.use_cache else None
     with attention_backend(options.backend):
         fakes = features_of(generated.batches, networks, device, total=generated.count, description=generated.name)
@@ -164,7 +190,7 @@ def run(arguments: list[str]) -> None:
             )
 
     print(f"{generated.name}: {len(fake):,} images of {generated.size} px")
-    print(f"against {options.reference}: {len(real):,} images")
+    print(f"against {reference.name}: {len(real):,} images")
     print(f"real against real: {len(held):,} of the reference against its other {len(rest):,}")
     print("\n".join(notes))
     print(table(results))
@@ -172,7 +198,7 @@ def run(arguments: list[str]) -> None:
         with new_file(options.json) as partial:
             about = {
                 "generated": generated.name,
-                "reference": options.reference,
+                "reference": reference.name,
                 "images": {"generated": len(fake), "reference": len(real), "real_against_real": [len(held), len(rest)]},
                 "size": generated.size,
                 "networks": {network.name: network.about for network in networks},

@@ -134,12 +134,23 @@ class Reference:
     channels: int
     limit: int = 50_000
     """The most images that are used, chosen at random; 0 for all."""
+    label: int | None = None
+    """The class whose images these are, or None for all."""
+
+    def rows(self) -> list[int]:
+        """The images that are used."""
+        rows = range(len(self.source))
+        if self.label is not None:
+            labels = self.source.labels
+            assert labels is not None
+            rows = [row for row in rows if labels[row] == self.label]
+        return [rows[place] for place in choose(len(rows), self.limit)]
 
     def features(
         self, network: VectorNetwork, device: torch.device, *, batch: int, workers: int, cache: Path | None
     ) -> Tensor:
         """Features `(N, D)` over `network`, from the cache folder if they are there; None for no cache."""
-        rows = choose(len(self.source), self.limit)
+        rows = self.rows()
         settings = {
             "rule": RULE,
             "data": digest(self.source),
@@ -149,6 +160,8 @@ class Reference:
             "network": network.name,
             "weights": network.fingerprint,
         }
+        if self.label is not None:  # labels may change without the images
+            settings["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
         path = cache / f"{network.name}-{key}.safetensors" if cache else None
         if path and path.is_file():

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from gans.commands.cli import main
+from gans.common.files import save_tensors
 from gans.data.loading import load_images
 from gans.data.sources import open_source
 from gans.evaluation import measures, reference
@@ -267,6 +268,12 @@ def test_cache_holds_as_long_as_nothing_changes(folder, tmp_path):
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert reference_features(folder, cache)[1] == 12
     assert reference_features(folder, cache)[1] == 0
+    rows = [f"{name},{name[:5]}" for name in open_source(folder).names]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    one, seen = reference_features(folder, cache, label=1)
+    assert seen == 4 and torch.equal(one, first[4:8])
+    assert reference_features(folder, cache, label=1)[1] == 0 and reference_features(folder, cache, label=2)[1] == 4
+    assert reference_features(folder, cache, label=1, limit=3)[1] == 3
     for file in cache.iterdir():
         file.write_bytes(b"half of it")
     assert torch.equal(reference_features(folder, cache)[0], first)
@@ -347,6 +354,33 @@ def test_evaluate_a_checkpoint(tiny, digits_judge, tmp_path, capsys):
     assert "(seeds 0-19): 20 images of 8 px" in printed
     assert "20 images are too few for 32 features" in printed
     assert "leave it out" in said(capsys, *options, "--size", "16", status=1)
+
+
+def test_evaluate_one_class(tiny, digits_judge, tmp_path, capsys):
+    from dataclasses import replace
+
+    from gans.recipes.config import to_dict
+    from gans.recipes.registry import build
+
+    recipe = replace(tiny, **{part: replace(getattr(tiny, part), classes=4) for part in ("generator", "discriminator")})
+    save_tensors(build(recipe.generator).state_dict(), tmp_path / "generator_ema.safetensors")
+    names = ["0", "3", "7", "eight"]
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": to_dict(recipe), "classes": names}))
+    options = ["evaluate", "--networks", "judge", "--judge", digits_judge, "--device", "cpu", "--count", "8"]
+    options += ["--cache", tmp_path / "cache", "--checkpoint", tmp_path, "--reference"]
+    printed = said(capsys, *options, "digits", "--class", "7")
+    assert "(seeds 0-7), class 7: 8 images of 8 px" in printed and "against digits, class 7: 179 images" in printed
+    assert "against digits: 1,797 images" in said(capsys, *options, "digits")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(10):
+        Image.new("L", (8, 8), 20 * i).save(flat / f"{i}.png")
+    assert f"against {flat}: 10 images" in said(capsys, *options, flat, "--class", "eight")  # it has no labels
+    message = "class is 'eight', which reference 'digits' has not; it has 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    assert message in said(capsys, *options, "digits", "--class", "eight", status=1)
+    assert "class is 'cat'; it must be" in said(capsys, *options, "digits", "--class", "cat", status=1)
+    images = ["evaluate", "--reference", "digits", "--images", flat, "--class", "7"]
+    assert "which is for images that a checkpoint makes" in said(capsys, *images, status=1)
 
 
 def test_evaluate_refuses(folder, tmp_path, capsys):
