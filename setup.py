@@ -49,6 +49,9 @@ CUDA_OBJECTS += [
 ]
 CUDA_LIBRARY = "libnatten_ext_cuda.so"
 CUDA_RESOURCES = "cuda_resources.txt"  # what ptxas said of every kernel
+# A program that launches all kernels, for compute-sanitizer; in checkouts only.
+EVERY_KERNEL_SOURCE = ROOT / "benchmarks" / "gpu" / "every_kernel.cpp"
+EVERY_KERNEL = ROOT / "build" / "every_kernel"
 CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
 # Where no GPU is visible: runs on every GPU from 8.0 on; after 8.x the driver compiles it at first use.
 DEFAULT_CAPABILITIES = "8.0+PTX"
@@ -140,7 +143,7 @@ class NinjaFile:
             "  deps = gcc",
             "  description = compile $out",
             "rule link",
-            "  command = $cxx -shared $in $flags -o $out",
+            "  command = $cxx $in $flags -o $out",
             "  description = link $out",
         ]
 
@@ -211,8 +214,8 @@ def cuda_flags() -> list[str]:
     return ["-std=c++20", "-O3", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-v"]
 
 
-def add_cuda_library(file: NinjaFile, nvcc: str, build: Path, package: Path, torch) -> None:
-    """Adds the statements that build the cuda backend to a ninja file."""
+def add_cuda_library(file: NinjaFile, nvcc: str, build: Path, package: Path, torch) -> list[Path]:
+    """Adds the statements that build the cuda backend to a ninja file; returns the objects of its kernels."""
     file.lines += [
         f"nvcc = {nvcc}",
         "rule compile_cuda",
@@ -221,7 +224,7 @@ def add_cuda_library(file: NinjaFile, nvcc: str, build: Path, package: Path, tor
         "  deps = gcc",
         "  description = compile $out",
         "rule link_cuda",
-        "  command = $nvcc -shared $in $flags -o $out",
+        "  command = $nvcc $in $flags -o $out",
         "  description = link $out",
         "rule resources",
         "  command = cat $logs > $out",
@@ -243,10 +246,17 @@ def add_cuda_library(file: NinjaFile, nvcc: str, build: Path, package: Path, tor
     ]
     # libtorch.so is what brings libtorch_cuda.so at load time, also where the torch at hand has none to link to. With
     # --as-needed, the default of many compilers, a library is dropped in which the linker finds nothing.
-    libraries = [f"-L{folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-ltorch", "-lc10"]
+    libraries = ["-shared", f"-L{folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch_cpu", "-ltorch", "-lc10"]
     file.statement("link_cuda", package / CUDA_LIBRARY, [library, *kernels], libraries)
     file.statement("resources", package / CUDA_RESOURCES, kernels, [])
     file.lines.append(f"  logs = {' '.join(f'{kernel}.log' for kernel in kernels)}")
+    return kernels
+
+
+def add_every_kernel(file: NinjaFile, build: Path, kernels: list[Path]) -> None:
+    """Adds the statements that link the kernels to EVERY_KERNEL, after those of ``add_cuda_library``."""
+    program = file.statement("compile_cuda", build / "every_kernel.o", [EVERY_KERNEL_SOURCE], [*cuda_flags(), "-x=cu"])
+    file.statement("link_cuda", EVERY_KERNEL, [program, *kernels], [])
 
 
 class NinjaBuild(build_ext):
@@ -296,7 +306,9 @@ class BuildWithNinja(NinjaBuild):
             suffix = sysconfig.get_config_var("EXT_SUFFIX")
             self._bindings(file, build, package / f"_C{suffix}")
         if nvcc := find_nvcc():
-            add_cuda_library(file, nvcc, build, package, torch)
+            kernels = add_cuda_library(file, nvcc, build, package, torch)
+            if self._in_place():
+                add_every_kernel(file, build, kernels)
         else:  # what an earlier build left here, of other sources, would be loaded
             for left in (CUDA_LIBRARY, CUDA_RESOURCES):
                 (package / left).unlink(missing_ok=True)
@@ -335,7 +347,7 @@ class BuildWithNinja(NinjaBuild):
             for kernel in CPU_KERNELS:
                 target = build / f"{kernel}_{name}.o"
                 objects.append(file.statement("compile", target, [source / f"{kernel}.cpp"], common + flags + macros))
-        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+        libraries = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
         file.statement("link", output, objects, libraries)
 
     @staticmethod
@@ -353,7 +365,7 @@ class BuildWithNinja(NinjaBuild):
         bindings = build / "bindings.o"
         objects = [file.statement("compile", bindings, [ROOT / "csrc" / "bindings.cpp"], flags)]
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        file.statement("link", output, objects, undefined)
+        file.statement("link", output, objects, ["-shared", *undefined])
 
 
 class WheelForEveryPython(bdist_wheel):

@@ -7,7 +7,7 @@ Stages, in this order (``benchmarks.gpu.stages``):
 - ``load``: the compiled libraries load and have code for this GPU; driver, clocks, tools (always done);
 - ``contact``: our backends on seven named shapes, every order, against float64, then timed;
 - ``counters``: Nsight Compute on the CUDA kernels;
-- ``sanitizer``: compute-sanitizer's memcheck and racecheck over odd little shapes;
+- ``sanitizer``: compute-sanitizer's memcheck and racecheck over every CUDA kernel and odd little shapes in Triton;
 - ``tests``: the operator tests on the device;
 - ``repeat``: tests that only a GPU can run: repeated runs, CUDA graphs, streams, torch.compile;
 - ``peers``: plain PyTorch, SDPA, FlexAttention and NATTEN beside ours, on three shapes.

@@ -30,10 +30,6 @@ namespace natten_ext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void require(bool condition, const std::string& rule) {
-  if (!condition) throw std::runtime_error("natten_ext: " + rule);
-}
-
 // torch lets None through.
 inline const Tensor& given(const Tensor& t, const std::string& name) {
   require(t.defined(), name + " must be a tensor, got None");

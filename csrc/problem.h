@@ -10,6 +10,10 @@
 
 namespace natten_ext {
 
+inline void require(bool condition, const std::string& rule) {
+  if (!condition) throw std::runtime_error("natten_ext: " + rule);
+}
+
 struct HeadWindow {
   AxisWindow z, y, x;
   bool operator==(const HeadWindow&) const = default;
@@ -77,8 +81,8 @@ struct Problem {
 // Reads the integer list into `problem`, whose sizes are set. The public functions check values; this guards
 // the kernels' memory against callers that go straight to the operators.
 inline void decode_neighborhood(const std::vector<int64_t>& code, Problem& problem) {
-  auto require = [](bool condition, const std::string& rule) {
-    if (!condition) throw std::runtime_error("natten_ext: neighborhood code: " + rule);
+  const auto require = [](bool condition, const std::string& rule) {
+    natten_ext::require(condition, "neighborhood code: " + rule);
   };
   require(!code.empty() && code[0] >= 0 && code[0] <= 2, "must start with 0 (full), 1 (grid) or 2 (neighborhood)");
   problem.kind = static_cast<Kind>(code[0]);

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.problem import ORDERS
 from benchmarks.record import Record, Row
 
-from .processes import OUT_OF_TIME, Process, left
+from .processes import OUT_OF_TIME, ROOT, Process, left
 
 CONTACT = ("nat-64", "nat-256", "nat-1024", "church-g5", "cifar-d1", "vitgan-d", "l2-4k")
 COUNTED = ("nat-256", "church-g5", "l2-4k")
@@ -34,8 +34,8 @@ SANITIZERS = {
     "memcheck errors": r"ERROR SUMMARY: (\d+) error",
     "racecheck hazards": r"RACECHECK SUMMARY: (\d+) hazard",
 }
-# racecheck instruments these alone: it takes minutes for torch's.
-OUR_KERNELS = ("attention_kernel", "narrow_kernel", "reduce_tables")
+EVERY_KERNEL = ROOT / "build" / "every_kernel"
+"""A program without torch that launches all CUDA kernels, which setup.py links."""
 # Two runs of attn_bench in one process: the first checks, the second measures once it is told to go on.
 CHECKED = "checked: waiting"
 CHECK_THEN_TIME = f"""
@@ -210,21 +210,20 @@ def counters(run: Run, stage: Stage) -> None:
 
 
 def sanitizer(run: Run, stage: Stage) -> None:
-    """compute-sanitizer's memcheck and racecheck over odd little shapes."""
+    """compute-sanitizer's memcheck and racecheck over odd little problems."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise NotRunError("compute-sanitizer is not on the path")
     found = stage.entry["found"] = {}
     for backend in sorted(run.backends):  # cuda before triton, which is compiled under the sanitizer
-        kernels = [f"kernel_substring={kernel}" for kernel in OUR_KERNELS] if backend == "cuda" else []
-        only = {"memcheck": ([], []), "racecheck": (_words("--kernel-name", kernels), ["--smallest"])}
+        if backend == "cuda" and not EVERY_KERNEL.exists():
+            stage.fail(backend, f"{EVERY_KERNEL} is missing: python setup.py build_ext --inplace links it")
+            continue
         for name, pattern in SANITIZERS.items():
             which = name.split()[0]
             command = [
                 tool, "--tool", which, "--error-exitcode", SANITIZER_STATUS, "--report-api-errors", "no",
-                "--target-processes", "application-only", *only[which][0],
-                sys.executable, "-m", "benchmarks.gpu.odd_shapes", "--backend", backend,
-                "--device", run.options.device, *only[which][1],
+                "--target-processes", "application-only", *_sanitized(run, backend, few=which == "racecheck"),
             ]  # fmt: skip
             # Each tensor an allocation of its own, so that an access beyond it is seen.
             process = _start(run, f"{which}-{backend}", command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
@@ -239,6 +238,14 @@ def sanitizer(run: Run, stage: Stage) -> None:
             elif not numbers or (ended.status and not wrong):
                 stage.fail(f"{backend}, {name}", ended.reason or "no summary")
             run.save()
+
+
+def _sanitized(run: Run, backend: str, few: bool) -> list[object]:
+    """The command that a sanitizer watches; ``few``: racecheck takes minutes for everything."""
+    if backend == "cuda":
+        return [EVERY_KERNEL, *["bfloat16"] * few]
+    command = [sys.executable, "-m", "benchmarks.gpu.odd_shapes", "--backend", backend, "--device", run.options.device]
+    return [*command, *["--smallest"] * few]
 
 
 def _first_problem(output: str) -> str:

@@ -1,6 +1,7 @@
-// What library.cpp calls: one function per kernel, on the host.
+// What calls.h calls: one function per kernel, on the host.
 #pragma once
 
+#include <cstring>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -20,10 +21,19 @@ struct Context {
   int shared_limit;  // bytes of shared memory that a block may have
   int table_blocks;  // blocks of a launch with a table gradient, at most
   void* stream;
-  std::function<void*(size_t bytes)> allocate;  // device memory that lives until the launches are done
+  std::function<void*(size_t bytes)> new_memory;  // of the device, which lives until the launches are done
 #if defined(NATTEN_EXT_EMULATOR)
   std::vector<emulator::MemoryRange> memory;
 #endif
+
+  void* allocate(size_t bytes) {
+    void* data = new_memory(bytes);
+#if defined(NATTEN_EXT_EMULATOR)
+    std::memset(data, 0xff, bytes);
+    memory.push_back({data, bytes, true});
+#endif
+    return data;
+  }
 };
 
 #if !defined(NATTEN_EXT_EMULATOR)

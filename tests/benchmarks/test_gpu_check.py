@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import setup
 from benchmarks import gpu_check, tools
 from benchmarks.gpu import stages as real
 from benchmarks.gpu.processes import OUT_OF_TIME, ROOT, Process
-from benchmarks.gpu.stages import OUR_KERNELS, NotRunError
+from benchmarks.gpu.stages import NotRunError
 from benchmarks.problem import ORDERS
 from benchmarks.record import Record
 
@@ -313,10 +314,29 @@ def test_tests_that_take_too_long_are_counted_as_far_as_they_went(tmp_path):
     assert counts["passed"] + counts["not run"] == 200
 
 
-def test_the_sanitizer_filters_kernels_that_are_there():
-    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.*"))
-    for kernel in OUR_KERNELS:
-        assert re.search(rf"^NATTEN_EXT_KERNEL.* {kernel}\(", sources, re.MULTILINE), kernel
+def test_the_sanitizer_watches_every_cuda_kernel_without_torch(tmp_path, monkeypatch):
+    """And says so where the program is not there."""
+    assert real.EVERY_KERNEL == setup.EVERY_KERNEL
+
+    def load(run, stage):
+        run.backends[:] = ["cuda"]
+
+    def check(name: str) -> dict:
+        options = ["--out", str(tmp_path / name), "--stages", "sanitizer"]
+        gpu_check.main(options, {"load": (load, 60), "sanitizer": (real.sanitizer, 60)})
+        return Record.read(tmp_path / name / "gpu_check.json").more["stages"]["sanitizer"]
+
+    program = '#!/bin/sh\necho "x, 5 channels, float32: output is off"\nexit 1'
+    for name, text in {**TOOLS, "every_kernel": program}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(real, "EVERY_KERNEL", tmp_path / "none")
+    assert "none is missing: python setup.py build_ext --inplace" in check("without")["failures"][0]
+    monkeypatch.setattr(real, "EVERY_KERNEL", tmp_path / "every_kernel")
+    stage = check("with")
+    assert "cuda under memcheck: x, 5 channels, float32: output is off" in stage["failures"]
+    assert stage["found"]["cuda"] == {"memcheck errors": None, "racecheck hazards": 2}
 
 
 def test_nvidia_smi_is_asked_about_the_visible_gpu(monkeypatch, tmp_path):

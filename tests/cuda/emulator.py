@@ -14,6 +14,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "emulator"
+EVERY_KERNEL = FOLDER / "every_kernel"
+"""benchmarks/gpu/every_kernel.cpp, linked with the emulated kernels."""
 
 
 def use() -> None:
@@ -28,7 +30,7 @@ def use() -> None:
 def build(folder: Path) -> Path:
     """Compile the kernels for the host, under the emulator of csrc/emulator; returns the library's path.
 
-    Raises RuntimeError with the compiler's messages if it fails.
+    Links EVERY_KERNEL too. Raises RuntimeError with the compiler's messages if it fails.
     """
     import setup
 
@@ -48,10 +50,12 @@ def build(folder: Path) -> Path:
     ]
     machine = ROOT / "csrc" / "emulator" / "machine.cpp"
     objects.append(file.statement("compile", folder / "machine.o", [machine], [*common, "-O2"]))
+    program = file.statement("compile", folder / "every_kernel.o", [setup.EVERY_KERNEL_SOURCE], common)
+    file.statement("link", folder / EVERY_KERNEL.name, [program, *objects], [])
     objects.append(
         file.statement("compile", folder / "library.o", [setup.CUDA_SOURCE / "library.cpp"], common + torch_flags)
     )
-    libraries = [f"-L{includes.parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    libraries = ["-shared", f"-L{includes.parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     library = file.statement("link", folder / "libnatten_ext_cuda_emulator.so", objects, libraries)
     with open(folder / "lock", "w") as lock:  # two runs of the tests may start together
         fcntl.flock(lock, fcntl.LOCK_EX)
