@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ _FORWARD_OVER_FORWARD = (
     "natten_ext: forward mode over forward mode is not implemented for a fused attention; take reverse mode for one of"
     ' the two, or backend="reference", which has every mix'
 )
+_requires_grad = attrgetter("requires_grad")
 _COUNT = {order: len(order.types) for order in ORDERS}
 _OUTGOING = len(DOUBLE_BACKWARD.results) - len(INPUTS)  # the output and the log-sum-exp
 
@@ -58,8 +60,9 @@ class Direct:
             setattr(self, order.name, partial(self._call, order))
 
     def _call(self, order: Order, *arguments: Any) -> tuple[Tensor | None, ...]:
-        if plain(arguments):
-            return differentiated(order, self, *arguments)
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if plain(tensors):
+            return _differentiated(order, self, arguments, tensors)
         return getattr(self.operators, order.name)(*arguments)
 
 
@@ -68,8 +71,11 @@ def differentiated(order: Order, operators: Any, *arguments: Any) -> Any:
 
     Not ``torch.library.register_autograd``, which drops tangents without a word wherever no gradient is recorded.
     """
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    if not ((torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or _any_tangent(tensors)):
+    return _differentiated(order, operators, arguments, [x for x in arguments if isinstance(x, Tensor)])
+
+
+def _differentiated(order: Order, operators: Any, arguments: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
+    if not ((torch.is_grad_enabled() and any(map(_requires_grad, tensors))) or _any_tangent(tensors)):
         return _below_autograd(operators, order, arguments)
     if order is DOUBLE_BACKWARD:
         cotangents = len(INPUTS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ with torch.inference_mode():
     _MODES.add(torch._C._dispatch_tls_local_include_set().raw_repr())
 
 
-def plain(arguments: Sequence[Any]) -> bool:
+def plain(tensors: Sequence[Tensor]) -> bool:
     """Whether the dispatcher would do nothing but autograd and the kernel.
 
     Not while torch.compile, torch.func, a mode, a trace or a profiler is to see the operator, nor below autograd, nor
@@ -32,22 +31,21 @@ def plain(arguments: Sequence[Any]) -> bool:
         or torch._C._len_torch_function_stack()
     ):
         return False
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            kind = type(argument)
-            if kind is not Tensor and kind is not torch.nn.Parameter:
-                return False
-            if not _plain_keys(torch._C._dispatch_keys(argument).raw_repr(), argument):
-                return False
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is not Tensor and kind is not torch.nn.Parameter:
+            return False
+        keys = torch._C._dispatch_keys(tensor)
+        plain_keys = _known.get(keys.raw_repr())
+        if not (_plain_keys(keys) if plain_keys is None else plain_keys):
+            return False
     return True
 
 
 _known: dict[int, bool] = {}
 
 
-def _plain_keys(raw: int, tensor: Tensor) -> bool:
-    known = _known.get(raw)
-    if known is None:
-        names = str(torch._C._dispatch_keys(tensor)).removeprefix("DispatchKeySet(").removesuffix(")")
-        known = _known[raw] = _PLAIN_KEYS.issuperset(names.split(", "))
+def _plain_keys(keys: torch._C.DispatchKeySet) -> bool:
+    names = str(keys).removeprefix("DispatchKeySet(").removesuffix(")")
+    known = _known[keys.raw_repr()] = _PLAIN_KEYS.issuperset(names.split(", "))
     return known

@@ -75,7 +75,8 @@ def list_backends(
         raise ValueError(f"neighborhood must be one of {KINDS}, got {shown(neighborhood)}")
     device_type = torch.device(device).type
     order = _candidates(device_type, dtype, head_dim, neighborhood)
-    return tuple(_status(name, device_type, dtype, head_dim) for name in order)
+    reasons = [(name, _reason(name, device_type, dtype, head_dim)) for name in order]
+    return tuple(BackendStatus(name, not reason, reason) for name, reason in reasons)
 
 
 @contextmanager
@@ -108,16 +109,15 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int
         name = _override or "auto"
     check_name(name)
     if name != "auto":
-        status = _status(name, device_type, dtype, head_dim)
-        if not status.available:
-            raise RuntimeError(f"backend {name!r} cannot run this: {status.reason}")
+        if reason := _reason(name, device_type, dtype, head_dim):
+            raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
         return name
     reasons = []
     for candidate in _candidates(device_type, dtype, head_dim, neighborhood):
-        status = _status(candidate, device_type, dtype, head_dim)
-        if status.available:
+        reason = _reason(candidate, device_type, dtype, head_dim)
+        if not reason:
             break
-        reasons.append(f"{candidate}: {status.reason}")
+        reasons.append(f"{candidate}: {reason}")
     if candidate == "reference" and device_type != "cpu":
         _warn_once(
             f"natten_ext runs unfused on {device_type} (slow, memory grows with tokens x keys): {'; '.join(reasons)}"
@@ -146,9 +146,9 @@ def _gpu_candidates(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tup
     return ("triton", "cuda") if wide else ("cuda", "triton")
 
 
-def _status(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> BackendStatus:
-    reason = "" if name == "reference" else FUSED[name].cannot_run(device_type, dtype, head_dim)
-    return BackendStatus(name, not reason, reason)
+def _reason(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Why a backend can't run a problem; empty if it can."""
+    return "" if name == "reference" else FUSED[name].cannot_run(device_type, dtype, head_dim)
 
 
 @torch.compiler.assume_constant_result

@@ -60,7 +60,8 @@ class Checked:
             wanted += [0] * 2  # Triton's scratch memory: none
             ways = (
                 lambda step=step: plan._compile_and_launch(step, tensors),
-                lambda step=step: step.launch(*step.filled(addresses), stream=0),
+                lambda step=step: step.launch(addresses, 0, False),
+                lambda step=step: step.launch(addresses, 0, True),
             )
             for way in ways:
                 given = self.given(way, sizes)

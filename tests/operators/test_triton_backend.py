@@ -228,7 +228,7 @@ def test_first_use_while_a_graph_is_captured(monkeypatch):
     if not plans.INTERPRETED:
         pytest.skip("a device that captures is pretended")
     capturing = False
-    monkeypatch.setattr(plans.on_device, "capturing", lambda device: capturing)
+    monkeypatch.setattr(plans.on_device, "capturing", lambda on_gpu: capturing)
     monkeypatch.setattr(plans, "_plans", {})
     plans.on_device.kept_on.cache_clear()
 

@@ -159,3 +159,27 @@ def test_inference_mode_and_after():
     output = natten_ext.neighborhood_attention(*leaves, 3, backend="triton")
     assert torch.equal(output, inferred)
     assert all(x is not None for x in torch.autograd.grad(output.sum(), leaves))
+
+
+def test_profilers_hear_of_launches(monkeypatch):
+    """Triton's hooks, which a plan's later launches go past where there are none."""
+    knobs = plans.triton.knobs.runtime
+    assert not plans._hooked()
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        heard = list.append
+        getattr(knobs, name).add(heard)
+        assert plans._hooked()
+        getattr(knobs, name).remove(heard)
+        for hook, hooked in ((None, False), (heard, True)):
+            with monkeypatch.context() as patch:
+                patch.setattr(knobs, name, hook)
+                assert plans._hooked() == hooked
+
+
+def test_tf32_is_asked_for_once_and_of_queries_alone(monkeypatch):
+    """In float32 the answer is part of a plan; it takes as long as the rest of the look-up."""
+    asked = []
+    monkeypatch.setattr(plans, "full_precision", lambda dtype: asked.append(dtype) or dtype)
+    forward(*inputs(torch.bfloat16), torch.zeros(2, 5, 5))
+    forward(*inputs())
+    assert asked == [torch.bfloat16, torch.float32]

@@ -13,9 +13,9 @@ Lists = tuple[Sequence[Any], ...]
 """Integers, or rows of integers, of several tensors."""
 
 
-def capturing(device: torch.device) -> bool:
+def capturing(on_gpu: bool) -> bool:
     """Whether a CUDA graph is captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 def made_on(device: torch.device, lists: Lists) -> tuple[torch.Tensor, ...]:
@@ -24,7 +24,7 @@ def made_on(device: torch.device, lists: Lists) -> tuple[torch.Tensor, ...]:
     Made in a thread of its own. torch.compile(mode="reduce-overhead") has what the calling thread allocates while it
     warms up in the memory of a CUDA graph, where nothing may be kept: it raises an error if something is.
     """
-    if capturing(device):
+    if capturing(device.type == "cuda"):
         raise RuntimeError(
             "backend 'triton' meets this problem for the first time while a CUDA graph is captured; run it once before"
             " the capture"

@@ -31,6 +31,8 @@ MOST = 1024
 ALIGNMENT = 16
 """Bytes: Triton compiles separately for addresses that are multiples of it, and for others."""
 
+_KNOBS = triton.knobs.runtime
+
 _OTHERS = len(CHOICES) + 1
 """Arguments of an order after its tensors."""
 
@@ -42,6 +44,12 @@ def planned(order: Order, operands: Any, device: torch.device | None = None) -> 
     return launch, PLANNERS[order.name](launch) if asked else (None,) * len(order.results)
 
 
+def _hooked() -> bool:
+    """Whether a profiler is to hear of Triton's launches."""
+    enter, leave = _KNOBS.launch_enter_hook, _KNOBS.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 class _Step:
     """A launch with places for addresses."""
 
@@ -51,8 +59,6 @@ class _Step:
         self.arguments = [*arguments, *constants]
         self.options = {name: option for name, option in options.items() if name not in self.kernel.arg_names}
         self.compiled: Any = None
-        self.launch: Any = None
-        """What launches the compiled kernel, of arguments with addresses."""
         # Where an address goes, and where addresses and what follows them go, as ``Rows`` and ``Terms``.
         self.alone: list[tuple[int, int]] = []
         self.rows: list[tuple[int, int, tuple]] = []
@@ -77,6 +83,15 @@ class _Step:
         for place, first, second in self.pairs:
             arguments[place] = (sources[first], sources[second])
         return arguments
+
+    def launch(self, addresses: list[int], stream: int, hooked: bool) -> None:
+        """The compiled kernel."""
+        compiled, arguments = self.compiled, self.filled(addresses)
+        if hooked:
+            compiled[(self.programs, 1, 1)](*arguments, stream=stream)
+        else:  # half the time of it
+            function, metadata = compiled.function, compiled.packed_metadata
+            compiled.run(self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
     def typed(self, tensors: Sequence[Any]) -> list[Any]:
         """The kernel's arguments as Triton compiles for them."""
@@ -115,7 +130,7 @@ class Plan:
     def __init__(self, order: Order, operands: Any, device: torch.device) -> None:
         """Of operands without data (as for ``Launch``)."""
         launch, results = planned(order, operands, device)
-        self.device = device
+        self.device, self.on_gpu = device, device.type == "cuda"
         self.kept = [on_device.kept_on(device, make, *arguments) for _, make, arguments in launch.kept]
         given = list(launch.operands[:-_OTHERS])
         made = [tensor for tensor, _ in launch.made]
@@ -126,6 +141,7 @@ class Plan:
         self.zeros = [len(given) + index for index, (_, zero) in enumerate(launch.made) if zero]
         self.results = [None if result is None else sources.index_of(result) for result in results]
         self.steps = [_Step(launched, sources) for launched in launch.launches]
+        self.compiled = False
         self.views = sources.views
         self.kept_addresses = [tensor.data_ptr() for tensors in self.kept for tensor in tensors]
 
@@ -143,14 +159,14 @@ class Plan:
             tensors[index].zero_()
         if self.kept:
             addresses += self.kept_addresses
-            if on_device.capturing(self.device):
+            if on_device.capturing(self.on_gpu):
                 for kept in self.kept:
                     on_device.keep_for_good(kept)
         for place, _, distance in self.views:
             addresses.append(addresses[place] + distance)
         # Allocators give aligned memory, all that are known.
         ready = bits % ALIGNMENT == 0
-        if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
+        if self.on_gpu and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
                 self._launch(tensors, addresses, ready)
         else:
@@ -159,20 +175,17 @@ class Plan:
 
     def _launch(self, tensors: list[Any], addresses: list[int], ready: bool) -> None:
         """On the current stream of the current device, which is the plan's."""
-        stream = None
-        for step in self.steps:
-            if step.launch is None or not ready:
+        if INTERPRETED or not ready or not self.compiled:
+            for step in self.steps:
                 self._compile_and_launch(step, tensors)
-            else:
-                if stream is None:
-                    driver = triton.runtime.driver.active
-                    stream = driver.get_current_stream(driver.get_current_device())
-                step.launch(*step.filled(addresses), stream=stream)
+            self.compiled = True
+        else:
+            stream, hooked = triton.runtime.driver.active.get_current_stream(self.device.index), _hooked()
+            for step in self.steps:
+                step.launch(addresses, stream, hooked)
 
     def _compile_and_launch(self, step: _Step, tensors: list[Any]) -> None:
         step.compiled = step.kernel[(step.programs,)](*step.typed(self.all_tensors(tensors)), **step.options)
-        if not INTERPRETED:
-            step.launch = step.compiled[(step.programs, 1, 1)]
 
     def all_tensors(self, tensors: list[Any]) -> list[Any]:
         """Beside the operands and what is made, what is kept, and views."""
@@ -261,21 +274,17 @@ def _kind(
         asked if asked.__class__ is bool else tuple(asked),
         moved,
         configs.state,
+        full_precision(operands[order.query].dtype),
     ]
     addresses = []
-    single = False
     for tensor in operands:
         if tensor is None:
             address = 0
             kind.append(None)
         else:
             address = tensor.data_ptr()
-            dtype = tensor.dtype
-            single = single or dtype is torch.float32
-            kind += tensor.shape, tensor.stride(), dtype, tensor.device, address % ALIGNMENT
+            kind += tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address % ALIGNMENT
         addresses.append(address)
-    if single:
-        kind.append(full_precision(torch.float32))
     return tuple(kind), addresses
 
 
