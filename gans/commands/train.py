@@ -126,8 +126,8 @@ def _resized(config: Any, like: Any) -> Any:
     return replace(config, **{name: getattr(like, name) for name in names})
 
 
-def run(arguments: list[str]) -> None:
-    """Trains, or prints what would be trained."""
+def run(arguments: list[str]) -> int:
+    """Trains, or prints what would be trained; returns the exit status."""
     parsed = parse(arguments)
     run_config = parsed.run
     recipe = conditional(parsed.recipe, parsed.run.data) if parsed.conditional else parsed.recipe
@@ -144,10 +144,13 @@ def run(arguments: list[str]) -> None:
             if (last.parent / checkpoint.BEST).exists():
                 shown += f"\nbest checkpoint: {last.parent / checkpoint.BEST}"
     except Interrupted as interrupt:
+        if world.is_main:  # one process says it, before any ends: torchrun kills the others as soon as one has
+            print(interrupt, file=sys.stderr, flush=True)
+        if interrupt.together:
+            world.barrier()
         world.leave()
-        if world.is_main:
-            raise
-        sys.exit(interrupt.status)  # one process says it
+        return interrupt.status
     if world.is_main:
         print(shown)
     world.leave()
+    return 0

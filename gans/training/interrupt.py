@@ -18,10 +18,12 @@ the process and to its group."""
 class Interrupted(KeyboardInterrupt):
     """Training was asked to stop and has stopped. The message says at which step, and how to go on."""
 
-    def __init__(self, number: int, message: str) -> None:
+    def __init__(self, number: int, message: str, *, together: bool = False) -> None:
         super().__init__(message)
         self.status = 128 + number
         """The exit status that shells expect."""
+        self.together = together
+        """Whether every process of the world has stopped after the same step, and raises this too."""
 
 
 class StopSignals:

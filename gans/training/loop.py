@@ -217,5 +217,6 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
                 latest = save_checkpoint()
     if stopped:
         way_on = checkpoint.way_on(checkpoints)
-        raise Interrupted(signals.received or signal.SIGTERM, f"stopped after step {state.step}. {way_on}")
+        message = f"stopped after step {state.step}. {way_on}"
+        raise Interrupted(signals.received or signal.SIGTERM, message, together=True)
     return latest or save_checkpoint()

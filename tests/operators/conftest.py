@@ -6,7 +6,7 @@ test that also asks for `case` gets its cases from the marker `pytest.mark.cases
 at full speed, the small ones where they are interpreted or emulated.
 
 An interpreter takes seconds for what takes an emulator milliseconds. Of each test it gets a few, evenly spread over
-its parameters: 2, or as many as `pytest.mark.interpreted(...)` says; an emulator gets 60 of them at most. Both get all
+its parameters: 2, or as many as `pytest.mark.interpreted(...)` says; an emulator gets 40 of them at most. Both get all
 with NATTEN_EXT_TEST_ALL=1.
 """
 
@@ -18,18 +18,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.cuda import emulator
-from tests.operators.cases import Case
-
-if not torch.cuda.is_available():
-    emulator.use()
-
 import natten_ext
+from tests.operators.cases import Case
 
 # Backends whose kernels are not made for the CPU run there through an interpreter or an emulator.
 NATIVE_ON_CPU = {"reference", "cpu"}
 INTERPRETED_ON_CPU = {"triton"}
-EMULATED = 60
+EMULATED = 40
 TEST_ALL = os.environ.get("NATTEN_EXT_TEST_ALL") == "1"
 
 
@@ -69,7 +64,7 @@ class Target:
                 pytest.skip(f"{self}: {status.reason}")
 
 
-def _targets(with_reference: bool) -> list[Target]:
+def targets(with_reference: bool) -> list[Target]:
     """All targets, or those named in NATTEN_EXT_TEST_BACKENDS and NATTEN_EXT_TEST_DEVICES (separated by commas)."""
     wanted = [name for name in os.environ.get("NATTEN_EXT_TEST_BACKENDS", "").split(",") if name]
     devices = [name for name in os.environ.get("NATTEN_EXT_TEST_DEVICES", "").split(",") if name]
@@ -82,21 +77,16 @@ def _targets(with_reference: bool) -> list[Target]:
     ]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cases(cases): the attention problems that a test runs on")
-    config.addinivalue_line("markers", "interpreted(count): how many of a test's parameters an interpreter gets")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     name = next((n for n in ("target", "any_target") if n in metafunc.fixturenames), None)
-    targets = _targets(with_reference=name == "any_target") if name else []
+    chosen = targets(with_reference=name == "any_target") if name else []
     marker = metafunc.definition.get_closest_marker("cases")
     cases: list[Case] = list(marker.args[0]) if marker else []
     if name and "case" in metafunc.fixturenames:
-        pairs = [(target, case) for target in targets for case in cases if target.takes(case)]
+        pairs = [(target, case) for target in chosen for case in cases if target.takes(case)]
         metafunc.parametrize((name, "case"), pairs, ids=lambda value: str(value))
     elif name:
-        metafunc.parametrize(name, targets, ids=str)
+        metafunc.parametrize(name, chosen, ids=str)
     elif marker:
         metafunc.parametrize("case", cases, ids=str)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import natten_ext
 from natten_ext import geometry
 from natten_ext.backends import choice, support
+from tests.operators import conftest
 
 
 def a_case(**options) -> torch.Tensor:
@@ -32,6 +34,14 @@ def test_every_backend_has_a_status():
     for status in statuses:
         assert isinstance(status.available, bool)
         assert status.available == (status.reason == ""), status
+
+
+@pytest.mark.skipif("NATTEN_EXT_TEST_BACKENDS" in os.environ, reason="only some backends are asked for")
+def test_every_backend_is_tested_here(request):
+    """Whatever else is collected: a backend that is asked for before its emulator is there has no tests at all."""
+    missing = {"triton"} if importlib.util.find_spec("triton") is None else set()
+    tested = {target.backend for target in conftest.targets(with_reference=True)}
+    assert tested == {*choice.NAMES} - missing
 
 
 def test_reference_is_always_available():

@@ -21,7 +21,7 @@ CHOSEN = f"cpu-on-cpu and ({ACCURACY} or every_half or conditioning or no_more o
 
 
 def in_a_process(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"NATTEN_EXT_CPU_ISA": instruction_set}
+    environment = os.environ | {"NATTEN_EXT_CPU_ISA": instruction_set, "NATTEN_EXT_TEST_BACKENDS": "cpu"}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 

@@ -140,4 +140,6 @@ def test_an_offset_of_x_costs_no_digits(target, case):
         inputs["key"] += 1
     true = truth(case, inputs, given)
     result, plain = tangent(case, inputs, given, target.backend), two_passes(case, inputs, given)
-    assert largest_error(result, true) <= FACTOR[case.score] * largest_error(plain, true)
+    # cpu counts X from one of the row's, the others from zero, and add up in the order of their threads.
+    factor = FACTOR[case.score] * (1 if target.backend == "cpu" else 2)
+    assert largest_error(result, true) <= factor * largest_error(plain, true)

@@ -61,7 +61,7 @@ def test_tables_that_mask(case, number, part, dtype):
 def test_nan_stays_near_the_tiles_that_see_it(where):
     """It spreads through a tile, which masked products do not prevent, and in each order to the tiles next to it."""
     configs = pytest.importorskip("natten_ext.backends.triton.configs")
-    case = Case("edge-tiles", "neighborhood", (1, 4, 40, 1, 8), kernel=3, bias=True, small=True)
+    case = Case("edge-tiles", "neighborhood", (1, 4, 24, 1, 8), kernel=3, bias=True, small=True)
     inputs = inputs_of(case, torch.float32)
     grad_output, cotangents = grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
     owner, _, name = where.rpartition(" of ")
@@ -72,4 +72,4 @@ def test_nan_stays_near_the_tiles_that_see_it(where):
     assert any(result.isnan().any() for result in results.values())
     for name, result in results.items():
         if not name.endswith("bias"):
-            assert result[0, :, 32:].isfinite().all(), name
+            assert result[0, :, 16:].isfinite().all(), name
