@@ -93,10 +93,10 @@ def pair_tables(neighbors: Neighbors, keys: int) -> tuple[Tensor, Tensor]:
     allowed = torch.zeros(len(neighbors), keys, dtype=torch.bool)
     offsets = torch.zeros(axes, len(neighbors), keys, dtype=torch.int64)
     for query, entries in enumerate(neighbors):
-        for key, offset in entries:
-            assert not allowed[query, key], "a key is listed twice"
-            allowed[query, key] = True
-            offsets[:, query, key] = torch.tensor(offset)
+        listed = torch.tensor([key for key, _ in entries], dtype=torch.int64)
+        allowed[query, listed] = True
+        assert allowed[query].sum() == len(entries), "a key is listed twice"
+        offsets[:, query, listed] = torch.tensor([offset for _, offset in entries]).T.reshape(axes, -1)
     return allowed, offsets
 
 
