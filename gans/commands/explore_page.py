@@ -22,6 +22,7 @@ STRIP_SIDE = 64
 CSS = """
 .sample img, .between, table.looks img { image-rendering: pixelated; }
 .sample img { cursor: crosshair; }
+.between { max-width: 100%; }
 table.looks { display: block; overflow-x: auto; }
 table.looks td, table.looks th { padding: .2rem .4rem; text-align: center; font-weight: normal; }
 table.looks img { width: 8rem; max-width: none; display: inline; }
@@ -29,8 +30,11 @@ table.looks img { width: 8rem; max-width: none; display: inline; }
 
 ABOUT_MAPS = """A row for each map size, a picture for each head. The frame is the query, the part of the map that the
 pixel lies in. Each picture is scaled by its largest weight, which stands below it; where it shows the image alone, the
-weight is 0."""
+weight is 0 or close to it."""
 NO_ATTENTION = "This generator has no attention that can be drawn."
+
+HOST = "127.0.0.1"
+"""This machine alone."""
 
 FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
 """Fonts of the system: the library's own come from a server of Google's."""
@@ -148,19 +152,24 @@ def strip(images: Tensor, scale: int) -> str:
 
 
 def serve(page: gr.Blocks, *, port: int | None, browser: bool = False, share: bool = False) -> str:
-    """Serves the page to this machine in a thread of its own; returns its address."""
+    """Serves the page to this machine in a thread of its own; returns its address. OSError if the port is taken."""
     font, font_mono = FONTS
-    _, address, public = page.launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        inbrowser=browser,
-        share=share,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=True,
-        ssr_mode=False,
-        footer_links=[],
-        theme=gr.themes.Default(font=font, font_mono=font_mono),
-        css=CSS,
-    )
+    try:
+        _, address, public = page.launch(
+            server_name=HOST,
+            server_port=port,
+            inbrowser=browser,
+            share=share,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Default(font=font, font_mono=font_mono),
+            css=CSS,
+        )
+    except OSError as error:
+        if port is None or "port" not in str(error):
+            raise
+        raise OSError(f"port {port} of {HOST} is taken, or not for everybody; give another, or none") from error
     return public or address

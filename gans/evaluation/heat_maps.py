@@ -46,10 +46,14 @@ def heat_map(image: Image.Image, weights: Tensor, position: tuple[int, int]) -> 
 
 
 def framed(picture: Image.Image, position: tuple[int, int], scale: int) -> Image.Image:
-    """A copy with a frame around a square of `scale` pixels a side, the one in row and column `position`."""
+    """A copy with a frame around a square of `scale` pixels a side, the one in row and column `position`.
+
+    It runs along the square's own edge; around a small one at some distance, to be seen and to hide nothing of it.
+    """
     picture = picture.convert("RGB")
     row, column = position
-    box = (column * scale, row * scale, (column + 1) * scale - 1, (row + 1) * scale - 1)
+    far = 0 if scale >= 8 else 3
+    box = (column * scale - far, row * scale - far, (column + 1) * scale - 1 + far, (row + 1) * scale - 1 + far)
     ImageDraw.Draw(picture).rectangle(box, outline=MARK, width=max(1, scale // 8))
     return picture
 

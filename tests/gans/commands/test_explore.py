@@ -134,8 +134,12 @@ def test_command(gradio, tiny, tiny_run, monkeypatch, capsys):
 
     monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: None)
     train(tiny, tiny_run, progress=False)
-    assert main(["explore", "--checkpoint", tiny_run.out, "--no-browser", "--backend", "reference"]) == 0
+    command = ["explore", "--checkpoint", tiny_run.out, "--no-browser", "--backend", "reference"]
+    assert main(command) == 0
     address = capsys.readouterr().out.splitlines()[-1].split()[0]
+    port = address.rstrip("/").rpartition(":")[2]
+    assert main([*command, "--port", port]) == 1
+    assert capsys.readouterr().err.startswith(f"error: port {port} of 127.0.0.1 is taken")
     result = Client(address, verbose=False).predict(
         0, 1, "", "one seed", 1, 0.5, "z", [], 0, 7, False, api_name="/show"
     )

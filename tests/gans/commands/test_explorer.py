@@ -168,6 +168,11 @@ def test_heat_maps_show_shares_of_the_largest_weight():
     middle = 0.5 * 255 * np.array(colormaps["viridis"](0.5)[:3]) + 0.5 * 200 * DIMMED
     assert (picture[half:, half:] == middle.round()).all()
     assert tuple(picture[half, 0]) == tuple(picture[-1, half - 1]) == MARK  # around the query
+    one = torch.zeros(LEAST_SIDE, LEAST_SIDE)
+    one[40, 50] = 1.0
+    picture = np.asarray(heat_map(GREY, one, (40, 50))).astype(int)
+    assert (picture[40, 50] == np.round(255 * np.array(colormaps["viridis"](1.0)[:3]))).all()  # one pixel, not hidden
+    assert tuple(picture[37, 50]) == tuple(picture[40, 53]) == MARK
 
 
 def test_tables_have_a_picture_for_each_head():
