@@ -19,7 +19,7 @@ COMMANDS = {
     "demo": "train a small TransGAN on scanned digits and show it:  demo --out DIR",
     "train": "train a recipe:  train --preset cifar10 --data FOLDER|ZIP --out DIR [any override]",
     "presets": "list the recipes; with a name, print all of its settings",
-    "data": "check images:  data --data FOLDER|ZIP",
+    "data": "check images, or pack them:  data --data FOLDER|ZIP [--convert FILE.zip --size N]",
     "cost": "time and memory of a step, fused and naive:  cost --preset cifar10 --batch 4",
     "figures": "draw a run's samples and curves:  figures --run DIR --out DIR",
     "sample": "images from a checkpoint:  sample --checkpoint DIR --seeds 0-63 --out FILE.png",

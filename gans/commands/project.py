@@ -13,9 +13,9 @@ from tqdm import tqdm
 from gans.commands.generators import Weights, attention_backend, class_of, load_generator
 from gans.common.distributed import choose_device
 from gans.common.files import new_folder, save_tensors
+from gans.data.decoding import decode
 from gans.data.images import GAP, grid, save_png
 from gans.data.loading import to_array, to_unit_range
-from gans.data.sources import decode
 from gans.evaluation.projection import ProjectionConfig, project
 from gans.features.by_name import make_maps
 from gans.models.conditioning import bind

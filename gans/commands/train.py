@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -118,7 +119,13 @@ def next_folder(root: Path, preset: str, run: RunConfig) -> Path:
     if run.resume:
         raise ValueError(f"resume is {run.resume!r}; say with out which run it is that goes on")
     numbers = [int(path.name[:5]) for path in root.glob("[0-9][0-9][0-9][0-9][0-9]-*")]
-    return root / f"{max(numbers, default=-1) + 1:05d}-{preset}-{Path(run.data).name.partition('.')[0] or 'data'}"
+    return root / f"{max(numbers, default=-1) + 1:05d}-{preset}-{_short(run.data)}"
+
+
+def _short(data: str) -> str:
+    """A name for a folder: of a file or pattern without what follows a dot, brace or the like."""
+    found = re.match(r"[\w-]*\w", data.removesuffix("/").rpartition("/")[2].rpartition(":")[2])
+    return found[0] if found else "data"
 
 
 def _resized(config: Any, like: Any) -> Any:

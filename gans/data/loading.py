@@ -24,7 +24,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gans.data.sources import BrokenImageError, ImageSource
+from gans.data.decoding import BrokenImageError
+from gans.data.sources import ImageSource
 
 Broken = Literal["refuse", "skip"]
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from gans.common.files import new_file, save_tensors
 from gans.data.loading import to_array, to_unit_range
-from gans.data.sources import ArrayImages, FileImages, ImageSource
+from gans.data.sources import ImageSource
 from gans.evaluation import measures
 from gans.features.network import VectorNetwork
 
@@ -95,26 +94,10 @@ def features_of(
 
 
 def digest(source: ImageSource) -> str:
-    """A SHA-256 that changes with the images of a source.
-
-    Of files in an archive it takes names, sizes and checksums, of files in a folder names, sizes and times of change
-    (which is quick; a copy counts as changed), of arrays the contents.
-    """
+    """A SHA-256 that changes with the images of a source."""
     hasher = hashlib.sha256()
-    if isinstance(source, ArrayImages):
-        hasher.update(repr(tuple(source.images.shape)).encode())
-        hasher.update(source.images.numpy().tobytes())
-    elif isinstance(source, FileImages) and source.origin.is_dir():
-        for name in source.names:
-            status = (source.origin / name).stat()
-            hasher.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    elif isinstance(source, FileImages):
-        with zipfile.ZipFile(source.origin) as archive:
-            for name in source.names:
-                info = archive.getinfo(name)
-                hasher.update(f"{name}\0{info.file_size}\0{info.CRC}\n".encode())
-    else:
-        raise TypeError(f"source is a {type(source).__name__}, whose contents cannot be named")
+    for mark in source.marks():
+        hasher.update(mark)
     return hasher.hexdigest()
 
 

@@ -148,7 +148,8 @@ class RunConfig:
     """Where and how a recipe runs."""
 
     data: str
-    """Folder, ZIP file or CIFAR-10 archive (.tar.gz) of images, or "digits" for scikit-learn's scanned digits."""
+    """Folder or ZIP file of images, shards (.tar) or .parquet files (several by a pattern, 'x-{000..009}.tar'), hf:NAME
+    on the Hugging Face hub, CIFAR-10 archive (.tar.gz), or "digits" for scikit-learn's scanned digits."""
     out: str
     """Folder of the run: config.json, log.jsonl, TensorBoard events, samples/, checkpoints/, curves.png. On the command
     line, a numbered folder in runs/ if it is not given."""

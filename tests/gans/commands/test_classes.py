@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from gans.commands.cli import main
 from gans.commands.train import conditional, parse
+from gans.data.arrays import ArrayImages
 from gans.data.loading import Stream
-from gans.data.sources import ArrayImages, open_source
+from gans.data.sources import open_source
 from gans.training import logs, monitor
 from gans.training.loop import train
 

@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 
 from gans.commands.cli import main
-from gans.data import loading, sources
-from gans.data.sources import BrokenImageError, open_source
+from gans.data import file_images, loading
+from gans.data.decoding import BrokenImageError
+from gans.data.sources import open_source
 
 
 def write_images(root: Path, names: list[str]) -> Path:
@@ -180,7 +181,7 @@ def test_sizes_are_checked_before_decoding(tmp_path, monkeypatch, packed):
     root = write_images(tmp_path / "images", ["3.png"])
     (root / "1.ppm").write_bytes(b"P5 8192 8193 255\n")  # a head without pixels
     (root / "2.png").write_bytes(bytes(1001))
-    monkeypatch.setattr(sources, "MAX_BYTES", 1000)
+    monkeypatch.setattr(file_images, "MAX_BYTES", 1000)
     source = open_source(zipped(root) if packed else root)
     with pytest.raises(BrokenImageError, match=r"'1\.ppm' .* it has 8192x8193 pixels; at most 67,108,864 are decoded"):
         source.open(0)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from gans.commands.cli import main
 from gans.commands.demo import run as demo
 from gans.commands.train import RUNS, next_folder
-from gans.data.sources import BrokenImageError
+from gans.data.decoding import BrokenImageError
 from gans.training import checkpoint, interrupt, logs, monitor
 from gans.training import loop as trainer
 from gans.training.interrupt import Interrupted, StopSignals
