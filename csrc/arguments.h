@@ -15,6 +15,7 @@ struct View {
   void* data = nullptr;
   DType dtype = DType::float32;
   int64_t batch = 0, z = 0, y = 0, x = 0, head = 0;
+  bool of_keys = false;  // whether its heads are those of keys and values, which several query heads may share
   explicit operator bool() const { return data != nullptr; }
 };
 

@@ -98,13 +98,16 @@ class Call {
     p.width = query.size(n - 3);
     p.key_width = key.size(n - 3);
     p.heads = query.size(n - 2);
+    p.key_heads = key.size(n - 2);
     p.head_dim = query.size(n - 1);
     p.l2 = l2;
     p.scale = scale;
+    require(p.key_heads > 0 && p.heads % p.key_heads == 0, "key must have heads that divide the query's");
     decode_neighborhood(neighborhood, p);
     std::vector<int64_t> expected = sizes(query);
     require(p.kind != Kind::full || n == 4, "full attention takes sequences");
     expected[n - 3] = p.key_width;
+    expected[n - 2] = p.key_heads;
     require(sizes(key) == expected && sizes(value) == expected, "key and value must match the query");
     require(p.kind == Kind::full || p.key_width == p.width, "key and value must have the query's map");
     require(p.key_width > 0 && p.heads > 0 && p.head_dim >= 1 && p.head_dim <= 256,
@@ -178,8 +181,10 @@ class Call {
   // Runs the kernels and returns the results, which are zeros where there is nothing to attend.
   template <class... Results>
   std::tuple<Results...> run(void (Backend::*order)(const Arguments&) const, Results... results) {
-    if (arguments.problem.batch * arguments.problem.queries() == 0) (torch::stable::zero_(results), ...);
-    else (backend_.*order)(arguments);
+    Arguments& a = arguments;
+    for (View* v : {&a.key, &a.value, &a.cot_key, &a.cot_value, &a.grad_key, &a.grad_value}) v->of_keys = true;
+    if (a.problem.batch * a.problem.queries() == 0) (torch::stable::zero_(results), ...);
+    else (backend_.*order)(a);
     return {results...};
   }
 

@@ -23,13 +23,15 @@ struct HeadWindow {
 struct HeadRange {
   int64_t first, last;
   int64_t count() const { return last - first; }
+  // Those of the keys, where so many heads share one.
+  HeadRange of_keys(int64_t shared) const { return {first / shared, last / shared}; }
 };
 
 // Maps of two axes have a depth of 1, sequences a height of 1 as well. `key_width` differs from `width` only for full
-// attention.
+// attention. Adjacent heads, whose windows are equal, share a head of keys and values.
 struct Problem {
   Kind kind;
-  int64_t batch, depth, height, width, key_width, heads, head_dim;
+  int64_t batch, depth, height, width, key_width, heads, key_heads, head_dim;
   int64_t window_z = 1, window_y = 1, window_x = 1;  // grid
   std::vector<HeadWindow> windows;                   // neighborhood, one per head
   bool l2;
@@ -37,6 +39,8 @@ struct Problem {
 
   int64_t queries() const { return depth * height * width; }
   int64_t rows() const { return batch * heads * queries(); }
+  // Heads that share a key head.
+  int64_t shared() const { return heads / key_heads; }
 
   // Whether it has more than windows that slide on two map axes: a third axis, a stride or causal windows.
   bool general() const {
@@ -106,6 +110,9 @@ inline void decode_neighborhood(const std::vector<int64_t>& code, Problem& probl
     };
     for (const int64_t* v = code.data() + 1; v < code.data() + code.size(); v += 12) {
       problem.windows.push_back({axis(v, problem.depth), axis(v + 4, problem.height), axis(v + 8, problem.width)});
+    }
+    for (const HeadRange& range : problem.head_ranges()) {
+      require(range.first % problem.shared() == 0, "heads that share a key head must have one window");
     }
   }
 }

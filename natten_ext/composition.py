@@ -1,8 +1,8 @@
 """What the public functions take beyond what operators compute, made of operators.
 
-Operators have one number of heads and one width of vectors, windows that divide the map, and one set of keys. Shared
-key heads, other widths of values, windows that are shifted or cut off by borders, and keys that every query attends
-besides, come down to these exactly, with every derivative.
+Operators have one width of vectors, windows that divide the map, and one set of keys, and heads that share keys have
+one window. Other widths of values, windows that are shifted or cut off by borders, heads with windows of their own that
+share keys, and keys that every query attends besides, come down to these exactly, with every derivative.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .backends import reference
+from .backends.choice import SHARING
 from .geometry import AnyNeighborhood, Full, Grid
 from .merging import merge_attention
 from .operators import CALLS
@@ -37,15 +38,22 @@ def attend(
     call: Call, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, neighborhood: AnyNeighborhood
 ) -> Results:
     """Attention with heads that share keys, and values of any width."""
-    if query.shape[-2] == key.shape[-2]:
+    heads, key_heads = query.shape[-2], key.shape[-2]
+    if heads == key_heads:
         return _one_width(call, query, key, value, bias, neighborhood)
-    if isinstance(neighborhood, Full):
-        return _shared_keys(call, query, key, value)
-    key, value = (repeat_heads(x, query.shape[-2]) for x in (key, value))
+    # With one key head that takes views, no copies.
+    if isinstance(neighborhood, Full) and (key_heads == 1 or Full.kind not in SHARING[call.backend]):
+        return _as_queries_of_one(call, query, key, value)
+    key, value = (shareable(x, heads, neighborhood) for x in (key, value))
     return _one_width(call, query, key, value, bias, neighborhood)
 
 
-def _shared_keys(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Results:
+def shareable(x: Tensor, heads: int, neighborhood: AnyNeighborhood) -> Tensor:
+    """Keys or values of which so many heads with one window share each head: repeated where they have several."""
+    return repeat_heads(x, heads // neighborhood.sharing(heads // x.shape[-2]))
+
+
+def _as_queries_of_one(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Results:
     """Full attention of query heads that share keys: they are more queries of one head."""
     tokens, heads = query.shape[1:3]
     shared = key.shape[-2], heads // key.shape[-2]
@@ -61,7 +69,7 @@ def _shared_keys(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Resul
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """``(..., key heads, channels)`` with each of the heads repeated for the adjacent query heads that share it."""
+    """``(..., key heads, channels)`` with so many heads, each of them repeated next to itself."""
     return x if x.shape[-2] == heads else x.repeat_interleave(heads // x.shape[-2], -2)
 
 

@@ -77,6 +77,10 @@ class Full:
         """The most keys that a query attends, of ``tokens``."""
         return tokens
 
+    def sharing(self, heads: int) -> int:
+        """How many heads may share a key head, where so many are to: adjacent ones that have one window."""
+        return heads
+
     def encode(self) -> tuple[int, ...]:
         return (FULL,)
 
@@ -105,6 +109,10 @@ class Grid:
     def keys(self, tokens: int) -> int:
         """The most keys that a query attends, of ``tokens``."""
         return math.prod(self.window)
+
+    def sharing(self, heads: int) -> int:
+        """As of ``Full``."""
+        return heads
 
     @property
     def first(self) -> Extents:
@@ -152,6 +160,10 @@ class Neighborhood:
     def keys(self, tokens: int) -> int:
         """The most keys that a query attends, of ``tokens``."""
         return max(math.prod(window.kernel for window in head) for head in self.windows)
+
+    def sharing(self, heads: int) -> int:
+        """As of ``Full``."""
+        return math.gcd(heads, *(first for first, _ in self.head_groups()))
 
     def head_groups(self) -> list[tuple[int, int]]:
         """Ranges ``(first, last + 1)`` of consecutive heads that share their windows."""

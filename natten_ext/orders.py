@@ -1,7 +1,8 @@
 """The orders of differentiation: what each takes and gives, written here for Python and in csrc/operators.h for C++.
 
 Tensors are sequences ``(batch, tokens, heads, head_dim)`` or maps ``(batch, height, width, heads, head_dim)``, tables
-``(heads, rows, columns)``. The formulas are in docs/double_backward.md.
+``(heads, rows, columns)``. Those of keys and values may have fewer heads, each shared by as many adjacent query heads,
+which have one window. The formulas are in docs/double_backward.md.
 
 ``lse`` is each row's log-sum-exp in two parts ``(2, batch, heads, *tokens)``, in the units of the kernels: the score,
 times log2(e), from which weights were counted (``base``, about the largest), and log2 of the sum of those weights

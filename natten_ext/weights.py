@@ -29,7 +29,7 @@ from .checks import (
     shape_of,
     shown,
 )
-from .composition import repeat_heads
+from .composition import shareable
 from .geometry import AnyNeighborhood, AxisKeys, Extents, Full, Grid, Neighborhood, axis_keys, indices
 
 
@@ -82,7 +82,6 @@ def attention_weights(
         check_cross(query, key)
     else:
         check_map(query, key)
-    key = repeat_heads(key, query.shape[-2])
     check_score(score)
     scale = scale_of(query, scale)
     index = _checked_positions(positions, query.shape[1:-2])
@@ -103,6 +102,7 @@ def attention_weights(
     elif kernel_size is not None:
         neighborhood = neighborhood_of(extents, heads, kernel_size, dilation, stride, is_causal)
     check_bias("bias", bias, query, neighborhood)
+    key = shareable(key, heads, neighborhood)
 
     with without_autocast(query.device.type):
         return _weights(query, key, bias, index, neighborhood, score, scale)
@@ -155,18 +155,22 @@ def _weights(query, key, bias, index, neighborhood, score, scale):
     bias = None if bias is None else bias.to(dtype)  # before it is gathered: its gradient is a sum over many pairs
     at = (torch.tensor(of_axis, device=device) for of_axis in zip(*index, strict=True))
     chosen = query[(slice(None), *at)].to(dtype)  # (batch, P, heads, head_dim)
+    shared = heads // key.shape[-2]
     tokens = key.flatten(1, -3)
     groups = neighborhood.head_groups() if isinstance(neighborhood, Neighborhood) else [(0, heads)]
     parts = []
     for first, last in groups:
         keys, offsets, exists = _keys(index, extents, neighborhood, first)
         keys = keys.to(device)
-        group_query = chosen[:, :, first:last]
-        group_key = tokens[:, :, first:last][:, keys].to(dtype)  # (batch, P, keys, heads, head_dim)
+        group_query = chosen[:, :, first:last].unflatten(2, (-1, shared))
+        # (batch, P, keys, key heads, head_dim)
+        group_key = tokens[:, :, first // shared : last // shared][:, keys].to(dtype)
         if score == "dot":
-            scores = torch.einsum("bphd,bpkhd->bphk", group_query, group_key) * scale
+            scores = torch.einsum("bphsd,bpkhd->bphsk", group_query, group_key) * scale
         else:
-            scores = (group_query.unsqueeze(2) - group_key).square().sum(-1).transpose(2, 3) * -scale
+            distances = group_query.unsqueeze(4) - group_key.transpose(2, 3).unsqueeze(3)
+            scores = distances.square().sum(-1) * -scale
+        scores = scores.flatten(2, 3)
         if bias is not None:
             places = [o.to(device) + k - 1 for o, k in zip(offsets, neighborhood.kernel, strict=True)]
             scores = scores + bias[(slice(first, last), *places)].transpose(0, 1)

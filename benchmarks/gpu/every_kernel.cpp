@@ -121,7 +121,8 @@ enum class Shape { queries, keys, table, rows };  // of the first two maps (batc
 int64_t count_of(const Problem& p, Shape shape) {
   if (shape == Shape::rows) return p.rows();
   if (shape == Shape::table) return p.heads * p.table_size();
-  return p.batch * p.depth * p.height * (shape == Shape::keys ? p.key_width : p.width) * p.heads * p.head_dim;
+  const bool of_keys = shape == Shape::keys;
+  return p.batch * p.depth * p.height * (of_keys ? p.key_width : p.width) * (of_keys ? p.key_heads : p.heads) * p.head_dim;
 }
 
 // An allocation of its own, so that an access beyond it is seen.
@@ -139,7 +140,9 @@ struct Tensor {
     } else if (shape == Shape::rows) {
       view.x = 1, view.y = p.width, view.z = p.width * p.height, view.head = p.queries(), view.batch = view.head * p.heads;
     } else {
-      view.head = p.head_dim, view.x = p.heads * p.head_dim, view.y = (shape == Shape::keys ? p.key_width : p.width) * view.x;
+      view.of_keys = shape == Shape::keys;
+      view.head = p.head_dim, view.x = (view.of_keys ? p.key_heads : p.heads) * p.head_dim;
+      view.y = (view.of_keys ? p.key_width : p.width) * view.x;
       view.z = p.height * view.y, view.batch = p.depth * view.z;
     }
     if (values == nullptr) {
@@ -202,21 +205,23 @@ struct Attention {
   // One query of a head.
   void attend(int64_t batch, int64_t head, int64_t i, int64_t row) {
     const int64_t z = i / p.width / p.height, y = i / p.width % p.height, x = i % p.width, d = p.head_dim;
-    const auto at = [&](int64_t tokens, int64_t token) { return ((batch * tokens + token) * p.heads + head) * d; };
+    const auto at = [&](int64_t tokens, int64_t token, int64_t heads) {
+      return ((batch * tokens + token) * heads + head * heads / p.heads) * d;
+    };
     struct Pair {
       int64_t key, place;
       Dual weight;
     };
     std::vector<Pair> pairs;
     const HeadWindow w = p.kind == Kind::neighborhood ? p.windows[head] : HeadWindow{};
-    const int64_t keys = p.depth * p.height * p.key_width, q = at(p.queries(), i);
+    const int64_t keys = p.depth * p.height * p.key_width, q = at(p.queries(), i, p.heads);
     Dual sum;
     for (int64_t j = 0; j < keys; ++j) {
       const Sight of_z = sight(p.kind, z, j / p.key_width / p.height, p.depth, p.window_z, w.z, p.table_kernel_z());
       const Sight of_y = sight(p.kind, y, j / p.key_width % p.height, p.height, p.window_y, w.y, p.table_kernel_y());
       const Sight of_x = sight(p.kind, x, j % p.key_width, p.width, p.window_x, w.x, p.table_kernel_x());
       if (!of_z.seen || !of_y.seen || !of_x.seen) continue;
-      Pair pair{at(keys, j), ((head * p.table_depth() + of_z.place) * p.table_height() + of_y.place) * p.table_width() + of_x.place, {}};
+      Pair pair{at(keys, j, p.key_heads), ((head * p.table_depth() + of_z.place) * p.table_height() + of_y.place) * p.table_width() + of_x.place, {}};
       Dual score;
       for (int64_t c = 0; c < d; ++c) {
         const Dual a = query[q + c], b = key[pair.key + c];
@@ -343,7 +348,7 @@ Problem map(Kind kind, int64_t batch, int64_t depth, int64_t height, int64_t wid
   Problem p{};
   p.kind = kind;
   p.batch = batch, p.depth = depth, p.height = height, p.width = p.key_width = width;
-  p.heads = std::max<int64_t>(1, static_cast<int64_t>(windows.size()));
+  p.heads = p.key_heads = std::max<int64_t>(1, static_cast<int64_t>(windows.size()));
   p.windows = std::move(windows);
   p.l2 = l2;
   return p;
@@ -361,7 +366,11 @@ std::vector<Case> ordinary_cases() {
           grid};
 }
 std::vector<Case> general_cases() {
-  return {{"line", map(Kind::neighborhood, 1, 1, 1, 75, {{{}, {}, {9, 1, 4}}, {{}, {}, {30}}}), true},
+  const HeadWindow one{{}, {3}, {5, 2}}, other{{}, {4}, {3}};
+  Case shared{"shared keys", map(Kind::neighborhood, 1, 1, 9, 11, {one, one, other, other}), true};
+  shared.problem.key_heads = 2;
+  return {shared,
+          {"line", map(Kind::neighborhood, 1, 1, 1, 75, {{{}, {}, {9, 1, 4}}, {{}, {}, {30}}}), true},
           {"volume", map(Kind::neighborhood, 1, 3, 5, 9, {{{2, 1, 1, true}, {4, 1, 3}, {5}}}, true), true},
           {"causal", map(Kind::neighborhood, 2, 1, 7, 11, {{{}, {3, 2, 1, true}, {4, 2, 2, true}}}), true}};
 }

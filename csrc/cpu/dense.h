@@ -12,10 +12,26 @@
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
+//
+// Where heads share a key head, the query-centred orders take them one by one, and the gradient orders all of them in one
+// job, one member after the other: each adds to the same sums of keys and values.
 struct DenseJob {
-  int64_t batch = -1, head = 0;  // no job
+  int64_t batch = -1, head = 0, key_head = 0;  // no job; of several heads the first
   int64_t z0, y0, x0, step_z, step_y, step_x;  // the window's first position, and the distance to the next
   int64_t height;                              // of the window
+
+  int64_t head_of(const View& v) const { return v.of_keys ? key_head : head; }
+  bool same_keys(DenseJob other) const {
+    other.head = head;
+    return *this == other;
+  }
+  DenseJob of_head(int64_t other) const {
+    DenseJob job = *this;
+    job.head = other;
+    return job;
+  }
+
+ private:
   bool operator==(const DenseJob&) const = default;
 };
 
@@ -56,6 +72,7 @@ struct DensePlan {
     keys = p.kind == Kind::full ? p.key_width : queries;
     key_window_x = p.kind == Kind::full ? p.key_width : window_x;
     padded = round_up_to_lanes<T>(channels);
+    shared = p.shared();
     jobs_per_head = p.batch * windows_z * windows_y * windows_x;
     block_queries = query_block(block_queries_at_most);
     block_keys = even_block(keys, block_keys_at_most);
@@ -79,15 +96,19 @@ struct DensePlan {
   DenseJob job(int64_t head, int64_t index) const {
     const int64_t line = index / windows_x, plane = line / windows_y, x = index % windows_x, y = line % windows_y;
     const int64_t batch = windows_z == 1 ? plane : plane / windows_z, z = windows_z == 1 ? 0 : plane % windows_z;
-    if (masked) return {batch, head, z, y, x, windows_z, windows_y, windows_x, window_y};
-    return {batch, head, z * window_z, y * window_y, x * window_x, 1, 1, 1, window_y};
+    const int64_t key_head = head / shared;
+    if (masked) return {batch, head, key_head, z, y, x, windows_z, windows_y, windows_x, window_y};
+    return {batch, head, key_head, z * window_z, y * window_y, x * window_x, 1, 1, 1, window_y};
   }
+
+  // The heads of keys and values.
+  HeadRange key_heads() const { return heads.of_keys(shared); }
 
   HeadRange heads;
   const Problem& problem;
   bool masked;  // a neighborhood, whose windows the tables mask
   int64_t channels, padded, window_z = 1, window_y = 1, window_x = 1, windows_z = 1, windows_y = 1, windows_x = 1;
-  int64_t queries, keys, key_window_x;
+  int64_t shared, queries, keys, key_window_x;
   int64_t jobs_per_head, block_queries, block_keys, table_width, table_size;
 
  private:
@@ -103,7 +124,7 @@ class RowCursor {
  public:
   // At row `r` of a window that is `width` wide.
   RowCursor(const View& v, const DenseJob& job, int64_t width, int64_t r)
-      : offset(job.batch * v.batch + job.head * v.head + job.z0 * v.z + job.y0 * v.y + job.x0 * v.x),
+      : offset(job.batch * v.batch + job.head_of(v) * v.head + job.z0 * v.z + job.y0 * v.y + job.x0 * v.x),
         width_(width),
         height_(job.height),
         left_(width),
@@ -194,9 +215,9 @@ class KeyOperand {
     if (view) buffer_ = Buffer<T>((whole_ ? plan.keys : plan.block_keys) * plan.padded);
   }
   void start(const DenseJob& job) {
-    if (whole_ && job == job_) return;  // another part of the job before
+    if (whole_ && job.same_keys(job_)) return;  // another part of the job before, or another head
     job_ = job;
-    origin_of_job_ = origin_ == nullptr ? nullptr : origin_->at(job.batch, job.head);
+    origin_of_job_ = origin_ == nullptr ? nullptr : origin_->at(job.batch, job.key_head);
     if (whole_ && view_) pack(0, plan_.keys);
   }
   // Rows [first, first + count), at most a block of them, [count][padded].

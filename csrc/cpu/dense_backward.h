@@ -86,8 +86,8 @@ class DenseBackward {
         plan_(plan),
         tables_(tables),
         windows_(a, plan),
-        key_origin_(a.key, a.problem, plan.heads),
-        value_origin_(a.value, a.problem, plan.heads),
+        key_origin_(a.key, a.problem, plan.key_heads()),
+        value_origin_(a.value, a.problem, plan.key_heads()),
         queries_(a, plan, plan.keys > plan.block_keys),
         key_(a.key, plan, &key_origin_),
         value_(a.value, plan, &value_origin_),
@@ -101,14 +101,13 @@ class DenseBackward {
         row_sum_(plan.block_queries),
         key_bias_(plan.block_keys) {}
 
-  // Partial gradient of the table of the jobs that follow, which is added to.
-  void start(T* partial) {
-    partial_ = partial;
-    table_gradient_.start();
+  // Partial gradients of the tables of the jobs that follow, which are added to.
+  void start(const PartialTables<T>& partial) {
+    table_gradient_.start(partial);
     windows_.start(partial);
   }
   void finish() {
-    table_gradient_.finish(partial_);
+    table_gradient_.finish();
     windows_.finish();
   }
 
@@ -117,17 +116,26 @@ class DenseBackward {
   }
 
   void run(const DenseJob& job, const DenseShare<T>& share) {
-    if (windows_.run(job)) return;
+    if (windows_.run(job, plan_.shared)) return;
     key_.start(job);
     value_.start(job);
     grad_key_.start(job, share.key_begin);
     grad_value_.start(job, share.key_begin);
+    for (int64_t member = 0; member < plan_.shared; ++member) run_head(job.of_head(job.head + member), share, member);
+    if (!share.want_key_side || share.query_end < plan_.queries) return;
+    // The packed queries carry log2(e).
+    if (grad_key_) grad_key_.finish(share.key_end, kLn2<T>);
+    if (grad_value_) grad_value_.finish(share.key_end, 1);
+  }
+
+ private:
+  void run_head(const DenseJob& job, const DenseShare<T>& share, int64_t member) {
     for (int64_t first = share.query_begin; first < share.query_end; first += plan_.block_queries) {
       const int64_t count = std::min(plan_.block_queries, share.query_end - first);
       queries_.load(job, first, count, key_.origin(), value_.origin());
       if (tables_.head(job.head) != nullptr) index_.start(first, count);
       for (int64_t k = share.key_begin; k < share.key_end; k += plan_.block_keys) {
-        block(job, share, first, count, k, std::min(plan_.block_keys, share.key_end - k));
+        block(job, share, member, first, count, k, std::min(plan_.block_keys, share.key_end - k));
       }
       if (share.want_query_side && a_.grad_query) {
         T* rows = grad_query_.rows(count);
@@ -136,15 +144,11 @@ class DenseBackward {
         unpack_rows<T>(rows, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
       }
     }
-    if (!share.want_key_side || share.query_end < plan_.queries) return;
-    // The packed queries carry log2(e).
-    if (grad_key_) grad_key_.finish(share.key_end, kLn2<T>);
-    if (grad_value_) grad_value_.finish(share.key_end, 1);
   }
 
- private:
-  void block(const DenseJob& job, const DenseShare<T>& share, int64_t first, int64_t count, int64_t first_key, int64_t keys) {
-    const bool first_queries = first == 0, first_keys = first_key == share.key_begin;
+  void block(const DenseJob& job, const DenseShare<T>& share, int64_t member, int64_t first, int64_t count,
+             int64_t first_key, int64_t keys) {
+    const bool first_queries = first == 0 && member == 0, first_keys = first_key == share.key_begin;
     const int64_t lanes = queries_.lanes, padded = plan_.padded, channels = plan_.channels;
     const Problem& p = a_.problem;
     const T* key = key_.block(first_key, keys);
@@ -154,7 +158,7 @@ class DenseBackward {
     if (p.l2) l2_key_bias<T>(key_bias_, key, keys, plan_, p.scale);
     if (first_keys) std::fill_n(row_sum_.data(), lanes, T(0));
     const T* table = tables_.head(job.head);
-    T* grad_table = share.want_query_side ? table_gradient_.data() : nullptr;
+    T* grad_table = share.want_query_side ? table_gradient_.data(member) : nullptr;
     for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) scores(table, first_key, keys, lane, grad_table);
     if (share.want_query_side && a_.grad_query) grad_query_.add(grad_score_, count, keys, key, !first_keys);
     if (!share.want_key_side) return;
@@ -208,7 +212,6 @@ class DenseBackward {
   KeyOperand<T> key_, value_;
   KeyGradient<T> grad_key_, grad_value_;
   DenseTableGradient<T> table_gradient_;
-  T* partial_ = nullptr;
   TableIndex<T> index_;
   Buffer<T> probability_, grad_score_;
   QuerySums<T> grad_query_;

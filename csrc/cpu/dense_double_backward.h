@@ -26,8 +26,8 @@ class DenseDoubleBackward {
         tables_(tables),
         keep_(plan.keys * plan.block_queries <= kKeepAtMost),
         windows_(a, plan),
-        key_origin_(a.key, a.problem, plan.heads),
-        value_origin_(a.value, a.problem, plan.heads),
+        key_origin_(a.key, a.problem, plan.key_heads()),
+        value_origin_(a.value, a.problem, plan.key_heads()),
         queries_(a, plan, true),
         key_(a.key, plan, &key_origin_),
         value_(a.value, plan, &value_origin_),
@@ -53,13 +53,12 @@ class DenseDoubleBackward {
         key_bias_(plan.block_keys) {}
 
   // As DenseBackward.
-  void start(T* partial) {
-    partial_ = partial;
-    table_gradient_.start();
+  void start(const PartialTables<T>& partial) {
+    table_gradient_.start(partial);
     windows_.start(partial);
   }
   void finish() {
-    table_gradient_.finish(partial_);
+    table_gradient_.finish();
     windows_.finish();
   }
 
@@ -71,19 +70,27 @@ class DenseDoubleBackward {
   }
 
   void run(const DenseJob& job, const DenseShare<T>& share) {
-    if (windows_.run(job)) return;
+    if (windows_.run(job, plan_.shared)) return;
     for (KeyOperand<T>* operand : {&key_, &value_, &cot_value_}) operand->start(job);
-    score_tangent_.start(job);
     grad_key_.start(job, share.key_begin);
     grad_value_.start(job, share.key_begin);
+    for (int64_t member = 0; member < plan_.shared; ++member) run_head(job.of_head(job.head + member), share, member);
+    if (!share.want_key_side || share.query_end < plan_.queries) return;
+    if (grad_key_) grad_key_.finish(share.key_end, kLn2<T>);
+    if (grad_value_) grad_value_.finish(share.key_end, 1);
+  }
+
+ private:
+  void run_head(const DenseJob& job, const DenseShare<T>& share, int64_t member) {
+    score_tangent_.start(job);
     for (int64_t first = share.query_begin; first < share.query_end; first += plan_.block_queries) {
       const int64_t count = std::min(plan_.block_queries, share.query_end - first);
       load_queries(job, first, count);
       if (share.want_query_side) first_pass(job, count);
-      if (share.sums != nullptr) pass_sums(share, first, count);
+      if (share.sums != nullptr) pass_sums(share, member, first, count);
       for (Buffer<T>* sums : {&score_bar_sum_, &grad_score_sum_}) std::fill_n(sums->data(), queries_.lanes, T(0));
       for (int64_t k = share.key_begin; k < share.key_end; k += plan_.block_keys) {
-        second_pass(job, share, first, count, k, std::min(plan_.block_keys, share.key_end - k));
+        second_pass(job, share, member, first, count, k, std::min(plan_.block_keys, share.key_end - k));
       }
       if (share.want_query_side && a_.grad_grad_output) {
         unpack_rows<T>(grad_grad_output_.rows(count), a_.grad_grad_output, plan_, job, plan_.window_x, first, count, 1);
@@ -98,12 +105,8 @@ class DenseDoubleBackward {
         unpack_rows<T>(rows, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
       }
     }
-    if (!share.want_key_side || share.query_end < plan_.queries) return;
-    if (grad_key_) grad_key_.finish(share.key_end, kLn2<T>);
-    if (grad_value_) grad_value_.finish(share.key_end, 1);
   }
 
- private:
   int64_t kept_keys() const { return keep_ ? plan_.keys : plan_.block_keys; }
   int64_t kept(int64_t first_key) const { return keep_ ? first_key * queries_.lanes : 0; }
 
@@ -180,8 +183,8 @@ class DenseDoubleBackward {
   }
 
   // Row sums from the call for the query side of a job to those for its key side.
-  void pass_sums(const DenseShare<T>& share, int64_t first, int64_t count) {
-    T* kept = share.sums + first;
+  void pass_sums(const DenseShare<T>& share, int64_t member, int64_t first, int64_t count) {
+    T* kept = share.sums + member * kDoubleBackwardCost.sums * plan_.queries + first;
     for (Buffer<T>* sums : {&d_rest_, &r_, &r_rest_, &t_}) {
       if (share.want_query_side) std::copy_n(sums->data(), count, kept);
       else std::copy_n(kept, count, sums->data());
@@ -195,10 +198,10 @@ class DenseDoubleBackward {
     for (int64_t i = 0; i < count; ++i, ++row) static_cast<T*>(a_.grad_grad_lse.data)[row.offset] = r_[i] + r_rest_[i];
   }
 
-  void second_pass(const DenseJob& job, const DenseShare<T>& share, int64_t first, int64_t count, int64_t first_key,
-                   int64_t keys) {
-    const bool first_queries = first == 0, first_keys = first_key == share.key_begin;
-    T* grad_table = share.want_query_side ? table_gradient_.data() : nullptr;
+  void second_pass(const DenseJob& job, const DenseShare<T>& share, int64_t member, int64_t first, int64_t count,
+                   int64_t first_key, int64_t keys) {
+    const bool first_queries = first == 0 && member == 0, first_keys = first_key == share.key_begin;
+    T* grad_table = share.want_query_side ? table_gradient_.data(member) : nullptr;
     const int64_t lanes = queries_.lanes, padded = plan_.padded, channels = plan_.channels;
     const Problem& p = a_.problem;
     if (!keep_ || !share.want_query_side) scores(job, first_key, keys, false);
@@ -272,7 +275,6 @@ class DenseDoubleBackward {
   ScoreTangent<T> score_tangent_;
   KeyGradient<T> grad_key_, grad_value_;
   DenseTableGradient<T> table_gradient_;
-  T* partial_ = nullptr;
   TableIndex<T> index_;
   Buffer<T> probability_, grad_probability_, x_, scratch_, transposed_;
   QuerySums<T> grad_grad_output_, grad_query_;

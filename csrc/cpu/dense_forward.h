@@ -16,7 +16,7 @@ class DenseForward {
         plan_(plan),
         tables_(tables),
         windows_(a, plan),
-        key_origin_(a.key, a.problem, plan.heads),
+        key_origin_(a.key, a.problem, plan.key_heads()),
         key_(a.key, plan, &key_origin_),
         value_(a.value, plan),
         index_(plan, tables.head(plan.heads.first) != nullptr),

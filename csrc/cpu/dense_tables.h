@@ -75,33 +75,41 @@ class DenseTables {
   int64_t first_, stride_ = 0;
 };
 
-// The gradient of one head's table over the jobs of a task: added up in the layout of DenseTables, then added to a
-// partial table [z][y][x].
+// The gradients of the tables of heads that share a key head, over the jobs of a task: added up in the layout of
+// DenseTables, then added to partial tables [z][y][x].
 template <class T>
 class DenseTableGradient {
  public:
   DenseTableGradient(const DensePlan<T>& plan, bool wanted)
-      : plan_(plan), buffer_(wanted ? plan.table_size + kLanes<T> : 0) {}
+      : plan_(plan), stride_(plan.table_size + kLanes<T>), buffer_(wanted ? plan.shared * stride_ : 0) {}
 
-  T* data() const { return buffer_.data(); }
-  void start() {
-    if (data() != nullptr) std::fill_n(data(), plan_.table_size + kLanes<T>, T(0));
+  // Of one of the heads; null where it is not wanted.
+  T* data(int64_t member) const { return buffer_.data() == nullptr ? nullptr : buffer_ + member * stride_; }
+  void start(const PartialTables<T>& partial) {
+    partial_ = partial;
+    if (buffer_.data() != nullptr) std::fill_n(buffer_.data(), plan_.shared * stride_, T(0));
   }
-  void finish(T* partial) {
-    if (data() == nullptr) return;
-    const int64_t width = plan_.problem.table_width(), size = plan_.problem.table_size();
-    if (plan_.masked) {
-      for_each_in_windows(plan_, [&](int64_t key, int64_t query, int64_t line, int64_t x) {
-        partial[line * width + x] += buffer_[key * plan_.table_width + query];
-      });
-    } else {
-      for (int64_t i = 0; i < size; ++i) partial[i] += buffer_[i / width * width + width - 1 - i % width];
-    }
+  void finish() {
+    if (buffer_.data() == nullptr) return;
+    for (int64_t member = 0; member < plan_.shared; ++member) finish(data(member), partial_.table(member));
   }
 
  private:
+  void finish(const T* sums, T* partial) const {
+    const int64_t width = plan_.problem.table_width(), size = plan_.problem.table_size();
+    if (plan_.masked) {
+      for_each_in_windows(plan_, [&](int64_t key, int64_t query, int64_t line, int64_t x) {
+        partial[line * width + x] += sums[key * plan_.table_width + query];
+      });
+    } else {
+      for (int64_t i = 0; i < size; ++i) partial[i] += sums[i / width * width + width - 1 - i % width];
+    }
+  }
+
   const DensePlan<T>& plan_;
+  const int64_t stride_;
   Buffer<T> buffer_;
+  PartialTables<T> partial_;
 };
 
 // Where a block of queries finds its values in a table of DenseTables: index(key, lane) = key_base + lane_base[lane].

@@ -30,13 +30,13 @@ void run_dense_queries(const DensePlan<T>& plan, const OrderCost& order, const M
   for_each_task((jobs + together - 1) / together * groups, make, task, static_cast<double>(jobs) * cost);
 }
 
-// What a call of a gradient kernel works on. Gradients of queries and tables want all keys at once, those of keys and
-// values all queries (which may come in several calls, in order).
+// What a call of a gradient kernel works on, for each head of the job. Gradients of queries and tables want all keys at
+// once, those of keys and values all queries (which may come in several calls, in order).
 template <class T>
 struct DenseShare {
   int64_t query_begin, query_end, key_begin, key_end;
   bool want_query_side, want_key_side;
-  T* sums = nullptr;  // [sum][query] of the job: left by the call that wants the query side for those that want the other
+  T* sums = nullptr;  // [head][sum][query] of the job: left by the call that wants the query side for those that want the other
 };
 
 // How the jobs of a gradient kernel fall into parts, which does not depend on the threads: a part adds up its share of a
@@ -45,8 +45,8 @@ template <class T>
 struct DenseParts {
   DenseParts(const Arguments& a, const DensePlan<T>& plan, const OrderCost& order) {
     const Problem& p = a.problem;
-    const double cost = plan.cost(order);
-    const int64_t heads = plan.heads.count(), jobs = plan.jobs_per_head;
+    const double cost = plan.shared * plan.cost(order);
+    const int64_t heads = plan.key_heads().count(), jobs = plan.jobs_per_head;
     const auto blocks = [](int64_t n, int64_t block) { return (n + block - 1) / block; };
     table_size = a.grad_bias ? p.table_size() : 0;
     // Few jobs may be split; their slices of queries are parts as well.
@@ -82,32 +82,35 @@ template <class T, class Make>
 void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const OrderCost& order, const Make& make) {
   const Problem& p = a.problem;
   const DenseParts<T> parts(a, plan, order);
-  const int64_t heads = plan.heads.count(), jobs = heads * plan.jobs_per_head;
+  // Heads are those of keys, from here on.
+  const int64_t heads = plan.key_heads().count(), shared = plan.shared, jobs = heads * plan.jobs_per_head;
   const int64_t per_head = parts.chunks * parts.query_slices, table_size = parts.table_size;
-  Buffer<T> partial(heads * per_head * table_size);
-  std::fill_n(partial.data(), heads * per_head * table_size, T(0));
+  Buffer<T> partial(plan.heads.count() * per_head * table_size);
+  std::fill_n(partial.data(), plan.heads.count() * per_head * table_size, T(0));
   const auto partial_of = [&](int64_t head, int64_t chunk, int64_t slice) {
-    return partial + (head * per_head + chunk * parts.query_slices + slice) * table_size;
+    const int64_t first = head * shared * per_head + chunk * parts.query_slices + slice;
+    return PartialTables<T>{partial + first * table_size, per_head * table_size};
   };
-  const auto job_of = [&](int64_t head, int64_t index) { return plan.job(plan.heads.first + head, index); };
+  const auto job_of = [&](int64_t head, int64_t index) { return plan.job(plan.heads.first + head * shared, index); };
   const auto query_begin = [&](int64_t slice) {
     return DenseParts<T>::slice_begin(slice, parts.query_slices, plan.queries, plan.block_queries);
   };
   const auto key_begin = [&](int64_t slice) {
     return DenseParts<T>::slice_begin(slice, parts.key_slices, plan.keys, plan.block_keys);
   };
-  const double cost = plan.cost(order);
+  const double cost = shared * plan.cost(order);
 
   if (parts.few) {
-    const Attention all = plan.attention(plan.queries, plan.keys);
+    const Attention all = plan.attention(shared * plan.queries, plan.keys);
     const double moved = all.rows(order.tensors), of_queries = all.scores(order.query_products) + moved;
     const double of_keys = all.scores(order.key_products) + moved;
     const bool can = parts.query_slices > 1 && parts.key_slices > 1;
     const int64_t split =
         can ? jobs_to_split(jobs, {cost, of_queries, of_keys, parts.query_slices, parts.key_slices}, thread_count()) : 0;
     const int64_t whole = jobs - split;
-    Buffer<T> sums(split * order.sums * plan.queries);
-    const auto sums_of = [&](int64_t job) { return sums + (job - whole) * order.sums * plan.queries; };
+    const int64_t sums_of_job = shared * order.sums * plan.queries;
+    Buffer<T> sums(split * sums_of_job);
+    const auto sums_of = [&](int64_t job) { return sums + (job - whole) * sums_of_job; };
     // Whole jobs, then slices of queries of the others.
     const auto query_task = [&](auto& worker, int64_t task) {
       const int64_t job = task < whole ? task : whole + (task - whole) / parts.query_slices;
@@ -123,9 +126,12 @@ void run_dense_gradients(const Arguments& a, const DensePlan<T>& plan, const Ord
     };
     for_each_task(whole + split * parts.query_slices, [&] { return make(whole > 0 ? plan.keys : 0); }, query_task);
     const auto key_task = [&](auto& worker, int64_t task) {
-      const int64_t job = whole + task / parts.key_slices, slice = task % parts.key_slices;
-      worker.run(job_of(job % heads, job / heads),
-                 {0, plan.queries, key_begin(slice), key_begin(slice + 1), false, true, sums_of(job)});
+      const int64_t job = whole + task / parts.key_slices, keys = task % parts.key_slices;
+      // Slices of queries of all heads in turn, as in whole jobs: sums are added up in one order.
+      for (int64_t slice = 0; slice < parts.query_slices; ++slice) {
+        worker.run(job_of(job % heads, job / heads), {query_begin(slice), query_begin(slice + 1), key_begin(keys),
+                                                      key_begin(keys + 1), false, true, sums_of(job)});
+      }
     };
     for_each_task(split * parts.key_slices, [&] { return make(key_begin(1)); }, key_task);
   } else {

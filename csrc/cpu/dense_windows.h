@@ -14,17 +14,17 @@ class WindowsInstead {
  public:
   WindowsInstead(const Arguments& a, const DensePlan<T>& plan) : a_(a), plan_(plan) {}
 
-  // Partial gradient of the table of the jobs that follow, which is added to.
-  void start(T* partial) {
+  // Partial gradients of the tables of the jobs that follow, which are added to.
+  void start(const PartialTables<T>& partial) {
     partial_ = partial;
     started_ = false;
   }
   void finish() {
     if (started_) windows_->finish();
   }
-  // Runs a job if its operands ask for it, else returns false.
-  bool run(const DenseJob& job) {
-    if (!plan_.masked || moderate(job)) return false;
+  // Runs a job, of so many heads with one key head, if its operands ask for it, else returns false.
+  bool run(const DenseJob& job, int64_t heads = 1) {
+    if (!plan_.masked || moderate(job, heads)) return false;
     if (!windows_) windows_.emplace(a_);
     if constexpr (requires { windows_->start(partial_); }) {
       if (!started_) windows_->start(partial_);
@@ -32,12 +32,18 @@ class WindowsInstead {
     }
     const HeadWindow& window = plan_.head_window();
     const Range all{0, plan_.window_x};
-    windows_->run({job.batch, job.head, window, job.z0, job.y0, job.x0, plan_.window_z, plan_.window_y,
+    windows_->run({job.batch, job.head, job.key_head, window, job.z0, job.y0, job.x0, plan_.window_z, plan_.window_y,
                    {0, plan_.window_z}, {0, plan_.window_y}, {{plan_.window_x, window.x}, plan_.window_x, all, all}});
     return true;
   }
 
  private:
+  bool moderate(const DenseJob& job, int64_t heads) const {
+    for (int64_t head = job.head; head < job.head + heads; ++head) {
+      if (!moderate(job.of_head(head))) return false;
+    }
+    return true;
+  }
   bool moderate(const DenseJob& job) const {
     Vector<T> strange{};
     for (const View* v : {&a_.query, &a_.key, &a_.value, &a_.output, &a_.grad_output, &a_.cot_query, &a_.cot_key,
@@ -58,7 +64,7 @@ class WindowsInstead {
   const Arguments& a_;
   const DensePlan<T>& plan_;
   std::optional<Windows> windows_;
-  T* partial_ = nullptr;
+  PartialTables<T> partial_;
   bool started_ = false;
 };
 

@@ -18,10 +18,10 @@ void for_each_row_constant(const Arguments& a, const View* cot_query, const Writ
   const Problem& p = a.problem;
   const int64_t n = p.head_dim;
   const double factor = p.l2 ? -p.scale * (cot_query != nullptr ? 2 : 1) : p.scale;
-  const auto make = [&] { return Worker{Origin<T>(a.key, p, {0, p.heads}), Buffer<T>(n), Buffer<T>(n)}; };
+  const auto make = [&] { return Worker{Origin<T>(a.key, p, {0, p.key_heads}), Buffer<T>(n), Buffer<T>(n)}; };
   for_each_task(p.batch * p.heads, make, [&](Worker& worker, int64_t task) {
     const int64_t batch = task / p.heads, head = task % p.heads;
-    const T* origin = worker.origin.at(batch, head);
+    const T* origin = worker.origin.at(batch, head / p.shared());
     const auto at = [&](const View& v, int64_t i) {
       const int64_t z = i / p.width / p.height, y = i / p.width % p.height, x = i % p.width;
       return batch * v.batch + head * v.head + z * v.z + y * v.y + x * v.x;

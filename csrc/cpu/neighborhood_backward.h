@@ -123,35 +123,51 @@ class BackwardRows : public SavedRows<T> {
   bool strange = false;  // a query or a gradient of an output may be NaN or infinite
 };
 
-// The gradient of one head's table, over the jobs of a task.
+// The gradients of the tables of heads that share a key head, over the jobs of a task.
 template <class T>
 class TableGradient {
  public:
-  TableGradient(const Arguments& a) : a_(a) {}
-  // What is flushed is added to `target`, if there is one.
-  void start(T* target) { target_ = target; }
+  TableGradient(const Arguments& a) : expanded(a.grad_bias ? a.problem.shared() : 0), a_(a) {}
+  // What is flushed is added to these.
+  void start(const PartialTables<T>& target) { target_ = target; }
   // Must come before the geometry changes, and last.
   void flush(const ClassGeometry<T>& g) {
-    if (target_ == nullptr || !open_) return;
+    if (!open_) return;
     const int64_t height = a_.problem.table_height(), width = a_.problem.table_width();
-    const auto add = [&](T value, int64_t z, int64_t y, int64_t x) { target_[(z * height + y) * width + x] += value; };
-    expanded.for_each(g, a_.problem, add, [](T) {});
+    for (size_t member = 0; member < expanded.size(); ++member) {
+      T* target = target_.table(member);
+      const auto add = [&](T value, int64_t z, int64_t y, int64_t x) { target[(z * height + y) * width + x] += value; };
+      expanded[member].for_each(g, a_.problem, add, [](T) {});
+    }
     open_ = false;
   }
   void open(const ClassGeometry<T>& g) {
-    if (target_ == nullptr || open_) return;
-    expanded.resize(g);
-    expanded.clear();
+    if (open_) return;
+    for (ExpandedTable<T>& table : expanded) {
+      table.resize(g);
+      table.clear();
+    }
     open_ = true;
   }
 
-  ExpandedTable<T> expanded;
+  std::vector<ExpandedTable<T>> expanded;  // none where they are not wanted
 
  private:
   const Arguments& a_;
-  T* target_ = nullptr;
+  PartialTables<T> target_;
   bool open_ = false;
 };
+
+// Runs turn(member) with the job's head set to each of those that share its key head.
+template <class T, class Turn>
+void for_each_member(const Problem& p, NeighborhoodRows<T>& rows, const Turn& turn) {
+  const int64_t first = rows.job.head;
+  for (int64_t member = 0; member < p.shared(); ++member) {
+    rows.job.head = first + member;
+    turn(member);
+  }
+  rows.job.head = first;
+}
 
 template <class T>
 class NeighborhoodBackward {
@@ -163,8 +179,8 @@ class NeighborhoodBackward {
     grad_query_.resize(a.problem.head_dim);
   }
 
-  // Partial gradient of the table of the jobs that follow, which is added to.
-  void start(T* partial) { table_gradient_.start(a_.grad_bias ? partial : nullptr); }
+  // Partial gradients of the tables of the jobs that follow, which are added to.
+  void start(const PartialTables<T>& partial) { table_gradient_.start(partial); }
   void finish() { table_gradient_.flush(rows_.geometry); }
 
   void run(const NeighborhoodJob& new_job) {
@@ -177,25 +193,33 @@ class NeighborhoodBackward {
     grad_key_.start(g, job, rows_.query_channels, new_geometry);
     grad_value_.start(g, job, rows_.channels, new_geometry);
     for_each_attending_group(g, job, [&](const RowGroup& group, Row next) {
-      rows_.load_queries(group);
-      backward_.load(rows_, group);
       rows_.load_keys(group, [](Row) {});
       grad_key_.open(group);
       grad_value_.open(group);
-      const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
-      for (int64_t b = g.columns.queries.start / L; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
-      if (a_.grad_key) {
-        gatherer_.run(g, group, grad_score_rows_, rows_.query, rows_.query_channels, grad_key_.ring, job, backward_.strange);
-      }
-      if (a_.grad_value) {
-        gatherer_.run(g, group, probability_rows_, backward_.grad_output, rows_.channels, grad_value_.ring, job,
-                      backward_.strange);
-      }
+      for_each_member(a_.problem, rows_, [&](int64_t member) { run_group(group, member); });
       close(next);
     });
   }
 
  private:
+  // Of one head: its gradients, and its share of those of the keys.
+  void run_group(const RowGroup& group, int64_t member) {
+    const ClassGeometry<T>& g = rows_.geometry;
+    rows_.load_queries(group);
+    backward_.load(rows_, group);
+    grad_table_ = a_.grad_bias ? &table_gradient_.expanded[member] : nullptr;
+    const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
+    for (int64_t b = g.columns.queries.start / L; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
+    if (a_.grad_key) {
+      gatherer_.run(g, group, grad_score_rows_, rows_.query, rows_.query_channels, grad_key_.ring, rows_.job,
+                    backward_.strange);
+    }
+    if (a_.grad_value) {
+      gatherer_.run(g, group, probability_rows_, backward_.grad_output, rows_.channels, grad_value_.ring, rows_.job,
+                    backward_.strange);
+    }
+  }
+
   void resize() {
     const ClassGeometry<T>& g = rows_.geometry;
     backward_.resize(g, rows_.channels);
@@ -229,7 +253,7 @@ class NeighborhoodBackward {
   void score_gradients(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t n = group.key_rows(r) * g.kx, x = b * L;
-    const bool to_table = a_.grad_bias && rows_.job.owns(group.row(r), x);
+    const bool to_table = grad_table_ != nullptr && rows_.job.owns(group.row(r), x);
     T* const weights = weights_.block(r, slot);
     T* const scores = scores_.block(r, slot);
     const Vector<T> base = load(backward_.base[r] + x), log_sum = load(backward_.log_sum[r] + x);
@@ -245,7 +269,7 @@ class NeighborhoodBackward {
     T* weight_row = probability_rows_.rows[r] + x;
     T* score_row = grad_score_rows_.rows[r] + x;
     for (int64_t z = group.planes.start, i = 0, key = 0; z < group.planes.end; ++z) {
-      T* grad_table = to_table ? table_gradient_.expanded.row(g.query_blocks[b].table, group, r, z) - i * L : nullptr;
+      T* grad_table = to_table ? grad_table_->row(g.query_blocks[b].table, group, r, z) - i * L : nullptr;
       for (const int64_t end = key + group.rows(r); key < end; ++key) {
         for (int64_t kx = 0; kx < g.kx; ++kx, ++i) {
           const Vector<T> weight = load(weights + i * L), gradient = weight * (load(scores + i * L) - d_rest);
@@ -280,6 +304,7 @@ class NeighborhoodBackward {
   NeighborhoodRows<T> rows_;
   BackwardRows<T> backward_;
   TableGradient<T> table_gradient_;
+  ExpandedTable<T>* grad_table_ = nullptr;  // of the head whose turn it is
   GradientRows<T> grad_key_, grad_value_;
   StripWeights<T> weights_, scores_;        // P and dS
   RowWeights<T> probability_rows_, grad_score_rows_;  // the same
@@ -294,14 +319,14 @@ template <class T, class Make>
 void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const Make& make) {
   const Problem& p = a.problem;
   const HeadJobs jobs(p, heads.first, 64, 64, true);
-  const int64_t parts = std::min<int64_t>(16, jobs.count());
+  const int64_t parts = std::min<int64_t>(16, jobs.count()), key_heads = heads.count() / p.shared();
   const int64_t table_size = a.grad_bias ? p.table_size() : 0;
   Buffer<T> partial(heads.count() * parts * table_size);
   std::fill_n(partial.data(), heads.count() * parts * table_size, T(0));
-  for_each_task(heads.count() * parts, make, [&](auto& worker, int64_t task) {
+  for_each_task(key_heads * parts, make, [&](auto& worker, int64_t task) {
     // Heads vary fastest: they share the pages of memory.
-    const int64_t head = task % heads.count(), part = task / heads.count();
-    worker.start(partial + (head * parts + part) * table_size);
+    const int64_t head = task % key_heads * p.shared(), part = task / key_heads;
+    worker.start(PartialTables<T>{partial + (head * parts + part) * table_size, parts * table_size});
     for (int64_t job = part * jobs.count() / parts; job < (part + 1) * jobs.count() / parts; ++job) {
       worker.run(jobs.job(heads.first + head, job));
     }

@@ -22,7 +22,7 @@ class NeighborhoodDoubleBackward {
   }
 
   // As NeighborhoodBackward.
-  void start(T* partial) { table_gradient_.start(a_.grad_bias ? partial : nullptr); }
+  void start(const PartialTables<T>& partial) { table_gradient_.start(partial); }
   void finish() { table_gradient_.flush(rows_.geometry); }
   void run(const NeighborhoodJob& new_job) {
     const ClassGeometry<T>& g = rows_.geometry;
@@ -30,17 +30,14 @@ class NeighborhoodDoubleBackward {
     const NeighborhoodJob& job = rows_.job;
     const bool new_geometry = rows_.start(new_job);
     if (new_geometry) resize();
-    cotangents_.start(rows_);
     table_gradient_.open(g);
     grad_key_.start(g, job, rows_.query_channels, new_geometry);
     grad_value_.start(g, job, rows_.channels, new_geometry);
     for_each_attending_group(g, job, [&](const RowGroup& group, Row next) {
-      load(group);
+      rows_.load_keys(group, [&](Row row) { cotangents_.load_keys(rows_, row); });
       grad_key_.open(group);
       grad_value_.open(group);
-      const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
-      for (int64_t b = g.columns.queries.start / L; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
-      gather(group);
+      for_each_member(a_.problem, rows_, [&](int64_t member) { run_group(group, member); });
       close(next);
     });
   }
@@ -57,12 +54,18 @@ class NeighborhoodDoubleBackward {
     for (RowWeights<T>* weights : {&score_bar_rows_, &grad_score_rows_, &value_rows_}) weights->resize(g);
   }
 
-  void load(const RowGroup& group) {
+  // Of one head: its gradients, and its share of those of the keys.
+  void run_group(const RowGroup& group, int64_t member) {
+    const ClassGeometry<T>& g = rows_.geometry;
     rows_.load_queries(group);
     backward_.load(rows_, group);
+    cotangents_.start(rows_);
     cotangents_.load_queries(rows_, group);
-    rows_.load_keys(group, [&](Row row) { cotangents_.load_keys(rows_, row); });
+    grad_table_ = a_.grad_bias ? &table_gradient_.expanded[member] : nullptr;
     strange_ = backward_.strange;
+    const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
+    for (int64_t b = g.columns.queries.start / L; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
+    gather(group);
   }
 
   void strip(const RowGroup& group, int64_t begin, int64_t end) {
@@ -162,7 +165,7 @@ class NeighborhoodDoubleBackward {
     const Vector<T> d_rest = d_rest_[slot][r], r_sum = r_sum_[slot][r], r_rest = r_rest_[slot][r];
     Vector<T> t = t_[slot][r];
     if (a_.cot_value) t += backward_.dot(backward_.grad_output.row(row) + x, grad_grad_output_.row(slot, r), L);
-    const bool to_table = a_.grad_bias && rows_.job.owns(row, x);
+    const bool to_table = grad_table_ != nullptr && rows_.job.owns(row, x);
     const T* const probabilities = weights_[kProbability].block(r, slot);
     const T* const values = weights_[kX].block(r, slot);
     T* const value_weights = weights_[kValueWeight].block(r, slot);
@@ -170,7 +173,7 @@ class NeighborhoodDoubleBackward {
     T* const score_bars = weights_[kScoreBar].block(r, slot);
     Vector<T> score_bar_sum{}, grad_score_sum{};
     for (int64_t z = group.planes.start, i = 0, key = 0; z < group.planes.end; ++z) {
-      T* grad_table = to_table ? table_gradient_.expanded.row(g.query_blocks[b].table, group, r, z) - i : nullptr;
+      T* grad_table = to_table ? grad_table_->row(g.query_blocks[b].table, group, r, z) - i : nullptr;
       for (const int64_t end = key + group.rows(r); key < end; ++key) {
         for (int64_t kx = 0; kx < g.kx; ++kx, i += L) {
           const Vector<T> probability = NATTEN_EXT_ISA::load(probabilities + i);
@@ -245,6 +248,7 @@ class NeighborhoodDoubleBackward {
   BackwardRows<T> backward_;
   CotangentRows<T> cotangents_;
   TableGradient<T> table_gradient_;
+  ExpandedTable<T>* grad_table_ = nullptr;  // of the head whose turn it is
   GradientRows<T> grad_key_, grad_value_;
   StripWeights<T> weights_[kWeights];
   RowWeights<T> score_bar_rows_, grad_score_rows_, value_rows_;

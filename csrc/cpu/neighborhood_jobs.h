@@ -1,7 +1,8 @@
 // How neighborhood attention falls into jobs, and these into rows.
 //
 // A job is a band of planes and of rows of queries of one residue class of one (batch, head); where rows are long, a part of
-// these rows.
+// these rows. Where heads share a key head, jobs of the gradient orders are of all of them, which take turns at each group
+// of rows.
 #pragma once
 
 #include "../problem.h"
@@ -15,7 +16,7 @@ struct Row {
 };
 
 struct NeighborhoodJob {
-  int64_t batch, head;
+  int64_t batch, head, key_head;  // of several heads the first, or the one whose turn it is
   HeadWindow window;
   int64_t first_z, first_y, first_x;  // the class's first position on the map; on the x axis, the first one held
   int64_t class_depth, class_height;
@@ -23,7 +24,7 @@ struct NeighborhoodJob {
   Columns columns;
 
   int64_t offset(const View& v, Row row, int64_t x) const {
-    return batch * v.batch + head * v.head + (row.z * window.z.dilation + first_z) * v.z +
+    return batch * v.batch + (v.of_keys ? key_head : head) * v.head + (row.z * window.z.dilation + first_z) * v.z +
            (row.y * window.y.dilation + first_y) * v.y + (x * window.x.dilation + first_x) * v.x;
   }
   bool owns_plane(int64_t z) const { return planes.start <= z && z < planes.end; }
@@ -62,6 +63,7 @@ class HeadJobs {
   NeighborhoodJob job(int64_t head, int64_t index) const {
     NeighborhoodJob job{};
     job.head = head;
+    job.key_head = head / p_.shared();
     job.window = window_;
     const auto next = [&](int64_t count) {
       const int64_t result = index % count;

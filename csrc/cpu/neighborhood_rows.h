@@ -179,8 +179,8 @@ class NeighborhoodRows {
   NeighborhoodRows(const Arguments& a, int64_t extra_query_channels, bool about_origin)
       : a_(a),
         about_origin_(about_origin),
-        key_origin_(a.key, a.problem, {0, a.problem.heads}),
-        value_origin_(a.value, a.problem, {0, a.problem.heads}),
+        key_origin_(a.key, a.problem, {0, a.problem.key_heads}),
+        value_origin_(a.value, a.problem, {0, a.problem.key_heads}),
         transposer(a.problem.head_dim),
         channels(a.problem.head_dim),
         score_channels(channels + (a.problem.l2 ? 1 : 0)),
@@ -257,8 +257,8 @@ class NeighborhoodRows {
     }
   }
 
-  const T* key_origin() { return key_origin_.at(job.batch, job.head); }
-  const T* value_origin() { return about_origin_ ? value_origin_.at(job.batch, job.head) : nullptr; }
+  const T* key_origin() { return key_origin_.at(job.batch, job.key_head); }
+  const T* value_origin() { return about_origin_ ? value_origin_.at(job.batch, job.key_head) : nullptr; }
 
   // The extra channel of `target`: factor times the product of two rows, per key.
   void key_products(T* target, const T* a, const T* b, double factor) const {

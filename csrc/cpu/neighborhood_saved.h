@@ -43,17 +43,19 @@ class CotangentRows {
  public:
   explicit CotangentRows(const Arguments& a) : a_(a) {}
 
-  // For a job of new geometry, and any other.
+  // For jobs of new geometry.
   void resize(const NeighborhoodRows<T>& rows) {
     rows.resize_queries(query, rows.query_channels);
     rows.resize_keys(key, rows.score_channels);
     rows.resize_keys(value, rows.channels);
-    table_head_ = -1;
+    tables_.clear();
   }
+  // For a job's head.
   void start(const NeighborhoodRows<T>& rows) {
-    if (!a_.cot_bias || table_head_ == rows.job.head) return;
-    table_head_ = rows.job.head;
-    table_.fill(rows.geometry, a_.problem, a_.cot_bias, table_head_, [](T value) { return value; }, 0);
+    if (!a_.cot_bias) return;
+    table_ = &tables_[rows.job.head];
+    if (!table_->empty()) return;
+    table_->fill(rows.geometry, a_.problem, a_.cot_bias, rows.job.head, [](T value) { return value; }, 0);
   }
   void load_queries(const NeighborhoodRows<T>& rows, const RowGroup& group) {
     for (int r = 0; a_.cot_query && r < group.count; ++r) {
@@ -82,7 +84,7 @@ class CotangentRows {
   }
   // The values of gbias for one block of queries of row r and the keys of a plane; null without any.
   const T* table(int64_t which, const RowGroup& group, int r, int64_t plane) const {
-    return a_.cot_bias ? table_.row(which, group, r, plane) : nullptr;
+    return a_.cot_bias ? table_->row(which, group, r, plane) : nullptr;
   }
   // X from what `x` and the table hold at i.
   NATTEN_EXT_INLINE Vector<T> read(const T* x, const T* table, int64_t i) const {
@@ -96,8 +98,8 @@ class CotangentRows {
 
  private:
   const Arguments& a_;
-  ExpandedTable<T> table_;
-  int64_t table_head_ = -1;
+  std::map<int64_t, ExpandedTable<T>> tables_;  // by head
+  ExpandedTable<T>* table_ = nullptr;           // the job's
 };
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -16,7 +16,7 @@ namespace natten_ext::NATTEN_EXT_ISA {
 template <class T>
 class Origin {
  public:
-  // Of the keys or the values of some heads.
+  // Of the keys or the values of some of their heads.
   Origin(const View& view, const Problem& p, HeadRange heads)
       : view_(view),
         heads_(heads),

@@ -109,6 +109,14 @@ void transpose(T* target, int64_t target_stride, const T* source, int64_t source
   }
 }
 
+// Partial tables of heads that share a key head, of one part: so far apart.
+template <class T>
+struct PartialTables {
+  T* first = nullptr;
+  int64_t stride = 0;
+  T* table(int64_t member) const { return first + member * stride; }
+};
+
 // Fixed-order sum of partial tables [head][part][z][y][x], so that the result does not depend on the threads.
 template <class T>
 void reduce_tables(const T* partial, int64_t parts, const View& table, HeadRange heads, const Problem& p) {

@@ -42,7 +42,7 @@ struct BackwardQuery {
       Real acc[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, Dim, kStaged, 0>(stage, p, again(), pieces.piece(i));
+        stage_piece<M, Dim, kStaged, 0>(stage, p, again().staged_side(p), pieces.piece(i));
       };
       with_care<M>([&](bool careful) {
         sums = {};
@@ -60,7 +60,7 @@ struct BackwardQuery {
             for (int h = 0; h < 2; ++h) d[h] -= y[h];
             if (p.l2) own_half_norms<M, Dim>(half_norm, shared.own(0), own);
             sync_warp();
-            stage_own_keys<M, Dim>(shared.own(2), p.key, p, again(), own);
+            stage_own_keys<M, Dim>(shared.own(2), p.key, p, again().staged_side(p), own);
           }
           for_each_unit(p, own, piece, [&](const Unit& unit, const UnitPairs<Own>& pairs) {
             Scores<Real> s, dp;
@@ -126,7 +126,7 @@ struct BackwardKey {
   NATTEN_EXT_DEVICE static void run(const ParamsOf<General>& p) {
     const SharedLayout& shared = p.shared;
     const int head = launch_head(p), first = block_y() * kChannels;
-    const TableReader<typename M::Element, Real, General> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
+    const auto tables = tables_of_key_head<typename M::Element, Real>(p, p.bias, p.first_head + head, 0, kLog2E<Real>, -kInfinity<Real>);
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
 
     for_each_tile<Own>(p, [&](const Tile<Own>& tile, auto again) {
@@ -139,15 +139,18 @@ struct BackwardKey {
       Real grad_key[kChannels / 8][4], grad_value[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, Dim, kStaged, kScalars>(stage, p, again(), pieces.piece(i));
+        const Turn turn = turn_of(i, pieces);
+        stage_piece<M, Dim, kStaged, kScalars>(stage, p, again().staged_side(p, turn.member), pieces.piece(turn.piece));
       };
       with_care<M>([&](bool careful) {
         sums = {};
         clear(grad_key);
         clear(grad_value);
-        for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
+        for_each_piece(pieces_in_turns(p, pieces), p.plan.stages, issue, [&](int i, int stage) {
           if (i == 0 && p.l2) own_half_norms<M, Dim>(half_norm, shared.own(0), own);
-          for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<Own>& pairs) {
+          const Turn turn = turn_of(i, pieces);
+          const auto bias = tables.of_member(turn.member);
+          for_each_unit(p, own, pieces.piece(turn.piece), [&](const Unit& unit, const UnitPairs<Own>& pairs) {
             Scores<Real> s, dp;
             clear(s);
             clear(dp);
@@ -200,6 +203,7 @@ void backward_query(const Params& p, const std::vector<WindowOf<General>>& windo
 template <class M, bool General>
 void backward_key(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
   std::vector<HeadRange> heads{{0, p.heads}};
+  if constexpr (General) return launch_key_heads<M, BackwardKey, General>(p, windows, context);
   if constexpr (kHasNarrow<M> && !General) heads = narrow_backward_key<M>(p, windows, context);
   for (const HeadRange& range : heads) launch_range<M, BackwardKey, General>(p, windows, range, context);
 }

@@ -53,11 +53,12 @@ inline HeadWindow window_of(const Problem& p, int64_t head, const Axes& axes) {
   return {z, y, x};
 }
 
-// Whether a problem is one for the general kernels. So are lines, for their tiles, and maps whose sizes the others can't hold.
+// Whether a problem is one for the general kernels. So are lines, for their tiles, heads that share key heads, and maps whose
+// sizes the others can't hold.
 inline bool is_general(const Problem& p) {
   if (p.kind == Kind::full) return false;
   const auto [depth, height, width] = Axes(p)(p.depth, p.height, p.width);
-  return p.general() || height == 1 || height > UINT16_MAX || width > UINT16_MAX;
+  return p.general() || p.shared() > 1 || height == 1 || height > UINT16_MAX || width > UINT16_MAX;
 }
 
 inline int element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
@@ -87,11 +88,13 @@ struct KernelArguments {
     params.kind = p.kind;
     params.batch = static_cast<int>(p.batch);
     params.heads = static_cast<int>(p.heads);
+    params.sharing = static_cast<int>(p.shared());
     params.head_dim = static_cast<int>(p.head_dim);
     params.l2 = p.l2;
     params.scale = p.dot_scale();
     require(p.batch <= INT32_MAX && p.heads <= INT32_MAX, "batch and heads must be less than 2^31");
     if (sequence) {
+      require(p.shared() == 1, "full attention needs a head of keys for every head");
       params.queries = sequence_map(p.width);
       params.keys = sequence_map(p.key_width);
     } else {
@@ -147,7 +150,7 @@ inline void note_memory(Context& context, const Arguments& a) {
   const auto note = [&](const View& v, bool written, int64_t width) {
     if (!v) return;
     const int64_t last = (p.batch - 1) * v.batch + (p.depth - 1) * v.z + (p.height - 1) * v.y + (width - 1) * v.x +
-                         (p.heads - 1) * v.head;
+                         ((v.of_keys ? p.key_heads : p.heads) - 1) * v.head;
     context.memory.push_back({v.data, static_cast<size_t>((last + p.head_dim) * element_size(v.dtype)), written});
   };
   const auto note_table = [&](const View& v, bool written) {

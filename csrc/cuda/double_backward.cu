@@ -90,7 +90,7 @@ struct DoubleBackwardQuery {
       const RowNumbers<Real> base(p, p.base, tile, own), log_sum(p, p.log_sum, tile, own);
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, Dim, kStaged, 0>(stage, p, again(), pieces.piece(i));
+        stage_piece<M, Dim, kStaged, 0>(stage, p, again().staged_side(p), pieces.piece(i));
       };
       const auto write_key_terms = [&](int i, int stage) {
         if (!p.l2) return;
@@ -227,9 +227,9 @@ struct DoubleBackwardQuery {
         sync_warp();
       }
       // The tile's own rows are needed no more.
-      stage_own_keys<M, Dim>(shared.own(kQuery), p.key, p, again(), own);
-      stage_own_keys<M, Dim>(shared.own(kGradOutput), p.value, p, again(), own);
-      if (has_cot_key) stage_own_keys<M, Dim>(shared.own(kCotQuery), p.cot_key, p, again(), own);
+      stage_own_keys<M, Dim>(shared.own(kQuery), p.key, p, again().staged_side(p), own);
+      stage_own_keys<M, Dim>(shared.own(kGradOutput), p.value, p, again().staged_side(p), own);
+      if (has_cot_key) stage_own_keys<M, Dim>(shared.own(kCotQuery), p.cot_key, p, again().staged_side(p), own);
       await_own_keys();
       subtract_rows<M, Dim, kChannels>(grad_grad_output, value_sums, shared.own(kGradOutput), own, first);
       if (has_grad_query) {
@@ -273,8 +273,8 @@ struct DoubleBackwardKey {
     const SharedLayout& shared = p.shared;
     using Element = typename M::Element;
     const int head = launch_head(p), first = block_y() * kChannels;
-    const TableReader<Element, Real, General> bias(p, p.bias, p.first_head + head, shared.table(0), kLog2E<Real>, -kInfinity<Real>);
-    const TableReader<Element, Real, General> cot_bias(p, p.cot_bias, p.first_head + head, shared.table(1), 1, 0);
+    const auto tables = tables_of_key_head<Element, Real>(p, p.bias, p.first_head + head, 0, kLog2E<Real>, -kInfinity<Real>);
+    const auto cot_tables = tables_of_key_head<Element, Real>(p, p.cot_bias, p.first_head + head, 1, 1, 0);
     const Real scale = static_cast<Real>(p.scale), factor = scale * kLog2E<Real>;
     const bool has_cot_query = p.cot_query.data != nullptr, has_cot_key = p.cot_key.data != nullptr;
     const bool has_cot_value = p.cot_value.data != nullptr;
@@ -290,18 +290,21 @@ struct DoubleBackwardKey {
       Real grad_key[kChannels / 8][4], grad_value[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, Dim, kStaged, kScalars>(stage, p, again(), pieces.piece(i));
+        const Turn turn = turn_of(i, pieces);
+        stage_piece<M, Dim, kStaged, kScalars>(stage, p, again().staged_side(p, turn.member), pieces.piece(turn.piece));
       };
       with_care<M>([&](bool careful) {
         score_sums = first_sums = {};
         clear(grad_key);
         clear(grad_value);
-        for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
+        for_each_piece(pieces_in_turns(p, pieces), p.plan.stages, issue, [&](int i, int stage) {
           if (i == 0 && p.l2) {
             own_half_norms<M, Dim>(half_norm, shared.own(kKey), own);
             if (has_cot_key) row_products<M, Dim>(cot_product, shared.own(kCotKey), shared.own(kKey), own);
           }
-          for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<Own>& pairs) {
+          const Turn turn = turn_of(i, pieces);
+          const auto bias = tables.of_member(turn.member), cot_bias = cot_tables.of_member(turn.member);
+          for_each_unit(p, own, pieces.piece(turn.piece), [&](const Unit& unit, const UnitPairs<Own>& pairs) {
             PairTerms<Real> terms;
             scores<M, Dim>(terms.p, key, shared.rows(stage, kQuery), unit);
             scores<M, Dim>(terms.dp, value, shared.rows(stage, kGradOutput), unit);
@@ -360,7 +363,7 @@ void double_backward_query(const Params& p, const std::vector<WindowOf<General>>
 }
 template <class M, bool General>
 void double_backward_key(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
-  launch_range<M, DoubleBackwardKey, General>(p, windows, {0, p.heads}, context);
+  launch_key_heads<M, DoubleBackwardKey, General>(p, windows, context);
 }
 template <class M, bool General>
 uint32_t double_backward_shared(int head_dim) {

@@ -45,7 +45,7 @@ struct Forward {
       Real acc[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
-        stage_piece<M, Dim, kStaged, 0>(stage, p, again(), pieces.piece(i));
+        stage_piece<M, Dim, kStaged, 0>(stage, p, again().staged_side(p), pieces.piece(i));
       };
       with_care<M>([&](bool careful) {
         softmax = {};

@@ -160,7 +160,9 @@ void prepare_blocks(ParamsOf<General>& p, bool by_key, int element_size, int rea
   p.by_launch_heads = Divisor(p.launch_heads);
   p.by_table_rows = Divisor(p.table_rows + 1);
   p.by_table_columns = Divisor(p.table_columns + 1);
-  if constexpr (!General) {
+  if constexpr (General) {
+    p.by_sharing = Divisor(p.sharing);
+  } else {
     p.by_kernel_y = Divisor(p.windows[0].kernel_y);
     p.by_kernel_x = Divisor(p.windows[0].kernel_x);
   }
@@ -192,9 +194,10 @@ void prepare_blocks(ParamsOf<General>& p, bool by_key, int element_size, int rea
 }
 
 // K::kOwn: tensors of the tile; K::kStaged: tensors of a piece; K::kScalars: numbers per staged row; K::kTables: tables read,
-// with a row and a column more (TablePlaces); `gradient`: whether a table gradient is summed.
+// with a row and a column more (TablePlaces), in key-centred kernels those of all `sharing` heads; `gradient`: whether a
+// table gradient is summed.
 template <class K, uint32_t Pitch>
-SharedLayout layout_of(const Plan& plan, bool gradient, int table_planes, int table_rows, int table_columns) {
+SharedLayout layout_of(const Plan& plan, bool gradient, int table_planes, int table_rows, int table_columns, int sharing) {
   constexpr uint32_t kReal = sizeof(typename K::Real);
   const auto bytes_of = [](int64_t numbers) { return static_cast<uint32_t>(divide_up(numbers * kReal, 16) * 16); };
   SharedLayout l;
@@ -209,7 +212,7 @@ SharedLayout layout_of(const Plan& plan, bool gradient, int table_planes, int ta
   l.stages = K::kOwn * l.tile_bytes;
   l.diagonals = l.stages + plan.stages * l.stage_bytes;
   l.tables = l.diagonals + (gradient ? plan.warps * l.diagonal_bytes : 0);
-  l.gradients = l.tables + (plan.tables_shared ? K::kTables * l.table_bytes : 0);
+  l.gradients = l.tables + (plan.tables_shared ? K::kTables * (K::kByKey ? sharing : 1) * l.table_bytes : 0);
   l.total = l.gradients + (plan.tables_shared && gradient ? plan.warps * l.gradient_bytes : 0);
   return l;
 }
@@ -225,7 +228,7 @@ Plan plan_of(const ParamsOf<General>& p, const Context& context) {
   const bool gradient = K::kTableGradient && p.table_gradient;
   const Map& other = K::kByKey ? p.queries : p.keys;
   const auto bytes = [&](const Plan& plan) {
-    return layout_of<K, kPitch<M, Dim>>(plan, gradient, p.table_planes, p.table_rows, p.table_columns).total;
+    return layout_of<K, kPitch<M, Dim>>(plan, gradient, p.table_planes, p.table_rows, p.table_columns, p.sharing).total;
   };
   const TileShape shape = tile_shape(p);
   for (const bool tables_shared : {true, false}) {
@@ -268,7 +271,7 @@ uint32_t least_shared(int head_dim) {
   with_padded(head_dim, HeadDims<M, General>{}, [&]<int Dim>() {
     using K = Kernel<M, Dim, General>;
     const Plan least{1, kBlock, 1, false, 1, false, 0};
-    bytes = layout_of<K, kPitch<M, Dim>>(least, K::kTableGradient, 0, 0, 0).total;
+    bytes = layout_of<K, kPitch<M, Dim>>(least, K::kTableGradient, 0, 0, 0, 1).total;
   });
   return bytes;
 }
@@ -293,7 +296,7 @@ void launch_padded(ParamsOf<General> p, Context& context) {
     throw std::runtime_error("natten_ext: the table has 2^26 entries or more");
   }
   p.plan = plan_of<M, Kernel, Dim>(p, context);
-  p.shared = layout_of<K, kPitch<M, Dim>>(p.plan, gradient, p.table_planes, p.table_rows, p.table_columns);
+  p.shared = layout_of<K, kPitch<M, Dim>>(p.plan, gradient, p.table_planes, p.table_rows, p.table_columns, p.sharing);
   const int64_t tiles = largest_tile_count(p, K::kByKey);
   const int64_t most = gradient ? std::max(1, context.table_blocks / p.launch_heads) : INT32_MAX / p.launch_heads;
   if (!gradient && tiles > most) throw std::runtime_error("natten_ext: too many tiles for one launch");
@@ -320,6 +323,14 @@ void launch_range(const Params& problem, const std::vector<WindowOf<General>>& w
     std::copy_n(windows.begin() + p.first_head, p.launch_heads, p.windows);
     with_padded(p.head_dim, HeadDims<M, General>{}, [&]<int Dim>() { launch_padded<M, Kernel, Dim, General>(p, context); });
   }
+}
+
+// A key-centred kernel for all heads of keys.
+template <class M, template <class, int, bool> class Kernel, bool General>
+void launch_key_heads(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
+  std::vector<WindowOf<General>> of_keys;
+  for (int head = 0; head < p.heads; head += p.sharing) of_keys.push_back(windows[head]);
+  launch_range<M, Kernel, General>(p, of_keys, {0, p.heads / p.sharing}, context);
 }
 
 }  // namespace natten_ext::cuda

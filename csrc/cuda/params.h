@@ -110,7 +110,7 @@ struct SharedLayout {
 struct Params {
   Kind kind;
   int batch, heads, head_dim;
-  int first_head, launch_heads;
+  int first_head, launch_heads;  // in key-centred kernels heads are those of keys
   Map queries, keys;
   bool l2;
   double scale;                // a: factor of q.k
@@ -137,6 +137,7 @@ struct Params {
   int short_row, short_columns;  // of the staged sequence: the last row, if it has fewer columns; -1: none has
   bool wide_copies;  // all staged rows allow copies of 16 bytes, and their strides in bytes, dilation included, fit 31 bits
   Divisor by_launch_heads, by_table_rows, by_table_columns;
+  int sharing;  // heads to a key head: one, but for general neighborhoods
 };
 
 // And the windows. `General`: of three map axes, strides and causal windows; otherwise two axes on which windows slide, grid and
@@ -151,6 +152,7 @@ struct ParamsOf : Params {
 template <>
 struct ParamsOf<true> : Params {
   static constexpr int kHeads = kMaxGeneralHeads;
+  Divisor by_sharing;
   GeneralWindow windows[kHeads];
   GeneralCut cuts[kHeads];
 };

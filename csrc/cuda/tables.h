@@ -54,6 +54,15 @@ struct TableReader {
       store_shared(address + i * static_cast<uint32_t>(sizeof(Real)), entry(i));
     }
   }
+  // Of heads that share a key head the `member`-th one's, where copies of all lie next to each other.
+  NATTEN_EXT_DEVICE TableReader of_member(int member) const {
+    TableReader reader = *this;
+    if constexpr (General) {
+      reader.address += member * p.shared.table_bytes;
+      reader.head += member;
+    }
+    return reader;
+  }
   // Whether it is more than zeros.
   NATTEN_EXT_DEVICE explicit operator bool() const { return masked != 0 || table.data != nullptr; }
   // The entries of a block's pairs.
@@ -90,6 +99,17 @@ struct TableReader {
     return factor * bounded(table_entry<Element, Real>(table, offset));
   }
 };
+
+// The table number `which` of the head of a key-centred kernel, or those of all heads that share it: the first one's.
+template <class Element, class Real, bool General>
+NATTEN_EXT_DEVICE TableReader<Element, Real, General> tables_of_key_head(const ParamsOf<General>& p, const Table& t, int key_head,
+                                                                         int which, Real factor, Real masked) {
+  using Reader = TableReader<Element, Real, General>;
+  if constexpr (!General) return Reader(p, t, key_head, p.shared.table(which), factor, masked);
+  const int head = key_head * p.sharing, place = which * p.sharing;
+  for (int member = 1; member < p.sharing; ++member) Reader(p, t, head + member, p.shared.table(place + member), factor, masked);
+  return Reader(p, t, head, p.shared.table(place), factor, masked);
+}
 
 // Sums of one warp, where the launch wants them; of the blocks that share a tile's channels, the first has them.
 template <class Real, bool General>

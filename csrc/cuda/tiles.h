@@ -102,7 +102,7 @@ template <class S>
 struct Tile : TilePlane<S::kGeneral> {
   static constexpr bool kByKey = S::kByKey, kGeneral = S::kGeneral;
   using TilePlane<kGeneral>::z;
-  int batch, head;  // head of the tensors; `window` has the launch's own
+  int batch, head;  // head of the tensors of the own side; `window` has the launch's own
   WindowOf<kGeneral> window;
   int residue_y, residue_x;
   Axis<kGeneral> y, x;
@@ -199,6 +199,13 @@ struct Tile : TilePlane<S::kGeneral> {
                     lesser(origin_x + tile_width(p), own_width()) - 1);
   }
 
+  // The tile for tensors of the staged side: where heads share a key head, with that, or with the `member`-th of the heads.
+  NATTEN_EXT_DEVICE Tile staged_side(const ParamsOf<kGeneral>& p, int member = 0) const {
+    Tile tile = *this;
+    if constexpr (kGeneral) tile.head = kByKey ? head * p.sharing + member : p.by_sharing(head);
+    return tile;
+  }
+
   // Element offset of a position of the class, at channel 0.
   NATTEN_EXT_DEVICE int64_t offset(const Rows& t, int pz, int py, int px) const {
     int64_t elements = batch * t.batch + head * t.head + (int64_t{py} * window.dilation_y + residue_y) * t.y +
@@ -261,6 +268,22 @@ struct Pieces {
     return {y0, lesser(y0 + rows, halo.y1), x0, lesser(x0 + columns, halo.x1), z};
   }
 };
+
+// A piece of a walk, and of which of the heads that share a key head it is: they take turns, each with all pieces.
+struct Turn {
+  int member = 0, piece;
+};
+template <bool General>
+NATTEN_EXT_DEVICE Turn turn_of(int index, const Pieces<General>& pieces) {
+  if constexpr (!General) return {0, index};
+  const int member = index / pieces.count;
+  return {member, index - member * pieces.count};
+}
+// How many pieces a walk over the queries of all these heads has.
+template <bool General>
+NATTEN_EXT_DEVICE int pieces_in_turns(const Params& p, const Pieces<General>& pieces) {
+  return General ? pieces.count * p.sharing : pieces.count;
+}
 
 // From one of a lane's two rows to the other.
 template <bool General>

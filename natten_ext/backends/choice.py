@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 from ..checks import shown
-from ..geometry import KINDS
+from ..geometry import KINDS, Grid, Neighborhood
 from . import cpu, cuda
 from .triton import backend as triton
 
@@ -28,6 +28,9 @@ FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
 _MADE_FOR_GPUS = ("cuda", "triton")
 
 NAMES = (*FUSED, "reference")
+
+SHARING = {"cuda": (Grid.kind, Neighborhood.kind)} | dict.fromkeys(("triton", "cpu", "reference"), KINDS)
+"""By backend, the kinds of neighborhood whose heads may share keys there."""
 
 ENVIRONMENT_VARIABLE = "NATTEN_EXT_BACKEND"
 

@@ -37,9 +37,10 @@ def about_origin(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, 
     In half precision only channels are moved in which all elements are within half of the origin from it: then the
     difference of two numbers of a format is a number of that format, and nothing is rounded.
     """
-    origin = origin_of(key)
+    query = query.unflatten(-2, (key.shape[-2], -1))  # by the key head that they share
+    origin = origin_of(key).unsqueeze(-2)
     if query.dtype.itemsize == 2:
-        tokens = tuple(range(1, query.dim() - 2))
-        near = [((x - origin).abs() <= origin.abs() / 2).all(tokens, keepdim=True) for x in (query, key)]
+        others = (*range(1, query.dim() - 3), -2)
+        near = [((x - origin).abs() <= origin.abs() / 2).all(others, keepdim=True) for x in (query, key.unsqueeze(-2))]
         origin = torch.where(near[0] & near[1], origin, 0)
-    return query - origin, key - origin
+    return (query - origin).flatten(-3, -2), key - origin.squeeze(-2)

@@ -30,6 +30,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over ``neighborhood`` and, if asked for, its log-sum-exp; shapes as in ``natten_ext.functional``.
 
+    Heads that share a key head must have one window.
     Half precision is computed, and its derivatives are added up, in float32.
     """
     dtype = query.dtype
@@ -77,7 +78,8 @@ def _distances_as_products(query, key):
     Softmax removes |q|^2, but its derivatives keep those of q exact where a key takes all of the weight.
     """
     origin = origin_of(key)
-    query, key = query - origin, key - origin
+    query = query - origin.repeat_interleave(query.shape[-2] // key.shape[-2], -2)
+    key = key - origin
     query_square, key_square = (x.square().sum(-1, keepdim=True) for x in (query, key))
     query = torch.cat([2 * query, -query_square, torch.full_like(query_square, -1)], -1)
     return query, torch.cat([key, torch.ones_like(key_square), key_square], -1)
@@ -89,10 +91,11 @@ def _attention(query, key, value, bias, neighborhood, return_lse):
     if isinstance(neighborhood, Grid):
         return _grid(query, key, value, bias, neighborhood, return_lse)
     parts = []
+    shared = query.shape[-2] // key.shape[-2]
     for first, last in neighborhood.head_groups():
-        heads = slice(first, last)
+        heads, key_heads = slice(first, last), slice(first // shared, last // shared)
         group_bias = None if bias is None else bias[heads]
-        group = query[..., heads, :], key[..., heads, :], value[..., heads, :]
+        group = query[..., heads, :], key[..., key_heads, :], value[..., key_heads, :]
         parts.append(_neighborhood(*group, group_bias, neighborhood, first, return_lse))
     if len(parts) == 1:
         return parts[0]
@@ -103,10 +106,19 @@ def _attention(query, key, value, bias, neighborhood, return_lse):
 def _full(query, key, value, bias, return_lse):
     """Sequences ``(batch, tokens, heads, channels)``; bias ``(heads, queries, keys)``."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    scores = query @ key.transpose(-2, -1)
+    shared = query.shape[1] // key.shape[1]
+
+    def by_key_head(x):  # heads that share keys are more queries of one
+        return x.unflatten(1, (-1, shared)).flatten(2, 3)
+
+    def by_head(x):
+        return x.unflatten(2, (shared, -1)).flatten(1, 2)
+
+    scores = by_head(by_key_head(query) @ key.mT)
     if bias is not None:
         scores = scores + bias
-    return (softmax(scores) @ value).transpose(1, 2), log_sum_exp(scores).transpose(1, 2) if return_lse else None
+    output = by_head(by_key_head(softmax(scores)) @ value)
+    return output.transpose(1, 2), log_sum_exp(scores).transpose(1, 2) if return_lse else None
 
 
 def _grid(query, key, value, bias, neighborhood, return_lse):
@@ -144,14 +156,15 @@ def _neighborhood(query, key, value, bias, neighborhood, head, return_lse):
         """``(batch, *map, heads, channels)`` to ``(batch, *map, heads, keys, channels)``."""
         return tensor[_each(index)].flatten(1 + axes, 2 * axes).transpose(-3, -2)
 
-    scores = (gather(key) @ query.unsqueeze(-1)).squeeze(-1)
+    shared = query.unflatten(-2, (key.shape[-2], -1))  # by the key head that they share
+    scores = (shared @ gather(key).mT).flatten(-3, -2)
     if bias is not None:
         places = [(k.offset + size - 1).to(query.device) for k, size in zip(keys, neighborhood.kernel, strict=True)]
         scores = scores + bias[_each(spread(places))].flatten(1 + axes).movedim(0, -2)
     if any(window.causal for window in neighborhood.windows[head]):
         exists = math.prod(spread([of_axis.exists.to(query.device) for of_axis in keys]))
         scores = scores.masked_fill(~exists.bool().flatten(axes).unsqueeze(-2), -torch.inf)
-    output = (softmax(scores).unsqueeze(-2) @ gather(value)).squeeze(-2)
+    output = (softmax(scores).unflatten(-2, shared.shape[-3:-1]) @ gather(value)).flatten(-3, -2)
     return output, log_sum_exp(scores) if return_lse else None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import natten_ext
 from natten_ext import geometry
+from natten_ext.backends.choice import SHARING
 from natten_ext.checks import windows_of
 from natten_ext.operators import OPERATORS
 from tests.operators import oracle
@@ -46,6 +47,7 @@ class Case:
     score: str = "dot"
     bias: bool = False
     scale: float | None = None
+    shared: int = 1  # heads to a key head
     tied: tuple[str, ...] = ()
     small: bool = False  # small enough for interpreters and emulators
 
@@ -127,7 +129,8 @@ def random(case: Case, label: str, shape: Sequence[int], dtype: torch.dtype, dev
 
 def inputs_of(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Inputs:
     """The independent inputs of a case: query, and key, value and bias where they are tensors of their own."""
-    key_shape = (case.shape[0], case.keys, *case.shape[2:]) if case.keys else case.shape
+    tokens = (case.keys,) if case.keys else case.shape[1:-2]
+    key_shape = (case.shape[0], *tokens, case.heads // case.shared, case.head_dim)
     shapes = {"query": case.shape, "key": key_shape, "value": key_shape}
     if case.bias:
         shapes["bias"] = case.table_shape
@@ -149,6 +152,13 @@ def arguments_of(case: Case, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tens
     return q, k, v, inputs.get("bias")
 
 
+def unshared_arguments_of(case: Case, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The same with a key head for every head."""
+    q, k, v, table = arguments_of(case, inputs)
+    k, v = (torch.stack([x[..., head // case.shared, :] for head in range(case.heads)], -2) for x in (k, v))
+    return q, k, v, table
+
+
 def forward(case: Case, inputs: Mapping[str, Tensor], backend: str | None, **options) -> Tensor:
     """Run the case through the public function of `natten_ext`."""
     q, k, v, table = arguments_of(case, inputs)
@@ -167,7 +177,7 @@ def forward(case: Case, inputs: Mapping[str, Tensor], backend: str | None, **opt
 
 def oracle_forward(case: Case, inputs: Mapping[str, Tensor], expanded: bool = False, return_lse: bool = False):
     """Run the case through the oracle, in the precision of its inputs (on the CPU)."""
-    q, k, v, table = arguments_of(case, inputs)
+    q, k, v, table = unshared_arguments_of(case, inputs)
     options = {"score": case.score, "scale": case.effective_scale, "expanded": expanded}
     output, lse = oracle.attend(q, k, v, table, case.neighbors, **options)
     return (output, lse) if return_lse else output
@@ -175,10 +185,13 @@ def oracle_forward(case: Case, inputs: Mapping[str, Tensor], expanded: bool = Fa
 
 def tangent(case: Case, inputs: Inputs, tangents: Mapping[str, Tensor], backend: str) -> Tensor:
     """The derivative of the output along `tangents` of some inputs, by the operators."""
-    operators, operands, choices = OPERATORS[backend], arguments_of(case, inputs), (case.code, case.score == "l2")
-    choices += (case.effective_scale,)
-    output, lse, _ = operators.forward(*operands, *choices, False)
+    operators, choices = OPERATORS[backend], (case.code, case.score == "l2", case.effective_scale)
     given = [tangents.get("query" if name in case.tied else name) for name in ("query", "key", "value", "bias")]
+    operands = arguments_of(case, inputs)
+    if case.kind not in SHARING[backend]:
+        operands = unshared_arguments_of(case, inputs)
+        given[1:3] = (None if x is None else x.repeat_interleave(case.shared, -2) for x in given[1:3])
+    output, lse, _ = operators.forward(*operands, *choices, False)
     needs = [True, False, False, False, False, False]
     outgoing = torch.zeros_like(output), None
     return operators.double_backward(*given, *outgoing, *operands, output, lse, *choices, needs)[0]
@@ -345,6 +358,24 @@ GENERAL = [
     _na("3d-batch-0", (0, 3, 4, 4, 2, 8), 2, 1, 2, causal=(True, False, True), small=True),
 ]
 
+# Heads that share key heads: in pairs, in threes, all of them.
+SHARED = [
+    _full("shared-11", (2, 11, 6, 8), shared=3, small=True),
+    _full("shared-70x301", (1, 70, 4, 16), keys=301, shared=2),
+    _full("shared-3x7", (2, 3, 4, 5), keys=7, shared=4, small=True),
+    _grid("shared-6x4-w3x2", (2, 6, 4, 4, 8), (3, 2), shared=2, small=True),
+    _grid("shared-16x17-map", (1, 16, 17, 3, 7), (16, 17), shared=3),
+    _grid("shared-2x4x3-w2", (1, 2, 4, 3, 6, 4), (2, 2, 3), shared=3, small=True),
+    _na("shared-9x11-k3", (2, 9, 11, 4, 8), 3, shared=2, small=True),
+    _na("shared-7x13-k5-d1x2", (1, 7, 13, 3, 5), 5, (1, 2), shared=3, small=True),
+    _na("shared-6x6-k4", (2, 6, 6, 4, 8), 4, shared=4, small=True),
+    _na("shared-10x11-dilations", (1, 10, 11, 8, 4), 3, [1, 3], shared=4, small=True),
+    _na("shared-66x7-k7", (1, 66, 7, 3, 8), 7, shared=3),
+    _na("shared-line-29-causal", (2, 29, 4, 8), 6, 2, 3, causal=True, shared=4, small=True),
+    _na("shared-3x5x9-k3", (1, 3, 5, 9, 4, 8), 3, (1, 1, 2), shared=2, small=True),
+    _na("shared-batch-0", (0, 6, 6, 4, 8), 3, shared=2, small=True),
+]
+
 CASES = FULL + [
     replace(case, score=score, bias=bias)
     for case in GRID + NEIGHBORHOOD
@@ -354,9 +385,10 @@ CASES = FULL + [
 # With one of the four in turn for interpreters and emulators, for the sake of time.
 CASES += [
     replace(case, score=score, bias=bias, small=case.small and turn == number % 4)
-    for number, case in enumerate(GENERAL)
+    for number, case in enumerate(GENERAL + [case for case in SHARED if case.kind != "full"])
     for turn, (score, bias) in enumerate(product(("dot", "l2"), (False, True)))
 ]
+CASES += [replace(case, score=score) for case in SHARED if case.kind == "full" for score in ("dot", "l2")]
 CASES += [
     replace(case, score=score, bias=True, tied=tied)
     for case in (GRID[1], NEIGHBORHOOD[0], NEIGHBORHOOD[16])
@@ -372,6 +404,7 @@ TINY = [
         _grid("tiny", (1, 4, 3, 2, 2), (2, 3), small=True),
         _na("tiny", (1, 4, 5, 2, 2), (3, 2), (1, 2), small=True),
         _na("tiny-per-head", (1, 4, 3, 2, 2), [3, 2], [1, (2, 1)], small=True),
+        _na("tiny-shared", (1, 3, 4, 4, 2), (2, 3), shared=2, small=True),
     )
     for score in ("dot", "l2")
     for bias in (False, True)
@@ -390,8 +423,9 @@ ONE_OF_EACH = [
     find("grid-6x10-w3x5", score="l2", bias=True),
     find("na-7x9-k3", bias=True),
     find("na-11x9-per-head", score="l2", bias=True),
+    find("na-shared-9x11-k3", bias=True),
 ]
-"""For tests of what does not depend on sizes: each neighborhood, both scores, with a table and without."""
+"""For tests of what does not depend on sizes: each neighborhood, both scores, with a table and without, shared keys."""
 
 
 def magnitude(tensors: Iterable[Tensor]) -> float:

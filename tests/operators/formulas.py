@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.operators.cases import Case, Inputs, arguments_of
+from tests.operators.cases import Case, Inputs, unshared_arguments_of
 from tests.operators.oracle import pair_tables, table_index
 
 
@@ -41,15 +41,16 @@ def _formulas(
         return tensor.transpose(-1, -2)
 
     def like(tensor: Tensor, name: str) -> Tensor:
-        """Inverse of `rows`, in the shape of an input."""
-        return tensor.transpose(1, 2).reshape(inputs[name].shape)
+        """Inverse of `rows`, in the shape of an input: the sum of the heads that share it."""
+        shape = inputs[name].shape
+        return tensor.transpose(1, 2).unflatten(2, (shape[-2], -1)).sum(3).reshape(shape)
 
     def on_table(pairs: Tensor) -> Tensor:
         """Sum of a (batch, heads, queries, keys) matrix over equal offsets."""
         flat = torch.zeros(case.heads, table[0].numel(), dtype=dtype)
         return flat.scatter_add(1, offsets.flatten(1), pairs.sum(0).flatten(1)).view(table.shape)
 
-    *maps, table = (cast(tensor) for tensor in arguments_of(case, inputs))
+    *maps, table = (cast(tensor) for tensor in unshared_arguments_of(case, inputs))
     q, k, v = map(rows, maps)
     l2 = case.score == "l2"
     a = case.effective_scale * (2 if l2 else 1)
@@ -84,7 +85,7 @@ def _formulas(
     d_scores = outer * centred
     d_query, d_key = gradients(d_scores, q, k)
 
-    cot_q, cot_k, cot_v, cot_bias = (signless(cast(tensor)) for tensor in arguments_of(case, cotangents))
+    cot_q, cot_k, cot_v, cot_bias = (signless(cast(tensor)) for tensor in unshared_arguments_of(case, cotangents))
     cot_q, cot_k, cot_v = rows(cot_q), rows(cot_k), rows(cot_v)
     x = a * (cot_q @ turned(k) + q @ turned(cot_k))
     if l2:

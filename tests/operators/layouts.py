@@ -8,9 +8,10 @@ from tests.operators.cases import Inputs
 
 
 def packed(inputs: Inputs) -> Inputs:
-    """Query, key and value as views of one tensor (..., 3, heads, head_dim), as a projection makes them."""
-    query, key, value = torch.stack([inputs[n] for n in ("query", "key", "value")], -3).unbind(-3)
-    return inputs | {"query": query, "key": key, "value": value}
+    """Query, key and value as views of one tensor (..., heads of all three, head_dim), as a projection makes them."""
+    names = "query", "key", "value"
+    views = torch.cat([inputs[n] for n in names], -2).split([inputs[n].shape[-2] for n in names], -2)
+    return inputs | dict(zip(names, views, strict=True))
 
 
 def heads_first(inputs: Inputs) -> Inputs:

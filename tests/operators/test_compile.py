@@ -28,6 +28,7 @@ COMPILED = [
     find("grid-6x10-w3x5", score="l2", bias=True),
     find("na-7x9-k3", bias=True),
     find("na-11x9-per-head", score="l2", bias=True),
+    find("na-shared-9x11-k3", bias=True),
 ]
 
 

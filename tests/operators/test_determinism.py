@@ -52,6 +52,9 @@ LARGER = [
     Case("larger-full", "full", (4, 130, 3, 40)),
     Case("larger-full-l2", "full", (2, 300, 2, 64), score="l2"),
     Case("larger-grid", "grid", (3, 24, 24, 4, 16), window=8, bias=True),
+    Case("larger-shared", "full", (1, 300, 8, 16), shared=4),
+    Case("larger-shared-grid", "grid", (1, 24, 24, 4, 8), window=24, bias=True, shared=2),
+    Case("larger-shared-na", "neighborhood", (1, 70, 28, 6, 16), kernel=7, bias=True, shared=3),
     Case("larger-na", "neighborhood", (2, 30, 28, 4, 32), kernel=7, dilation=(1, 4), groups=("dilation",), bias=True),
 ]
 

@@ -17,6 +17,7 @@ LAYOUT_CASES = [
     find("grid-6x10-w3x5", score="l2", bias=True),
     find("na-9x10-kernels", bias=True),
     find("na-7x9-k3", score="l2", bias=True),
+    find("na-shared-9x11-k3", bias=True),
 ]
 
 

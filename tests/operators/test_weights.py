@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import natten_ext
-from tests.operators.cases import CASES, SIZES, Case, arguments_of, find, inputs_of
+from tests.operators.cases import CASES, SIZES, Case, arguments_of, find, inputs_of, unshared_arguments_of
 from tests.operators.oracle import pair_tables, table_index
 
 # One of each neighborhood, score and table; every problem whose maps or kernels are peculiar.
@@ -18,7 +18,7 @@ WEIGHT_CASES = [case for case in CASES if case.small and case.shape[0]]
 
 def full_weights(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """`(batch, queries, heads, keys)` from the oracle's sets."""
-    query, key, _, table = arguments_of(case, inputs)
+    query, key, _, table = unshared_arguments_of(case, inputs)
     query, key = query.flatten(1, -3), key.flatten(1, -3)
     weights = []
     for head, sets in enumerate(case.neighbors):

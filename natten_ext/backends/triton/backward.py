@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 
 from .distances import score_terms
-from .geometry import SIZES, empty, keys_of, own_tile, queries_of
+from .geometry import SIZES, empty, keys_of, own_tile, queries_of, turn_of
 from .launch import Launch, Results, rows_of
-from .places import as_keys, as_queries, block_count, block_place, not_beyond, own_place
+from .places import as_keys, as_queries, block_count, block_place, not_beyond, own_place, steps_of
 from .problem import KEY, QUERY
 from .row_numbers import FIRST, RowNumbers, load_numbers, store_numbers
 from .scores import block_of_keys, logits, pair_products, per_key, per_query, weights_of_queries
 from .table_gradient import table_gradient
-from .tables import head_table, padded_table
+from .tables import head_table, padded_table, table_in_turn
 from .tiles import (
     add_totals,
     add_weighted,
@@ -59,10 +59,10 @@ def backward_query_kernel(
     queries = as_queries(tile, box, lattice, 1, S)
     base = load_column(base, lattice, tile, S)
     log_sum = load_column(log_sum, lattice, tile, S)
-    q = load_rows(query, lattice, tile, S)
+    q = load_rows(query, lattice, tile, False, S)
     q_term = per_query(score_terms, lattice, tile, S)
-    do = load_rows(grad_output, lattice, tile, S)
-    near_d = row_products(do, load_rows(output, lattice, tile, S), OWN, S)
+    do = load_rows(grad_output, lattice, tile, False, S)
+    near_d = row_products(do, load_rows(output, lattice, tile, False, S), OWN, S)
     if grad_lse is not None:
         dl = load_column(grad_lse, lattice, tile, S)
         near_d -= dl
@@ -98,24 +98,27 @@ def backward_key_kernel(
     if empty(box):
         return
     scale = number(scale, S)
-    table = head_table(table, lattice.head, table_planes, table_rows, table_columns, S)
+    first_table = head_table(table, lattice.head, table_planes, table_rows, table_columns, S)
     tile = own_place(box, S)
     keys = as_keys(tile, 1)
-    k = load_rows(key, lattice, tile, S)
-    v = load_rows(value, lattice, tile, S)
+    k = load_rows(key, lattice, tile, True, S)
+    v = load_rows(value, lattice, tile, True, S)
     k_term = per_key(score_terms, lattice, tile, 1, S)
     dk = zero_rows(OWN, S)
     dv = zero_rows(OWN, S)
     ds_sums = zero_totals(OWN, S)
     halo = queries_of(box, lattice, S)
-    for block in range(block_count(halo, S)):
+    blocks = block_count(halo, S)
+    for step in range(steps_of(blocks, S)):
+        of_head, block = turn_of(lattice, step, blocks, S)
+        entries = table_in_turn(first_table, table, of_head.head, table_planes, table_rows, table_columns, S)
         there = block_place(halo, block, S)
-        queries = as_queries(there, halo, lattice, 0, S)
-        q = load_rows(query, lattice, there, S)
-        do = load_rows(grad_output, lattice, there, S)
-        row = load_numbers(numbers, lattice, not_beyond(there, halo, S), FIRST, 0, S)
-        scores = logits(q, k, row.term, k_term, queries, keys, table, scale, True, S)
-        weights = weights_of_queries(scores, row, table, there, S)
+        queries = as_queries(there, halo, of_head, 0, S)
+        q = load_rows(query, of_head, there, False, S)
+        do = load_rows(grad_output, of_head, there, False, S)
+        row = load_numbers(numbers, of_head, not_beyond(there, halo, S), FIRST, 0, S)
+        scores = logits(q, k, row.term, k_term, queries, keys, entries, scale, True, S)
+        weights = weights_of_queries(scores, row, entries, there, S)
         dv = add_weighted(dv, weights, do, S)
         ds = rounded(weights * (pair_products(do, v, True, S) - row.d), q, S)
         dk = add_weighted(dk, ds, q, S)
@@ -123,8 +126,8 @@ def backward_key_kernel(
             ds_sums = add_totals(ds_sums, ds, S)
     if S.l2:
         dk = subtract_scaled(dk, totals_of(ds_sums), k, S)
-    store_rows(grad_key, lattice, tile, scaled(dk, scale, S), S)
-    store_rows(grad_value, lattice, tile, dv, S)
+    store_rows(grad_key, lattice, tile, True, scaled(dk, scale, S), S)
+    store_rows(grad_value, lattice, tile, True, dv, S)
 
 
 def backward(launch: Launch) -> Results:

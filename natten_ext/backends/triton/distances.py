@@ -30,7 +30,8 @@ def row_terms_kernel(
     if empty(box):
         return
     place = own_place(box, S)
-    sums = row_sums(load_rows(first, lattice, place, S), load_rows(second, lattice, place, S), OWN, S)
+    factors = load_rows(first, lattice, place, KEYS, S), load_rows(second, lattice, place, KEYS, S)
+    sums = row_sums(factors[0], factors[1], OWN, S)
     store_column(terms, lattice, place, sums * FACTOR, KEYS, S)
 
 

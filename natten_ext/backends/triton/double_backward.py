@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .distances import score_terms, x_terms
-from .geometry import SIZES, empty, keys_of, own_tile, queries_of
+from .geometry import SIZES, empty, keys_of, own_tile, queries_of, turn_of
 from .launch import Launch, Results, rows_of
-from .places import as_keys, as_queries, block_count, block_place, not_beyond, own_place
+from .places import as_keys, as_queries, block_count, block_place, not_beyond, own_place, steps_of
 from .problem import KEY, QUERY
 from .row_numbers import FIRST, SECOND, RowNumbers, SecondNumbers, load_numbers, load_second_numbers, store_numbers
 from .scores import (
@@ -24,7 +24,7 @@ from .scores import (
     weights_of_queries,
 )
 from .table_gradient import table_gradient
-from .tables import head_table, padded_table
+from .tables import head_table, padded_table, table_in_turn
 from .tiles import (
     add_totals,
     add_weighted,
@@ -84,27 +84,27 @@ def double_query_kernel(
     queries = as_queries(tile, box, lattice, 1, S)
     base = load_column(base, lattice, tile, S)
     log_sum = load_column(log_sum, lattice, tile, S)
-    q = load_rows(query, lattice, tile, S)
+    q = load_rows(query, lattice, tile, False, S)
     q_term = per_query(score_terms, lattice, tile, S)
     q_x_term = per_query(x_terms, lattice, tile, S)
-    gq = load_rows(cot_query, lattice, tile, S)
+    gq = load_rows(cot_query, lattice, tile, False, S)
     halo = keys_of(box, lattice, S)
 
     near_d = zeros(OWN, 1, S.accumulate)
     if SECOND_ORDER:
-        do = load_rows(grad_output, lattice, tile, S)
+        do = load_rows(grad_output, lattice, tile, False, S)
         # From the rounded O, D is near enough to be subtracted from dP; the rest follows from the sums.
-        near_d = row_products(do, load_rows(output, lattice, tile, S), OWN, S)
+        near_d = row_products(do, load_rows(output, lattice, tile, False, S), OWN, S)
     row = RowNumbers(base, log_sum, near_d, q_term)
     rest = zeros(OWN, 1, S.accumulate)
     r = zeros(OWN, 1, S.accumulate)
     t = zeros(OWN, 1, S.accumulate)
     for block in tl.range(block_count(halo, S), disable_licm=S.streamed or wide(S.chunks)):
         there = block_place(halo, block, S)
-        k = load_rows(key, lattice, there, S)
-        v = load_rows(value, lattice, there, S) if SECOND_ORDER else None
-        gk = load_rows(cot_key, lattice, there, S)
-        gv = load_rows(cot_value, lattice, there, S) if SECOND_ORDER else None
+        k = load_rows(key, lattice, there, True, S)
+        v = load_rows(value, lattice, there, True, S) if SECOND_ORDER else None
+        gk = load_rows(cot_key, lattice, there, True, S)
+        gv = load_rows(cot_value, lattice, there, True, S) if SECOND_ORDER else None
         weights, x = _weights_and_x(
             q, gq, row, q_x_term, k, gk, score_terms, x_terms, queries, there, table, cot_table, scale, lattice, S
         )
@@ -136,10 +136,10 @@ def double_query_kernel(
         sb_sums = zero_totals(OWN, S)
         for block in tl.range(block_count(halo, S), disable_licm=S.streamed or wide(S.chunks)):
             there = block_place(halo, block, S)
-            k = load_rows(key, lattice, there, S)
-            v = load_rows(value, lattice, there, S)
-            gk = load_rows(cot_key, lattice, there, S)
-            gv = load_rows(cot_value, lattice, there, S)
+            k = load_rows(key, lattice, there, True, S)
+            v = load_rows(value, lattice, there, True, S)
+            gk = load_rows(cot_key, lattice, there, True, S)
+            gv = load_rows(cot_value, lattice, there, True, S)
             weights, x = _weights_and_x(
                 q, gq, row, q_x_term, k, gk, score_terms, x_terms, queries, there, table, cot_table, scale, lattice, S
             )
@@ -157,7 +157,7 @@ def double_query_kernel(
                 if gk is not None:
                     dq = add_weighted(dq, rounded(weights * c, gk, S), gk, S)
         if grad_grad_output is not None:
-            store_rows(grad_grad_output, lattice, tile, d_do, S)
+            store_rows(grad_grad_output, lattice, tile, False, d_do, S)
         if grad_query is not None:
             if S.l2 and gq is not None and grad_lse is not None:
                 dq = subtract_scaled(dq, dl, gq, S)
@@ -177,14 +177,14 @@ def double_key_kernel(
     if empty(box):
         return
     scale = number(scale, S)
-    table = head_table(table, lattice.head, table_planes, table_rows, table_columns, S)
-    cot_table = head_table(cot_table, lattice.head, table_planes, table_rows, table_columns, S, 2)
+    first_table = head_table(table, lattice.head, table_planes, table_rows, table_columns, S)
+    first_pairs = head_table(cot_table, lattice.head, table_planes, table_rows, table_columns, S, 2)
     tile = own_place(box, S)
     keys = as_keys(tile, 1)
-    k = load_rows(key, lattice, tile, S)
-    v = load_rows(value, lattice, tile, S)
-    gk = load_rows(cot_key, lattice, tile, S)
-    gv = load_rows(cot_value, lattice, tile, S)
+    k = load_rows(key, lattice, tile, True, S)
+    v = load_rows(value, lattice, tile, True, S)
+    gk = load_rows(cot_key, lattice, tile, True, S)
+    gv = load_rows(cot_value, lattice, tile, True, S)
     k_term = per_key(score_terms, lattice, tile, 1, S)
     k_x_term = per_key(x_terms, lattice, tile, 1, S)
     dk = zero_rows(OWN, S)
@@ -192,20 +192,24 @@ def double_key_kernel(
     sb_sums = zero_totals(OWN, S)
     ds_sums = zero_totals(OWN, S)
     halo = queries_of(box, lattice, S)
-    for block in tl.range(block_count(halo, S), disable_licm=S.streamed or wide(S.chunks)):
+    blocks = block_count(halo, S)
+    for step in tl.range(steps_of(blocks, S), disable_licm=S.streamed or wide(S.chunks)):
+        of_head, block = turn_of(lattice, step, blocks, S)
+        entries = table_in_turn(first_table, table, of_head.head, table_planes, table_rows, table_columns, S)
+        pairs = table_in_turn(first_pairs, cot_table, of_head.head, table_planes, table_rows, table_columns, S, 2)
         there = block_place(halo, block, S)
-        queries = as_queries(there, halo, lattice, 0, S)
+        queries = as_queries(there, halo, of_head, 0, S)
         seeing = not_beyond(there, halo, S)
-        row = load_numbers(numbers, lattice, seeing, SECOND, 0, S)
-        second = load_second_numbers(numbers, lattice, seeing, 0, S)
-        q = load_rows(query, lattice, there, S)
-        gq = load_rows(cot_query, lattice, there, S)
-        do = load_rows(grad_output, lattice, there, S)
+        row = load_numbers(numbers, of_head, seeing, SECOND, 0, S)
+        second = load_second_numbers(numbers, of_head, seeing, 0, S)
+        q = load_rows(query, of_head, there, False, S)
+        gq = load_rows(cot_query, of_head, there, False, S)
+        do = load_rows(grad_output, of_head, there, False, S)
         scores, x = logits_and_x(
-            q, k, row.term, k_term, gq, gk, second.term, k_x_term, queries, keys, table, cot_table, scale,
+            q, k, row.term, k_term, gq, gk, second.term, k_x_term, queries, keys, entries, pairs, scale,
             True, S,
         )  # fmt: skip
-        weights = weights_of_queries(scores, row, table, there, S)
+        weights = weights_of_queries(scores, row, entries, there, S)
         y = x - second.r
         dv = add_weighted(dv, rounded(weights * y, do, S), do, S)
         c = pair_products(do, v, True, S) - row.d
@@ -222,8 +226,8 @@ def double_key_kernel(
         dk = subtract_scaled(dk, totals_of(sb_sums), k, S)
         if gk is not None:
             dk = subtract_scaled(dk, totals_of(ds_sums), gk, S)
-    store_rows(grad_key, lattice, tile, scaled(dk, scale, S), S)
-    store_rows(grad_value, lattice, tile, dv, S)
+    store_rows(grad_key, lattice, tile, True, scaled(dk, scale, S), S)
+    store_rows(grad_value, lattice, tile, True, dv, S)
 
 
 def double_backward(launch: Launch) -> Results:

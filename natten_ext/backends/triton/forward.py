@@ -30,7 +30,7 @@ def forward_kernel(
     table = head_table(table, lattice.head, table_planes, table_rows, table_columns, S)
     tile = own_place(box, S)
     queries = as_queries(tile, box, lattice, 1, S)
-    q = load_rows(query, lattice, tile, S)
+    q = load_rows(query, lattice, tile, False, S)
     q_term = per_query(score_terms, lattice, tile, S)
 
     # Columns: what a vector's layout is would decide that of the scores.
@@ -51,7 +51,7 @@ def forward_kernel(
 
     # Of a query that sees minus infinity only, the sum is zero, and the result NaN.
     total = tl.where(tile.valid[:, None], total, 1.0)
-    store_rows(output, lattice, tile, scaled(o, 1 / total, S), S)
+    store_rows(output, lattice, tile, False, scaled(o, 1 / total, S), S)
     store_column(base, lattice, tile, highest, False, S)
     log_sum_of = tl.log2(total)
     store_column(log_sum, lattice, tile, log_sum_of, False, S)

@@ -64,6 +64,7 @@ class Lattice(NamedTuple):
 
     batch: object
     head: object
+    queries: object  # of an image and head
     first_query: object  # index of the image's and head's first row in a tensor (batch, heads, depth, height, width)
     first_key: object
     height: object  # of a map of queries
@@ -150,16 +151,39 @@ def lattice_at(batch, head, heads, index_z, index_y, index_x, window, depth, hei
     image = batch.to(tl.int64) * heads + head
     first_query = image * queries
     first_key = first_query
+    key_image = image
+    if S.shared > 1:
+        key_image = image // S.shared
+        first_key = key_image * queries
     keys_width = width
     if S.kind == FULL:
         keys_width = window.x.size
-        first_key = image * keys_width
+        first_key = key_image * keys_width
     return Lattice(
-        batch, head, first_query, first_key, height, width, keys_width,
+        batch, head, queries, first_query, first_key, height, width, keys_width,
         _axis_at(index_z, depth, window.z, Z, S),
         _axis_at(index_y, height, window.y, Y, S),
         _axis_at(index_x, width, window.x, X, S),
     )  # fmt: skip
+
+
+@triton.jit
+def turn_of(lattice, step, blocks, S: tl.constexpr):
+    """What a walk over the queries of all heads that share a key head meets: the lattice of one of them, and a block.
+
+    ``lattice`` is that of the first head. They take turns, each with all its ``blocks``.
+    """
+    if S.shared == 1:
+        return lattice, step
+    else:
+        number = step // blocks
+        head = lattice.head + number
+        first_query = lattice.first_query + number.to(tl.int64) * lattice.queries
+        of_head = Lattice(
+            lattice.batch, head, lattice.queries, first_query, lattice.first_key, lattice.height, lattice.width,
+            lattice.keys_width, lattice.z, lattice.y, lattice.x,
+        )  # fmt: skip
+        return of_head, step % blocks
 
 
 @triton.jit
@@ -192,11 +216,19 @@ def split_index(index, rows, columns, S: tl.constexpr):
 def own_tile(
     heads, tiles, members, depth, height, width, window_z, window_y, window_x, KEYS: tl.constexpr, S: tl.constexpr
 ):
-    """Lattice of this program's tile, and the box of queries (or, with KEYS, of keys) in it, empty if there is none."""
+    """Lattice of this program's tile, and the box of queries (or, with KEYS, of keys) in it, empty if there is none.
+
+    Keys have programs for every head of theirs; the lattice is that of the first head that shares it.
+    """
     program = tl.program_id(0)
-    head = program % heads
-    batch = program // heads // tiles
-    tile = program // heads % tiles
+    own_heads = heads
+    if KEYS and S.shared > 1:
+        own_heads = heads // S.shared
+    head = program % own_heads
+    batch = program // own_heads // tiles
+    tile = program // own_heads % tiles
+    if KEYS and S.shared > 1:
+        head *= S.shared
     window = window_of(head, members, depth, height, width, window_z, window_y, window_x, S)
     tiles_x = tl.cdiv(window_x if S.kind == FULL and KEYS else window.x.across, S.own_w)
     tiles_y = tl.cdiv(window.y.across, S.own_h)

@@ -18,7 +18,7 @@ import triton.language as tl
 from ...geometry import FULL, GRID, MAP_AXES, NEIGHBORHOOD, HeadWindow
 from . import configs
 from .on_device import Lists
-from .problem import Problem, Tiling, problem_of, tiling
+from .problem import QUERY, Problem, Tiling, problem_of, tiling
 from .tiles import Rows, Static
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -134,7 +134,7 @@ class Launch:
         self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
         batch, *tokens, heads, _ = query.shape
         self.row_shape = (batch, heads, *tokens)
-        self.key_shape = (batch, heads, *key.shape[1:-2])
+        self.key_shape = (batch, key.shape[-2], *key.shape[1:-2])
         self.launches: list[Launched] = []
         self.made: list[tuple[torch.Tensor, bool]] = []
         """What the launches write, and whether it must be zero before."""
@@ -177,6 +177,7 @@ class Launch:
             exact=exact,
             whole=exact and problem.fits(tiles, owner),
             l2=self.l2,
+            shared=problem.shared,
             head_dim=problem.head_dim,
             align=1,
             chunks=chunks_of(problem.head_dim, config.chunk),
@@ -200,9 +201,10 @@ class Launch:
         return members, bits, problem.heads, tiles, *itertools.chain(*axes)
 
     def run(self, kernel: Any, step: str, owner: str, *arguments: Any, **constants: Any) -> None:
-        """Plan a kernel with a program for every tile of the owner's side, head and image."""
+        """Plan a kernel with a program for every tile, head and image of the owner's side."""
         static, tiles, config = self.static(step, owner)
-        programs = tiles.tiles * self.problem.heads * self.problem.batch
+        heads = self.problem.heads if owner == QUERY else self.problem.key_heads
+        programs = tiles.tiles * heads * self.problem.batch
         self.start(kernel, programs, (*arguments, *self.sizes(tiles.tiles)), config, S=static, **constants)
 
     def start(

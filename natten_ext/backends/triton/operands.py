@@ -29,12 +29,16 @@ def check_operands(operands: Any) -> None:
     if key.dim() != query.dim() or not 4 <= query.dim() <= (4 if full else 6):
         dims = "4" if full else "4 to 6"
         raise ValueError(f"query and key must have {dims} dimensions for neighborhood code {list(code)}")
-    if 0 in query.shape[-2:] or key.shape[1] == 0:
+    if 0 in (*query.shape[-2:], key.shape[1], key.shape[-2]):
         raise ValueError(f"there must be a key, a head and a channel, got {tuple(query.shape)}, {tuple(key.shape)}")
     batch, *tokens, heads, head_dim = query.shape
     keys = key.shape[1:2] if full else tokens
-    _require("key", key, (batch, *keys, heads, head_dim), query.dtype, query.device)
+    if heads % key.shape[-2]:
+        raise ValueError(f"key must have heads that divide the query's {heads}, got {key.shape[-2]}")
+    _require("key", key, (batch, *keys, key.shape[-2], head_dim), query.dtype, query.device)
     neighborhood = _decoded(tuple(code), tuple(tokens), heads)
+    if neighborhood.sharing(heads // key.shape[-2]) != heads // key.shape[-2]:
+        raise ValueError("heads that share a key head must have one window")
     if bias is not None:
         if isinstance(neighborhood, Full):
             raise ValueError("full attention takes no bias")

@@ -100,6 +100,12 @@ def block_count(box, S: tl.constexpr):
 
 
 @triton.jit
+def steps_of(blocks, S: tl.constexpr):
+    """Of a walk over the blocks of all heads that share a key head (``turn_of``)."""
+    return blocks if S.shared == 1 else blocks * S.shared
+
+
+@triton.jit
 def block_place(box, block, S: tl.constexpr):
     """Places of one of the blocks that cover a box."""
     block_z, block_y, block_x = split_index(block, _blocks(box.y, S.block_h), _blocks(box.x, S.block_w), S)

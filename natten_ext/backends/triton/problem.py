@@ -96,6 +96,12 @@ class Problem:
     head_dim: int
     window: Extents
     windows: tuple[HeadWindow, ...]
+    shared: int = 1
+    """Heads to a key head: adjacent ones with one window."""
+
+    @property
+    def key_heads(self) -> int:
+        return self.heads // self.shared
 
     @property
     def queries(self) -> int:
@@ -215,18 +221,18 @@ class Tiling:
 
 
 def problem_of(code: Sequence[int], query: torch.Tensor, key: torch.Tensor) -> Problem:
-    return _problem_of(tuple(code), tuple(query.shape), key.shape[1])
+    return _problem_of(tuple(code), tuple(query.shape), key.shape[1], query.shape[-2] // key.shape[-2])
 
 
 @functools.lru_cache(maxsize=4096)
-def _problem_of(code: tuple[int, ...], shape: tuple[int, ...], keys: int) -> Problem:
+def _problem_of(code: tuple[int, ...], shape: tuple[int, ...], keys: int, shared: int = 1) -> Problem:
     kind = code[0]
     batch, *tokens, heads, head_dim = shape
     extents = *(1,) * (MAP_AXES - len(tokens)), *tokens
     neighborhood = decode(code, MAP_AXES)
     window = (1, 1, keys) if kind == FULL else neighborhood.kernel
     windows = neighborhood.windows if kind == NEIGHBORHOOD else ()
-    return Problem(kind, batch, extents, heads, head_dim, window, windows)
+    return Problem(kind, batch, extents, heads, head_dim, window, windows, shared)
 
 
 @functools.lru_cache(maxsize=4096)

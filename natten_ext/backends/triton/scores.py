@@ -86,8 +86,8 @@ def block_of_keys(
 ):  # fmt: skip
     """A block of a walk over the keys that a tile of queries sees: K, V and the ``logits``."""
     there = block_place(halo, block, S)
-    k = load_rows(key, lattice, there, S)
-    v = load_rows(value, lattice, there, S)
+    k = load_rows(key, lattice, there, True, S)
+    v = load_rows(value, lattice, there, True, S)
     k_term = per_key(score_terms, lattice, there, 0, S)
     return k, v, logits(q, k, q_term, k_term, queries, as_keys(there, 0), table, scale, False, S)
 

@@ -152,29 +152,29 @@ def table_shares_kernel(
         keys = as_keys(there, 0)
         existing = not_beyond(tile, box, S)
         row = load_numbers(numbers, lattice, existing, COUNT, 1, S)
-        q = load_rows(query, lattice, tile, S)
-        k = load_rows(key, lattice, there, S)
+        q = load_rows(query, lattice, tile, False, S)
+        k = load_rows(key, lattice, there, True, S)
         k_term = per_key(score_terms, lattice, there, 0, S)
         if SECOND_ORDER:
             second = load_second_numbers(numbers, lattice, existing, 1, S)
-            gq = load_rows(cot_query, lattice, tile, S)
-            gk = load_rows(cot_key, lattice, there, S)
+            gq = load_rows(cot_query, lattice, tile, False, S)
+            gk = load_rows(cot_key, lattice, there, True, S)
             k_x_term = per_key(x_terms, lattice, there, 0, S)
             scores, cot_scores = logits_and_x(
                 q, k, row.term, k_term, gq, gk, second.term, k_x_term, queries, keys, table, cot_table, scale, False, S
             )
             weights = tl.exp2(scores - row.base - row.log_sum)
-            do = load_rows(grad_output, lattice, tile, S)
-            v = load_rows(value, lattice, there, S)
+            do = load_rows(grad_output, lattice, tile, False, S)
+            v = load_rows(value, lattice, there, True, S)
             c = pair_products(do, v, False, S) - row.d
-            gv = load_rows(cot_value, lattice, there, S)
+            gv = load_rows(cot_value, lattice, there, True, S)
             g = pair_products(do, gv, False, S) if gv is not None else None
             pairs += second_score_gradient(weights, cot_scores - second.r, c, g, second.t)
         else:
             scores = logits(q, k, row.term, k_term, queries, keys, table, scale, False, S)
             weights = tl.exp2(scores - row.base - row.log_sum)
-            do = load_rows(grad_output, lattice, tile, S)
-            v = load_rows(value, lattice, there, S)
+            do = load_rows(grad_output, lattice, tile, False, S)
+            v = load_rows(value, lattice, there, True, S)
             pairs += weights * (pair_products(do, v, False, S) - row.d)
 
         tile_x, tile_y = _carried(tile_x + 1, on_x.first, on_x.last, tile_y)

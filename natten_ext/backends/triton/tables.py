@@ -113,6 +113,15 @@ def head_table(padded, head, planes, rows, columns, S: tl.constexpr, COUNT: tl.c
 
 
 @triton.jit
+def table_in_turn(first, padded, head, planes, rows, columns, S: tl.constexpr, COUNT: tl.constexpr = 1):
+    """The table of one of the heads that share a key head, of which ``first`` is the first head's."""
+    if S.shared == 1:
+        return first
+    else:
+        return head_table(padded, head, planes, rows, columns, S, COUNT)
+
+
+@triton.jit
 def _place_of(table, queries, keys, S: tl.constexpr):
     """Where the entry of every pair lies, from the centre."""
     if S.whole:

@@ -31,6 +31,7 @@ class Static(NamedTuple):
     exact: bool  # every query of a lattice sees every key
     whole: bool  # and tiles and blocks fit the lattice: nothing is masked
     l2: bool
+    shared: int  # heads to a key head
     head_dim: int
     align: int  # what all strides are multiples of
     chunks: tuple[int, ...]
@@ -151,9 +152,12 @@ def multiply_add(x, factor, total, S: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(rows, lattice, place, S: tl.constexpr):
-    """Address of the first channel at every place; offsets are 64 bits wide."""
-    image = lattice.batch.to(tl.int64) * rows.batch + lattice.head.to(tl.int64) * rows.head
+def row_pointers(rows, lattice, place, KEYS: tl.constexpr, S: tl.constexpr):
+    """Address of the first channel at every place; offsets are 64 bits wide. With KEYS heads are those of keys."""
+    head = lattice.head
+    if KEYS and S.shared > 1:
+        head = head // S.shared
+    image = lattice.batch.to(tl.int64) * rows.batch + head.to(tl.int64) * rows.head
     y = pixel_of(place.y, lattice.y).to(tl.int64)
     x = pixel_of(place.x, lattice.x).to(tl.int64)
     pixel = y * rows.y + x * rows.x
@@ -183,12 +187,12 @@ def load_chunk(pointers, valid, INDEX: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def load_rows(rows, lattice, place, S: tl.constexpr):
-    """Those of a tensor at some places of a lattice; None of None."""
+def load_rows(rows, lattice, place, KEYS: tl.constexpr, S: tl.constexpr):
+    """Those of a tensor of queries or, with KEYS, of keys at some places of a lattice; None of None."""
     if rows is None:
         return
     else:
-        pointers = row_pointers(rows, lattice, place, S)
+        pointers = row_pointers(rows, lattice, place, KEYS, S)
         held = ()
         if not S.streamed:
             for index in tl.static_range(len(S.chunks)):
@@ -283,8 +287,8 @@ def row_products(a, b, HEIGHT: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def store_rows(rows, lattice, place, values, S: tl.constexpr):
-    pointers = row_pointers(rows, lattice, place, S)
+def store_rows(rows, lattice, place, KEYS: tl.constexpr, values, S: tl.constexpr):
+    pointers = row_pointers(rows, lattice, place, KEYS, S)
     for index in tl.static_range(len(S.chunks)):
         channel = _first(S.chunks, index) + tl.arange(0, _width(S.chunks, index))
         mask = place.valid[:, None]
@@ -340,5 +344,5 @@ def subtract_scaled(rows, factor, operand, S: tl.constexpr):
 def store_about_own_keys(grad_query, lattice, tile, dq, sums, key, scale, S: tl.constexpr):
     """dQ, scaled, about the key at each query's own place: ``sums`` are the rows' of score gradients, which should be
     zero, so that what is left of them counts differences of keys only."""
-    near = load_rows(key, lattice, own_keys(tile, lattice), S)
-    store_rows(grad_query, lattice, tile, scaled(subtract_scaled(dq, sums, near, S), scale, S), S)
+    near = load_rows(key, lattice, own_keys(tile, lattice), True, S)
+    store_rows(grad_query, lattice, tile, False, scaled(subtract_scaled(dq, sums, near, S), scale, S), S)
