@@ -7,6 +7,8 @@ unpacked for one of its rows; a stream from the hub shuffles within a buffer, wh
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -77,16 +79,19 @@ class TableImages:
         return value
 
     def _called(self, index: int) -> str:
-        """Row and data; of several parquet files, the row in its file."""
+        """Row and data; of parquet files, the row in its file."""
+        if not self._files:
+            return f"in row {index} of {self.data!r}"
+        file = bisect.bisect_right(self._ends, index)
+        first = self._ends[file - 1] if file else 0
+        return f"in row {index - first} of {str(self._files[file])!r}"
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The number of the row after each parquet file's last."""
         from pyarrow import parquet
 
-        row = index
-        for file in self._files:
-            rows = parquet.ParquetFile(file).metadata.num_rows
-            if row < rows:
-                return f"in row {row} of {str(file)!r}"
-            row -= rows
-        return f"in row {index} of {self.data!r}"
+        return list(itertools.accumulate(parquet.ParquetFile(file).metadata.num_rows for file in self._files))
 
     @cached_property
     def _labelled(self) -> tuple[list[int] | None, list[str]]:
