@@ -318,8 +318,11 @@ class NeighborhoodBackward {
 template <class T, class Make>
 void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const Make& make) {
   const Problem& p = a.problem;
-  const HeadJobs jobs(p, heads.first, 64, 64, true);
-  const int64_t parts = std::min<int64_t>(16, jobs.count()), key_heads = heads.count() / p.shared();
+  const int64_t key_heads = heads.count() / p.shared();
+  // Jobs of several heads are long: where they would be few, their bands are narrower.
+  const bool few = p.shared() > 1 && key_heads * HeadJobs(p, heads.first, 64, 64, true).count() < 16;
+  const HeadJobs jobs(p, heads.first, few ? 16 : 64, 64, true);
+  const int64_t parts = std::min<int64_t>(16, jobs.count());
   const int64_t table_size = a.grad_bias ? p.table_size() : 0;
   Buffer<T> partial(heads.count() * parts * table_size);
   std::fill_n(partial.data(), heads.count() * parts * table_size, T(0));
