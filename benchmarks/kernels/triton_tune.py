@@ -5,7 +5,8 @@
 tunes what fits ten minutes: forward, backward_key and table of nat-256, church-g5 and l2-1k (``benchmarks/shapes.py``),
 in bfloat16. Others are asked for by name. For every step and class of shapes, the candidates are compiled in parallel,
 and those that spill or need too much shared memory dropped. Then the configuration in use and they run one after the
-other in a process of their own, which is started again if one ends it. What differs from the results of the
+other in a process of their own, which is started again if one ends it. What takes more than a minute, to compile or to
+run, is ended and dropped, and the rest goes on. What differs from the results of the
 configuration in use is dropped as well. The fastest over the shapes of the class goes to the section of the GPU's
 architecture. What is not tuned keeps its default.
 """
@@ -13,6 +14,7 @@ architecture. What is not tuned keeps its default.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import functools
 import math
 import os
@@ -40,6 +42,8 @@ from .triton_work import PASSES, launch_of
 DEFAULT_SHAPES = ("nat-256", "church-g5", "l2-1k")
 DEFAULT_STEPS = ("forward", "backward_key", "table")
 MINUTES = 10.0
+SECONDS = 60.0
+"""That a configuration may take to compile, and to run: some never end."""
 
 KERNELS = {step: step for step in configs.STEPS} | {"table": "table_shares", "double_table": "table_shares"}
 ORDER_OF = {step: order for order in ORDERS for step, _, _ in PASSES[order]}
@@ -76,8 +80,8 @@ def candidates(channels: int, half: bool) -> Iterator[Config]:
         return
     # Each warp takes 16 positions of a tile.
     for own, warps in ((32, 2), (64, 4), (128, 8)):
-        for block in (16, 32, 64):
-            for stages in (1, 2, 3):
+        for block in (16, 32, 64, 128):
+            for stages in (1, 2, 3) if block < 128 else (1, 2):
                 yield Config(own, block, warps, stages)
 
 
@@ -88,6 +92,26 @@ def classes(shapes: Iterable[Any], dtype: torch.dtype) -> dict[tuple[str, int], 
         key = launch_of(shape, dtype).problem.shape_class, configs.channel_class(shape.head_dim)
         groups.setdefault(key, []).append(shape)
     return groups
+
+
+# ---------------------------------------------------------------------------------------------- processes of their own
+
+
+def within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives, in a process that is ended, with a traceback, if that takes longer.
+
+    From inside of it, and whatever it does: compiling with the interpreter locked, or waiting for a GPU.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        return function(*arguments)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def ended(what: str, start: float, seconds: float) -> str:
+    """Why a process is no longer there, which had its task since ``start``."""
+    return f"not done after {seconds:g} s" if time.monotonic() - start >= seconds else what
 
 
 # ---------------------------------------------------------------------------------------------- compiling
@@ -106,14 +130,16 @@ def trouble(task: Task, arch: str) -> str:
 
 
 def compiled(
-    tasks: list[Task], arch: str, processes: int, report: Callable[[str], None], trouble: Callable = trouble
-) -> list[Task]:
+    tasks: list[Task], arch: str, processes: int, report: Callable[[str], None], seconds: float = SECONDS,
+    trouble: Callable = trouble,
+) -> list[Task]:  # fmt: skip
     """Compile in parallel processes; the tasks that nothing speaks against, in order."""
     against: dict[Task, str] = {}
     left = list(tasks)
     while left:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(trouble, task, arch): task for task in left}
+            futures = {pool.submit(within, seconds, trouble, task, arch): task for task in left}
+            start = time.monotonic()
             for future in as_completed(futures):
                 try:
                     against[futures[future]] = future.result()
@@ -121,10 +147,11 @@ def compiled(
                     continue
                 except Exception as error:  # of a compiler, of any kind
                     against[futures[future]] = f"{type(error).__name__}: {error}"
+                start = time.monotonic()
         undone = [task for task in left if task not in against]
-        # A compiler that crashes takes the others with it: alone, it shows which it was.
+        # A compiler that crashes or is ended takes the others with it: alone, it shows which it was.
         if undone and processes == 1:
-            against[undone[0]] = "the compiler crashed"
+            against[undone[0]] = ended("the compiler crashed", start, seconds)
             undone = undone[1:]
         left, processes = undone, 1
     for task, reason in against.items():
@@ -194,19 +221,20 @@ def _milliseconds(launch: Callable[[], None], device: str) -> float:
 class Runner:
     """Runs tasks in a process of its own, and goes on in another where a task ends it or leaves the GPU broken."""
 
-    def __init__(self, measure: Callable[[Task], Measured] = measure) -> None:
-        self._measure = measure
+    def __init__(self, measure: Callable[[Task], Measured] = measure, seconds: float = SECONDS) -> None:
+        self._measure, self._seconds = measure, seconds
         self._pool: ProcessPoolExecutor | None = None
 
     def __call__(self, task: Task) -> Measured | str:
         """The measurement, or what went wrong."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        start = time.monotonic()
         try:
-            return self._pool.submit(self._measure, task).result()
+            return self._pool.submit(within, self._seconds, self._measure, task).result()
         except BrokenProcessPool:
             self.close()
-            return "it ended the process"
+            return ended("it ended the process", start, self._seconds)
         except Exception as error:  # an illegal address, say, after which nothing runs in this process
             self.close()
             return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -288,6 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
     parser.add_argument("--steps", nargs="+", default=DEFAULT_STEPS, choices=configs.STEPS)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="begin nothing after them (default: 10)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="that one may compile, or run (default: 60)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
     parser.add_argument("--output", type=Path, default=configs.PATH, help="table to update (default: the package's)")
     options = parser.parse_args(arguments)
@@ -295,11 +324,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("tuning needs a GPU: torch finds no CUDA device")
     section = configs.architecture(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: section {section} of {options.output}")
-    runner = Runner()
+    runner = Runner(seconds=options.seconds)
     try:
         tune(
             [SHAPES[name] for name in options.shapes], options.dtypes, options.steps, section, options.output, "cuda",
-            lambda tasks: compiled(tasks, section, options.processes, print), runner, options.minutes,
+            lambda tasks: compiled(tasks, section, options.processes, print, options.seconds), runner, options.minutes,
         )  # fmt: skip
     finally:
         runner.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,14 @@ def task(config: tuple[int, ...], step: str = "forward", shape: str = "nat-16") 
     return tune.Task(step, "bfloat16", (shape,), configs.Config(*config), "cpu")
 
 
+SECONDS = 3.0
+
+
 def ends_the_process(one: tune.Task, arch: str = "") -> str:
+    if one.config.block == 128:
+        time.sleep(100 * SECONDS)
+    while one.config.block == 64:
+        pass  # with the interpreter locked
     if one.config.own == 32:
         os._exit(3)
     if one.config.own == 128:
@@ -96,14 +104,15 @@ def test_by_default_it_tunes_what_fits_ten_minutes():
         for step in tune.DEFAULT_STEPS
     ]
     assert sum(bool(group) for group in tasks) == 8
-    assert sum(map(len, tasks)) <= 8 * 28
+    assert sum(map(len, tasks)) <= 8 * 34
+    assert {128} < {one.config.block for group in tasks for one in group}
 
 
 @pytest.mark.slow
 def test_what_ends_its_process_is_left_out_and_the_rest_goes_on():
     lines: list[str] = []
     tasks = [task((own, 16, 4, 1)) for own in (16, 32, 64, 128)]
-    assert tune.compiled(tasks, "sm_90", 2, lines.append, ends_the_process) == [tasks[0], tasks[2]]
+    assert tune.compiled(tasks, "sm_90", 2, lines.append, trouble=ends_the_process) == [tasks[0], tasks[2]]
     assert sorted(lines) == [
         "  (128, 16, 4, 1, 0) is left out: RuntimeError: an illegal address",
         "  (32, 16, 4, 1, 0) is left out: the compiler crashed",
@@ -114,6 +123,19 @@ def test_what_ends_its_process_is_left_out_and_the_rest_goes_on():
     finally:
         runner.close()
     assert found == ["", "it ended the process", "", "RuntimeError: an illegal address"]
+
+
+@pytest.mark.slow
+def test_what_does_not_end_is_ended_and_the_rest_goes_on():
+    lines: list[str] = []
+    locked, waiting, fine = (task((16, block, 4, 1)) for block in (64, 128, 16))
+    assert tune.compiled([locked, fine], "sm_90", 1, lines.append, SECONDS, ends_the_process) == [fine]
+    assert lines == ["  (16, 64, 4, 1, 0) is left out: not done after 3 s"]
+    runner = tune.Runner(ends_the_process, SECONDS)
+    try:
+        assert [runner(one) for one in (waiting, fine)] == ["not done after 3 s", ""]
+    finally:
+        runner.close()
 
 
 @pytest.mark.slow
