@@ -46,14 +46,22 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
 /* What Triton's launcher links to and does not call here. */
 #define SUCCEED(name) \
     CUresult name(void) { return 0; }
+SUCCEED(cuCtxGetDevice)
+SUCCEED(cuCtxGetLimit)
 SUCCEED(cuCtxSetCurrent)
+SUCCEED(cuCtxSetLimit)
 SUCCEED(cuDeviceGet)
 SUCCEED(cuDeviceGetAttribute)
 SUCCEED(cuDevicePrimaryCtxRetain)
+SUCCEED(cuDriverGetVersion)
 SUCCEED(cuFuncGetAttribute)
 SUCCEED(cuFuncSetAttribute)
 SUCCEED(cuFuncSetCacheConfig)
 SUCCEED(cuModuleGetFunction)
 SUCCEED(cuModuleLoadData)
+SUCCEED(cuModuleUnload)
 SUCCEED(cuOccupancyMaxActiveClusters)
+SUCCEED(cuPointerGetAttributes)
+SUCCEED(cuStreamIsCapturing)
+SUCCEED(cuTensorMapEncodeIm2col)
 SUCCEED(cuTensorMapEncodeTiled)

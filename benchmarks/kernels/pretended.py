@@ -18,7 +18,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaLauncher
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
 from natten_ext.backends.triton import backend, configs
 from natten_ext.backends.triton.launch import INTERPRETED
@@ -51,10 +51,11 @@ class _Launching(Driver):
 
     def __init__(self, arch: str) -> None:
         super().__init__(arch)
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": SHARED_LIMIT[arch]},
-            load_binary=lambda *binary: (1, 1, 0, 0, 1024),  # module, function, registers, spills, most threads
-        )
+        pretended = {
+            "get_device_properties": lambda device: {"max_shared_mem": SHARED_LIMIT[arch]},
+            "load_binary": lambda *binary: (1, 1, 0, 0, 1024),  # module, function, registers, spills, most threads
+        }
+        self.utils = SimpleNamespace(**vars(CudaUtils()) | pretended)
 
     def get_current_device(self) -> int:
         return 0

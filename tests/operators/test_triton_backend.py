@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ def test_tiles_that_fit_and_that_do_not(case, whole, monkeypatch):
     def recorded(self, kernel, programs, arguments, config, **constants):
         if "S" in constants:
             statics.append(constants["S"])
-            constants["S"] = constants["S"]._replace(whole=whole)
+            constants["S"] = replace(constants["S"], whole=whole)
         return start(self, kernel, programs, arguments, config, **constants)
 
     monkeypatch.setattr(launch.Launch, "start", recorded)

@@ -146,3 +146,11 @@ def test_a_spill_is_seen():
     )
     done = resources(code=code)
     assert done.returncode == 1 and "FAILS: spills" in done.stdout, done.stdout + done.stderr
+
+
+def test_constants_of_kernels_are_no_named_tuples():
+    """Triton 3.8 and later make tuples of their own of them, without their properties."""
+    orders = planned_orders(SHAPES["nat-16"], torch.bfloat16)
+    options = [launched.options for launch in orders for launched in launch.launches]
+    assert any("S" in of_one for of_one in options)
+    assert not any(isinstance(value, tuple) for of_one in options for value in of_one.values())

@@ -9,6 +9,7 @@ import itertools
 import math
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +50,25 @@ def _index_with_any_numpy() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _mask_with_any_integers() -> None:
+    """Let Triton 3.9's interpreter take masks of a number and a vector, which it has in int32 and then refuses."""
+    from triton.runtime import interpreter
+
+    def patched(access: Callable, place: int) -> Callable:
+        def masked(builder: Any, *arguments: Any) -> Any:
+            of_bool = interpreter.TensorHandle(arguments[place].data.astype(bool), tl.int1)
+            return access(builder, *arguments[:place], of_bool, *arguments[place + 1 :])
+
+        return masked
+
+    for name, place in {"create_masked_load": 1, "create_masked_store": 2}.items():
+        access = getattr(interpreter.InterpreterBuilder, name)
+        setattr(interpreter.InterpreterBuilder, name, patched(access, place))
+
+
 if INTERPRETED:
     _index_with_any_numpy()
+    _mask_with_any_integers()
 
 
 def rows_of(tensor: torch.Tensor | None) -> Rows | None:
@@ -217,6 +235,6 @@ class Launch:
             raise RuntimeError(f"the problem needs {programs} programs, more than a launch can have ({MAX_PROGRAMS})")
         align, arguments = _aligned(arguments)
         if "S" in constants:
-            constants["S"] = constants["S"]._replace(align=align)
+            constants["S"] = replace(constants["S"], align=align)
         options = constants | {"num_warps": config.warps, "num_stages": config.stages}
         self.launches.append(Launched(kernel, programs, tuple(arguments), options))

@@ -51,9 +51,13 @@ def _load_four(addresses, S: tl.constexpr):
     if S.interpreted or S.accumulate == tl.float64:
         return tl.load(addresses), tl.load(addresses + 1), tl.load(addresses + 2), tl.load(addresses + 3)
     else:
-        FOUR: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
         return tl.inline_asm_elementwise(
-            "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [addresses.to(tl.int64)], FOUR, True, 1
+            "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];",
+            "=f,=f,=f,=f,l",
+            [addresses.to(tl.int64)],
+            (tl.float32, tl.float32, tl.float32, tl.float32),
+            True,
+            1,
         )
 
 

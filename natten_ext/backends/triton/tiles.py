@@ -7,6 +7,7 @@ the channels load both sides chunk by chunk, each time.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import triton
@@ -20,7 +21,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 TOTALS = tl.constexpr(16)  # columns of totals: the narrowest product
 
 
-class Static(NamedTuple):
+@dataclass(frozen=True)
+class Static:
     """What a kernel is compiled for."""
 
     kind: int
