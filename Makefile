@@ -28,6 +28,7 @@ CLEAN := build/clean
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 TORCHES ?= 2.11.0 2.13.0 2.14.1
 TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+TRITON_TESTS := $(patsubst %,tests/operators/test_triton_%.py,launch numerics plans tiles)
 INSTALLED := $(VENV)/installed
 SOURCES := setup.py pyproject.toml natten_ext/version.py $(wildcard csrc/*.* csrc/*/*.*)
 
@@ -81,12 +82,12 @@ matrix: wheel
 	  $(MAKE) --no-print-directory wheel-try PYTHON=$$python TORCH=torch==$$torch CLEAN=build/matrix; \
 	done; done; rm -rf build/matrix
 
-# Runs the tests of the triton backend, compilation included, with each of TRITONS beside the installed torch.
+# Tests the triton backend, interpreted and compiled, with each of TRITONS beside the installed torch.
 triton-matrix: $(INSTALLED)
 	set -e; for triton in $(TRITONS); do \
 	  echo "== Triton $$triton"; rm -rf build/triton; \
 	  $(BIN)/python -m pip install --quiet --no-deps --target build/triton triton==$$triton; \
-	  PYTHONPATH=$(CURDIR)/build/triton NATTEN_EXT_TEST_BACKENDS=triton $(BIN)/python -m pytest -q tests/operators/test_triton_*.py; \
+	  PYTHONPATH=$(CURDIR)/build/triton NATTEN_EXT_TEST_BACKENDS=triton $(BIN)/python -m pytest -q $(TRITON_TESTS); \
 	done; rm -rf build/triton
 
 # Only sources: any Python will do.
