@@ -1,7 +1,7 @@
 # `make demo` trains a small model and shows it; `make test` runs the linters and all tests. Both first make a
 # virtual environment and install the package with everything they need into it. `make wheel` puts into dist/ a wheel for
 # every Python, `make wheel-check` tries it in an environment of its own without a compiler, and `make cuda-wheel` makes
-# the add-on for NVIDIA GPUs, natten_ext_cuda (twenty minutes on one core; needs nvcc). `make hub-kernel` writes a kernel
+# the add-on for NVIDIA GPUs, natten_ext_cuda (ten minutes of a core for each capability; needs nvcc). `make hub-kernel` writes a kernel
 # repository as Hugging Face's `kernels` loads it into build/hub. `make docs` builds build/site.
 #
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   another torch (this one: CPU only)
@@ -30,7 +30,7 @@ TORCHES ?= 2.11.0 2.13.0 2.14.1
 TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 TRITON_TESTS := $(patsubst %,tests/operators/test_triton_%.py,launch numerics plans tiles)
 INSTALLED := $(VENV)/installed
-SOURCES := setup.py pyproject.toml natten_ext/version.py $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py pyproject.toml natten_ext/version.py natten_ext/orders.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo test bench install clean wheel wheel-check wheel-try cuda-wheel matrix triton-matrix hub-kernel docs
 

@@ -12,6 +12,7 @@ a missing nvcc an error; ``TORCH_CUDA_ARCH_LIST`` lists compute capabilities as 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -131,6 +132,20 @@ def ninja_command(folder: Path) -> list[str]:
     return [program, "-C", str(folder), *jobs]
 
 
+def interface() -> int:
+    """``natten_ext.orders.INTERFACE``; the package itself can't be imported before it is built."""
+    specification = importlib.util.spec_from_file_location("natten_ext_orders", ROOT / "natten_ext" / "orders.py")
+    orders = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(orders)
+    return orders.INTERFACE
+
+
+def torch_flags(torch) -> list[str]:
+    """Of the files that include csrc/operators.h."""
+    macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-DNATTEN_EXT_INTERFACE={interface()}"]
+    return [*macros, "-isystem", str(Path(torch.__file__).parent / "include")]
+
+
 class NinjaFile:
     """Compile and link statements of one build."""
 
@@ -156,6 +171,13 @@ class NinjaFile:
         return output
 
 
+def installed_nvcc() -> str | None:
+    """Path of nvcc, or None."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
 def find_nvcc() -> str | None:
     """Path of nvcc, or None where the cuda backend is not to be built; says so in one line."""
     wanted = os.environ.get("NATTEN_EXT_CUDA", "")
@@ -164,9 +186,7 @@ def find_nvcc() -> str | None:
     if wanted == "0":
         print("natten_ext: NATTEN_EXT_CUDA=0, so the cuda backend is not built")
         return None
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    nvcc = next(filter(None, map(shutil.which, candidates)), None)
+    nvcc = installed_nvcc()
     if nvcc is None and wanted == "1":
         raise SystemExit("natten_ext: NATTEN_EXT_CUDA=1, but there is no nvcc in CUDA_HOME, PATH or /usr/local/cuda")
     if nvcc is None:
@@ -231,10 +251,8 @@ def add_cuda_library(file: NinjaFile, nvcc: str, build: Path, package: Path, tor
     ]
     architectures = architecture_flags(capabilities(torch))
     folder = Path(torch.__file__).parent
-    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{folder / 'include'}", "-x=cu", "-DUSE_CUDA"]
-    library = file.statement(
-        "compile_cuda", build / "cuda_library.o", [CUDA_SOURCE / "library.cpp"], cuda_flags() + torch_flags
-    )
+    flags = [*cuda_flags(), *torch_flags(torch), "-x=cu", "-DUSE_CUDA"]
+    library = file.statement("compile_cuda", build / "cuda_library.o", [CUDA_SOURCE / "library.cpp"], flags)
     kernels = [
         file.statement(
             "compile_cuda",
@@ -301,7 +319,7 @@ class BuildWithNinja(NinjaBuild):
     target = "natten_ext"
 
     def statements(self, file: NinjaFile, build: Path, package: Path, torch) -> None:
-        self._cpu_library(file, build, package / "libnatten_ext_cpu.so", Path(torch.__file__).parent, torch.__version__)
+        self._cpu_library(file, build, package / "libnatten_ext_cpu.so", torch)
         if self._in_place():
             suffix = sysconfig.get_config_var("EXT_SUFFIX")
             self._bindings(file, build, package / f"_C{suffix}")
@@ -314,7 +332,7 @@ class BuildWithNinja(NinjaBuild):
                 (package / left).unlink(missing_ok=True)
 
     @staticmethod
-    def _cpu_library(file: NinjaFile, build: Path, output: Path, torch: Path, torch_version: str) -> None:
+    def _cpu_library(file: NinjaFile, build: Path, output: Path, torch) -> None:
         common = [
             "-std=c++20",
             "-O3",
@@ -327,19 +345,17 @@ class BuildWithNinja(NinjaBuild):
         ]
         # Rows are short: a call of memcpy or memset costs more than the loop it replaces.
         common.append("-fno-tree-loop-distribute-patterns")
-        torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-isystem{torch / 'include'}"]
         sets = instruction_sets()
-        if "avx2" in sets:
-            torch_flags.append("-DNATTEN_EXT_X86")
         source = ROOT / "csrc" / "cpu"
         library = build / "library.o"
         information = [
+            *["-DNATTEN_EXT_X86"] * ("avx2" in sets),
             f'-DNATTEN_EXT_VERSION="{version()}"',
-            f'-DNATTEN_EXT_BUILT_WITH_TORCH="{torch_version}"',
+            f'-DNATTEN_EXT_BUILT_WITH_TORCH="{torch.__version__}"',
             f'-DNATTEN_EXT_INSTRUCTION_SETS="{" ".join(sets)}"',
         ]
         objects = [
-            file.statement("compile", library, [source / "library.cpp"], common + torch_flags + information),
+            file.statement("compile", library, [source / "library.cpp"], common + torch_flags(torch) + information),
             file.statement("compile", build / "old_glibc.o", [source / "old_glibc.cpp"], common),
         ]
         for name, (vector_bytes, flags) in sets.items():
@@ -347,7 +363,7 @@ class BuildWithNinja(NinjaBuild):
             for kernel in CPU_KERNELS:
                 target = build / f"{kernel}_{name}.o"
                 objects.append(file.statement("compile", target, [source / f"{kernel}.cpp"], common + flags + macros))
-        libraries = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+        libraries = ["-shared", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
         file.statement("link", output, objects, libraries)
 
     @staticmethod

@@ -221,6 +221,9 @@ inline void check_needs(const std::vector<bool>& needs, size_t count) {
                                      std::to_string(needs.size()));
 }
 
+// natten_ext.orders.INTERFACE of the sources that this was built from.
+inline int64_t interface() { return NATTEN_EXT_INTERFACE; }
+
 template <class Backend, class... Options>
 struct Operators {
   static std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
@@ -277,6 +280,7 @@ struct Operators {
   // Registers them under their names and a suffix.
   template <class Library>
   static void implement(Library& m, const std::string& suffix = "") {
+    m.impl("interface", TORCH_BOX(&natten_ext::interface));
     m.impl(("forward" + suffix).c_str(), TORCH_BOX(&Operators::forward));
     m.impl(("backward" + suffix).c_str(), TORCH_BOX(&Operators::backward));
     m.impl(("double_backward" + suffix).c_str(), TORCH_BOX(&Operators::double_backward));

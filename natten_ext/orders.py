@@ -14,6 +14,7 @@ in natural units. ``grad_lse`` is its gradient: what operators differentiate is 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -81,3 +82,9 @@ DOUBLE_BACKWARD = Order(
     [*(f"grad_{name}" for name in _OUTGOING), *_GRADIENTS],
 )
 ORDERS = (FORWARD, BACKWARD, DOUBLE_BACKWARD)
+
+MEANING = 2
+"""Raised when operands of the same schema come to mean something else, say the numbers of a neighborhood's code."""
+
+INTERFACE = zlib.crc32(repr((MEANING, [order.schema() for order in ORDERS])).encode())
+"""What compiled libraries must agree with: setup.py compiles it in, and one with another number is refused."""

@@ -61,3 +61,13 @@ def test_commands_name_what_is_there():
     assert modules and all(importlib.util.find_spec(name) for name in modules)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert {"test", "wheel", "docs"} <= named(r"^make ([\w-]+)") <= targets
+
+
+def test_every_reason_to_skip_a_test_is_told():
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py") if path.name != "test_gpu_check.py")
+    marks = re.findall(r'skipif\(.*reason="([^"]+)"|^    reason="([^"]+)",$', sources, re.M)
+    reasons = {*re.findall(r'pytest\.skip\(f?"([^"]+)"', sources), *(mark[0] or mark[1] for mark in marks)}
+    section = PAGES["CONTRIBUTING.md"].partition("## Tests that are skipped")[2].partition("\n## ")[0]
+    told = set(re.findall(r"`([^`]+)`", section))
+    assert len(reasons) > 20 and reasons <= told
+    assert not [reason for reason in told if reason not in sources]

@@ -20,8 +20,8 @@ from setuptools import Distribution
 import hub_kernel
 import natten_ext
 import setup
-from natten_ext import __main__
-from natten_ext.backends import cpu, cuda
+from natten_ext import __main__, orders
+from natten_ext.backends import cpu, cuda, support
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -187,6 +187,20 @@ def test_the_cuda_add_on_is_found_and_must_have_this_version(monkeypatch, tmp_pa
     assert load() == f"natten_ext_cuda must have the version of natten_ext, {setup.version()}, got 0.1.0"
     monkeypatch.setattr(cuda, "version", lambda name: setup.version())
     assert "libnatten_ext_cuda.so does not load" in load()
+
+
+def test_a_library_of_other_sources_is_refused_when_it_is_loaded(monkeypatch):
+    """Not at the first call, with a message about operands."""
+    changed = "import torch, zlib; zlib.crc32 = lambda data: 1; import natten_ext"
+    done = subprocess.run([sys.executable, "-c", changed], cwd=ROOT, capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError") and "libnatten_ext_cpu.so was built from other sources" in last
+    assert support.REBUILD in last
+
+    library = ROOT / "natten_ext" / "libnatten_ext_cpu.so"
+    assert support.load(library, torch.ops.natten_ext_cpu) == ""
+    assert "must be built again" in support.load(library, torch.ops.natten_ext_before_it_had_a_number)
+    assert setup.interface() == orders.INTERFACE
 
 
 def test_a_report_for_bugs(capsys):

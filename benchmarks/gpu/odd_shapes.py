@@ -1,4 +1,5 @@
-"""Child: every order once on odd little shapes, checked against float64 on the CPU: what compute-sanitizer watches.
+"""Child: every order once on odd little shapes, checked against float64 on the CPU: what compute-sanitizer watches of
+Triton's kernels; of CUDA's it is every_kernel.cpp.
 
 On the CPU, because a sanitizer is to see few kernels but ours.
 """

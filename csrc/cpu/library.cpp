@@ -143,6 +143,7 @@ void parallel_tasks(int64_t count, int64_t threads, void (*worker)(void*, int64_
 }  // namespace natten_ext
 
 STABLE_TORCH_LIBRARY(natten_ext_cpu, m) {
+  m.def("interface() -> int");
   m.def("instruction_set() -> str");
   m.def("build_information(str name) -> str");
   m.def("release_working_memory() -> ()");

@@ -202,10 +202,13 @@ void backward_query(const Params& p, const std::vector<WindowOf<General>>& windo
 }
 template <class M, bool General>
 void backward_key(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
-  std::vector<HeadRange> heads{{0, p.heads}};
-  if constexpr (General) return launch_key_heads<M, BackwardKey, General>(p, windows, context);
-  if constexpr (kHasNarrow<M> && !General) heads = narrow_backward_key<M>(p, windows, context);
-  for (const HeadRange& range : heads) launch_range<M, BackwardKey, General>(p, windows, range, context);
+  if constexpr (General) {
+    launch_key_heads<M, BackwardKey, General>(p, windows, context);
+  } else {
+    std::vector<HeadRange> heads{{0, p.heads}};
+    if constexpr (kHasNarrow<M>) heads = narrow_backward_key<M>(p, windows, context);
+    for (const HeadRange& range : heads) launch_range<M, BackwardKey, General>(p, windows, range, context);
+  }
 }
 template <class M, bool General>
 uint32_t backward_shared(int head_dim) {

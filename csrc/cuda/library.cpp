@@ -109,6 +109,7 @@ std::string sites() { return emulator::sites(); }
 }  // namespace natten_ext::cuda
 
 STABLE_TORCH_LIBRARY(natten_ext_cuda, m) {
+  m.def("interface() -> int");
   m.def("shared_memory(str dtype, int head_dim, int device) -> (int, int)");
 #if defined(NATTEN_EXT_EMULATOR)
   m.def("configure(int order, str dropped_site, int shared_limit, int table_blocks) -> ()");

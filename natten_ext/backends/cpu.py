@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 
-from .support import COMPILED, NOT_COMPILED, cannot_take
+from .support import COMPILED, NOT_COMPILED, REBUILD, cannot_take, load
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _library = Path(__file__).parents[1] / "libnatten_ext_cpu.so"
 if COMPILED and not _library.exists():
     raise ImportError(
-        f"natten_ext is not built: {_library} is missing. In a checkout, `pip install --no-build-isolation -e .` builds"
-        " it; after an installation without -e, run Python outside the checkout, which hides what is installed."
+        f"natten_ext is not built: {_library} is missing. {REBUILD} builds it; after an installation without -e, run"
+        " Python outside the checkout, which hides what is installed."
     )
-if COMPILED:
-    torch.ops.load_library(_library)
+if COMPILED and (_wrong := load(_library, torch.ops.natten_ext_cpu)):
+    raise ImportError(_wrong)
 
 run = None  # csrc/cpu/library.cpp registers the kernels
 

@@ -20,7 +20,7 @@ import torch
 from ..orders import ORDERS, Order
 from ..version import __version__
 from .origin import about_origin
-from .support import COMPILED, MAX_HEAD_DIM, NOT_COMPILED, asked_once, cannot_take, cannot_use_gpu, namespace
+from .support import COMPILED, MAX_HEAD_DIM, NOT_COMPILED, asked_once, cannot_take, cannot_use_gpu, load, namespace
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -115,8 +115,7 @@ def _not_loaded() -> str:
     if not COMPILED:
         return NOT_COMPILED
     if _emulator() is not None:
-        torch.ops.load_library(_emulator())
-        return ""
+        return load(_emulator(), _compiled)
     if torch.version.cuda is None:
         return "this torch has no CUDA"
     folder = library_folder()
@@ -128,7 +127,6 @@ def _not_loaded() -> str:
     if folder.name == ADD_ON and (found := version(ADD_ON)) != __version__:
         return f"{ADD_ON} must have the version of natten_ext, {__version__}, got {found}"
     try:
-        torch.ops.load_library(folder / _LIBRARY)
+        return load(folder / _LIBRARY, _compiled)
     except OSError as error:
         return f"{_LIBRARY} does not load: {error.__cause__ or error}"  # torch's own error names only the file
-    return ""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+
+from ..orders import INTERFACE
 
 Answer = TypeVar("Answer")
 
@@ -18,6 +21,8 @@ COMPILED = PACKAGE == "natten_ext"
 """Whether compiled libraries go with it: the names of their operators have natten_ext in them."""
 
 NOT_COMPILED = "only the Triton kernels go with a copy that is loaded by `kernels`; install natten_ext for the others"
+
+REBUILD = "`pip install --no-build-isolation -e .` in the checkout"
 
 MAX_HEAD_DIM = 256
 MINIMUM_CAPABILITY = (8, 0)
@@ -36,6 +41,18 @@ def cannot_take(dtype: torch.dtype, dtypes: Sequence[torch.dtype], head_dim: int
 def namespace(backend: str) -> str:
     """Of the operators of a backend: natten_ext_cpu, ..."""
     return f"{PACKAGE}_{backend}"
+
+
+def load(library: str | Path, operators: Any) -> str:
+    """Load a compiled library, which registers ``operators``. What is wrong with one that was built from other sources;
+    empty if nothing is.
+
+    Raises OSError if it cannot be loaded.
+    """
+    torch.ops.load_library(library)
+    if hasattr(operators, "interface") and operators.interface() == INTERFACE:
+        return ""
+    return f"{library} was built from other sources than {__file__}, and must be built again: {REBUILD}"
 
 
 def asked_once(question: Callable[..., Answer]) -> Callable[..., Answer]:

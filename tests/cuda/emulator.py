@@ -36,9 +36,7 @@ def build(folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     file = setup.NinjaFile(setup.find_compiler())
-    includes = Path(torch.__file__).parent / "include"
     common = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DNATTEN_EXT_EMULATOR"]
-    torch_flags = [f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET_VERSION}", f"-isystem{includes}"]
     objects = [
         file.statement(
             "compile",
@@ -52,10 +50,9 @@ def build(folder: Path) -> Path:
     objects.append(file.statement("compile", folder / "machine.o", [machine], [*common, "-O2"]))
     program = file.statement("compile", folder / "every_kernel.o", [setup.EVERY_KERNEL_SOURCE], common)
     file.statement("link", folder / EVERY_KERNEL.name, [program, *objects], [])
-    objects.append(
-        file.statement("compile", folder / "library.o", [setup.CUDA_SOURCE / "library.cpp"], common + torch_flags)
-    )
-    libraries = ["-shared", f"-L{includes.parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    flags = common + setup.torch_flags(torch)
+    objects.append(file.statement("compile", folder / "library.o", [setup.CUDA_SOURCE / "library.cpp"], flags))
+    libraries = ["-shared", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     library = file.statement("link", folder / "libnatten_ext_cuda_emulator.so", objects, libraries)
     with open(folder / "lock", "w") as lock:  # two runs of the tests may start together
         fcntl.flock(lock, fcntl.LOCK_EX)

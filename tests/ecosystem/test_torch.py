@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import natten_ext
+from tests.operators.conftest import TEST_ALL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,16 +52,50 @@ def x() -> torch.Tensor:
     return torch.randn(2, 8, 8, 16, dtype=torch.float64)
 
 
+def exported(network: nn.Module, x: torch.Tensor) -> torch.export.ExportedProgram:
+    """For a batch of any size."""
+    return torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+
+
 def test_export(network, x, tmp_path):
-    """A program with a batch of any size goes through a file and gives the same; another process needs the import."""
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(network, (x,), dynamic_shapes=((({0: batch}),)))
+    """A program goes through a file and gives the same."""
+    program = exported(network, x)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert "natten_ext_cpu.forward.default" in targets
     torch.export.save(program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2").module()
     larger = torch.randn(5, 8, 8, 16, dtype=torch.float64)
     torch.testing.assert_close(loaded(larger), network(larger))
+
+
+# In a process that only loads programs.
+ELSEWHERE = """
+import sys, torch
+if "import" in sys.argv:
+    import natten_ext
+folder, larger = sys.argv[1], torch.load(sys.argv[1] + "/larger.pt")
+exported = torch.export.load(folder + "/exported.pt2").module()
+compiled = torch._inductor.aoti_load_package(folder + "/compiled.pt2")
+for program in (exported, compiled):
+    torch.testing.assert_close(program(larger["x"]), larger["y"])
+print("the same")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TEST_ALL, reason="takes minutes; NATTEN_EXT_TEST_ALL=1 runs it")
+def test_programs_compiled_ahead_of_time(network, x, tmp_path):
+    """By AOTInductor. A process that loads such a program, or an exported one, needs the import."""
+    torch.export.save(exported(network, x), tmp_path / "exported.pt2")
+    torch._inductor.aoti_compile_and_package(exported(network, x), package_path=str(tmp_path / "compiled.pt2"))
+    larger = torch.randn(5, 8, 8, 16, dtype=torch.float64)
+    torch.save({"x": larger, "y": network(larger).detach()}, tmp_path / "larger.pt")
+    with_, without = (
+        subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path, *words], cwd=ROOT, capture_output=True, text=True)
+        for words in (["import"], [])
+    )
+    assert with_.stdout == "the same\n", with_.stderr
+    assert "natten_ext_cpu" in without.stderr
 
 
 def test_checkpoint(network, x):

@@ -132,7 +132,7 @@ OPERANDS = ["query", "key", "value", "grad_output", "cot_query", "cot_key", "cot
 def test_nan_and_infinity_reach_what_sees_them_and_no_more(any_target, case, name, strange, request):
     """In every result of every order, just as in the plain formula that gathers the keys of each query."""
     if case.score == "l2" and name == "key" and not math.isnan(strange):
-        pytest.skip("2 q.k - |k|^2 is NaN or minus infinity, by the sign of q")
+        pytest.skip("2 q.k - k.k is NaN or minus infinity, by the sign of q")
     if any_target.backend in LEAKS:
         request.applymarker(pytest.mark.xfail(reason="LEAKS"))
     inputs = inputs_of(case, torch.float32)
