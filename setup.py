@@ -31,6 +31,8 @@ ROOT = Path(__file__).parent.resolve()
 
 KERNELS = ("forward", "backward", "double_backward")
 CPU_KERNELS = (*KERNELS, "tangent")
+# csrc/cuda/narrow_*.cu
+NARROW_KERNELS = ("forward", "backward_key", "backward_query", "double_backward_key", "double_backward_query")
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 MINIMUM_TORCH = (2, 11)
 
@@ -44,8 +46,8 @@ CUDA_OBJECTS = [
     for mode in CUDA_MODES
 ]
 CUDA_OBJECTS += [
-    (f"{kernel}_{mode}", kernel, mode, False)
-    for kernel in ("narrow_backward_query", "narrow_backward_key", "narrow_forward")
+    (f"narrow_{kernel}_{mode}", f"narrow_{kernel}", mode, False)
+    for kernel in NARROW_KERNELS[::-1]
     for mode in ("HalfMode", "BfloatMode")
 ]
 CUDA_LIBRARY = "libnatten_ext_cuda.so"

@@ -20,7 +20,8 @@ from natten_ext.backends import cuda
 
 REPORT = (cuda.library_folder() or Path(natten_ext.__file__).parent) / "cuda_resources.txt"
 
-# Of a block, at most: kThreads of csrc/cuda/kernel.h; of those in narrow.h, kNarrowWarps.
+# Of a block, at most: kThreads of csrc/cuda/kernel.h, which most of narrow windows' double backward has too; of their
+# others NarrowTile's.
 THREADS, NARROW_THREADS = 128, 256
 
 _REGISTERS = 65536  # of a multiprocessor, since 3.5
@@ -47,7 +48,8 @@ class Kernel:
     @property
     def warps(self) -> int:
         """Of a block, at most."""
-        return (NARROW_THREADS if self.name.startswith("Narrow") else THREADS) // 32
+        small = self.name.startswith("NarrowDouble") and (self.name, self.head_dim) != ("NarrowDoubleBackwardKey", 32)
+        return (NARROW_THREADS if self.name.startswith("Narrow") and not small else THREADS) // 32
 
     @property
     def blocks(self) -> int:

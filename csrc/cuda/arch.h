@@ -60,6 +60,9 @@ NATTEN_EXT_DEVICE uint64_t forget(uint64_t number) {
 
 // Nothing that a program could tell: but the compiler moves no loads from behind it to before it, which saves registers.
 NATTEN_EXT_DEVICE void hold_back_loads() { __syncwarp(); }
+// The same where that does not help: false for a number that is not negative, which the compiler does not know. A branch on it
+// ends what loads are moved across.
+NATTEN_EXT_DEVICE bool never(float not_negative) { return __any_sync(0xffffffffu, not_negative < 0); }
 
 NATTEN_EXT_DEVICE int thread_index() { return threadIdx.x; }
 NATTEN_EXT_DEVICE int block_threads() { return blockDim.x; }

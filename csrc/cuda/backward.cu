@@ -196,18 +196,14 @@ struct BackwardKey {
 
 template <class M, bool General>
 void backward_query(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
-  std::vector<HeadRange> heads{{0, p.heads}};
-  if constexpr (kHasNarrow<M> && !General) heads = narrow_backward_query<M>(p, windows, context);
-  for (const HeadRange& range : heads) launch_range<M, BackwardQuery, General>(p, windows, range, context);
+  launch_all<M, BackwardQuery, General>(p, windows, context, [&](auto mode) { return narrow_backward_query<decltype(mode)>(p, windows, context); });
 }
 template <class M, bool General>
 void backward_key(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
   if constexpr (General) {
-    launch_key_heads<M, BackwardKey, General>(p, windows, context);
+    launch_key_heads<M, BackwardKey>(p, windows, context);
   } else {
-    std::vector<HeadRange> heads{{0, p.heads}};
-    if constexpr (kHasNarrow<M>) heads = narrow_backward_key<M>(p, windows, context);
-    for (const HeadRange& range : heads) launch_range<M, BackwardKey, General>(p, windows, range, context);
+    launch_all<M, BackwardKey, General>(p, windows, context, [&](auto mode) { return narrow_backward_key<decltype(mode)>(p, windows, context); });
   }
 }
 template <class M, bool General>

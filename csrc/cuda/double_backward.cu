@@ -359,11 +359,19 @@ struct DoubleBackwardKey {
 
 template <class M, bool General>
 void double_backward_query(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
-  launch_range<M, DoubleBackwardQuery, General>(p, windows, {0, p.heads}, context);
+  launch_all<M, DoubleBackwardQuery, General>(p, windows, context, [&](auto mode) {
+    return narrow_double_backward_query<decltype(mode)>(p, windows, context);
+  });
 }
 template <class M, bool General>
 void double_backward_key(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
-  launch_key_heads<M, DoubleBackwardKey, General>(p, windows, context);
+  if constexpr (General) {
+    launch_key_heads<M, DoubleBackwardKey>(p, windows, context);
+  } else {
+    launch_all<M, DoubleBackwardKey, General>(p, windows, context, [&](auto mode) {
+      return narrow_double_backward_key<decltype(mode)>(p, windows, context);
+    });
+  }
 }
 template <class M, bool General>
 uint32_t double_backward_shared(int head_dim) {

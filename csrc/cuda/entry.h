@@ -56,6 +56,8 @@ template <class M, bool General> void double_backward_key(const Params&, const s
 template <class M> std::vector<HeadRange> narrow_forward(const Params&, const std::vector<Window>&, Context&);
 template <class M> std::vector<HeadRange> narrow_backward_query(const Params&, const std::vector<Window>&, Context&);
 template <class M> std::vector<HeadRange> narrow_backward_key(const Params&, const std::vector<Window>&, Context&);
+template <class M> std::vector<HeadRange> narrow_double_backward_query(const Params&, const std::vector<Window>&, Context&);
+template <class M> std::vector<HeadRange> narrow_double_backward_key(const Params&, const std::vector<Window>&, Context&);
 template <class M> constexpr bool kHasNarrow = M::kTensor && sizeof(typename M::Element) == 2;
 
 // Bytes of shared memory that a block of an order needs at least.

@@ -99,9 +99,7 @@ struct Forward {
 
 template <class M, bool General>
 void forward(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
-  std::vector<HeadRange> heads{{0, p.heads}};
-  if constexpr (kHasNarrow<M> && !General) heads = narrow_forward<M>(p, windows, context);
-  for (const HeadRange& range : heads) launch_range<M, Forward, General>(p, windows, range, context);
+  launch_all<M, Forward, General>(p, windows, context, [&](auto mode) { return narrow_forward<decltype(mode)>(p, windows, context); });
 }
 template <class M, bool General>
 uint32_t forward_shared(int head_dim) {

@@ -325,12 +325,20 @@ void launch_range(const Params& problem, const std::vector<WindowOf<General>>& w
   }
 }
 
-// A key-centred kernel for all heads of keys.
-template <class M, template <class, int, bool> class Kernel, bool General>
-void launch_key_heads(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
-  std::vector<WindowOf<General>> of_keys;
+// Launches the kernel for all heads but those that one for narrow windows takes: `narrow(mode)` launches it, and returns the others.
+template <class M, template <class, int, bool> class Kernel, bool General, class Narrow>
+void launch_all(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context, Narrow narrow) {
+  std::vector<HeadRange> heads{{0, p.heads}};
+  if constexpr (kHasNarrow<M> && !General) heads = narrow(M{});
+  for (const HeadRange& range : heads) launch_range<M, Kernel, General>(p, windows, range, context);
+}
+
+// A key-centred kernel for all heads of keys, which only general neighborhoods have their own number of.
+template <class M, template <class, int, bool> class Kernel>
+void launch_key_heads(const Params& p, const std::vector<GeneralWindow>& windows, Context& context) {
+  std::vector<GeneralWindow> of_keys;
   for (int head = 0; head < p.heads; head += p.sharing) of_keys.push_back(windows[head]);
-  launch_range<M, Kernel, General>(p, of_keys, {0, p.heads / p.sharing}, context);
+  launch_range<M, Kernel, true>(p, of_keys, {0, p.heads / p.sharing}, context);
 }
 
 }  // namespace natten_ext::cuda

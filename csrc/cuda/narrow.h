@@ -12,7 +12,6 @@
 namespace natten_ext::cuda {
 
 constexpr int kNarrowKernel = 7;
-constexpr int kNarrowWarps = 8;
 
 // A tensor (batch, y, x, head, channel); strides count bytes.
 struct ByteRows {
@@ -21,13 +20,14 @@ struct ByteRows {
 };
 
 struct NarrowParams {
-  ByteRows query, key, value, output, grad_output, grad_query, grad_key, grad_value;
+  ByteRows query, key, value, output, grad_output, cot_query, cot_key, cot_value;
+  ByteRows grad_query, grad_key, grad_value, grad_grad_output;
   ByteRows row_numbers;  // those of rows.h
   Table bias;  // from the entry of the farthest key up and to the left on
-  void *base, *log_sum, *natural_lse, *grad_lse;  // as in Params
+  void *base, *log_sum, *natural_lse, *grad_lse, *grad_grad_lse;  // as in Params
   void* table_partials;  // (blocks_per_head, launch_heads, table_rows, table_columns) in float; null: not wanted
   int table_rows, table_columns;
-  float scale;
+  float scale, factor;  // factor: the scale times log2(e)
   uint32_t head_bytes;  // of a row
   int height, width, heads;
   int dilation_y, dilation_x;
@@ -52,13 +52,14 @@ NATTEN_EXT_DEVICE uint32_t narrow_lane() { return narrow_thread() % kWarp; }
 NATTEN_EXT_DEVICE int narrow_block_of_head(const NarrowParams& p) { return p.by_launch_heads(block_x()); }
 NATTEN_EXT_DEVICE int narrow_launch_head(const NarrowParams& p) { return block_x() - narrow_block_of_head(p) * p.launch_heads; }
 
-// What a block works on, and where things lie in its shared memory.
-template <int Dim, bool Whole>
+// What a block of `Warps` works on, `Groups` each, and where things lie in its shared memory.
+template <int Dim, bool Whole, int Warps = 8, int Groups = Dim <= 16 ? 4 : 2>
 struct NarrowTile {
+  static constexpr int kDim = Dim, kWarps = Warps, kGroups = Groups, kThreads = Warps * kWarp;
+  static constexpr bool kWhole = Whole;
   static constexpr int kReach = kNarrowKernel / 2;
-  static constexpr int kGroups = Dim <= 16 ? 4 : 2;             // of a warp: as many as shared memory has room for
-  static constexpr int kClasses = Whole ? 2 * kGroups : 1;      // side by side
-  static constexpr int kHeight = Whole ? 8 : 8 * kGroups, kWidth = Whole ? 8 : 16;                              // of queries
+  static constexpr int kClasses = Whole ? Warps * Groups / 4 : 1;                       // side by side
+  static constexpr int kHeight = Whole ? 8 : Warps * Groups, kWidth = Whole ? 8 : 16;       // of queries
   static constexpr int kRows = Whole ? 8 : kHeight + kNarrowKernel - 1, kColumns = Whole ? 8 : kWidth + 8;  // of staged keys
   static constexpr int kSlots = kClasses * kRows * kColumns;
   static constexpr uint32_t kChunks = Dim / 8, kBytes = 16 * kChunks;  // of a row: chunks of 16 bytes
@@ -145,9 +146,9 @@ struct NarrowTile {
 
 // A warp's group of queries; `ByKey`: of keys. Near borders keys are seen by more queries: then not both of two tiles, or groups,
 // that have a key have all of these. What `ByKey` says about who owns it sees to that.
-template <int Dim, bool Whole, bool ByKey = false>
+template <class Tile, bool ByKey = false>
 struct NarrowGroup {
-  using Tile = NarrowTile<Dim, Whole>;
+  static constexpr bool Whole = Tile::kWhole;
   static constexpr int kFrameRows = Whole ? kNarrowKernel : kNarrowKernel + 1;
 
   int of_class;          // which of the tile's
@@ -161,7 +162,7 @@ struct NarrowGroup {
   uint32_t own_key;      // and of the key at the place of its first query
 
   NATTEN_EXT_DEVICE NarrowGroup(const NarrowParams& p, const Tile& tile, int i) {
-    const uint32_t number = narrow_thread() / kWarp + kNarrowWarps * i;
+    const uint32_t number = narrow_thread() / kWarp + Tile::kWarps * i;
     const int down = Whole ? number % 4 : number / 2, across = Whole ? 0 : number % 2;
     of_class = Whole ? number / 4 : 0;
     residue_x = tile.residue_x + of_class;
@@ -223,7 +224,7 @@ struct NarrowGroup {
   // Writes `factor` times results of the lane's rows, by way of shared memory, where nobody needs its rows from `slot` on
   // any more: so they leave in 16 bytes at a time.
   template <class Element>
-  NATTEN_EXT_DEVICE void write(const float (&acc)[Dim / 8][4], const float (&factor)[2], const NarrowParams& p, const Tile& tile,
+  NATTEN_EXT_DEVICE void write(const float (&acc)[Tile::kChunks][4], const float (&factor)[2], const NarrowParams& p, const Tile& tile,
                                const ByteRows& t, uint32_t slot) const {
     const uint32_t lane = narrow_lane();
     sync_warp();
@@ -231,7 +232,7 @@ struct NarrowGroup {
     for (int h = 0; h < 2; ++h) {
       const Shared row = Tile::kOwn + Tile::place(slot + lane / 4 + 8 * h, 0) + lane % 4 * 4;
       NATTEN_EXT_UNROLL
-      for (int n = 0; n < Dim / 8; ++n) {
+      for (int n = 0; n < static_cast<int>(Tile::kChunks); ++n) {
         store_shared(row ^ 16 * n, pack<Element>(acc[n][2 * h] * factor[h], acc[n][2 * h + 1] * factor[h]));
       }
     }
@@ -249,12 +250,12 @@ struct NarrowGroup {
 
 // Starts the copies of a tile's halo in tensors whose rows have `Chunks` chunks of 16 bytes, of which `row_bytes` exist, each to
 // its region. A thread has columns of its own, so that only rows change. Zeros where the map ends.
-template <uint32_t Chunks, int Dim, bool Whole, int Count>
-NATTEN_EXT_DEVICE void stage_narrow_halo(const NarrowParams& p, const NarrowTile<Dim, Whole>& tile, const ByteRows* const (&tensors)[Count],
+template <uint32_t Chunks, class Tile, int Count>
+NATTEN_EXT_DEVICE void stage_narrow_halo(const NarrowParams& p, const Tile& tile, const ByteRows* const (&tensors)[Count],
                                          const Shared (&regions)[Count], uint32_t row_bytes) {
-  using Tile = NarrowTile<Dim, Whole>;
+  constexpr bool Whole = Tile::kWhole;
   using Rows = NarrowTile<8 * Chunks, Whole>;
-  constexpr uint32_t kPositions = kNarrowWarps * kWarp / Chunks;  // at a time
+  constexpr uint32_t kPositions = Tile::kThreads / Chunks;  // at a time
   const uint32_t chunk = narrow_thread() % Chunks, position = narrow_thread() / Chunks;
   uint64_t origins[Count];
   NATTEN_EXT_UNROLL
@@ -295,28 +296,36 @@ NATTEN_EXT_DEVICE void stage_narrow_halo(const NarrowParams& p, const NarrowTile
   }
 }
 
-template <int Dim, bool Whole>
-NATTEN_EXT_DEVICE void stage_narrow_keys(const NarrowParams& p, const NarrowTile<Dim, Whole>& tile) {
-  using Tile = NarrowTile<Dim, Whole>;
+template <class Tile>
+NATTEN_EXT_DEVICE void stage_narrow_keys(const NarrowParams& p, const Tile& tile) {
   stage_narrow_halo<Tile::kChunks>(p, tile, {&p.key, &p.value}, {Tile::kKeys, Tile::kValues}, p.head_bytes);
 }
 
-// The thread's entry of a table in shared memory, in rows of Tile::kTableRow; past the last row too: times log2(e), and minus infinity
-// for what no query attends. Without a table zeros.
+// An entry of a table in shared memory, in rows of Tile::kTableRow; past the last row too: times log2(e), and minus infinity for what
+// no query attends. Without a table zeros.
 template <class Element, class Tile>
 NATTEN_EXT_DEVICE float narrow_table_entry(const NarrowParams& p, int head, int y, int x) {
-  static_assert(Tile::kTableBytes <= kNarrowWarps * kWarp * sizeof(float), "a thread has one entry");
   if (!inside(y, Tile::kTableExtent) || !inside(x, Tile::kTableExtent)) return -kInfinity<float>;
   if (p.bias.data == nullptr) return 0;
   return kLog2E<float> * bounded(table_entry<Element, float>(p.bias, head * p.bias.head + y * p.bias.y + x * p.bias.x));
 }
 
+// Calls `use(i)` for the thread's entries of `Rows` rows of a table.
+template <class Tile, int Rows, class Use>
+NATTEN_EXT_DEVICE void for_each_table_entry(Use use) {
+  NATTEN_EXT_UNROLL
+  for (uint32_t round = 0; round < Rows * Tile::kTableRow; round += Tile::kThreads) {
+    if (const uint32_t i = round + narrow_thread(); i < Rows * Tile::kTableRow) use(i);
+  }
+}
+
 // Fills the table. A barrier must follow.
 template <class Element, class Tile>
 NATTEN_EXT_DEVICE void fill_narrow_table(const NarrowParams& p, int head) {
-  const uint32_t y = narrow_thread() / Tile::kTableRow, x = narrow_thread() % Tile::kTableRow;
-  if (y >= Tile::kTableExtent) return;
-  store_shared(Tile::kTable + narrow_thread() * static_cast<Shared>(sizeof(float)), narrow_table_entry<Element, Tile>(p, head, y, x));
+  for_each_table_entry<Tile, Tile::kTableExtent>([&](uint32_t i) {
+    store_shared(Tile::kTable + i * static_cast<Shared>(sizeof(float)),
+                 narrow_table_entry<Element, Tile>(p, head, i / Tile::kTableRow, i % Tile::kTableRow));
+  });
 }
 
 }  // namespace natten_ext::cuda

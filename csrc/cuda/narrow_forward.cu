@@ -8,16 +8,17 @@ template <class M, int Dim, bool Whole>
 struct NarrowForward {
   using Element = typename M::Element;
   using Tile = NarrowTile<Dim, Whole>;
-  using Group = NarrowGroup<Dim, Whole>;
-  using Columns = FrameColumns<Dim, Whole>;
-  using Keys = FrameScores<Dim, Whole>;
+  using Group = NarrowGroup<Tile>;
+  using Columns = FrameColumns<Tile>;
+  using Keys = FrameScores<Tile>;
   static constexpr int kRows = Group::kFrameRows;
   static constexpr int kBlocksAtATime = 2;  // on a multiprocessor
-  static constexpr uint32_t kShared = Tile::kOwn + kNarrowWarps * Tile::kGroups * kWarpRows * Tile::kBytes;
+  static constexpr uint32_t kShared = Tile::kOwn + Tile::kWarps * Tile::kGroups * kWarpRows * Tile::kBytes;
   static constexpr bool kTableGradient = false;
+  static constexpr int kRowNumbers = 0;
 
-  NarrowLeft<M, Dim> query;
-  FrameSums<M, Dim, Whole, false> results;
+  NarrowLeft<M, Tile> query;
+  FrameSums<M, Tile, false> results;
   float base[2], sum[2];
 
   NATTEN_EXT_DEVICE static uint32_t own_slot(int i) { return (narrow_thread() / kWarp * Tile::kGroups + i) * kWarpRows; }
@@ -39,7 +40,7 @@ struct NarrowForward {
       if (group.empty()) continue;
       const Columns columns(group);
       NarrowForward attended;
-      attended.query.template load<Tile>(own_slot(i));
+      attended.query.load(own_slot(i));
       attended.attend(factor, group, columns);
       // Zero times NaN is NaN: as in `with_care`.
       if (any_in_warp(!all_finite(attended.results.acc))) attended.attend_carefully(factor, group, columns);
@@ -84,7 +85,7 @@ struct NarrowForward {
     find_base(largest, from);
     results.clear_all();
     sum[0] = sum[1] = 0;
-    FrameResults<Dim, Whole> values(Tile::kValues, group.frame);
+    FrameResults<Tile> values(Tile::kValues, group.frame);
     NATTEN_EXT_UNROLL
     for (int r = 0; r < kRows; ++r) {
       if (r == kNarrowKernel && !group.lower) continue;

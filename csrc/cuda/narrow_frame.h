@@ -8,9 +8,9 @@ namespace natten_ext::cuda {
 
 // What a lane has of the frame: of each block and row, columns 2t and 2t + 1 (t = lane % 4) for queries g and g + 8
 // (g = lane / 4), which are one column of the map. As a window is less than eight wide, a column belongs to it in one block only.
-template <int Dim, bool Whole>
+template <class Tile>
 struct FrameColumns {
-  using Tile = NarrowTile<Dim, Whole>;
+  static constexpr bool Whole = Tile::kWhole;
   int first;       // column of the frame where the queries' windows begin
   int shift;       // from the queries to that column
   bool second[2];  // whether the windows have the column in block 1
@@ -18,7 +18,7 @@ struct FrameColumns {
   Shared table[2]; // entries of the column in frame row 0, of the lower query
 
   template <bool ByKey>
-  NATTEN_EXT_DEVICE FrameColumns(const NarrowGroup<Dim, Whole, ByKey>& group) {
+  NATTEN_EXT_DEVICE FrameColumns(const NarrowGroup<Tile, ByKey>& group) {
     const uint32_t lane = narrow_lane();
     const int left = Whole ? 0 : group.x - Tile::kReach;
     const int x = lesser(group.x + static_cast<int>(lane / 4), group.width - 1);
@@ -49,11 +49,10 @@ struct FrameColumns {
 
 // The frame's rows as right operands of scores: four 8 x 8 matrices at a time, one or several of which are a row. Of whole classes
 // two rows may be taken as one of two `Blocks`.
-template <int Dim, bool Whole, int Blocks = Whole ? 1 : 2>
+template <class Tile, int Blocks = Tile::kWhole ? 1 : 2>
 struct FrameScores {
-  using Tile = NarrowTile<Dim, Whole>;
-  static constexpr int kChunks = Dim / 8, kBlocks = Blocks, kMatrices = kBlocks * kChunks;  // of a row
-  static constexpr int kRowSlots = Whole ? 8 * Blocks : Tile::kColumns;
+  static constexpr int kChunks = Tile::kChunks, kBlocks = Blocks, kMatrices = kBlocks * kChunks;  // of a row
+  static constexpr int kRowSlots = Tile::kWhole ? 8 * Blocks : Tile::kColumns;
   static constexpr int kLoads = kMatrices > 4 ? kMatrices / 4 : 1, kRowsAtATime = kMatrices < 4 ? 4 / kMatrices : 1;
   Shared address;
   uint32_t words[kLoads][4];
@@ -79,10 +78,9 @@ struct FrameScores {
 };
 
 // The frame's rows as right operands of results. A product is 16 deep: a row of two blocks, or two rows of one.
-template <int Dim, bool Whole>
+template <class Tile>
 struct FrameResults {
-  using Tile = NarrowTile<Dim, Whole>;
-  static constexpr int kChunks = Dim / 8, kSlots = Whole ? 16 : Tile::kColumns;  // kSlots: from one product's rows to the next
+  static constexpr int kChunks = Tile::kChunks, kSlots = Tile::kWhole ? 16 : Tile::kColumns;  // kSlots: from one product's rows to the next
   static constexpr int kLoads = kChunks > 2 ? kChunks / 2 : 1, kProductsAtATime = kChunks < 2 ? 2 : 1;
   Shared address;
   uint32_t words[kLoads][4];
@@ -104,13 +102,13 @@ struct FrameResults {
 };
 
 // Own rows as left operands.
-template <class M, int Dim>
+template <class M, class Tile>
 struct NarrowLeft {
+  static constexpr int Dim = Tile::kDim;
   static constexpr int kSteps = Dim > 8 ? Dim / 16 : 1, kRegisters = Dim > 8 ? 4 : 2;
   uint32_t a[kSteps][kRegisters];
 
   // Loads the rows of a group that lie from `slot` on.
-  template <class Tile>
   NATTEN_EXT_DEVICE void load(uint32_t slot) {
     const uint32_t lane = narrow_lane();
     const Shared address = Tile::kOwn + Tile::place(slot + lane % 16, lane / 16 % (Dim / 8));
@@ -130,27 +128,33 @@ struct NarrowLeft {
   }
 };
 
-// Products of own rows and a row of the frame, both blocks folded into one.
-template <class M, int Dim, bool Whole>
-NATTEN_EXT_DEVICE void frame_products(float (&s)[4], const NarrowLeft<M, Dim>& left, const FrameScores<Dim, Whole>& rows, int row,
-                                      const FrameColumns<Dim, Whole>& columns) {
-  constexpr int kBlocks = FrameScores<Dim, Whole>::kBlocks;
+// Adds products of own rows and a row of the frame.
+template <class M, class Tile, int Blocks>
+NATTEN_EXT_DEVICE void add_frame_products(float (&c)[Blocks][4], const NarrowLeft<M, Tile>& left, const FrameScores<Tile>& rows, int row) {
+  NATTEN_EXT_UNROLL
+  for (int b = 0; b < Blocks; ++b) left.multiply_rows(c[b], [&](int chunk) { return rows.word(row, b, chunk); });
+}
+
+// The sum of one or two such products, both blocks folded into one.
+template <class M, class Tile, class... More>
+NATTEN_EXT_DEVICE void frame_products(float (&s)[4], const NarrowLeft<M, Tile>& left, const FrameScores<Tile>& rows, int row,
+                                      const FrameColumns<Tile>& columns, const More&... more) {
+  constexpr int kBlocks = FrameScores<Tile>::kBlocks;
   float c[kBlocks][4];
   clear(c);
-  NATTEN_EXT_UNROLL
-  for (int b = 0; b < kBlocks; ++b) left.multiply_rows(c[b], [&](int chunk) { return rows.word(row, b, chunk); });
+  add_frame_products(c, left, rows, row);
+  if constexpr (sizeof...(More) > 0) add_frame_products(c, more..., row);
   NATTEN_EXT_UNROLL
   for (int e = 0; e < 4; ++e) s[e] = columns.second[e % 2] ? c[kBlocks - 1][e] : c[0][e];
 }
 
-// Sums over the frame of weights times rows; `Totals`: and of the weights, rounded as in the products.
-template <class M, int Dim, bool Whole, bool Totals>
+// Sums over the frame of weights times rows, in `acc` or in another's; `Totals`: and of the weights, rounded as in the products.
+template <class M, class Tile, bool Totals>
 struct FrameSums {
   using Element = typename M::Element;
-  using Tile = NarrowTile<Dim, Whole>;
-  using Columns = FrameColumns<Dim, Whole>;
-  using Rows = FrameResults<Dim, Whole>;
-  static constexpr int kChunks = Dim / 8, kFrameRows = NarrowGroup<Dim, Whole>::kFrameRows;
+  using Columns = FrameColumns<Tile>;
+  using Rows = FrameResults<Tile>;
+  static constexpr int kChunks = Tile::kChunks, kFrameRows = NarrowGroup<Tile>::kFrameRows;
   float acc[kChunks][4];
   float totals[4];
 
@@ -161,38 +165,42 @@ struct FrameSums {
   }
 
   // Adds frame row r, in order. Of whole classes two rows are one product, and the last row is half of one.
-  NATTEN_EXT_DEVICE void add(Rows& rows, int r, const float (&weights)[4], const Columns& columns) {
+  NATTEN_EXT_DEVICE void add(Rows& rows, int r, const float (&weights)[4], const Columns& columns) { add_to(acc, rows, r, weights, columns); }
+  NATTEN_EXT_DEVICE void add_to(float (&acc)[kChunks][4], Rows& rows, int r, const float (&weights)[4], const Columns& columns) {
     const uint32_t packed[2] = {pack<Element>(weights[0], weights[1]), pack<Element>(weights[2], weights[3])};
-    if constexpr (Whole) {
+    if constexpr (Tile::kWhole) {
       if (r % 2 == 0) {
         above[0] = packed[0], above[1] = packed[1];
         if (r + 1 < kFrameRows) return;
       }
       if (r / 2 % Rows::kProductsAtATime == 0) rows.load(r / 2);
       if (r % 2 == 0) {
-        add_product(above, [&](int n, int half) { return rows.word(r / 2, n, half); });
+        add_product(acc, above, [&](int n, int half) { return rows.word(r / 2, n, half); });
       } else {
         const uint32_t left[4] = {above[0], above[1], packed[0], packed[1]};
-        add_product(left, [&](int n, int half) { return rows.word(r / 2, n, half); });
+        add_product(acc, left, [&](int n, int half) { return rows.word(r / 2, n, half); });
       }
     } else {
       if (r % Rows::kProductsAtATime == 0) rows.load(r);
       const uint32_t second = (columns.second[0] ? 0xffffu : 0) | (columns.second[1] ? 0xffff0000u : 0);
       const uint32_t left[4] = {packed[0] & ~second, packed[1] & ~second, packed[0] & second, packed[1] & second};
-      add_product(left, [&](int n, int half) { return rows.word(r, n, half); });
+      add_product(acc, left, [&](int n, int half) { return rows.word(r, n, half); });
     }
   }
 
   // Adds both blocks of product number `product`, unfolded.
-  NATTEN_EXT_DEVICE void add_blocks(const Rows& rows, int product, const float (&weights)[2][4]) {
+  NATTEN_EXT_DEVICE void add_blocks(const Rows& rows, int product, const float (&weights)[2][4]) { add_blocks_to(acc, rows, product, weights); }
+  NATTEN_EXT_DEVICE void add_blocks_to(float (&acc)[kChunks][4], const Rows& rows, int product, const float (&weights)[2][4]) {
     uint32_t left[4];
     pack_weights<Element>(left, weights);
-    add_product(left, [&](int n, int half) { return rows.word(product, n, half); });
+    add_product(acc, left, [&](int n, int half) { return rows.word(product, n, half); });
   }
 
   // A row in ordinary arithmetic, without weights that are marked as masked. `slot_of`: of columns 0 to 7, from the region on.
   template <class SlotOf>
-  NATTEN_EXT_DEVICE void add_valid(Shared region, const float (&weights)[4], SlotOf slot_of) {
+  NATTEN_EXT_DEVICE void add_valid(Shared region, const float (&weights)[4], SlotOf slot_of) { add_valid_to(acc, region, weights, slot_of); }
+  template <class SlotOf>
+  NATTEN_EXT_DEVICE void add_valid_to(float (&acc)[kChunks][4], Shared region, const float (&weights)[4], SlotOf slot_of) {
     const uint32_t lane = narrow_lane();
     NATTEN_EXT_NO_UNROLL
     for (int column = 0; column < 8; ++column) {
@@ -226,7 +234,7 @@ struct FrameSums {
   uint32_t above[2];  // weights of the row above
 
   template <int Registers, class Word>
-  NATTEN_EXT_DEVICE void add_product(const uint32_t (&left)[Registers], Word word) {
+  NATTEN_EXT_DEVICE void add_product(float (&acc)[kChunks][4], const uint32_t (&left)[Registers], Word word) {
     const auto add_to = [&](float (&c)[4], uint32_t upper, uint32_t lower) {
       if constexpr (Registers == 2) multiply<Element>(c, left, upper);
       else multiply<Element>(c, left, upper, lower);

@@ -11,12 +11,13 @@ template <class M>
 struct NarrowDims : std::integer_sequence<int, 8, 16, 32> {};
 
 template <class Kernel>
-NATTEN_EXT_KERNEL(kNarrowWarps * kWarp, Kernel::kBlocksAtATime) narrow_kernel(NATTEN_EXT_PARAMETER(NarrowParams) p) {
+NATTEN_EXT_KERNEL(Kernel::Tile::kThreads, Kernel::kBlocksAtATime) narrow_kernel(NATTEN_EXT_PARAMETER(NarrowParams) p) {
   Kernel::run(p);
 }
 
-// Fills in all but the heads, for heads with the window `w`. False: such kernels can't take them.
-template <class Element>
+// Fills in all but the heads, for heads with the window `w`. `RowNumbers`: of each query (rows.h). False: such kernels can't take
+// them.
+template <class Element, int RowNumbers>
 bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
   constexpr int kSize = sizeof(Element);
   if (p.kind != Kind::neighborhood || p.heads > UINT16_MAX || p.l2 || p.vector_bytes != 16 || p.output_vector_bytes != 16) return false;
@@ -31,10 +32,12 @@ bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
   };
   const auto steps = [&](const Rows& t) { return steps_of(t, kSize); };
   n.query = steps(p.query), n.key = steps(p.key), n.value = steps(p.value), n.output = steps(p.output);
-  n.grad_output = steps(p.grad_output), n.grad_query = steps(p.grad_query);
-  n.grad_key = steps(p.grad_key), n.grad_value = steps(p.grad_value);
+  n.grad_output = steps(p.grad_output);
+  n.cot_query = steps(p.cot_query), n.cot_key = steps(p.cot_key), n.cot_value = steps(p.cot_value);
+  n.grad_query = steps(p.grad_query), n.grad_key = steps(p.grad_key), n.grad_value = steps(p.grad_value);
+  n.grad_grad_output = steps(p.grad_grad_output);
   const int64_t rows = p.queries.count;
-  if (p.row_numbers != nullptr) n.row_numbers = steps_of({p.row_numbers, p.heads * rows, 0, p.queries.width, 1, rows}, sizeof(NumberChunk<float>));
+  if (RowNumbers > 0) n.row_numbers = steps_of({p.row_numbers, p.heads * rows, 0, p.queries.width, 1, rows}, RowNumbers * sizeof(float));
   if (!fits) return false;
   n.bias = p.bias;
   if (p.bias.data != nullptr) {
@@ -43,9 +46,9 @@ bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
     n.bias.data = static_cast<char*>(p.bias.data) + first * (p.bias.is_float ? 4 : kSize);
   }
   n.base = p.base, n.log_sum = p.log_sum, n.natural_lse = p.natural_lse;
-  n.grad_lse = p.grad_lse;
+  n.grad_lse = p.grad_lse, n.grad_grad_lse = p.grad_grad_lse;
   n.table_rows = p.table_rows, n.table_columns = p.table_columns;
-  n.scale = static_cast<float>(p.scale);
+  n.scale = static_cast<float>(p.scale), n.factor = n.scale * kLog2E<float>;
   n.head_bytes = p.head_dim * kSize;
   n.height = p.queries.height, n.width = p.queries.width, n.heads = p.heads;
   n.dilation_y = w.dilation_y, n.dilation_x = w.dilation_x;
@@ -53,13 +56,19 @@ bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
   return true;
 }
 
+// What the double backward must have been given, and must not: kernels for narrow windows leave out nothing.
+inline bool narrow_double_backward_takes(const Params& p) {
+  return p.cot_query.data != nullptr && p.cot_key.data != nullptr && p.cot_value.data != nullptr && p.cot_bias.data == nullptr &&
+         !p.tangents_only;
+}
+
 template <class M, template <class, int, bool> class Kernel, int Dim, bool Whole>
 bool launch_narrow_heads(const Params& p, NarrowParams n, Context& context) {
-  using Tile = NarrowTile<Dim, Whole>;
+  using K = Kernel<M, Dim, Whole>;
+  using Tile = typename K::Tile;
   n.tiles_y = static_cast<int>(divide_up(divide_up(n.height, n.dilation_y), Tile::kHeight));
   n.tiles_x = static_cast<int>(Whole ? divide_up(n.dilation_x, Tile::kClasses) : divide_up(divide_up(n.width, n.dilation_x), Tile::kWidth));
   n.by_tiles_y = Divisor(n.tiles_y), n.by_tiles_x = Divisor(n.tiles_x), n.by_launch_heads = Divisor(n.launch_heads);
-  using K = Kernel<M, Dim, Whole>;
   const bool gradient = K::kTableGradient && p.table_gradient;
   const int64_t tiles = int64_t{n.tiles_y} * n.tiles_x * n.dilation_y * (Whole ? 1 : n.dilation_x) * p.batch;
   if (tiles * n.launch_heads > INT32_MAX || K::kShared > static_cast<uint32_t>(context.shared_limit)) return false;
@@ -67,7 +76,7 @@ bool launch_narrow_heads(const Params& p, NarrowParams n, Context& context) {
   n.blocks_per_head = gradient ? std::min(n.tiles, std::max(1, context.table_blocks / n.launch_heads)) : n.tiles;
   const int64_t table = int64_t{p.table_rows} * p.table_columns;
   if (gradient) n.table_partials = context.allocate(n.blocks_per_head * n.launch_heads * table * sizeof(float));
-  launch(narrow_kernel<K>, n.launch_heads * n.blocks_per_head, 1, kNarrowWarps * kWarp, K::kShared, n, context);
+  launch(narrow_kernel<K>, n.launch_heads * n.blocks_per_head, 1, Tile::kThreads, K::kShared, n, context);
   for (int i = 0; i < n.launch_heads && gradient; ++i) {
     launch_reduction<M>(p, static_cast<float*>(n.table_partials) + i * table, n.blocks_per_head, n.head[i], 1, n.launch_heads, context);
   }
@@ -79,7 +88,7 @@ template <class M, template <class, int, bool> class Kernel, int... Dims>
 std::vector<HeadRange> launch_narrow(const Params& p, const std::vector<Window>& windows, Context& context,
                                      std::integer_sequence<int, Dims...>) {
   const auto start = [&](const Window& w, NarrowParams& n) {
-    if (!prepare_narrow<typename M::Element>(n, p, w)) return false;
+    if (!prepare_narrow<typename M::Element, Kernel<M, 8, false>::kRowNumbers>(n, p, w)) return false;
     const bool whole = divide_up(n.height, w.dilation_y) <= 8 && divide_up(n.width, w.dilation_x) <= 8;
     bool tried = false, done = false;
     const auto at_width = [&]<int Dim>() {

@@ -23,6 +23,7 @@ using emulator::Site;
 inline int forget(int number) { return number; }
 inline uint64_t forget(uint64_t number) { return number; }
 inline void hold_back_loads() {}
+inline bool never(float) { return false; }
 
 inline int thread_index() { return emulator::place().thread; }
 inline int block_threads() { return emulator::place().threads; }

@@ -17,6 +17,7 @@ from tests.operators.cases import (
     Case,
     Inputs,
     arguments_of,
+    cotangents_of,
     forward,
     grad_output_of,
     inputs_of,
@@ -122,6 +123,42 @@ def gradients(case: Case, inputs: Inputs) -> tuple[Inputs, list[str]]:
     return dict(zip(names, results, strict=False)), narrow_sites()
 
 
+def double_backward(
+    case: Case, inputs: Inputs, given: Inputs, needs: list[bool] | None = None
+) -> tuple[Inputs, list[str]]:
+    """Results of the double backward by name, from some cotangents of the gradients, and likewise."""
+    values, _ = run(case, inputs)
+    natural = values["natural"]
+    grad_lse = torch.linspace(-1, 1, natural.numel()).view_as(natural)
+    cotangents = [given.get(name) for name in ("query", "key", "value", "bias")]
+    narrow_sites()
+    results = OPERATORS["cuda"].double_backward(
+        *cotangents, grad_output_of(case, inputs["query"]), grad_lse, *arguments_of(case, inputs),
+        values["output"], values["lse"], case.code, case.score == "l2", case.effective_scale,
+        needs or [True] * 5 + [case.bias],
+    )  # fmt: skip
+    return dict(zip(["grad_output", "grad_lse", *inputs], results, strict=False)), narrow_sites()
+
+
+def all_cotangents(case: Case, inputs: Inputs) -> Inputs:
+    """But that of the table's gradient, which the narrow kernels leave to others."""
+    return {n: x for n, x in cotangents_of(case, inputs).items() if n != "bias"}
+
+
+def second_gradients(case: Case, inputs: Inputs) -> tuple[Inputs, list[str]]:
+    return double_backward(case, inputs, all_cotangents(case, inputs))
+
+
+ROOM = 163 * 1024  # bytes of shared memory, for the double backward of 32 channels
+BOTH_ORDERS = pytest.mark.parametrize("solve", [gradients, second_gradients], ids=["backward", "double_backward"])
+
+
+@pytest.fixture
+def room():
+    with emulated.settings(shared_limit=ROOM):
+        yield
+
+
 def assert_gradients_alike(results: Inputs, expected: Inputs, dtype: torch.dtype) -> None:
     for name, result in results.items():
         other = expected[name]
@@ -132,12 +169,13 @@ def assert_gradients_alike(results: Inputs, expected: Inputs, dtype: torch.dtype
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backward_is_that_of_the_general_kernel(case, dtype):
+@BOTH_ORDERS
+def test_gradients_are_those_of_the_general_kernel(case, dtype, solve, room):
     inputs = inputs_of(case, dtype)
-    results, expected = both(gradients, case, inputs)
+    results, expected = both(solve, case, inputs)
     assert_gradients_alike(results, expected, dtype)
-    with emulated.settings(table_blocks=1):  # all tiles in one block
-        assert_gradients_alike(gradients(case, inputs)[0], expected, dtype)
+    with emulated.settings(shared_limit=ROOM, table_blocks=1):  # all tiles in one block
+        assert_gradients_alike(solve(case, inputs)[0], expected, dtype)
 
 
 # Keys near borders are seen by more queries: axes where parts of tiles, and tiles of 16 and 32 rows, meet near one.
@@ -157,17 +195,64 @@ BORDERS = {
 
 @pytest.mark.parametrize("case", BORDERS.values(), ids=list(BORDERS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_at_borders_are_those_of_float64(case, dtype):
+@BOTH_ORDERS
+def test_gradients_at_borders_are_those_of_float64(case, dtype, solve, room):
     inputs = inputs_of(case, dtype)
-    results, narrow = gradients(case, inputs)
-    assert any("narrow_backward_key" in site for site in narrow)
+    results, narrow = solve(case, inputs)
+    assert any("narrow_keys" in site for site in narrow) and any("narrow_queries" in site for site in narrow)
     leaves = {name: x.double().requires_grad_() for name, x in inputs.items()}
     output, lse = oracle_forward(case, leaves, return_lse=True)
-    grad_lse = torch.linspace(-1, 1, lse.numel()).view(lse.movedim(-1, 1).shape).movedim(1, -1)
-    grad_output = grad_output_of(case, inputs["query"]).double()
-    expected = torch.autograd.grad([output, lse], list(leaves.values()), [grad_output, grad_lse.double()])
+    lse = lse.movedim(-1, 1)
+    grad_lse = torch.linspace(-1, 1, lse.numel(), dtype=torch.float64).view(lse.shape).requires_grad_()
+    grad_output = grad_output_of(case, inputs["query"]).double().requires_grad_()
+    twice = solve is second_gradients
+    expected = torch.autograd.grad([output, lse], list(leaves.values()), [grad_output, grad_lse], create_graph=twice)
+    if twice:
+        cotangents = [x.double() for x in all_cotangents(case, inputs).values()]
+        expected = torch.autograd.grad(expected[:3], [grad_output, grad_lse, *leaves.values()], cotangents)
+        assert magnitude([results["grad_lse"].double() - expected[1]]) <= 1e-6 * magnitude([expected[1]])
     for (name, result), exact in zip(results.items(), expected, strict=True):
         assert magnitude([result.double() - exact]) <= 3 * ulp(magnitude([exact]), dtype), name
+
+
+def test_what_the_general_double_backward_takes():
+    """Absent cotangents, that of a table's gradient, and directional derivatives alone."""
+    case = CASES["several tiles"]
+    inputs = inputs_of(case, torch.bfloat16)
+    given = cotangents_of(case, inputs)
+    some = [{n: x for n, x in given.items() if n != name} for name in given]
+    for cotangents in [given, *some[:3]]:
+        assert not double_backward(case, inputs, cotangents)[1]
+    assert double_backward(case, inputs, some[3])[1]
+    assert not double_backward(case, inputs, some[3], [True, True, False, False, False, False])[1]
+
+
+@pytest.mark.parametrize("wanted", range(6))
+def test_one_second_gradient_alone(wanted):
+    case = CASES["several tiles"]
+    inputs = inputs_of(case, torch.bfloat16)
+    expected, _ = second_gradients(case, inputs)
+    needs = [i == wanted or i == 3 for i in range(6)]  # with that of keys, so that it is no directional derivative
+    results, narrow = double_backward(case, inputs, all_cotangents(case, inputs), needs)
+    assert narrow
+    name = list(expected)[wanted]
+    assert torch.equal(results[name], expected[name])
+
+
+@pytest.mark.parametrize("case", ["several tiles", "whole classes"])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("of_cotangent", [False, True], ids=["input", "cotangent"])
+@pytest.mark.parametrize("strange", [torch.nan, -torch.inf], ids=str)
+def test_what_is_not_finite_reaches_second_gradients_of_what_attends_it(case, name, of_cotangent, strange, room):
+    case = CASES[case]
+    inputs = inputs_of(case, torch.bfloat16)
+    cotangents = all_cotangents(case, inputs)
+    (cotangents if of_cotangent else inputs)[name][0, 9, 11, 0, 3] = strange
+    results, narrow = double_backward(case, inputs, cotangents)
+    assert narrow
+    expected, _ = double_backward(case, unaligned(inputs), cotangents)
+    assert_gradients_alike(results, expected, torch.bfloat16)
+    assert 0 < (~results["query"].isfinite()).sum() < results["query"].numel() / 4
 
 
 @pytest.mark.parametrize("needs", [(False, True, False), (False, False, True)], ids=["key", "value"])
@@ -265,12 +350,16 @@ def test_what_the_general_kernel_takes(change):
 
 
 @pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
-@pytest.mark.parametrize(("solve", "count"), [(run, 4), (gradients, 7)], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("solve", "count"),
+    [(run, 4), (gradients, 7), (second_gradients, 7)],
+    ids=["forward", "backward", "double_backward"],
+)
 def test_every_barrier_and_every_wait_is_needed(case, solve, count):
     inputs = inputs_of(case, torch.bfloat16)
 
     def solved(dropped_site: str = "") -> tuple[Inputs, list[str]]:
-        with emulated.settings(dropped_site=dropped_site, table_blocks=1):
+        with emulated.settings(dropped_site=dropped_site, table_blocks=1, shared_limit=ROOM):
             return solve(case, inputs)
 
     expected, sites = solved()
