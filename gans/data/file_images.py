@@ -25,7 +25,7 @@ from typing import Any
 from PIL import Image
 
 from gans.data.decoding import MAX_BYTES, decode
-from gans.data.labels import number_classes
+from gans.data.labels import ClassNames, number_classes
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 SPLITS = ("train", "test", "validation", "val")
@@ -72,9 +72,9 @@ class FileImages:
         """The name of the folder that an image is in, which is its label if there are no others."""
         return PurePosixPath(name).parent.name
 
-    def own_labels(self) -> tuple[dict[str, Any], dict[int, str]]:
-        """Labels beside the images rather than in tables: of each image that has one, and names of their numbers."""
-        return {}, {}
+    def own_labels(self, called: ClassNames) -> dict[str, Any]:
+        """Labels beside the images rather than in tables, of each image that has one; adds names of their numbers."""
+        return {}
 
     def marks(self) -> Iterator[bytes]:
         raise NotImplementedError
@@ -93,13 +93,12 @@ class FileImages:
     @cached_property
     def _labelled(self) -> tuple[list[int] | None, list[str]]:
         found: dict[str, Any] = {}
-        called: dict[int, str] = {}
+        called = ClassNames()
         for name in self._tables:
-            labels, names = self._metadata(name)
-            found, called = found | labels, called | names
+            found |= self._metadata(name, called)
         where = f"in {', '.join(self._tables)}"
         if not found:
-            found, called = self.own_labels()
+            found = self.own_labels(called)
             where = "beside them"
         if not found:
             if any(PurePosixPath(name).name == "dataset.json" for name in self._tables):
@@ -109,18 +108,19 @@ class FileImages:
             raise ValueError(
                 f"{len(missing)} images of {str(self.origin)!r} have no label {where}, such as {missing[0]!r}"
             )
-        return number_classes([found[name] for name in self.names], called)
+        values = [found[name] for name in self.names]
+        return number_classes(values, lambda i: self.called(self.names[i]), called.by_number)
 
-    def _metadata(self, name: str) -> tuple[dict[str, Any], dict[int, str]]:
-        """File names, relative to the source, and labels in one metadata file; and names of labels that are numbers."""
-        called = {}
+    def _metadata(self, name: str, called: ClassNames) -> dict[str, Any]:
+        """File names, relative to the source, and labels in one metadata file; adds names of numbers."""
+        classes: list[str] = []
         path, folder = PurePosixPath(name), PurePosixPath(name).parent
         try:
             text = self.contents(name).decode()
             if path.name == "dataset.json":
                 table = json.loads(text)
                 pairs = [(file, label) for file, label in table.get("labels") or []]
-                called = dict(enumerate(map(str, table.get("classes") or []))) if pairs else {}
+                classes = [str(each) for each in table.get("classes") or []] if pairs else []
             elif path.suffix == ".csv":
                 pairs = [
                     (row["file_name"], row["label"]) for row in csv.DictReader(io.StringIO(text)) if "label" in row
@@ -131,10 +131,9 @@ class FileImages:
             found = {(folder / file).as_posix(): label for file, label in pairs}
         except Exception as error:  # contents and archives raise all sorts
             raise ValueError(f"cannot read labels in {name!r} of {str(self.origin)!r}: {error!r}") from error
-        for file, label in found.items():
-            if not isinstance(label, (int, str)):
-                raise ValueError(f"label of {file!r} in {name!r} is {label!r}; it must be a number or a name")
-        return found, called
+        for number, each in enumerate(classes):
+            called.add(number, each, self.called(name))
+        return found
 
 
 def _top(name: str) -> str:
@@ -149,6 +148,12 @@ def is_litter(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in EXTENSIONS
+
+
+def leads_out(name: str) -> bool:
+    """Whether a member of an archive would be unpacked elsewhere than below the archive's folder."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def of_split(names: Iterable[str], split: str, data: Path) -> list[str]:
@@ -236,6 +241,11 @@ class ZipImages(FileImages):
             raise ValueError(
                 f"data {str(path)!r} has {len(links)} links, such as {links[0]!r}, in the place of what they lead to; "
                 "pack it without links (zip without --symlinks)"
+            )
+        if outside := [info.filename for info in entries if leads_out(info.filename)]:
+            raise ValueError(
+                f"data {str(path)!r} has {len(outside)} members that lead out of it, such as {outside[0]!r}; "
+                "pack it with other names"
             )
         super().__init__(path, of_split([info.filename for info in entries], split, path))
 

@@ -15,17 +15,20 @@ import numpy as np
 from PIL import Image
 
 from gans.common.files import new_file
-from gans.data.sources import expand
+from gans.data.sources import check_distinct, expand
 
 
 def check_destination(destination: str) -> list[Path]:
-    """The files that are written to, a ZIP file or shards; ValueError for other ones, FileExistsError for old ones."""
+    """The files that are written to, a ZIP file or shards; ValueError for other ones or one twice, FileExistsError
+    for old ones.
+    """
     files = [Path(name) for name in expand(destination)]
     kinds = {file.suffix.lower() for file in files}
     if kinds != {".tar"} and (kinds, len(files)) != ({".zip"}, 1):
         raise ValueError(
             f"convert is {destination!r}; it must be one ZIP file, NAME.zip, or shards, such as 'NAME-{{000..009}}.tar'"
         )
+    check_distinct(files, destination)
     if old := [str(file) for file in files if file.exists()]:
         raise FileExistsError(f"convert is {destination!r}, and {old[0]!r} exists; give another name")
     return files

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gans.data.file_images import FileImages
+from gans.data.file_images import FileImages, leads_out
+from gans.data.labels import ClassNames
 
 BLOCK = 512
 
@@ -34,7 +35,8 @@ def key_of(name: str) -> str:
 def members(shard: Path) -> Iterator[tuple[str, int, int]]:
     """Name, place and size in bytes of every file in a tar file without compression.
 
-    Raises ValueError, which names the shard, if it is something else, damaged or cut off, or has links.
+    Raises ValueError, which names the shard, if it is something else, damaged or cut off, or has links or names
+    that lead out of it.
     """
     try:
         with tarfile.open(shard, "r:") as archive:
@@ -42,6 +44,8 @@ def members(shard: Path) -> Iterator[tuple[str, int, int]]:
                 if member.islnk() or member.issym() or member.issparse():
                     what = "a sparse file" if member.issparse() else "a link"
                     raise ValueError(f"it has {what}, {member.name!r}, in the place of the contents; pack it without")
+                if leads_out(member.name):
+                    raise ValueError(f"it has a member that leads out of it, {member.name!r}; pack it with other names")
                 if member.isfile():
                     yield PurePosixPath(member.name).as_posix(), member.offset_data, member.size
             end = archive.offset
@@ -50,6 +54,12 @@ def members(shard: Path) -> Iterator[tuple[str, int, int]]:
             file.seek(end)
             if file.read(BLOCK) != bytes(BLOCK):
                 raise ValueError(f"it has no tar head nor end mark at byte {end:,}: it is damaged or was cut off")
+            while rest := file.read(2**20):
+                if rest.count(0) < len(rest):
+                    raise ValueError(
+                        f"it goes on after its end mark at byte {end:,}, as two that cat has joined: give both by a "
+                        "pattern instead, or join them by tar --concatenate"
+                    )
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"shard {str(shard)!r} cannot be read as a tar file without compression: {error}") from error
 
@@ -97,19 +107,16 @@ class ShardImages(FileImages):
     def folder_of(self, name: str) -> str:
         return PurePosixPath(self._split(name)[1]).parent.name
 
-    def own_labels(self) -> tuple[dict[str, Any], dict[int, str]]:
+    def own_labels(self, called: ClassNames) -> dict[str, Any]:
         labels: dict[str, Any] = {}
-        called: dict[int, str] = {}
         for name in self.names:
             about = self._about(key_of(name))
             if (label := about.get("label")) is None:
                 continue
-            if not isinstance(label, (int, str)):
-                raise ValueError(f"label of {self.called(name)} is {label!r}; it must be a number or a name")
             labels[name] = label
             if isinstance(label, int) and "class_name" in about:
-                called[label] = str(about["class_name"])
-        return labels, called
+                called.add(label, str(about["class_name"]), self.called(f"{key_of(name)}.json"))
+        return labels
 
     def _about(self, key: str) -> dict[str, Any]:
         """What the members beside an image say of it."""

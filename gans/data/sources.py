@@ -79,6 +79,16 @@ def expand(pattern: str) -> list[str]:
     return [name for choice in choices for name in expand(f"{head}{choice}{tail}")]
 
 
+def check_distinct(files: Sequence[Path], pattern: str) -> None:
+    """ValueError if a pattern stands for a file twice."""
+    places: set[Path] = set()
+    for file in files:
+        # The file itself may be a link: the hub's cache has one copy of files of the same contents.
+        if (place := file.parent.resolve() / file.name) in places:
+            raise ValueError(f"{pattern!r} stands for {str(file)!r} twice; name each file once")
+        places.add(place)
+
+
 def _matching(data: str) -> list[Path]:
     """The files that a pattern with braces, *, ? or [] stands for; FileNotFoundError if one is missing."""
     files: list[Path] = []
@@ -91,14 +101,25 @@ def _matching(data: str) -> list[Path]:
     if missing or not files:
         kinds = f"a folder, a ZIP file, shards, parquet files, {tables.HUB}NAME or {DIGITS!r}"
         raise FileNotFoundError(f"data {data!r} does not exist; give {kinds}")
+    check_distinct(files, data)
     return files
 
 
 def _of_split(files: Sequence[Path], split: str, data: str) -> list[Path]:
-    """The files of one split, where a word of their names is one: `train-0001.tar`, `val/0001.tar`."""
+    """The files of one split, where a word of their names is one: `train-0001.tar`, `val/0001.tar`.
+
+    ValueError if a file that `data` names itself, not by `*` or a folder, is of none beside others that are of one.
+    """
     root = common_folder(files)
     found = {file: _split_of(file.relative_to(root)) for file in files}
     splits = {name for name in found.values() if name}
+    named = set(map(Path, expand(data)))
+    if splits and (others := [str(file) for file in files if not found[file] and file in named]):
+        raise ValueError(
+            f"data {data!r} has files of splits ({', '.join(sorted(splits))}) and {len(others)} of none by "
+            f"their names: {', '.join(others[:5])}{' ...' * (len(others) > 5)}; "
+            "rename these, or name only those of one kind"
+        )
     if split in splits:
         return [file for file in files if found[file] == split]
     check_whole(split, splits, data)

@@ -104,10 +104,8 @@ class TableImages:
             return None, []
         column = _only(columns, "label", f"data {self.data!r} has", "labels", columns)
         values = list(self._dataset[column])
-        for index, value in enumerate(values):
-            if not isinstance(value, (int, str)) or (value == -1 and isinstance(features[column], datasets.ClassLabel)):
-                raise ValueError(f"the label {self._called(index)} is {value!r}; it must be a number or a name")
-        return number_classes(values, dict(enumerate(getattr(features[column], "names", ()))))
+        called = dict(enumerate(getattr(features[column], "names", ())))
+        return number_classes(values, lambda index: f"the image {self._called(index)}", called)
 
 
 def _only(names: Sequence[str], usual: str, whose: str, what: str, columns: Sequence[str]) -> str:

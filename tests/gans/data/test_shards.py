@@ -135,7 +135,7 @@ def test_labels_beside_images(tmp_path):
         ({"0.cls": b"cat"}, r"cannot read the label '0\.cls' of shard '.*bad\.tar': ValueError\(.*'cat'"),
         ({"0.json": b"{"}, r"cannot read the label '0\.json' of shard '.*bad\.tar': JSONDecodeError"),
         (
-            {"0.json": b'{"label": [1]}'},
+            {"0.json": b'{"label": [1]}', "1.cls": b"0"},
             r"label of '0\.png' of shard '.*bad\.tar' is \[1\]; it must be a number or a na",
         ),
         ({"0.cls": b"1"}, r"1 images of .* have no label beside them, such as 'bad\.tar/1\.png'"),

@@ -79,8 +79,8 @@ def test_bad_metadata(tmp_path):
     with pytest.raises(ValueError, match=r"1 images of .* have no label in metadata\.csv, such as '2\.png'"):
         _ = open_source(root).labels
     (root / "metadata.csv").unlink()
-    (root / "dataset.json").write_text('{"labels": [["1.png", [0.5, 1]]]}')
-    with pytest.raises(ValueError, match=r"label of '1\.png' in 'dataset\.json' is \[0\.5, 1\]"):
+    (root / "dataset.json").write_text('{"labels": [["1.png", [0.5, 1]], ["2.png", 0]]}')
+    with pytest.raises(ValueError, match=r"label of '1\.png' in '.*images' is \[0\.5, 1\]"):
         _ = open_source(root).labels
     for broken in ("{", "[" * 100_000, '{"labels": [[1, 2]]}', "\N{SNOWMAN}"):
         (root / "dataset.json").write_text(broken, encoding="utf-16")

@@ -118,7 +118,9 @@ def test_columns_that_are_refused(datasets, tmp_path):
     assert saved("e", table(datasets, kind=kind)).classes[0] == "cat"
     assert saved("f", table(datasets).remove_columns("label")).labels is None
     hidden = (datasets.ClassLabel(names=["x", "y"]), [0] * 3 + [-1] * 9)  # as test splits have it
-    with pytest.raises(ValueError, match=r"the label in row 3 of '.*g' is -1; it must be a number or a name"):
+    with pytest.raises(
+        ValueError, match=r"the label of the image in row 3 of '.*g' is -1; it must be a number or a name"
+    ):
         _ = saved("g", table(datasets, label=hidden)).labels
 
 
