@@ -45,6 +45,10 @@ class DataArguments:
             raise ValueError(f"workers is {self.workers}; it cannot be negative")
 
 
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 def convert(source: ImageSource, options: DataArguments) -> None:
     """Writes the images of `source` in one size; BrokenImageError, and no file, if one cannot be read."""
     assert options.convert
@@ -55,7 +59,7 @@ def convert(source: ImageSource, options: DataArguments) -> None:
     images = (image for batch in batches for image in batch.numpy())
     pack(tqdm(images, total=count, unit="image"), count, labels, source.classes, files)
     about = f"{len(source.classes)} classes" if labels else "no labels"
-    print(f"wrote {options.convert}: {count} images of {options.size}x{options.size}, {about}")
+    print(f"wrote {options.convert}: {_counted(count, 'image')} of {options.size}x{options.size}, {about}")
 
 
 def run(arguments: list[str]) -> None:
@@ -74,12 +78,12 @@ def run(arguments: list[str]) -> None:
             broken.append(str(error))
             continue
         kinds[f"{image.width}x{image.height} {image.mode}"] += 1
-    print(f"{len(source)} images")
+    print(_counted(len(source), "image"))
     for kind, count in kinds.most_common(10):
         print(f"  {count} of {kind}")
     if len(kinds) > 10:
         print(f"  and {len(kinds) - 10} more sizes")
-    problems = [f"{len(broken)} files cannot be read:", *broken] if broken else []
+    problems = [f"{_counted(len(broken), 'file')} cannot be read:", *broken] if broken else []
     try:
         classes = source.classes
     except ValueError as error:

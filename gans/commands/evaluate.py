@@ -100,8 +100,9 @@ class EvaluateArguments:
             raise ValueError(
                 f"manifold_count is {self.manifold_count}; {self.neighbours} neighbours need 2 more images"
             )
-        if self.checkpoint and self.count < 2:
-            raise ValueError(f"count is {self.count}; a checkpoint is to make 2 images or more")
+        least = self.neighbours + 2
+        if self.count < least and (self.checkpoint or self.count):
+            raise ValueError(f"count is {self.count}; {self.neighbours} neighbours need {least} images or more")
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,19 +39,72 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     path.chmod(mode)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came while files were written, of which nothing is left."""
+
+    status = 128 + signal.SIGTERM
+    """The exit status that shells expect."""
+
+
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM raises Terminated, where it would end the process, so that what is open is cleaned up."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated("terminated")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _partial(path: Path, prefix: str) -> Iterator[Path]:
+    """What is called `path` when it is complete, under another name. If all does not go well, it and the folders that
+    were made for it vanish.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    partial = path.with_name(prefix + path.name)
+    with _terminable():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+        except BaseException:
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
+            for folder in made:
+                with suppress(OSError):  # others may have put something there
+                    folder.rmdir()
+            raise
+
+
+def _own() -> str:
+    """The beginning of a name that no other process writes to."""
+    return f"{PARTIAL}{secrets.token_hex(4)}-"
+
+
+@contextmanager
+def new_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A path to write to, which takes the name `path` when all has gone well and vanishes otherwise.
 
-    Makes the folder; replaces an older file.
+    Makes the folder. Replaces an older file; or, with `replace=False`, raises FileExistsError where there is one by
+    then, whoever else writes at the same time.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(PARTIAL + path.name)
-    try:
+    with _partial(path, PARTIAL if replace else _own()) as partial:
         yield partial
+        if not replace:
+            try:
+                path.touch(exist_ok=False)
+            except FileExistsError as error:
+                raise FileExistsError(f"{str(path)!r} exists: it was written meanwhile; give another name") from error
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -55,12 +112,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write to, as `new_file`; FileExistsError where `path` exists."""
     if path.exists():
         raise FileExistsError(f"out {str(path)!r} exists; give another folder")
-    partial = path.with_name(PARTIAL + path.name)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
+    with _partial(path, _own()) as partial:
+        partial.mkdir()
         yield partial
         partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

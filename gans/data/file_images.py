@@ -106,7 +106,8 @@ class FileImages:
             found = {name: self.folder_of(name) for name in self.names}
         if missing := [name for name in self.names if name not in found]:
             raise ValueError(
-                f"{len(missing)} images of {str(self.origin)!r} have no label {where}, such as {missing[0]!r}"
+                f"{len(missing)} of {len(self)} images of {str(self.origin)!r} have no label {where}, such as "
+                f"{missing[0]!r}"
             )
         values = [found[name] for name in self.names]
         return number_classes(values, lambda i: self.called(self.names[i]), called.by_number)
@@ -244,8 +245,7 @@ class ZipImages(FileImages):
             )
         if outside := [info.filename for info in entries if leads_out(info.filename)]:
             raise ValueError(
-                f"data {str(path)!r} has {len(outside)} members that lead out of it, such as {outside[0]!r}; "
-                "pack it with other names"
+                f"data {str(path)!r} has a member that leads out of it, {outside[0]!r}; pack it with other names"
             )
         super().__init__(path, of_split([info.filename for info in entries], split, path))
 

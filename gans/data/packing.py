@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import itertools
 import json
@@ -28,6 +29,10 @@ def check_destination(destination: str) -> list[Path]:
         raise ValueError(
             f"convert is {destination!r}; it must be one ZIP file, NAME.zip, or shards, such as 'NAME-{{000..009}}.tar'"
         )
+    if patterned := [file.name for file in files if glob.has_magic(file.name)]:
+        raise ValueError(
+            f"convert is {destination!r}; a name with *, ? or [, as {patterned[0]!r}, could not be read again"
+        )
     check_distinct(files, destination)
     if old := [str(file) for file in files if file.exists()]:
         raise FileExistsError(f"convert is {destination!r}, and {old[0]!r} exists; give another name")
@@ -49,7 +54,7 @@ def pack(
     """
     numbered = enumerate(images)
     with ExitStack() as stack:
-        partial = [stack.enter_context(new_file(file)) for file in files]
+        partial = [stack.enter_context(new_file(file, replace=False)) for file in files]
         if files[0].suffix.lower() == ".zip":
             _write_zip(partial[0], numbered, labels, classes)
             return

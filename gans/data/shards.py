@@ -70,9 +70,9 @@ def common_folder(files: Sequence[Path]) -> Path:
 
 
 class ShardImages(FileImages):
-    """Every image in tar files, named by shard and member."""
+    """Every image in tar files, named by shard and member; messages call all of them `data`."""
 
-    def __init__(self, shards: Sequence[Path]) -> None:
+    def __init__(self, shards: Sequence[Path], data: str) -> None:
         root = common_folder(shards)
         self._shards = {shard.relative_to(root).as_posix(): shard for shard in shards}
         self._places: dict[str, tuple[str, int, int]] = {}
@@ -82,7 +82,7 @@ class ShardImages(FileImages):
                 if name in self._places:
                     raise ValueError(f"shard {str(shard)!r} has {member!r} twice")
                 self._places[name] = called, place, size
-        super().__init__(root, self._places)
+        super().__init__(Path(data), self._places)
         for one, other in itertools.pairwise(self.names):
             if key_of(one) == key_of(other):
                 shard, first = self._split(one)

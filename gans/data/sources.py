@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -15,6 +16,7 @@ from gans.data.file_images import EXTENSIONS, SPLITS, FolderImages, ZipImages, c
 from gans.data.shards import ShardImages, common_folder
 
 DIGITS = "digits"
+KINDS = f"a folder, a ZIP file, shards (.tar), .parquet files, CIFAR-10's archive, {tables.HUB}NAME or {DIGITS!r}"
 
 
 class ImageSource(Protocol):
@@ -99,8 +101,7 @@ def _matching(data: str) -> list[Path]:
         some = f"data {data!r} are {len(files)} files, of which {len(missing)} do not exist"
         raise FileNotFoundError(f"{some}, such as {str(missing[0])!r}")
     if missing or not files:
-        kinds = f"a folder, a ZIP file, shards, parquet files, {tables.HUB}NAME or {DIGITS!r}"
-        raise FileNotFoundError(f"data {data!r} does not exist; give {kinds}")
+        raise FileNotFoundError(f"data {data!r} does not exist; give {KINDS}")
     check_distinct(files, data)
     return files
 
@@ -134,7 +135,7 @@ def _split_of(file: Path) -> str | None:
 def _from_files(files: Sequence[Path], split: str, data: str) -> ImageSource:
     kinds = {file.suffix.lower() for file in files}
     if kinds == {".tar"} and not (len(files) == 1 and arrays.is_cifar10(files[0])):
-        return ShardImages(_of_split(files, split, data))
+        return ShardImages(_of_split(files, split, data), data)
     if kinds == {".parquet"}:
         return tables.from_parquet(_of_split(files, split, data), data)
     if len(files) > 1:
@@ -142,6 +143,8 @@ def _from_files(files: Sequence[Path], split: str, data: str) -> ImageSource:
     (file,) = files
     if kinds == {".tgz"} or ".tar" in file.suffixes:
         return arrays.cifar10(file, split)
+    if kinds != {".zip"} and not zipfile.is_zipfile(file):
+        raise ValueError(f"data {data!r} is none of what can be read: {KINDS}")
     return ZipImages(file, split)
 
 

@@ -29,7 +29,8 @@ SAVED = ("dataset_dict.json", "state.json")
 class TableImages:
     """The images in a column of a `datasets.Dataset`, and the labels in another.
 
-    Images are the column of the feature type Image, or of encoded files as bytes; if there are several, the one called
+    Images are the column of the feature type Image, or of encoded files as bytes, alone or in the pair (bytes, path)
+    that Image is in parquet; if there are several, the one called
     "image". Labels are the column of the type ClassLabel, or else the one called "label".
     """
 
@@ -39,9 +40,8 @@ class TableImages:
         self.data = data
         self._files = files
         self._dataset = dataset
-        types = {name: getattr(kind, "dtype", None) for name, kind in dataset.features.items()}
         images = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
-        images = images or [name for name, kind in types.items() if kind in ("binary", "large_binary")]
+        images = images or [name for name, kind in dataset.features.items() if _is_bytes(kind) or _is_file(kind)]
         self._column = _only(images, "image", f"data {data!r} has", "images", dataset.column_names)
         self._images = dataset.select_columns(self._column)
         if isinstance(dataset.features[self._column], datasets.Image):
@@ -108,6 +108,15 @@ class TableImages:
         return number_classes(values, lambda index: f"the image {self._called(index)}", called)
 
 
+def _is_bytes(kind: Any) -> bool:
+    return getattr(kind, "dtype", None) in ("binary", "large_binary")
+
+
+def _is_file(kind: Any) -> bool:
+    """Whether it is what Image is in parquet, where other programs wrote no word of that type."""
+    return isinstance(kind, dict) and kind.keys() == {"bytes", "path"} and _is_bytes(kind["bytes"])
+
+
 def _only(names: Sequence[str], usual: str, whose: str, what: str, columns: Sequence[str]) -> str:
     """The only name, or the usual one; ValueError where there is no such column."""
     if len(names) == 1:
@@ -135,9 +144,29 @@ def _load(data: str, load: Callable[[Any], Any]) -> Any:
         raise ValueError(f"data {data!r} cannot be read: {error}{cause}") from error
 
 
+def _columns(file: str) -> frozenset[str]:
+    """The names of a parquet file's columns; none if it has no rows."""
+    from pyarrow import parquet
+
+    found = parquet.ParquetFile(file)
+    return frozenset(found.schema_arrow.names if found.metadata.num_rows else ())
+
+
 def from_parquet(files: Sequence[Path], data: str) -> TableImages:
     """The images in parquet files, in the order of the files."""
     names = [str(file) for file in files]
+    columns = {
+        name: columns for name, columns in _load(data, lambda _: [(name, _columns(name)) for name in names]) if columns
+    }
+    if not columns:
+        raise ValueError(f"data {data!r} has no images: its files have no rows")
+    first, *others = columns
+    for other in others:
+        if columns[other] != columns[first]:
+            raise ValueError(
+                f"data {data!r} has files with different columns: {', '.join(sorted(columns[first]))} in {first!r}, "
+                f"and {', '.join(sorted(columns[other]))} in {other!r}"
+            )
     loaded = _load(data, lambda datasets: datasets.load_dataset("parquet", data_files=names, split="train"))
     return TableImages(loaded, data, files)
 

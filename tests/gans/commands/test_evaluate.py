@@ -390,6 +390,7 @@ def test_evaluate_refuses(folder, tmp_path, capsys):
         (["--images", folder, "--networks", "judge"], "--judge FILE"),
         (["--images", folder, "--networks", "lite1", "lite1"], "name each network once"),
         (["--images", folder, "--count", "-1"], "count is -1"),
+        (["--images", folder, "--count", "4"], "count is 4; 3 neighbours need 5 images or more"),
         (["--images", folder, "--manifold-count", "4"], "3 neighbours need 2 more"),
         (["--images", tmp_path / "missing"], "does not exist"),
         (["--checkpoint", folder], "has no config.json"),

@@ -76,7 +76,7 @@ def test_metadata_files_are_labels(tmp_path, packed, style):
 def test_bad_metadata(tmp_path):
     root = write_images(tmp_path / "images", ["1.png", "2.png"])
     (root / "metadata.csv").write_text("file_name,label\n1.png,a\n")
-    with pytest.raises(ValueError, match=r"1 images of .* have no label in metadata\.csv, such as '2\.png'"):
+    with pytest.raises(ValueError, match=r"1 of 2 images of .* have no label in metadata\.csv, such as '2\.png'"):
         _ = open_source(root).labels
     (root / "metadata.csv").unlink()
     (root / "dataset.json").write_text('{"labels": [["1.png", [0.5, 1]], ["2.png", 0]]}')
@@ -96,7 +96,7 @@ def test_labels_are_read_only_where_they_are_used(tmp_path, capsys):
     assert main(["data", "--data", str(root)]) == 1
     shown = capsys.readouterr()
     assert "2 images\n  2 of 4x4 RGB" in shown.out
-    assert "1 images of" in shown.err and "no label in dataset.json, such as 'train/b/2.png'" in shown.err
+    assert "1 of 2 images of" in shown.err and "no label in dataset.json, such as 'train/b/2.png'" in shown.err
     # What is said of other splits does not matter.
     (root / "dataset.json").rename(root / "test" / "dataset.json")
     assert open_source(root).classes == ["a", "b"]

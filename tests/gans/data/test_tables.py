@@ -138,6 +138,30 @@ def test_files_that_are_not_parquet(datasets, tmp_path):
         open_source(tmp_path / "x.parquet")
 
 
+def test_parquet_of_other_programs(datasets, tmp_path):
+    """A pair of bytes and path without the type Image; files without rows; files with other columns."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def write(name, rows, **more):
+        kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+        files = [{"bytes": encoded(20 * i), "path": None} for i in range(rows)]
+        parquet.write_table(pyarrow.table({"image": pyarrow.array(files, kind), **more}), tmp_path / name)
+
+    write("a.parquet", 3, label=[0, 1, -1])
+    source = open_source(tmp_path / "a.parquet")
+    assert reds(source) == [0, 20, 40]
+    with pytest.raises(ValueError, match=r"label of the image in row 2 of '.*a\.parquet' is -1"):
+        _ = source.labels
+    write("b.parquet", 0, label=pyarrow.array([], pyarrow.int64()))
+    with pytest.raises(ValueError, match=r"b\.parquet' has no images"):
+        open_source(tmp_path / "b.parquet")
+    write("c.parquet", 1, text=["x"])
+    message = r"^data '.*\*\.parquet' has files with different columns: image, label in '.*', and image, text in '.*'$"
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path / "*.parquet"))
+
+
 def test_without_the_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "x.parquet").write_bytes(b"")
