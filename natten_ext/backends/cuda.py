@@ -62,15 +62,13 @@ def run(order: Order, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     """The results of an order; RuntimeError where there are no kernels."""
     if reason := _not_loaded():
         raise RuntimeError(f"backend 'cuda' cannot run this: {reason}")
-    place = order.query
-    query = arguments[place]
+    query = arguments[order.query]
+    # Whether torch lets float32 matrix products run in TF32 on the tensor cores.
+    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     # l2 scores need vectors near zero: far from it, their products would cancel. Those of bfloat16 are sums of 16-bit
     # numbers in float32, which lose nothing.
     if arguments[order.l2] and query.dtype != torch.bfloat16:
-        arguments = [*arguments]
-        arguments[place : place + 2] = about_origin(*arguments[place : place + 2])
-    # Whether torch lets float32 matrix products run in TF32 on the tensor cores.
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        arguments = about_origin(order, arguments, tf32=tf32)
     try:
         return getattr(_compiled, f"{order.name}_kernels")(*arguments, tf32)
     except RuntimeError as error:

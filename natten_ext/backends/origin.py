@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+
+from ..orders import Order
 
 # Beyond this the square of a float32 overflows, and there is nothing to win.
 _LARGEST = 1e18
@@ -31,7 +36,31 @@ def origin_of(key: torch.Tensor) -> torch.Tensor:
     return middle.unflatten(1, (1,) * (key.dim() - 3))
 
 
-def about_origin(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def about_origin(order: Order, arguments: Sequence[Any], *, tf32: bool) -> list[Any]:
+    """Arguments of an order with l2 scores for kernels that make distances of products: query and key about an origin.
+
+    Where products are computed in TF32, they and their cotangents are rounded to it here, which products do anyway. But
+    the squares that products are subtracted from must be of the same numbers: those of two vectors of norm 100 would
+    differ from their product by ten, wherever the two are.
+    """
+    arguments = [*arguments]
+    place = order.query
+    arguments[place : place + 2] = _less_origin(*arguments[place : place + 2])
+    if tf32:
+        names = order.operands._fields
+        for index in [place, place + 1, *(i for i, name in enumerate(names) if name in ("cot_query", "cot_key"))]:
+            if arguments[index] is not None:
+                arguments[index] = _rounded_to_tf32(arguments[index])
+    return arguments
+
+
+def _rounded_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """To 11 bits, ties away from zero as the GPU's own conversion; NaN and infinity stay."""
+    rounded = x.view(torch.int32).add(1 << 12).bitwise_and(-1 << 13).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x)
+
+
+def _less_origin(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Query and key less ``origin_of(key)``: the same distances and derivatives, from smaller numbers.
 
     In half precision only channels are moved in which all elements are within half of the origin from it: then the

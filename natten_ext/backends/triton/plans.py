@@ -216,8 +216,8 @@ class _Preparation:
         for index in self.copied:
             arguments[index] = arguments[index].contiguous()
         if self.moved:
-            place = order.query
-            arguments[place : place + 2] = about_origin(*arguments[place : place + 2])
+            tf32 = not full_precision(arguments[order.query].dtype)
+            arguments = about_origin(order, arguments, tf32=tf32)
         return arguments
 
 
