@@ -45,7 +45,7 @@ SAMPLE = [
         ],
     ),
     ("sm_80", ["church-d1"], "bfloat16", ["backward_key", "double_query"]),
-    ("sm_100", ["l2-1k"], "bfloat16", ["forward"]),
+    ("sm_100", ["l2-1k"], "bfloat16", ["forward", "backward_key", "double_key"]),  # without a table
     # Tiles of 64 rows of 72 channels: with 8 warps, these would read beyond them.
     (
         "sm_90",

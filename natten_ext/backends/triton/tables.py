@@ -114,8 +114,10 @@ def head_table(padded, head, planes, rows, columns, S: tl.constexpr, COUNT: tl.c
 
 @triton.jit
 def table_in_turn(first, padded, head, planes, rows, columns, S: tl.constexpr, COUNT: tl.constexpr = 1):
-    """The table of one of the heads that share a key head, of which ``first`` is the first head's."""
-    if S.shared == 1:
+    """The table of one of the heads that share a key head, of which ``first`` is the first head's; None of None."""
+    if padded is None:  # the compiler returns no variable that is None
+        return
+    elif S.shared == 1:
         return first
     else:
         return head_table(padded, head, planes, rows, columns, S, COUNT)
