@@ -6,7 +6,7 @@ test that also asks for `case` gets its cases from the marker `pytest.mark.cases
 at full speed, the small ones where they are interpreted or emulated.
 
 An interpreter takes seconds for what takes an emulator milliseconds. Of each test it gets a few, evenly spread over
-its parameters: 2, or as many as `pytest.mark.interpreted(...)` says; an emulator gets 40 of them at most. Both get all
+its parameters: 1, or as many as `pytest.mark.interpreted(...)` says; an emulator gets 24 of them at most. Both get all
 with NATTEN_EXT_TEST_ALL=1.
 """
 
@@ -24,7 +24,7 @@ from tests.operators.cases import Case
 # Backends whose kernels are not made for the CPU run there through an interpreter or an emulator.
 NATIVE_ON_CPU = {"reference", "cpu"}
 INTERPRETED_ON_CPU = {"triton"}
-EMULATED = 40
+EMULATED = 24
 TEST_ALL = os.environ.get("NATTEN_EXT_TEST_ALL") == "1"
 
 
@@ -103,9 +103,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped: set[pytest.Item] = set()
     for (_, target), group in groups.items():
         marker = group[0].get_closest_marker("interpreted")
-        count = EMULATED if not target.interpreted else marker.args[0] if marker else 2
+        count = EMULATED if not target.interpreted else marker.args[0] if marker else 1
         if count < len(group):
-            kept = {index * (len(group) - 1) // max(count - 1, 1) for index in range(count)}
+            kept = {(2 * index + 1) * len(group) // (2 * count) for index in range(count)}
             dropped |= {item for index, item in enumerate(group) if index not in kept}
     if dropped:
         config.hook.pytest_deselected(items=list(dropped))

@@ -11,7 +11,7 @@ from tests.operators.cases import CASES, Case
 NATTEN_CASES = [
     case for case in CASES if case.kind == "neighborhood" and not (case.groups or case.tied) and case.score == "dot"
 ]
-UNSTRIDED = [case for case in NATTEN_CASES if case.stride == 1]
+UNFUSED = [case for case in NATTEN_CASES if case.stride == 1 and case.shared == 1]
 
 
 def heads_first(x: torch.Tensor) -> torch.Tensor:

@@ -191,7 +191,7 @@ def forward_over_forward(loss, point: list[Tensor], direction: list[Tensor]) -> 
     return [torch.func.jacfwd(slope)(*point)]
 
 
-@pytest.mark.cases([*ONE_OF_EACH, replace(ONE_OF_EACH[3], score="dot")])
+@pytest.mark.cases([*ONE_OF_EACH[:4], find("na-tiny-shared", bias=True), replace(ONE_OF_EACH[3], score="dot")])
 @pytest.mark.parametrize("mode", [reverse_over_forward, forward_over_reverse, forward_over_forward])
 def test_reference_in_every_mode_of_differentiation(case, mode):
     """The Hessian times a vector, four ways, of the attention and of its weights."""

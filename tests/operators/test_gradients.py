@@ -28,7 +28,6 @@ def test_gradcheck(any_target, case):
     assert gradcheck(function, inputs, fast_mode=any_target.slow)
 
 
-@pytest.mark.interpreted(1)
 @pytest.mark.cases(TINY)
 def test_gradgradcheck(any_target, case):
     any_target.skip_unless_can(torch.float64, case.head_dim)

@@ -171,7 +171,6 @@ def test_forward_over_reverse(any_target, case, part):
     assert_equal_to_rounding(results, {n: by_inputs[f"in {n}"] + by_y[f"d_{n}"] for n in inputs}, 1e-12)
 
 
-@pytest.mark.interpreted(1)
 @pytest.mark.cases(TINY)
 @pytest.mark.parametrize("part", PARTS)
 def test_numerical_derivatives(any_target, case, part):
@@ -206,7 +205,6 @@ def test_transforms(target, case, name):
     close(*results)
 
 
-@pytest.mark.interpreted(1)
 @pytest.mark.cases(SMALL)
 @pytest.mark.parametrize("dim", [0, -1])
 def test_vmap(target, case, dim):

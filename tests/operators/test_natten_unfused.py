@@ -7,19 +7,19 @@ import torch
 
 from natten_ext import compat
 from tests.operators.cases import cotangents_of, derivatives, find, grad_output_of, inputs_of, oracle_derivatives
-from tests.operators.natten_cases import UNSTRIDED, close, heads_first, scores_of, unfused, windows_of
+from tests.operators.natten_cases import UNFUSED, close, heads_first, scores_of, unfused, windows_of
 
-SMALL = [case for case in UNSTRIDED if case.small and case.shape[0]]
+SMALL = [case for case in UNFUSED if case.small and case.shape[0]]
 
 
-@pytest.mark.cases(UNSTRIDED)
+@pytest.mark.cases(UNFUSED)
 def test_attention_to_the_second_derivative(case):
     inputs = inputs_of(case)
     arguments = inputs, grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
     close(derivatives(lambda leaves: unfused(case, leaves), *arguments), oracle_derivatives(case, *arguments))
 
 
-@pytest.mark.cases(UNSTRIDED)
+@pytest.mark.cases(UNFUSED)
 def test_scores_are_in_row_major_order(case):
     """The n-th score that there is belongs to the n-th key that the oracle lists; in the place of others is -inf."""
     inputs = inputs_of(case)

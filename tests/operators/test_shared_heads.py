@@ -72,7 +72,6 @@ def solve(case: Case, target) -> Inputs:
 
 
 @pytest.mark.cases(SHARED)
-@pytest.mark.interpreted(1)
 def test_nothing_is_repeated(target, case):
     """Of all orders: keys, their cotangents and their gradients have the heads that they were given with."""
     with Operators() as operators:
@@ -80,7 +79,6 @@ def test_nothing_is_repeated(target, case):
     assert len(operators.heads) > 8 and set(operators.heads) == {case.heads // case.shared}
 
 
-@pytest.mark.interpreted(1)
 def test_heads_with_windows_of_their_own_share_as_far_as_they_can(target):
     """Six heads with one key head, but two windows: operators get two key heads."""
     with Operators() as operators:
@@ -92,7 +90,6 @@ def test_heads_with_windows_of_their_own_share_as_far_as_they_can(target):
 
 
 @pytest.mark.cases(SHARED[2:])
-@pytest.mark.interpreted(1)
 def test_the_same_bits_again(target, case):
     assert_same_bits(solve(case, target), solve(case, target))
 

@@ -28,7 +28,6 @@ def second_derivatives(attend, inputs: Inputs, y: Tensor, cotangents: Inputs) ->
     return dict(zip(sources, second, strict=True)), sources | {f"cot_{n}": t for n, t in given.items()}
 
 
-@pytest.mark.interpreted(1)
 @pytest.mark.cases(ONE_OF_EACH)
 def test_a_third_derivative_raises(target, case):
     """And `allow_unused` does not turn it into None. What is linear in cotangents has its derivative: see the next."""
