@@ -71,9 +71,8 @@ class Explorer:
         self._last_between = lru_cache(maxsize=1)(self._make_between)
         modules = self._sample(View())[1]
         self.attends = bool(modules)
-        self.blocks: list[
-            str
-        ] = []  # of the w that there may be: numbers, and the sizes of the maps of those that attend
+        # Of the w that there may be: numbers, and the sizes of the maps of those that attend.
+        self.blocks: list[str] = []
         if self.mapped:
             sizes = (f": {entry.extents[0]}x{entry.extents[1]}" for entry in modules)
             numbers = range(self.config.blocks)

@@ -63,12 +63,30 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def mark_of(name: str, path: Path) -> bytes:
+    """What changes with a file that is called `name`: that, its size and its time of change."""
+    status = path.stat()
+    return f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
+
+
+def missing(folder: Path) -> list[Path]:
+    """The folders that are made with `folder`, it first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes folders of `missing` that were made, but for those in which others have put something since."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 @contextmanager
 def _partial(path: Path, prefix: str) -> Iterator[Path]:
     """What is called `path` when it is complete, under another name. If all does not go well, it and the folders that
     were made for it vanish.
     """
-    made = [folder for folder in path.parents if not folder.exists()]
+    made = missing(path.parent)
     partial = path.with_name(prefix + path.name)
     with _terminable():
         try:
@@ -79,9 +97,7 @@ def _partial(path: Path, prefix: str) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 partial.unlink(missing_ok=True)
-            for folder in made:
-                with suppress(OSError):  # others may have put something there
-                    folder.rmdir()
+            remove_empty(made)
             raise
 
 

@@ -18,14 +18,14 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterable, Iterator, Set
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
+from gans.common.files import mark_of
 from gans.data.decoding import MAX_BYTES, decode
-from gans.data.labels import ClassNames, number_classes
+from gans.data.labels import ClassNames, NamedImages, number_classes
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 SPLITS = ("train", "test", "validation", "val")
@@ -33,28 +33,14 @@ METADATA = ("metadata.csv", "metadata.jsonl", "dataset.json")
 LITTER = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
 
 
-class FileImages:
-    """Image files of a folder or an archive, however deep, in the order of their names.
-
-    Labels are read when they are asked for: training does without, so it needs no complete ones.
-    """
+class FileImages(NamedImages):
+    """Image files of a folder or an archive, however deep, in the order of their names."""
 
     def __init__(self, origin: Path, names: Iterable[str]) -> None:
         self.origin = origin
         files = sorted({name for name in names if not is_litter(name)})
         self.names = [name for name in files if is_image(name)]
         self._tables = [name for name in files if PurePosixPath(name).name in METADATA]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def labels(self) -> list[int] | None:
-        return self._labelled[0]
-
-    @property
-    def classes(self) -> list[str]:
-        return self._labelled[1]
 
     def size_of(self, name: str) -> int:
         """The size of a file in bytes, without compression."""
@@ -90,8 +76,7 @@ class FileImages:
             raise ValueError(f"it has {size:,} bytes without compression; at most {MAX_BYTES:,} are read")
         return self.read(name, size)
 
-    @cached_property
-    def _labelled(self) -> tuple[list[int] | None, list[str]]:
+    def find_labels(self) -> tuple[list[int] | None, list[str]]:
         found: dict[str, Any] = {}
         called = ClassNames()
         for name in self._tables:
@@ -192,8 +177,7 @@ class FolderImages(FileImages):
 
     def marks(self) -> Iterator[bytes]:
         for name in self.names:
-            status = (self.origin / name).stat()
-            yield f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
+            yield mark_of(name, self.origin / name)
 
 
 def files_in(root: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 NONE = (-1, "-1")
@@ -63,3 +64,30 @@ def number_classes(
         return None, []
     numbers = {value: i for i, value in enumerate(order)}
     return [numbers[value] for value in values], [called.get(value, str(value)) for value in order]
+
+
+class NamedImages:
+    """Images with names, whose labels are found when they are asked for: training does without, so it needs no
+    complete ones.
+    """
+
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def labels(self) -> list[int] | None:
+        return self._labelled[0]
+
+    @property
+    def classes(self) -> list[str]:
+        return self._labelled[1]
+
+    @cached_property
+    def _labelled(self) -> tuple[list[int] | None, list[str]]:
+        return self.find_labels()
+
+    def find_labels(self) -> tuple[list[int] | None, list[str]]:
+        """As `number_classes` gives them."""
+        raise NotImplementedError

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gans.common.files import mark_of
 from gans.data.file_images import FileImages, leads_out
 from gans.data.labels import ClassNames
 
@@ -135,8 +136,7 @@ class ShardImages(FileImages):
 
     def marks(self) -> Iterator[bytes]:
         for called, shard in self._shards.items():
-            status = shard.stat()
-            yield f"{called}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
+            yield mark_of(called, shard)
         yield from (name.encode() for name in self.names)
 
     def _split(self, name: str) -> tuple[Path, str]:

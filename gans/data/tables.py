@@ -17,21 +17,22 @@ from typing import Any
 
 from PIL import Image
 
+from gans.common.files import mark_of
 from gans.data.decoding import MAX_BYTES, decode
 from gans.data.file_images import check_whole
-from gans.data.labels import number_classes
+from gans.data.labels import NamedImages, number_classes
 
 HUB = "hf:"
 SAVED = ("dataset_dict.json", "state.json")
 """Files of folders that `save_to_disk` has written, of several splits and of one."""
 
 
-class TableImages:
+class TableImages(NamedImages):
     """The images in a column of a `datasets.Dataset`, and the labels in another.
 
     Images are the column of the feature type Image, or of encoded files as bytes, alone or in the pair (bytes, path)
-    that Image is in parquet; if there are several, the one called
-    "image". Labels are the column of the type ClassLabel, or else the one called "label".
+    that Image is in parquet; if there are several, the one called "image". Labels are the column of the type
+    ClassLabel, or else the one called "label".
     """
 
     def __init__(self, dataset: Any, data: str, files: Sequence[Path] = ()) -> None:
@@ -48,24 +49,12 @@ class TableImages:
             self._images = self._images.cast_column(self._column, datasets.Image(decode=False))
         self.names = [str(i) for i in range(len(dataset))]
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def labels(self) -> list[int] | None:
-        return self._labelled[0]
-
-    @property
-    def classes(self) -> list[str]:
-        return self._labelled[1]
-
     def open(self, index: int) -> Image.Image:
         return decode(lambda: self._contents(index), self._called(index))
 
     def marks(self) -> Iterator[bytes]:
         for entry in self._dataset.cache_files:
-            status = Path(entry["filename"]).stat()
-            yield f"{entry['filename']}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
+            yield mark_of(entry["filename"], Path(entry["filename"]))
         yield str(len(self)).encode()
 
     def _contents(self, index: int) -> bytes:
@@ -93,8 +82,7 @@ class TableImages:
 
         return list(itertools.accumulate(parquet.ParquetFile(file).metadata.num_rows for file in self._files))
 
-    @cached_property
-    def _labelled(self) -> tuple[list[int] | None, list[str]]:
+    def find_labels(self) -> tuple[list[int] | None, list[str]]:
         import datasets
 
         features = self._dataset.features

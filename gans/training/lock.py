@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gans.common.files import missing, remove_empty
+
 NAME = ".lock"
 
 
@@ -21,7 +23,7 @@ def locked(folder: Path) -> Iterator[None]:
     The lock is on the file `.lock`, which says whose it is and stays behind, unlocked. Where the file system has no
     locks, a line on stderr says so. What was made is taken away after an exception before anything else was written.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = missing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Programs started inside do not inherit the file, so none of them can hold the lock longer than this process.
     with (folder / NAME).open("a+") as file:
@@ -46,7 +48,5 @@ def locked(folder: Path) -> Iterator[None]:
         except BaseException:
             if made and os.listdir(folder) == [NAME]:
                 (folder / NAME).unlink()
-                with suppress(OSError):  # a folder above it that holds something else by now
-                    for path in made:
-                        path.rmdir()
+                remove_empty(made)
             raise

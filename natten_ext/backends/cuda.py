@@ -20,7 +20,17 @@ import torch
 from ..orders import ORDERS, Order
 from ..version import __version__
 from .origin import about_origin
-from .support import COMPILED, MAX_HEAD_DIM, NOT_COMPILED, asked_once, cannot_take, cannot_use_gpu, load, namespace
+from .support import (
+    COMPILED,
+    MAX_HEAD_DIM,
+    NOT_COMPILED,
+    asked_once,
+    cannot_take,
+    cannot_use_gpu,
+    full_precision,
+    load,
+    namespace,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -63,8 +73,7 @@ def run(order: Order, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     if reason := _not_loaded():
         raise RuntimeError(f"backend 'cuda' cannot run this: {reason}")
     query = arguments[order.query]
-    # Whether torch lets float32 matrix products run in TF32 on the tensor cores.
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = not full_precision(query.dtype)
     # l2 scores need vectors near zero: far from it, their products would cancel. Those of bfloat16 are sums of 16-bit
     # numbers in float32, which lose nothing.
     if arguments[order.l2] and query.dtype != torch.bfloat16:

@@ -47,9 +47,8 @@ def about_origin(order: Order, arguments: Sequence[Any], *, tf32: bool) -> list[
     place = order.query
     arguments[place : place + 2] = _less_origin(*arguments[place : place + 2])
     if tf32:
-        names = order.operands._fields
-        for index in [place, place + 1, *(i for i, name in enumerate(names) if name in ("cot_query", "cot_key"))]:
-            if arguments[index] is not None:
+        for index, name in enumerate(order.types):
+            if name in ("query", "key", "cot_query", "cot_key") and arguments[index] is not None:
                 arguments[index] = _rounded_to_tf32(arguments[index])
     return arguments
 

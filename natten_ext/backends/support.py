@@ -29,6 +29,11 @@ MINIMUM_CAPABILITY = (8, 0)
 """Compute capability that the kernels for GPUs need."""
 
 
+def full_precision(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are computed in its own precision (float32 may use TF32, as torch's matmul)."""
+    return dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
 def cannot_take(dtype: torch.dtype, dtypes: Sequence[torch.dtype], head_dim: int) -> str:
     """Why a backend that has kernels for ``dtypes`` can't take these tensors; empty if it can."""
     if dtype not in dtypes:

@@ -174,14 +174,6 @@ def test_wide_heads(head_dim, dtype):
         assert magnitude([results[name].double() - true]) <= allowed * max(1.0, magnitude([true])), name
 
 
-@pytest.fixture
-def tf32():
-    previous = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = previous
-
-
 @pytest.mark.parametrize("case", [find("full-cross-13x29", score="l2"), find("na-9x10-kernels", bias=True)], ids=str)
 def test_tf32_where_torch_allows_it(case, tf32):
     """Errors are those of 10 bits of mantissa: larger than float32's, smaller than bfloat16's."""

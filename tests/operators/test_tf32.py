@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -23,21 +21,13 @@ from tests.operators.conftest import Target, targets
 CASE = Case("tf32", "full", (2, 9, 2, 8), score="l2", small=True)
 
 
-@pytest.fixture
-def _tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
 def rounded(x: torch.Tensor) -> torch.Tensor:
     """To the 11 bits of TF32."""
     mantissa, exponent = torch.frexp(x.double())
     return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent).float()
 
 
-@pytest.mark.usefixtures("_tf32")
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("norm", [10, 100])
 @pytest.mark.parametrize("on", [target for target in targets(with_reference=False) if target.backend != "cpu"], ids=str)
 def test_distances_of_vectors_far_from_the_origin(on: Target, norm: float):

@@ -182,7 +182,7 @@ def test_streamed_channels():
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_tf32_follows_torch(precision):
     pytest.importorskip("triton")
-    from natten_ext.backends.triton.launch import full_precision
+    from natten_ext.backends.support import full_precision
 
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ...geometry import FULL, GRID, MAP_AXES, NEIGHBORHOOD, HeadWindow
+from ..support import full_precision
 from . import configs
 from .on_device import Lists
 from .problem import QUERY, Problem, Tiling, problem_of, tiling
@@ -113,11 +114,6 @@ def chunks_of(head_dim: int, chunk: int = 0) -> tuple[int, ...]:
 def _members(windows: tuple[HeadWindow, ...]) -> Lists:
     """Kernel, dilation, stride and whether it is causal, of every head on every axis."""
     return (windows,)
-
-
-def full_precision(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype are computed in its own precision (float32 may use TF32, as torch's matmul)."""
-    return dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 class Launched(NamedTuple):

@@ -15,12 +15,13 @@ import triton
 
 from ...orders import CHOICES, Order
 from ..origin import about_origin
+from ..support import full_precision
 from . import configs, on_device
 from .backend import cannot_run
 from .backward import backward
 from .double_backward import double_backward
 from .forward import forward
-from .launch import INTERPRETED, Launch, Launched, Results, full_precision
+from .launch import INTERPRETED, Launch, Launched, Results
 from .operands import check_operands
 
 PLANNERS = {"forward": forward, "backward": backward, "double_backward": double_backward}
