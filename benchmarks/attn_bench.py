@@ -115,8 +115,9 @@ def _run(options: argparse.Namespace, dtype: torch.dtype, extra: tuple[Candidate
     record = Record(describe_environment(device, dtype), options.dtype)
     record.more["arguments"] = {k: str(v) for k, v in vars(options).items() if k != "shapes" and v is not None}
     environment = record.environment
-    samples = 2 if options.suite == "smoke" or not options.repeats else 12
-    rates = measure_rates(device, dtype, samples)
+    small = options.suite == "smoke"
+    samples = 2 if small or not options.repeats else 12
+    rates = measure_rates(device, dtype, samples, small)
     where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
     print(f"suite {options.suite}, {options.dtype}, {where}, torch {environment['torch']}")
     print(f"measured rates: {rates}")
@@ -138,7 +139,7 @@ def _run(options: argparse.Namespace, dtype: torch.dtype, extra: tuple[Candidate
         sys.stdout.flush()
         if options.json:
             record.write(options.json)
-    record.add([], measure_rates(device, dtype, samples))
+    record.add([], measure_rates(device, dtype, samples, small))
     print(f"\nrates, best of start and end (for the percentages from here on, and in the JSON): {record.rates}")
     environment["load_average_after"] = load_average()
     if options.json:

@@ -109,12 +109,15 @@ def step_floor(shape: Shape, order: str, itemsize: int, rates: Rates) -> tuple[f
     return sum(by_bound.values()), max(by_bound, key=by_bound.__getitem__)
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, samples: int = 12) -> Rates:
+def measure_rates(device: torch.device, dtype: torch.dtype, samples: int = 12, small: bool = False) -> Rates:
     """Peak rates: the best of several samples of a large matrix product, a copy, and an exponential.
 
     Multiply-adds: on a CPU the better of ``dtype`` and float32, since low precision is computed in float32 there.
     Exponentials: on a CPU ``torch.exp`` on a buffer that stays in cache; on a GPU the rate of the special-function
     units, since ``torch.exp`` is bound by memory.
+
+    ``small``: on a CPU smaller operands, of which nobody expects the peak. Some CPUs take seconds for a large product
+    in bfloat16.
     """
     clock = make_clock(device)
 
@@ -123,14 +126,14 @@ def measure_rates(device: torch.device, dtype: torch.dtype, samples: int = 12) -
         return units / min(clock.sample(call, 1) for _ in range(samples))
 
     on_cpu = device.type == "cpu"
-    n = 1536 if on_cpu else 8192
+    n = 8192 if not on_cpu else 256 if small else 1536
     fmas = 0.0
     for compute in {dtype, torch.float32} if on_cpu else {dtype}:
         a, b = (torch.randn(n, n, device=device).to(compute) for _ in range(2))
         product = torch.empty_like(a)
         fmas = max(fmas, best(functools.partial(torch.mm, a, b, out=product), float(n) ** 3))
 
-    source = torch.ones((1 << 28) // 4 if on_cpu else 1 << 28, device=device)
+    source = torch.ones(1 << (28 if not on_cpu else 20 if small else 26), device=device)
     target = torch.zeros_like(source)
     copy = best(lambda: target.copy_(source), 2.0 * source.nbytes)
 

@@ -5,13 +5,18 @@
 Prints where the package is and how long the first gradient took, and fails where a result is wrong.
 """
 
+import sys
 import time
 
 start = time.perf_counter()
 
 import torch  # noqa: E402
 
+compiler_before = "torch._dynamo" in sys.modules
+
 import natten_ext  # noqa: E402
+
+assert ("torch._dynamo" in sys.modules) == compiler_before, "torch's compiler takes two seconds to import"
 
 q, k, v = (torch.randn(1, 6, 6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
 table = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)

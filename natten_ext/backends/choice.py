@@ -19,6 +19,7 @@ import torch
 from ..checks import shown
 from ..geometry import KINDS, Grid, Neighborhood
 from . import cpu, cuda
+from .support import constant_when_compiled
 from .triton import backend as triton
 
 FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
@@ -154,7 +155,7 @@ def _reason(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> s
     return "" if name == "reference" else FUSED[name].cannot_run(device_type, dtype, head_dim)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)

@@ -27,6 +27,7 @@ from .support import (
     asked_once,
     cannot_take,
     cannot_use_gpu,
+    constant_when_compiled,
     full_precision,
     load,
     namespace,
@@ -87,7 +88,7 @@ def run(order: Order, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         raise
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _ask_shared_limit(device: int) -> int:
     """Bytes of shared memory that a GPU gives a block; tests change those of the emulated one."""
     return _compiled.shared_memory("float32", 1, device)[1]

@@ -12,6 +12,7 @@ import torch
 from ..orders import INTERFACE
 
 Answer = TypeVar("Answer")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 PACKAGE = __package__.partition(".")[0]
 """The name this package is imported by: natten_ext, or another where Hugging Face's ``kernels`` loads a copy that
@@ -60,6 +61,15 @@ def load(library: str | Path, operators: Any) -> str:
     return f"{library} was built from other sources than {__file__}, and must be built again: {REBUILD}"
 
 
+def constant_when_compiled(function: Function) -> Function:
+    """A function whose results torch.compile takes for constant.
+
+    As ``torch.compiler.assume_constant_result``, which would import the compiler: two seconds of every program.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def asked_once(question: Callable[..., Answer]) -> Callable[..., Answer]:
     """A function with a cache, whose results torch.compile takes for constant.
 
@@ -67,7 +77,7 @@ def asked_once(question: Callable[..., Answer]) -> Callable[..., Answer]:
     """
     cached = functools.cache(question)
 
-    @torch.compiler.assume_constant_result
+    @constant_when_compiled
     @functools.wraps(question)
     def answer(*arguments: object) -> Answer:
         return cached(*arguments)

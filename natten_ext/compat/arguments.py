@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..backends.support import constant_when_compiled
 from ..checks import extents_of, flags_of, shown
 from ..geometry import MAP_AXES, Extents
 
@@ -55,7 +56,7 @@ def refuse(name: str, value: Any, what: str, *, allowed: bool) -> None:
         raise NotImplementedError(f"{name}: natten_ext does not support {what}, got {got}")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _warn_once(names: str) -> None:
     global _warned
     if not _warned:
