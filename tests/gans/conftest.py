@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from gans.data.loading import DataConfig
+from gans.evaluation import plots
 from gans.models.transgan import DiscriminatorConfig, GeneratorConfig
 from gans.recipes.config import RunConfig, TrainConfig
 
@@ -41,7 +42,13 @@ def tiny() -> TrainConfig:
 
 
 @pytest.fixture
-def tiny_run(tmp_path: Path) -> RunConfig:
+def plain_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's curves are a pixel: to draw them takes longer than the training of a test."""
+    monkeypatch.setattr(plots, "plot_curves", lambda lines, path, distance: Image.new("L", (1, 1)).save(path))
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path, plain_curves: None) -> RunConfig:
     return RunConfig(
         data="digits",
         out=str(tmp_path / "run"),

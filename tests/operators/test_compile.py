@@ -12,6 +12,7 @@ from natten_ext.backends.support import asked_once
 from natten_ext.checks import windows_of
 from natten_ext.geometry import Full, Grid
 from natten_ext.operators import OPERATORS
+from natten_ext.remembered import constant_when_compiled
 from tests.operators.cases import Inputs, find, forward, grad_output_of, inputs_of
 
 OPCHECK_CASES = [
@@ -235,6 +236,13 @@ def test_answers_are_constant_to_the_compiler():
         assert torch.compile(lambda x: x * answer(3) * answer(4), fullgraph=True, backend="eager")(x) == 20
         torch._dynamo.reset()
     assert asked == [3, 4]
+
+
+def test_constants_are_those_of_torch():
+    ours, torchs = lambda: 0, lambda: 0
+    constant_when_compiled(ours)
+    torch.compiler.assume_constant_result(torchs)
+    assert vars(ours) == vars(torchs) != {}
 
 
 def test_the_choice_on_a_gpu_compiles(monkeypatch):

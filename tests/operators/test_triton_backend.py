@@ -40,8 +40,10 @@ def run(code: str, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_without_triton_it_says_so():
+    """And torch's compiler, which takes seconds to import, is for those who compile."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
+        "import natten_ext; assert 'torch._dynamo' not in sys.modules\n"
         "from natten_ext.backends.triton import backend; import torch\n"
         "print(backend.cannot_run('cpu', torch.float32, 8))"
     )

@@ -20,6 +20,11 @@ from gans.training import logs
 from gans.training.loop import train
 
 
+@pytest.fixture
+def plain_curves() -> None:
+    """They are drawn here."""
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
