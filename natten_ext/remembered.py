@@ -15,14 +15,6 @@ MOST = 4096
 """Answers of a function."""
 
 
-def constant_when_compiled(function: Callable[..., Answer]) -> Callable[..., Answer]:
-    """What torch.compiler.assume_constant_result does, which imports the whole compiler for it: three seconds that
-    nobody else needs.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 def remembered(method: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
     """A method of an object that does not change, without arguments, whose answer the object keeps."""
     name = f"_{method.__name__}"

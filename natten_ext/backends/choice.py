@@ -18,7 +18,6 @@ import torch
 
 from ..checks import shown
 from ..geometry import KINDS, Grid, Neighborhood
-from ..remembered import constant_when_compiled
 from . import cpu, cuda
 from .support import constant_when_compiled
 from .triton import backend as triton

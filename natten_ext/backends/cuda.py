@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from ..orders import ORDERS, Order
-from ..remembered import constant_when_compiled
 from ..version import __version__
 from .origin import about_origin
 from .support import (

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 
 from ..orders import INTERFACE
-from ..remembered import constant_when_compiled
 
 Answer = TypeVar("Answer")
 Function = TypeVar("Function", bound=Callable[..., Any])

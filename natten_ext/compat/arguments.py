@@ -11,7 +11,6 @@ import torch
 from ..backends.support import constant_when_compiled
 from ..checks import extents_of, flags_of, shown
 from ..geometry import MAP_AXES, Extents
-from ..remembered import constant_when_compiled
 
 Size = int | tuple[int, ...] | list[int]
 """Of all map axes, or one per axis; a list is never one entry per group of heads, as in ``neighborhood_attention``."""

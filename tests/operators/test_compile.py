@@ -8,11 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import natten_ext
 from natten_ext.backends import choice, cuda
-from natten_ext.backends.support import asked_once
+from natten_ext.backends.support import asked_once, constant_when_compiled
 from natten_ext.checks import windows_of
 from natten_ext.geometry import Full, Grid
 from natten_ext.operators import OPERATORS
-from natten_ext.remembered import constant_when_compiled
 from tests.operators.cases import Inputs, find, forward, grad_output_of, inputs_of
 
 OPCHECK_CASES = [
