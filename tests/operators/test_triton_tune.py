@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from dataclasses import replace
@@ -25,7 +26,15 @@ def task(config: tuple[int, ...], step: str = "forward", shape: str = "nat-16") 
     return tune.Task(step, "bfloat16", (shape,), configs.Config(*config), "cpu")
 
 
-SECONDS = 3.0
+SECONDS = 1.0
+
+
+@pytest.fixture
+def quick_processes(monkeypatch):
+    """Processes that start as copies of one that has imported this module, which takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    monkeypatch.setattr(tune, "get_context", lambda how: context)
 
 
 def ends_the_process(one: tune.Task, arch: str = "") -> str:
@@ -109,7 +118,7 @@ def test_by_default_it_tunes_what_fits_ten_minutes():
 
 
 @pytest.mark.slow
-def test_what_ends_its_process_is_left_out_and_the_rest_goes_on():
+def test_what_ends_its_process_is_left_out_and_the_rest_goes_on(quick_processes):
     lines: list[str] = []
     tasks = [task((own, 16, 4, 1)) for own in (16, 32, 64, 128)]
     assert tune.compiled(tasks, "sm_90", 2, lines.append, trouble=ends_the_process) == [tasks[0], tasks[2]]
@@ -126,14 +135,14 @@ def test_what_ends_its_process_is_left_out_and_the_rest_goes_on():
 
 
 @pytest.mark.slow
-def test_what_does_not_end_is_ended_and_the_rest_goes_on():
+def test_what_does_not_end_is_ended_and_the_rest_goes_on(quick_processes):
     lines: list[str] = []
     locked, waiting, fine = (task((16, block, 4, 1)) for block in (64, 128, 16))
     assert tune.compiled([locked, fine], "sm_90", 1, lines.append, SECONDS, ends_the_process) == [fine]
-    assert lines == ["  (16, 64, 4, 1, 0) is left out: not done after 3 s"]
+    assert lines == ["  (16, 64, 4, 1, 0) is left out: not done after 1 s"]
     runner = tune.Runner(ends_the_process, SECONDS)
     try:
-        assert [runner(one) for one in (waiting, fine)] == ["not done after 3 s", ""]
+        assert [runner(one) for one in (waiting, fine)] == ["not done after 1 s", ""]
     finally:
         runner.close()
 
@@ -147,7 +156,7 @@ def test_what_spills_is_left_out():
         "if __name__ == '__main__':\n"
         "    tasks = [tune.Task('backward_key', 'bfloat16', ('church-g4',), Config(64, block, 4, 1), 'cuda')\n"
         "             for block in (16, 64)]\n"
-        "    print([tuple(one.config) for one in tune.compiled(tasks, 'sm_80', 2, print)])\n"
+        "    print([tuple(one.config) for one in tune.compiled(tasks, 'sm_80', 1, print)])\n"
     )
     done = python_without_interpreter("-c", code)
     assert done.returncode == 0, done.stderr
@@ -161,7 +170,7 @@ def test_results_are_compared_with_those_of_the_configuration_in_use(step, monke
     """Interpreted."""
     if not tune.plans.INTERPRETED:
         pytest.skip("measured on the GPU")
-    tiny = replace(SHAPES["nat-16"], name="tiny", batch=1, size=(6, 6), window=3, heads=2, head_dim=8)
+    tiny = replace(SHAPES["nat-16"], name="tiny", batch=1, size=(4, 5), window=3, dilations=(1,), heads=1, head_dim=4)
     monkeypatch.setitem(SHAPES, "tiny", tiny)
     tune._problem.cache_clear()
     one = tune.Task(step, "float32", ("tiny",), configs.Config(16, 16, 1, 1), "cpu")
