@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gans.recipes.config import to_dict
+from gans.recipes.config import RunConfig, TrainConfig
 from gans.training import checkpoint
 from gans.training.loop import train
+from tests.gans.processes import FORKS
 
 
 def save(root, step, keep=2, value=0.0):
@@ -88,26 +87,34 @@ def test_rng_state_round_trip():
     assert torch.equal(first, torch.rand(3))
 
 
+def run_train(config: TrainConfig, run: RunConfig) -> None:
+    train(config, run, progress=False)
+
+
 @pytest.mark.slow
 def test_run_killed_with_sigkill_continues_to_the_same_weights(tiny, tiny_run, tmp_path):
-    """Every step writes a checkpoint, so the signal falls into one with a good chance; none is left broken."""
+    """Every step writes a checkpoint, so the signal falls into one with a good chance; none is left broken.
+
+    While it lives no other run may have its folder; killed, it has no time to give the lock back.
+    """
     config = replace(tiny, steps=300)
     out = tmp_path / "killed"
     run = replace(tiny_run, out=str(out), checkpoint_every=1, keep=2, sample_every=1000, threads=1)
-    script = (
-        "import json, sys; from gans.recipes.config import *; from gans.training.loop import train; "
-        "recipe, run = json.load(sys.stdin); "
-        "train(from_dict(TrainConfig, recipe), from_dict(RunConfig, run), progress=False)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, text=True)
-    process.stdin.write(json.dumps([to_dict(config), to_dict(run)]))
-    process.stdin.close()
+    process = FORKS.Process(target=run_train, args=(config, run))
+    process.start()
     root = out / "checkpoints"
     deadline = time.monotonic() + 300
     while len(checkpoint.list_checkpoints(root)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    before = (out / "config.json").read_bytes()
+    for resume in (None, "latest"):
+        message = rf"out .* is in use by process {process.pid} on \S+, started 2\d+-"
+        with pytest.raises(FileExistsError, match=message):
+            train(config, replace(run, resume=resume), progress=False)
+    assert (out / "config.json").read_bytes() == before
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     for path in checkpoint.list_checkpoints(root):
         assert checkpoint.load_state(path)["step"] == int(path.name.removeprefix("step-"))
         assert all(load_file(path / f"{name}.safetensors") for name in ("generator", "generator_ema", "discriminator"))

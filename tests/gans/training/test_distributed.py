@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from gans.common.distributed import World, batch_mean, choose_device
 from gans.training import logs
 from gans.training.loop import synchronize_batch_norm
 from gans.training.steps import local_parts
+from tests.gans.processes import several
 
 OPTIONS = """--preset digits --data digits --steps 3 --n-critic 2 --batch-d 8 --batch-g 4 --sample-count 4 --log-every 1
     --generator.base-dim 32 --generator.heads 2 --generator.noise --generator.windows 2 4 4
@@ -41,20 +39,15 @@ def final_weights(out: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_learn_what_one_does(tmp_path, penalties):
     """WGAN-GP's penalty (of exact penalties), drift, R1, R2, bCR, DiffAug and noise at once.
 
-    One process, against two that torchrun starts and one that continues for the last step.
+    One process, against two and one that continues for the last step.
     """
     one, two = tmp_path / "one", tmp_path / "two"
     recipe = [*RECIPE, *penalties]
     assert main(["train", *recipe, "--out", str(one)]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gans"]
-    ran = subprocess.run(
-        [*command, "train", *recipe, "--out", str(two), "--steps", "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr
+    with several(2, "train", *recipe, "--out", str(two), "--steps", "2", errors=tmp_path) as processes:
+        for process in processes:
+            process.join(300)
+            assert process.exitcode == 0, "".join((tmp_path / rank).read_text() for rank in "01")
     assert json.loads((two / "config.json").read_text())["processes"] == 2
     assert main(["train", *recipe, "--out", str(two), "--resume", "latest"]) == 0
     expected, found = final_weights(one), final_weights(two)

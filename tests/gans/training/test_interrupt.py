@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from gans.training import loop as trainer
 from gans.training.interrupt import Interrupted, StopSignals
 from gans.training.lock import locked
 from gans.training.loop import train
+from tests.gans import processes
 
 OPTIONS = """--preset digits --data digits --batch-d 2 --batch-g 2 --n-critic 1 --generator.base-dim 64
     --discriminator.patch-dims 8 8 --sample-count 4 --threads 1 --device cpu"""
@@ -128,88 +130,70 @@ def test_ignored_signals_stay_ignored_and_other_threads_have_none():
     assert found == [signal.getsignal(signal.SIGTERM)]
 
 
-def wait_for(process: subprocess.Popen, path: Path, count: int = 1, seconds: float = 240) -> None:
-    """Until `path` has that many lines, while the process lives."""
-    deadline = time.monotonic() + seconds
-    while not (path.exists() and path.read_text().count("\n") >= count):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+def wait_for(run: Path, lines: int, alive: Callable[[], bool], seconds: float = 240) -> None:
+    """Until the run's log has that many lines."""
+    path, deadline = run / "log.jsonl", time.monotonic() + seconds
+    while not (path.exists() and path.read_text().count("\n") >= lines):
+        assert alive() and time.monotonic() < deadline
         time.sleep(0.05)
 
 
-@pytest.fixture
-def start():
-    """A function: Python with these arguments as a process of a group of its own, which the test's end kills."""
-    started: list[subprocess.Popen] = []
-
-    def run(*arguments: str) -> subprocess.Popen:
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        started.append(subprocess.Popen([sys.executable, *arguments], env=environment, **options))
-        return started[-1]
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+ENDLESS = ["train", *SMALL, "--steps", "100000", "--log-every", "1"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group(tmp_path, start, number):
+def test_a_signal_to_the_whole_group(tmp_path, number):
     """As a terminal sends it: processes that load images are not stopped by it, and the step gets its batch."""
     out = tmp_path / "run"
-    options = ["--steps", "100000", "--log-every", "1", "--images.workers", "2", "--out", str(out)]
-    process = start("-m", "gans", "train", *SMALL, *options)
-    wait_for(process, out / "log.jsonl", 5)
-    os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, errors
+    with processes.gans(*ENDLESS, "--images.workers", "2", "--out", str(out), errors=tmp_path / "errors") as process:
+        wait_for(out, 3, process.is_alive)
+        os.killpg(process.pid, number)
+        process.join(120)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 128 + number, errors
     assert "Traceback" not in errors
     (path,) = checkpoint.list_checkpoints(out / "checkpoints")
     assert f"stopped after step {checkpoint.step_of(path)}. Last good checkpoint: {path};" in errors
     assert logs.read(out)[-1]["step"] == checkpoint.load_state(path)["step"] == checkpoint.step_of(path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("to", ["torchrun", "one process"])
-def test_several_processes_stop_after_the_same_step(tmp_path, start, to):
-    out = tmp_path / "run"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = start(
-        *torchrun, "-m", "gans", "train", *SMALL, "--steps", "100000", "--log-every", "1", "--out", str(out)
-    )
-    wait_for(process, out / "log.jsonl", 5)
-    if to == "torchrun":
-        process.send_signal(signal.SIGINT)
-    else:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGTERM)
-    _, errors = process.communicate(timeout=240)
+def stopped_together(out: Path, errors: str) -> None:
+    """By several processes, of which one says so; one alone can go on."""
     (path,) = checkpoint.list_checkpoints(out / "checkpoints")
     assert f"stopped after step {checkpoint.step_of(path)}. Last good checkpoint: {path};" in errors
     assert errors.count("stopped after step") == 1
-    assert (
-        main(["train", *SMALL, "--steps", str(checkpoint.step_of(path) + 1), "--out", str(out), "--resume", "latest"])
-        == 0
-    )
+    steps = str(checkpoint.step_of(path) + 1)
+    assert main(["train", *SMALL, "--steps", steps, "--out", str(out), "--resume", "latest"]) == 0
 
 
 @pytest.mark.slow
-def test_a_second_run_in_a_folder_is_refused(tiny, tiny_run, tmp_path, start):
-    """Until the first is dead, which takes nothing but its death: killed, it has no time to give the lock back."""
+def test_a_signal_to_torchrun(tmp_path):
     out = tmp_path / "run"
-    options = ["--steps", "100000", "--log-every", "1", "--images.workers", "1", "--out", str(out)]
-    process = start("-m", "gans", "train", *SMALL, *options)
-    wait_for(process, out / "log.jsonl", 2)
-    before = (out / "config.json").read_bytes()
-    for resume in (None, "latest"):
-        with pytest.raises(FileExistsError, match=rf"out .* is in use by process {process.pid} on \S+, started 2\d+-"):
-            train(tiny, replace(tiny_run, out=str(out), resume=resume), progress=False)
-    assert (out / "config.json").read_bytes() == before
-    process.kill()
-    process.communicate()
-    train(tiny, replace(tiny_run, out=str(out), resume="latest"), progress=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gans"]
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *ENDLESS, "--out", str(out)], env=environment, **options)
+    try:
+        wait_for(out, 3, lambda: process.poll() is None)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+        process.wait()
+    stopped_together(out, errors)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_several_processes(tmp_path):
+    out = tmp_path / "run"
+    with processes.several(2, *ENDLESS, "--out", str(out), errors=tmp_path) as (main_process, other):
+        wait_for(out, 3, main_process.is_alive)
+        os.kill(other.pid, signal.SIGTERM)
+        for process in (main_process, other):
+            process.join(240)
+            assert process.exitcode == 128 + signal.SIGTERM
+    stopped_together(out, "".join((tmp_path / rank).read_text() for rank in "01"))
 
 
 def test_the_lock_of_a_folder(tmp_path, monkeypatch, capsys):
