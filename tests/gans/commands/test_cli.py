@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import resource
@@ -193,13 +194,24 @@ def test_without_a_command(arguments, status, out, err, capsys):
     assert shown.err.startswith(err) and bool(err) == bool(shown.err)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["presets"], ["cost", "--help"]])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_that_nobody_reads(arguments, unbuffered, unread, monkeypatch):
+def test_output_that_nobody_reads(unbuffered, unread, monkeypatch):
     """Whether output fails when it is written or is still in a buffer at the end."""
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
-    shown = gans(*arguments, stdout=unread)
+    shown = gans("--help", stdout=unread)
     assert (shown.returncode, shown.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("arguments", [["presets", "digits"], ["cost", "--help"]])
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_output_of_a_command_that_nobody_reads(arguments, buffering, unread, monkeypatch, capfd):
+    """As in a process of its own, which would import torch for it. What a buffer still has can go when it closes."""
+    stream = io.TextIOWrapper(os.fdopen(os.dup(unread), "wb", buffering), write_through=not buffering)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert main(arguments) == 141
+        stream.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_messages_that_nobody_reads(unread):
