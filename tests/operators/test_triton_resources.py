@@ -9,7 +9,6 @@ of the kernels that costs registers fails here even where the table is from the 
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,33 +43,68 @@ SAMPLE = [
             "double_key",
         ],
     ),
-    ("sm_80", ["church-d1"], "bfloat16", ["backward_key", "double_query"]),
+    ("sm_80", ["church-d1"], "bfloat16", ["double_query"]),  # needs all registers
     ("sm_100", ["l2-1k"], "bfloat16", ["forward", "backward_key", "double_key"]),  # without a table
-    # Tiles of 64 rows of 72 channels: with 8 warps, these would read beyond them.
-    (
-        "sm_90",
-        ["cifar-d1"],
-        "bfloat16",
-        ["backward_key", "double_query"],
-    ),
+    ("sm_90", ["cifar-d1"], "bfloat16", ["backward_key"]),  # with 8 warps, it would read beyond its tiles
 ]
 
 # Spills for want of registers that are left, 8 bytes per thread (docs/triton.md).
 KNOWN = {("double_query", "sm_90", "bfloat16", "cifar-d2"), ("double_query", "sm_90", "bfloat16", "church-d2")}
 
 
-def resources(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
-    """The command (or other code), in a process that does not interpret kernels."""
-    run = ["-c", code] if code else ["-m", "benchmarks.kernels.triton_resources", *arguments]
-    return python_without_interpreter(*run)
+# Runs the command with some arguments, with a configuration for all kernels, as it is instead of fitted to shapes.
+RUNS = """
+import contextlib, io, json, sys, traceback
+from unittest.mock import patch
+from benchmarks.kernels import triton_resources
+from natten_ext.backends.triton import configs
+
+for name, (arguments, config, fitted) in json.loads(sys.argv[1]).items():
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if config:
+            stack.enter_context(configs.forced(configs.Config(*config)))
+        if not fitted:
+            stack.enter_context(patch.object(configs, "fitted", lambda config, rows: config))
+        try:
+            status = triton_resources.main(arguments)
+        except RuntimeError as error:
+            status = str(error)
+    print(json.dumps([name, status, output.getvalue()]))
+"""
 
 
-def test_every_variant_is_in_the_table():
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Exit status or error, what was printed, and the file it wrote, of all runs: in one process, which does not
+    interpret kernels."""
+    folder = tmp_path_factory.mktemp("resources")
+    runs = {"status": (["--status"], None, True)}
+    for arch, shapes, dtype, kernels in SAMPLE:
+        name = f"{arch}-{shapes[0]}"
+        arguments = ["--arch", arch, "--shapes", *shapes, "--dtypes", dtype, "--kernels", *kernels]
+        runs[name] = [*arguments, "--processes", "2", "--json", str(folder / name)], None, True
+    # A tile that is far too large.
+    arguments = ["--arch", "sm_80", "--shapes", "church-g4", "--dtypes", "bfloat16"]
+    runs["spill"] = [*arguments, "--orders", "backward", "--kernels", "backward_key"], (64, 64, 4, 1), True
+    # What an H100 answered with an illegal address.
+    arguments = ["--arch", "sm_90", "--shapes", "cifar-d1", "--dtypes", "bfloat16"]
+    runs["beyond"] = [*arguments, "--orders", "double", "--kernels", "table_shares"], (64, 16, 8, 1), False
+    done = python_without_interpreter("-c", RUNS, json.dumps(runs))
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for name, status, output in map(json.loads, done.stdout.splitlines()):
+        found[name] = status, output, folder / name
+    return found
+
+
+@pytest.mark.slow
+def test_every_variant_is_in_the_table(ran):
     """What the named shapes launch with the configurations of today, for three architectures, in bfloat16."""
-    done = resources("--status")
-    groups = [line for line in done.stdout.splitlines() if "compiled from other code" in line]
-    assert len(groups) == 3, done.stdout + done.stderr
-    assert f" 0 not compiled, {len(KNOWN)} fail" in done.stdout.splitlines()[-1], done.stdout
+    _, output, _ = ran["status"]
+    groups = [line for line in output.splitlines() if "compiled from other code" in line]
+    assert len(groups) == 3, output
+    assert f" 0 not compiled, {len(KNOWN)} fail" in output.splitlines()[-1], output
 
 
 def test_what_fails_is_known():
@@ -83,17 +117,13 @@ def test_what_fails_is_known():
 @pytest.mark.parametrize(
     ("arch", "shapes", "dtype", "kernels"), SAMPLE, ids=lambda value: value if isinstance(value, str) else value[0]
 )
-def test_compiled_again(tmp_path, arch, shapes, dtype, kernels):
+def test_compiled_again(ran, arch, shapes, dtype, kernels):
     """What the compiler makes of a sample is in the table."""
-    path = tmp_path / "usage.json"
-    done = resources(
-        "--arch", arch, "--shapes", *shapes, "--dtypes", dtype, "--kernels", *kernels,
-        "--processes", "2", "--json", str(path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, output, path = ran[f"{arch}-{shapes[0]}"]
+    assert status == 0, f"{status}\n{output}"
     usages = [triton_usage.Usage(**usage) for usage in json.loads(path.read_text())]
     assert {usage.kernel for usage in usages} == set(kernels)
-    assert {usage.arch for usage in usages} == {arch}
+    assert {(usage.arch, usage.dtype) for usage in usages} == {(arch, dtype)}
     table = triton_usage.read()
     for usage in usages:
         assert not usage.problem and 0 < usage.registers <= 255 and usage.seconds > 0
@@ -120,32 +150,16 @@ def test_small_maps_get_fewer_warps():
 
 
 @pytest.mark.slow
-def test_a_layout_beyond_its_tile_is_seen():
-    """What an H100 answered with an illegal address."""
-    code = (
-        "import sys; from benchmarks.kernels import triton_resources\n"
-        "from natten_ext.backends.triton import configs\n"
-        "configs.fitted = lambda config, rows: config\n"
-        "with configs.forced(configs.Config(64, 16, 8, 1)):\n"
-        "    sys.exit(triton_resources.main(['--arch', 'sm_90', '--shapes', 'cifar-d1', '--dtypes', 'bfloat16',\n"
-        "                                    '--orders', 'double', '--kernels', 'table_shares']))"
-    )
-    done = resources(code=code)
-    assert done.returncode == 1 and "reads beyond a tile: ['128x8 for 64x16']" in done.stderr, done.stderr
+def test_a_layout_beyond_its_tile_is_seen(ran):
+    status, output, _ = ran["beyond"]
+    assert "reads beyond a tile: ['128x8 for 64x16']" in str(status), output
 
 
 @pytest.mark.slow
-def test_a_spill_is_seen():
-    """A tile that is far too large: the command says so and fails."""
-    code = (
-        "import sys; from benchmarks.kernels import triton_resources\n"
-        "from natten_ext.backends.triton import configs\n"
-        "with configs.forced(configs.Config(64, 64, 4, 1)):\n"
-        "    sys.exit(triton_resources.main(['--arch', 'sm_80', '--shapes', 'church-g4', '--dtypes', 'bfloat16',\n"
-        "                                    '--orders', 'backward', '--kernels', 'backward_key']))"
-    )
-    done = resources(code=code)
-    assert done.returncode == 1 and "FAILS: spills" in done.stdout, done.stdout + done.stderr
+def test_a_spill_is_seen(ran):
+    """The command says so and fails."""
+    status, output, _ = ran["spill"]
+    assert status == 1 and "FAILS: spills" in output, output
 
 
 def test_constants_of_kernels_are_no_named_tuples():
