@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import asdict, dataclass, replace
@@ -82,22 +83,7 @@ class Shape:
     @property
     def pairs(self) -> int:
         """Queries with each of their keys, of all heads of an image."""
-        found = self.neighborhood
-        if isinstance(found, Full):
-            return self.heads * self.queries * self.key_tokens
-        if isinstance(found, Grid):
-            return self.heads * math.prod(
-                sum(len(keys) ** 2 for keys in window_ranges(*axis))
-                for axis in zip(self.size, found.window, found.first, strict=True)
-            )
-        return sum(
-            (last - first)
-            * math.prod(
-                sum(len(window.keys(i, n)) for i in range(n))
-                for n, window in zip(self.size, found.windows[first], strict=True)
-            )
-            for first, last in found.head_groups()
-        )
+        return _pairs(self)
 
     @property
     def key_tokens(self) -> int:
@@ -157,6 +143,26 @@ def window_ranges(length: int, window: int, first: int) -> list[range]:
     """The windows of an axis, which begin at ``first`` and every ``window`` from there; those at its ends are cut."""
     bounds = [0, *range(first or window, length, window), length]
     return [range(start, end) for start, end in itertools.pairwise(bounds)]
+
+
+@functools.cache  # counts the keys of each position, and tables ask for it again and again
+def _pairs(shape: Shape) -> int:
+    found = shape.neighborhood
+    if isinstance(found, Full):
+        return shape.heads * shape.queries * shape.key_tokens
+    if isinstance(found, Grid):
+        return shape.heads * math.prod(
+            sum(len(keys) ** 2 for keys in window_ranges(*axis))
+            for axis in zip(shape.size, found.window, found.first, strict=True)
+        )
+    return sum(
+        (last - first)
+        * math.prod(
+            sum(len(window.keys(i, n)) for i in range(n))
+            for n, window in zip(shape.size, found.windows[first], strict=True)
+        )
+        for first, last in found.head_groups()
+    )
 
 
 def _tuples(value: Any) -> Any:

@@ -11,15 +11,17 @@ import pytest
 import torch
 
 import setup
+from tests.operators.conftest import TEST_ALL
 
 NVCC = setup.installed_nvcc()
 # As quick as can be, and no further than PTX: less than a tenth of the time.
 FLAGS = ["-std=c++20", "-arch=compute_90", "-Ofc=max", "-ptx"]
-# Modes that take different ways: products on the tensor cores, and multiply-adds.
+# Modes that take different ways: products on the tensor cores, and multiply-adds. The first with general neighborhoods,
+# which narrow kernels do not have.
 KERNELS = [
     (kernel, mode, general)
     for _, kernel, mode, general in setup.CUDA_OBJECTS
-    if mode == "BfloatMode" or (mode == "FloatMode" and not general)
+    if TEST_ALL or (mode, general) in {("BfloatMode", not kernel.startswith("narrow")), ("FloatMode", False)}
 ]
 
 
