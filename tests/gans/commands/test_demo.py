@@ -53,6 +53,7 @@ def test_the_demo_decays_over_the_steps_that_it_is_given(tmp_path, monkeypatch):
         seen.append((recipe.steps, recipe.decay_start, recipe.decay_end))
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(demo, "describe", lambda recipe, settings: {"attention": []})
     monkeypatch.setattr(demo, "train", record)
     with pytest.raises(KeyboardInterrupt):
         demo.run(["--out", str(tmp_path), "--steps", "180", "--device", "cpu"])

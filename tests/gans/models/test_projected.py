@@ -168,14 +168,14 @@ def test_every_generator_trains_against_it(name):
     recipe = replace(preset("projected32"), generator=GENERATORS[name], discriminator=replace(TINY, augment=()))
     torch.manual_seed(0)
     generator, discriminator, loss = build(recipe.generator), build(recipe.discriminator), build(recipe.loss)
-    z = torch.randn(4, recipe.generator.latent_dim)
+    z = torch.randn(2, recipe.generator.latent_dim)
     optimizer = torch.optim.Adam(generator.parameters(), lr=2e-3, betas=(0.0, 0.99))
     values = []
-    for step in range(6):
+    for step in range(4):
         (term,) = loss.generator(discriminator, None, generator(z)).values()
         optimizer.zero_grad()
         term.backward()
-        if step == 5:  # what starts at zero has moved by now
+        if step == 3:  # what starts at zero has moved by now
             assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in generator.parameters())
         optimizer.step()
         values.append(float(term.detach()))

@@ -103,6 +103,7 @@ def test_precision_of_penalties(recipe, mode, penalty_precision, tolerance):
 
 @pytest.mark.parametrize("mode", ESTIMATES)
 def test_a_dry_run(recipe, tiny_run, mode):
+    recipe = replace(recipe, loss=replace(recipe.loss, r2=0))
     assert describe(with_mode(recipe, mode), tiny_run)["memory_mib"]["activations, discriminator update"] > 0
 
 

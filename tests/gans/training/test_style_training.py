@@ -60,6 +60,7 @@ def run_of(path: Path) -> RunConfig:
     return RunConfig(data="digits", out=str(path), log_every=1, sample_every=2, sample_count=4, checkpoint_every=1)
 
 
+@pytest.mark.usefixtures("plain_curves")
 @pytest.mark.parametrize("recipe", [STYLENAT, PROJECTED], ids=["stylenat", "projected"])
 def test_resume_is_exact(recipe: TrainConfig, tmp_path: Path):
     at_once = train(recipe, run_of(tmp_path / "at-once"), progress=False)
