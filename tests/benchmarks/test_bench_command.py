@@ -23,20 +23,24 @@ def command(*arguments):
 
 def test_smoke_suite_end_to_end(tmp_path):
     result, figure = tmp_path / "result.json", tmp_path / "figure.png"
-    done = command(*SMOKE, "--peers", "naive,sdpa,natten", "--json", str(result), "--plot", str(figure))
+    names = "nat-16", "cifar-d2", "cross-256"  # one of each kind; test_bench_check has all shapes of the suite
+    options = ["--peers", "naive,sdpa,natten", "--backend", "cpu", "--json", str(result), "--plot", str(figure)]
+    done = command(*SMOKE, *options, *(word for name in names for word in ("--shape", name)))
     assert done.returncode == 0, done.stderr + done.stdout
     record = Record.read(result)
     assert {"torch", "cpu", "threads", "commit", "packages", "backends"} <= set(record.environment)
     assert (record.more["arguments"]["suite"], record.precision) == ("smoke", "float32")
     assert record.rates.fmas > 0
     rows = {(*row.cell, row.candidate): row for row in record.rows}
-    for shape in SUITES["smoke"]:
+    shapes = [shape for shape in SUITES["smoke"] if shape.name in names]
+    assert [shape.name for shape in shapes] == [*names] and {name for name, *_ in rows} == {*names}
+    for shape in shapes:
         for order in ORDERS:
             naive = rows[shape.name, order, "naive"]
             assert naive.status == "ok"
             assert len(naive.timing.samples) == 1
             assert naive.memory.step > 0
-            assert rows[shape.name, order, "sdpa-math"].status == "ok"
+            assert rows[shape.name, order, "sdpa-math"].status == rows[shape.name, order, "cpu"].status == "ok"
         assert "is not implemented" in rows[shape.name, "double", "sdpa"].reason or shape.table
         assert shape.name in done.stdout
     for row in rows.values():
@@ -91,6 +95,7 @@ def test_a_named_shape_outside_the_suite_runs_as_it_is():
 
 
 def test_defaults_by_suite():
+    assert attn_bench.parse(["--suite", "smoke"]).shapes == SUITES["smoke"]
     assert attn_bench.parse(["--suite", "cpu"]).dtype == "float32"
     assert attn_bench.parse(["--suite", "cpu"]).device == "cpu"
     assert attn_bench.parse(["--suite", "smoke", "--dtype", "bfloat16"]).dtype == "bfloat16"
