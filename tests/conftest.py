@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.samples import pytest_collection_modifyitems  # noqa: F401
+
 if not torch.cuda.is_available():
     from tests.cuda import emulator  # of CUDA's kernels; before anything asks which backends there are
     from tests.operators import interpreter  # of Triton's kernels; before anything imports Triton
@@ -20,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds (compilers, subprocesses)")
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "cases(cases): the attention problems that a test runs on")
-    config.addinivalue_line("markers", "interpreted(count): how many of a test's parameters an interpreter gets")
+    config.addinivalue_line("markers", "samples(native, emulated, interpreted): how many of its parameters a test gets")
     # Threads that spin at barriers make small operators a hundred times slower on a busy machine. Tests of threading
     # ask for theirs, see the fixture `threads`.
     torch.set_num_threads(1)

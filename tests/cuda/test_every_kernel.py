@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from tests.cuda import emulator
-from tests.operators.conftest import TEST_ALL
+from tests.samples import TEST_ALL
 
 MODES = ("bfloat16", "float16", "tf32", "float32", "float64") if TEST_ALL else ("bfloat16",)
 

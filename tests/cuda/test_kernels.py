@@ -114,6 +114,7 @@ def test_what_fits_the_smallest_gpus_is_said_beforehand(dtype):
     assert cannot == (list(range(129, 257)) if dtype == "float64" else [])
 
 
+@pytest.mark.samples(emulated=5)
 @pytest.mark.parametrize(
     ("dtype", "head_dim"), [("float64", 33), ("float64", 128), ("float32", 256), ("bfloat16", 256)]
 )

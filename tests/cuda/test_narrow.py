@@ -88,6 +88,7 @@ def assert_alike(results: Inputs, expected: Inputs, dtype: torch.dtype) -> None:
         assert magnitude([result - other]) <= error * (1.0 if name == "output" else max(1.0, magnitude([other]))), name
 
 
+@pytest.mark.samples(emulated=12)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_is_that_of_the_general_kernel(case, dtype):
@@ -167,6 +168,7 @@ def assert_gradients_alike(results: Inputs, expected: Inputs, dtype: torch.dtype
         assert magnitude([result - other]) <= 2 * ulp(magnitude([other]), dtype), name
 
 
+@pytest.mark.samples(emulated=12)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @BOTH_ORDERS
@@ -193,6 +195,7 @@ BORDERS = {
 }
 
 
+@pytest.mark.samples(emulated=12)
 @pytest.mark.parametrize("case", BORDERS.values(), ids=list(BORDERS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @BOTH_ORDERS
@@ -239,6 +242,7 @@ def test_one_second_gradient_alone(wanted):
     assert torch.equal(results[name], expected[name])
 
 
+@pytest.mark.samples(emulated=8)
 @pytest.mark.parametrize("case", ["several tiles", "whole classes"])
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("of_cotangent", [False, True], ids=["input", "cotangent"])
@@ -278,6 +282,7 @@ def test_no_batch():
 SMALL = {name: CASES[name] for name in ("several tiles", "whole classes")}
 
 
+@pytest.mark.samples(emulated=8)
 @pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf], ids=str)

@@ -12,7 +12,7 @@ import torch
 
 import setup
 from benchmarks.kernels import cuda_resources
-from tests.operators.conftest import TEST_ALL
+from tests.samples import TEST_ALL
 
 ROOT = Path(__file__).resolve().parents[2]
 

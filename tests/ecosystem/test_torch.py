@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import natten_ext
-from tests.operators.conftest import TEST_ALL
+from tests.samples import TEST_ALL
 
 ROOT = Path(__file__).resolve().parents[2]
 

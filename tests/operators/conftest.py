@@ -5,9 +5,7 @@ that asks for `any_target` also on `reference`; a backend that joins the package
 test that also asks for `case` gets its cases from the marker `pytest.mark.cases(...)`: all of them where kernels run
 at full speed, the small ones where they are interpreted or emulated.
 
-An interpreter takes seconds for what takes an emulator milliseconds. Of each test it gets a few, evenly spread over
-its parameters: 1, or as many as `pytest.mark.interpreted(...)` says; an emulator gets 24 of them at most. Both get all
-with NATTEN_EXT_TEST_ALL=1.
+Of its parameters it gets a few where kernels do not run at full speed, see `tests/samples.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +18,11 @@ import torch
 
 import natten_ext
 from tests.operators.cases import Case
+from tests.samples import TEST_ALL
 
 # Backends whose kernels are not made for the CPU run there through an interpreter or an emulator.
 NATIVE_ON_CPU = {"reference", "cpu"}
 INTERPRETED_ON_CPU = {"triton"}
-EMULATED = 24
-TEST_ALL = os.environ.get("NATTEN_EXT_TEST_ALL") == "1"
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,13 @@ class Target:
     @property
     def interpreted(self) -> bool:
         return self.device == "cpu" and self.backend in INTERPRETED_ON_CPU
+
+    @property
+    def speed(self) -> str:
+        """A name of `tests.samples.SAMPLES`."""
+        if not self.slow:
+            return "native" if self.device == "cpu" else "gpu"
+        return "interpreted" if self.interpreted else "emulated"
 
     def takes(self, case: Case) -> bool:
         """Whether a case is small enough for this target."""
@@ -89,24 +93,3 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(name, chosen, ids=str)
     elif marker:
         metafunc.parametrize("case", cases, ids=str)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave interpreters and emulators a few of each test."""
-    if TEST_ALL:
-        return
-    groups: dict[tuple[str, Target], list[pytest.Item]] = {}
-    for item in items:
-        parameters = getattr(item, "callspec", None) and item.callspec.params.values()
-        for target in [value for value in parameters or () if isinstance(value, Target) and value.slow]:
-            groups.setdefault((item.nodeid.partition("[")[0], target), []).append(item)
-    dropped: set[pytest.Item] = set()
-    for (_, target), group in groups.items():
-        marker = group[0].get_closest_marker("interpreted")
-        count = EMULATED if not target.interpreted else marker.args[0] if marker else 1
-        if count < len(group):
-            kept = {(2 * index + 1) * len(group) // (2 * count) for index in range(count)}
-            dropped |= {item for index, item in enumerate(group) if index not in kept}
-    if dropped:
-        config.hook.pytest_deselected(items=list(dropped))
-        items[:] = [item for item in items if item not in dropped]

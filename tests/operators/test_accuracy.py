@@ -59,7 +59,7 @@ def check(results: Inputs, case: Case, dtype: torch.dtype, factor: float = 2) ->
     assert_within_budget(results, plain(case, dtype), truth(case, dtype), absolute, dtype, factor)
 
 
-@pytest.mark.interpreted(28)
+@pytest.mark.samples(native=600, emulated=36, interpreted=24)
 @pytest.mark.cases(CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_all_orders_stay_within_the_error_budget(target, case, dtype):
@@ -67,7 +67,7 @@ def test_all_orders_stay_within_the_error_budget(target, case, dtype):
     check(run(case, dtype, target.backend, target.device), case, dtype)
 
 
-@pytest.mark.interpreted(12)
+@pytest.mark.samples(native=120, emulated=16, interpreted=8)
 @pytest.mark.cases(CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_tangents_stay_within_the_budget_of_all_orders(target, case, dtype):

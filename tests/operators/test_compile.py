@@ -38,6 +38,7 @@ def operator_arguments(case, neighborhood, target, dtype=torch.float32) -> tuple
     return tensors, (neighborhood.encode(), case.score == "l2", case.effective_scale)
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.parametrize("problem", OPCHECK_CASES, ids=lambda problem: str(problem[0]))
 def test_opcheck(target, problem):
     """Schema, fake implementation and autograd registration of the three operators."""
@@ -64,7 +65,12 @@ def test_opcheck(target, problem):
         torch.library.opcheck(ops.double_backward.default, double)
 
 
-@pytest.mark.parametrize("needs", [[True, False, False, False], [False, True, False, True], [False] * 4], ids=str)
+@pytest.mark.samples(interpreted=4)
+@pytest.mark.parametrize(
+    "needs",
+    [[True, False, False, False], [False, True, False, True], [False, False, True, False], [False] * 4],
+    ids=str,
+)
 def test_opcheck_with_part_of_the_gradients(target, needs):
     case, neighborhood = OPCHECK_CASES[3]
     target.skip_unless_can(torch.float32, case.head_dim)
@@ -153,6 +159,7 @@ def test_compiled_by_inductor(target):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.samples(interpreted=0)
 def test_dynamic_shapes(target):
     """One graph for maps of several sizes."""
     torch._dynamo.reset()

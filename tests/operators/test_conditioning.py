@@ -128,7 +128,7 @@ def largest_score(case: Case, inputs: Inputs) -> float:
     return case.effective_scale * magnitude([scores]) + magnitude([] if table is None else [table])
 
 
-@pytest.mark.interpreted(24)
+@pytest.mark.samples(native=100, emulated=16, interpreted=8)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_errors_are_those_of_the_plain_formula(any_target, problem, dtype, request):

@@ -22,6 +22,7 @@ from tests.operators.cases import (
 )
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(ONE_OF_EACH)
 @pytest.mark.parametrize("grad_output_needs_grad", [True, False])
 def test_every_subset_of_inputs_that_require_grad(any_target, case, grad_output_needs_grad):
@@ -82,6 +83,7 @@ def test_backward_accumulates_into_the_leaves(any_target, case):
     assert_equal_to_rounding(results, {name: true[name] for name in results})
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(ONE_OF_EACH)
 def test_allow_unused_hides_nothing(any_target, case):
     """A dropped second order would come back as None here, and as a wrong penalty in training."""

@@ -208,6 +208,7 @@ BAD = [
 @pytest.mark.parametrize(
     ("function", "arguments", "options", "exception", "pieces"), [b[1:] for b in BAD], ids=[b[0] for b in BAD]
 )
+@pytest.mark.samples(native=1000)
 def test_bad_input_is_named(function, arguments, options, exception, pieces):
     with pytest.raises(exception) as caught:
         function(*arguments, **options)

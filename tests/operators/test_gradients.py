@@ -21,6 +21,7 @@ def function_of(case: Case, backend: str, device: str):
     return function, [tensor.requires_grad_() for tensor in inputs.values()]
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(TINY)
 def test_gradcheck(any_target, case):
     any_target.skip_unless_can(torch.float64, case.head_dim)
@@ -28,6 +29,7 @@ def test_gradcheck(any_target, case):
     assert gradcheck(function, inputs, fast_mode=any_target.slow)
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(TINY)
 def test_gradgradcheck(any_target, case):
     any_target.skip_unless_can(torch.float64, case.head_dim)
@@ -35,6 +37,7 @@ def test_gradgradcheck(any_target, case):
     assert gradgradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(TINY[:1])
 def test_gradcheck_when_query_key_and_value_are_one_tensor(any_target, case):
     any_target.skip_unless_can(torch.float64, case.head_dim)

@@ -171,6 +171,7 @@ def test_forward_over_reverse(any_target, case, part):
     assert_equal_to_rounding(results, {n: by_inputs[f"in {n}"] + by_y[f"d_{n}"] for n in inputs}, 1e-12)
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(TINY)
 @pytest.mark.parametrize("part", PARTS)
 def test_numerical_derivatives(any_target, case, part):
@@ -192,6 +193,7 @@ def function_of(case: Case, names: list[str], backend: str) -> Callable[..., Ten
     return lambda *tensors: fused(case, backend)(dict(zip(names, tensors, strict=True)))
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(SMALL)
 @pytest.mark.parametrize("name", ["jvp", "jacrev", "jacfwd", "hessian", "grad of grad", "grad of jvp", "jvp of grad"])
 def test_transforms(target, case, name):
@@ -205,6 +207,7 @@ def test_transforms(target, case, name):
     close(*results)
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(SMALL)
 @pytest.mark.parametrize("dim", [0, -1])
 def test_vmap(target, case, dim):
@@ -227,6 +230,7 @@ def test_vmap(target, case, dim):
             close([s[i] for s in slopes], gradients(*one))
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(ONE_OF_EACH)
 def test_third_derivatives(target, case):
     """Refused, but for what is linear: in the cotangents, and of the derivatives by the incoming gradient."""
@@ -313,6 +317,7 @@ def test_nan_in_a_gradient_reaches_what_its_query_sees(target, case):
     assert query.isnan().any(-1).sum() == 1 and query[0, 1, 1, 0].isnan().all()
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(ONE_OF_EACH)
 def test_values_do_not_count_in_what_is_made_of_it_alone(any_target, case):
     leaves = {n: x.requires_grad_() for n, x in inputs_of(case, torch.float32, any_target.device).items()}

@@ -110,7 +110,7 @@ def test_the_kinds_are_as_frequent_as_in_natten():
         assert sum(map(belongs, PROBLEMS)) / len(PROBLEMS) >= count / 1245, kind
 
 
-@pytest.mark.interpreted(6)
+@pytest.mark.samples(interpreted=6)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_problem(any_target, problem):
     """The output, the log-sum-exp and all gradients of both."""

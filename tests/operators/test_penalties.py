@@ -62,6 +62,7 @@ def wgan_gp_gradients(case: Case, device: str, attend, second_order: bool = True
     return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(BLOCKS)
 def test_wgan_gp_penalty_through_residual_blocks(any_target, case):
     """The second order reaches every parameter; a library that drops it silently fails here by tens of percent."""

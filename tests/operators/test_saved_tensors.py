@@ -11,6 +11,7 @@ from tests.operators.budget import assert_equal_to_rounding
 from tests.operators.cases import ONE_OF_EACH, Inputs, forward, inputs_of, oracle_forward
 
 
+@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(ONE_OF_EACH[:3])
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_activation_checkpointing(any_target, case, order):

@@ -41,8 +41,12 @@ _OTHERS = len(CHOICES) + 1
 def planned(order: Order, operands: Any, device: torch.device | None = None) -> tuple[Launch, Results]:
     """The launches of an order, and its results among the tensors without data; ``operands`` as for ``Launch``."""
     launch = Launch(operands, device)
-    asked = any(order.asked(operands))
-    return launch, PLANNERS[order.name](launch) if asked else (None,) * len(order.results)
+    asked = order.asked(operands)
+    if not any(asked):
+        return launch, (None,) * len(order.results)
+    # A kernel that writes two gradients also makes the one that is not asked for.
+    results = PLANNERS[order.name](launch)
+    return launch, tuple(result if need else None for result, need in zip(results, asked, strict=True))
 
 
 def _hooked() -> bool:
