@@ -17,6 +17,8 @@ from tests.operators.cases import (
     oracle_forward,
 )
 
+pytestmark = pytest.mark.samples(interpreted=0)
+
 
 def second_derivatives(attend, inputs: Inputs, y: Tensor, cotangents: Inputs) -> tuple[Inputs, Inputs]:
     """Second derivatives with a graph, and everything that they depend on."""
@@ -28,7 +30,6 @@ def second_derivatives(attend, inputs: Inputs, y: Tensor, cotangents: Inputs) ->
     return dict(zip(sources, second, strict=True)), sources | {f"cot_{n}": t for n, t in given.items()}
 
 
-@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(ONE_OF_EACH)
 def test_a_third_derivative_raises(target, case):
     """And `allow_unused` does not turn it into None. What is linear in cotangents has its derivative: see the next."""
@@ -58,7 +59,6 @@ def check_what_the_third_order_has(target, attend, true, inputs: Inputs, y: Tens
         torch.testing.assert_close(one.cpu(), other, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(ONE_OF_EACH)
 def test_what_the_third_order_has(target, case):
     """Second derivatives are linear in cotangents; that of the incoming gradient is a derivative of the output."""

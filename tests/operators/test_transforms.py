@@ -10,6 +10,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 import natten_ext
 from tests.operators.cases import TINY, Case, cotangents_of, find, forward, grad_output_of, inputs_of, nonempty_subsets
 
+pytestmark = pytest.mark.samples(interpreted=0)
+
 TABLES = [case for case in TINY if case.bias]
 SMALL = [find("full-tiny-cross"), *TABLES]
 
@@ -94,7 +96,6 @@ def test_vmap_over_every_subset_of_inputs(target, case, dim):
             close(result[i], attend(*(x.select(dim, i) if m else x for m, x in zip(mapped, chosen, strict=True))))
 
 
-@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(SMALL)
 def test_vmap_over_nothing(target, case):
     """Of every order, with tables for each entry and without."""
@@ -112,7 +113,6 @@ def test_vmap_over_nothing(target, case):
         assert [g.shape for g in second] == [(0, *x.shape) for x in tensors]
 
 
-@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(SMALL)
 def test_per_sample_gradients(target, case):
     """vmap of grad, over the batch: of tensors that samples share, a gradient for each."""
@@ -130,7 +130,6 @@ def test_per_sample_gradients(target, case):
         close([r[i] for r in result], grad(loss, every)(query, *tensors[1:]))
 
 
-@pytest.mark.samples(interpreted=0)
 @pytest.mark.cases(SMALL)
 def test_batched_gradients(target, case):
     """`is_grads_batched` maps the backward, of the first and of the second order, over incoming gradients."""
@@ -165,7 +164,6 @@ def test_vmap_twice_and_grad_through_it(target, case):
     close(*(grad(of(backend), (0, 1))(queries, tables) for backend in (target.backend, "reference")))
 
 
-@pytest.mark.samples(interpreted=0)
 def test_functional_call_on_a_module(target):
     """A penalty and per-sample gradients of a layer's parameters, which include its table."""
     target.skip_unless_can(torch.float64, 4)
