@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import setup
-from tests.operators.conftest import TEST_ALL
+from tests.samples import TEST_ALL
 
 NVCC = setup.installed_nvcc()
 # As quick as can be, and no further than PTX: less than a tenth of the time.
