@@ -163,7 +163,11 @@ class Neighborhood:
 
     def sharing(self, heads: int) -> int:
         """As of ``Full``."""
-        return math.gcd(heads, *(first for first, _ in self.head_groups()))
+        # Euclid by hand: torch.compile can't trace math.gcd of a number of heads that is symbolic.
+        for first, _ in self.head_groups():
+            while first:
+                heads, first = first, heads % first
+        return heads
 
     def head_groups(self) -> list[tuple[int, int]]:
         """Ranges ``(first, last + 1)`` of consecutive heads that share their windows."""

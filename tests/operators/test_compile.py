@@ -159,6 +159,22 @@ def test_compiled_by_inductor(target):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernels", [3, [3, 5]], ids=str)
+def test_any_number_of_heads_that_share_keys(kernels):
+    """The compiler takes it for a symbol: from the start, or once it has changed."""
+    torch._dynamo.reset()
+
+    def attend(query, key):
+        return natten_ext.neighborhood_attention(query, key, key, kernels, backend="cpu")
+
+    for dynamic in (True, None):
+        compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="eager")
+        for heads, key_heads in ((2, 1), (4, 2), (12, 2)):
+            query = torch.randn(1, 8, heads, 4)
+            key = query[:, :, :key_heads]
+            torch.testing.assert_close(compiled(query, key), attend(query, key))
+
+
 @pytest.mark.samples(interpreted=0)
 def test_dynamic_shapes(target):
     """One graph for maps of several sizes."""
