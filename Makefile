@@ -1,7 +1,7 @@
 # `make demo` trains a small model and shows it; `make test` runs the linters and all tests. Both first make a
 # virtual environment and install the package with everything they need into it. `make wheel` puts into dist/ a wheel for
 # every Python, `make wheel-check` tries it in an environment of its own without a compiler, and `make cuda-wheel` makes
-# the add-on for NVIDIA GPUs, natten_ext_cuda (ten minutes of a core for each capability; needs nvcc). `make hub-kernel` writes a kernel
+# the add-on for NVIDIA GPUs, natten_ext_cuda (10 to 25 minutes of a core for each capability; needs nvcc). `make hub-kernel` writes a kernel
 # repository as Hugging Face's `kernels` loads it into build/hub. `make docs` builds build/site.
 #
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   another torch (this one: CPU only)

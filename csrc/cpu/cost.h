@@ -17,6 +17,8 @@ constexpr double kStart = 8e3, kFurtherThread = 500;
 constexpr double kRow = 8, kBytesPerNanosecond = 8;
 // Tasks of many small jobs take about so long: enough to be worth handing out, and for their memory to stay in the cache.
 constexpr double kTask = 2e4;
+// Bytes that a core reads again and again at little cost, be it from a cache that it shares.
+constexpr double kCache = 2 << 20;
 constexpr double kUnknown = std::numeric_limits<double>::infinity();
 
 // Multiply-adds and exponentials per nanosecond.
@@ -75,6 +77,10 @@ inline int64_t blocks_per_task(int64_t jobs, int64_t blocks, double block, doubl
   }
   return best;
 }
+
+// Adjacent positions of a row of neighborhood attention that are worked on at a time, each with so many bytes that are read
+// again and again. Parts of a row overlap: short ones compute much twice.
+inline int64_t positions_together(double bytes) { return static_cast<int64_t>(std::clamp(kCache / bytes, 128.0, 512.0)); }
 
 // A job that is split is done in equal pieces for its queries, and then again for its keys, in place of one task `whole`.
 struct SplitJob {

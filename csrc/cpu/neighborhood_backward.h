@@ -316,12 +316,13 @@ class NeighborhoodBackward {
 
 // Runs a gradient kernel over the jobs of heads with one window in chunks, each with a partial table of its own.
 template <class T, class Make>
-void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const Make& make) {
+void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const ColumnMemory& memory, const Make& make) {
   const Problem& p = a.problem;
   const int64_t key_heads = heads.count() / p.shared();
+  const double column_bytes = memory.bytes(p, p.windows[heads.first], sizeof(T));
   // Jobs of several heads are long: where they would be few, their bands are narrower.
-  const bool few = p.shared() > 1 && key_heads * HeadJobs(p, heads.first, 64, 64, true).count() < 16;
-  const HeadJobs jobs(p, heads.first, few ? 16 : 64, 64, true);
+  const bool few = p.shared() > 1 && key_heads * HeadJobs(p, heads.first, 64, 64, true, column_bytes).count() < 16;
+  const HeadJobs jobs(p, heads.first, few ? 16 : 64, 64, true, column_bytes);
   const int64_t parts = std::min<int64_t>(16, jobs.count());
   const int64_t table_size = a.grad_bias ? p.table_size() : 0;
   Buffer<T> partial(heads.count() * parts * table_size);
@@ -340,7 +341,7 @@ void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const Make&
 
 template <class T>
 void neighborhood_backward(const Arguments& a, HeadRange heads) {
-  run_neighborhood_gradients<T>(a, heads, [&] { return NeighborhoodBackward<T>(a); });
+  run_neighborhood_gradients<T>(a, heads, kBackwardMemory, [&] { return NeighborhoodBackward<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../problem.h"
+#include "cost.h"
 #include "neighborhood_geometry.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
@@ -41,11 +42,24 @@ struct NeighborhoodJob {
   }
 };
 
+// What a job of an order holds for each of its columns: of so many tensors the rows of keys that a group of rows attends, and
+// so many weights of each query of a group and each of its keys.
+struct ColumnMemory {
+  int64_t tensors, weights;
+
+  double bytes(const Problem& p, const HeadWindow& window, int64_t value_bytes) const {
+    const int64_t rows = std::min(window.y.kernel + kGroup - 1, class_length(p.height, window.y.dilation, 0));
+    const int64_t keys = window.z.kernel * window.y.kernel * window.x.kernel;
+    return static_cast<double>(value_bytes * (tensors * window.z.kernel * rows * p.head_dim + weights * kGroup * keys));
+  }
+};
+constexpr ColumnMemory kForwardMemory{2, 0}, kTangentMemory{4, 0}, kBackwardMemory{4, 2}, kDoubleBackwardMemory{6, 3};
+
 // The jobs of one head, or of any other with the same window.
 class HeadJobs {
  public:
   // Bands of at most so many rows and planes, in the longest classes. `whole`: a job computes all queries that see its keys.
-  HeadJobs(const Problem& p, int64_t head, int64_t band_rows, int64_t band_planes, bool whole)
+  HeadJobs(const Problem& p, int64_t head, int64_t band_rows, int64_t band_planes, bool whole, double column_bytes)
       : p_(p), window_(p.windows[head]), whole_(whole) {
     const auto bands = [](int64_t length, int64_t dilation, int64_t at_most) {
       return std::max<int64_t>(1, (class_length(length, dilation, 0) + at_most - 1) / at_most);
@@ -54,7 +68,7 @@ class HeadJobs {
     bands_y_ = bands(p.height, window_.y.dilation, band_rows);
     // Parts are of one length, but for the last.
     const int64_t shortest = class_length(p.width, window_.x.dilation, window_.x.dilation - 1);
-    part_ = std::max<int64_t>(512, aligned(2 * window_.x.kernel));
+    part_ = std::max(positions_together(column_bytes) / kAlignment * kAlignment, aligned(2 * window_.x.kernel));
     parts_ = std::max<int64_t>(1, shortest / part_);
   }
   int64_t count() const {

@@ -327,9 +327,9 @@ void for_each_group(const ClassGeometry<T>& g, Range planes, Range rows, const V
 }
 
 // Runs the kernel `make()`, whose results are rows of queries, over the jobs of heads with one window.
-template <class Make>
-void run_neighborhood_queries(const Problem& p, HeadRange heads, const Make& make) {
-  const HeadJobs jobs(p, heads.first, 32, 1, false);
+template <class T, class Make>
+void run_neighborhood_queries(const Problem& p, HeadRange heads, const ColumnMemory& memory, const Make& make) {
+  const HeadJobs jobs(p, heads.first, 32, 1, false, memory.bytes(p, p.windows[heads.first], sizeof(T)));
   // Heads vary fastest: they share the pages of memory.
   for_each_task(heads.count() * jobs.count(), make, [&](auto& worker, int64_t task) {
     worker.run(jobs.job(heads.first + task % heads.count(), task / heads.count()));

@@ -75,3 +75,9 @@ def test_jobs_are_split_where_that_ends_earlier(jobs, threads, share, pieces):
 
 def test_no_job_is_split_for_less_than_starting_threads_takes():
     assert _C.jobs_to_split(1, 5 * MICROSECOND, 3 * MICROSECOND, 3 * MICROSECOND, 8, 8, 2) == 0
+
+
+def test_rows_of_neighborhoods_are_worked_on_in_parts_that_fit_a_cache():
+    parts = [_C.positions_together(1.2**n) for n in range(100)]
+    assert parts == sorted(parts, reverse=True) and (parts[0], parts[-1]) == (512, 128)
+    assert all(part * 1.2**n <= 1.001 * (2 << 20) for n, part in enumerate(parts) if part > 128)
