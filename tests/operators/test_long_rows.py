@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from tests.operators.budget import assert_equal_to_rounding
-from tests.operators.cases import Case, cotangents_of, derivatives, forward, grad_output_of, inputs_of, oracle_derivatives
+from tests.operators.cases import (
+    Case,
+    cotangents_of,
+    derivatives,
+    forward,
+    grad_output_of,
+    inputs_of,
+    oracle_derivatives,
+)
 
 CASES = [
     Case("na-8x259", "neighborhood", (1, 8, 259, 1, 256), kernel=(6, 3), bias=True),
