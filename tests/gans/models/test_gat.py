@@ -29,13 +29,17 @@ EXACT = LossConfig(adversarial="relativistic", gp_weight=0, drift=0, r1=1, r2=1)
 @pytest.mark.parametrize("name", PRESETS)
 def test_shapes_and_sizes_of_every_preset(name):
     recipe = PRESETS[name].recipe
-    size = recipe.generator.image_size
+    size, channels = recipe.generator.image_size, recipe.generator.channels
     with torch.device("meta"), natten_ext.use_backend("reference"):
         generator, discriminator = Generator(recipe.generator), Discriminator(recipe.discriminator)
         images = generator(torch.randn(2, 64), levels=True)
-        assert images.shape == (2, 4 * 3, size, size) and generator(torch.randn(2, 64)).shape == (2, 3, size, size)
-        assert discriminator(images, augment=False).shape == discriminator(images[:, :3], augment=False).shape == (2,)
-    if name != "gat32-small":
+        assert images.shape == (2, 4 * channels, size, size)
+        assert generator(torch.randn(2, 64)).shape == (2, channels, size, size)
+        for shown in (images, images[:, :channels]):
+            assert discriminator(shown, augment=False).shape == (2,)
+    if name == "gat-digits":
+        assert (size, channels, recipe.generator.side**2) == (16, 1, 16)
+    elif name != "gat32-small":
         assert recipe.generator.side**2 == 256 and recipe.lr_g == pytest.approx(4e-4)
 
 
