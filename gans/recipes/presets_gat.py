@@ -84,8 +84,8 @@ DIGITS = replace(
     decay_to=0.05,
     clip=0,
 )
-"""The same networks on scikit-learn's scanned digits at 16 px grey, with 16 tokens in G and 17 in D. With gradients
-clipped to norm 1, as in the others, the discriminator won (docs/lab_notes.md).
+"""The same networks on scikit-learn's scanned digits at 16 px grey, with 16 tokens in G and 17 in D. In
+tries with gradients clipped to norm 1, as above, the discriminator won (docs/lab_notes.md).
 """
 
 PRESETS = {
