@@ -70,10 +70,11 @@ def test_every_kernel_is_reported(kernels):
 
 def test_nothing_spills(kernels):
     """But for what three blocks on a multiprocessor cost the double backward of narrow heads, several the derivatives
-    of narrow windows on newer GPUs, and rounding to TF32 the double backward."""
+    of narrow windows on newer GPUs, and rounding to TF32 the double backward of wide heads (a little)."""
     spilling = [kernel for kernel in kernels if kernel.spills or kernel.stack]
     assert all(
-        (kernel.name.startswith("DoubleBackward") and (kernel.head_dim == 8 or kernel.dtype == "float32 (tf32)"))
+        (kernel.name.startswith("DoubleBackward") and kernel.head_dim == 8)
+        or (kernel.name == "DoubleBackwardQuery" and kernel.dtype == "float32 (tf32)" and kernel.stack <= 16)
         or (kernel.name.startswith(("NarrowBackward", "NarrowDouble")) and kernel.capability == "10.0")
         for kernel in spilling
     )
