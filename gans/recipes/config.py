@@ -132,6 +132,11 @@ class TrainConfig:
                 "gradient_checkpointing cannot go with loss.penalty_mode 'jvp', whose tangents are gone when a block "
                 "is recomputed; take one of them, or loss.penalty_mode 'exact' or 'finite-difference'"
             )
+        if run.init and run.resume not in (None, "latest"):
+            raise ValueError(
+                f"init is {run.init!r} and resume is {run.resume!r}: a run that goes on from a checkpoint has its "
+                "weights; give one of the two"
+            )
 
     def check_processes(self, processes: int) -> None:
         """ValueError unless the batches can be divided evenly among this many processes."""
@@ -156,7 +161,8 @@ class RunConfig:
     resume: str | None = None
     """A checkpoint folder, or "latest" for the newest of the run (starts afresh if it has none)."""
     init: str | None = None
-    """A run, a checkpoint or an export whose weights a new run starts from: those that fit by name and shape."""
+    """A run, a checkpoint or an export whose weights a new run starts from: those that fit by name and shape. Beside
+    resume "latest", it counts only where there is no checkpoint yet."""
     init_little: bool = False
     """Take them even if they are less than 5 percent of the generator or of the discriminator."""
     wandb: str | None = None

@@ -138,6 +138,8 @@ class Monitor:
         self._improved = False
         self._bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True)
 
+        if run.init and start.checkpoint:
+            self._say(f"init {run.init!r} is not used: the run goes on from {start.checkpoint}")
         if start.relearned:
             changed = ", ".join(f"{name} ({change})" for name, change in start.relearned.items())
             self._say(f"from step {state.step} on with another recipe: {changed}")

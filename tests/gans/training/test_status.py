@@ -165,6 +165,21 @@ def test_transfer_names_what_fits_and_what_does_not(tiny, tiny_run, tmp_path, ca
         train(tiny, replace(second, out=str(tmp_path / "third"), init="nowhere"), progress=False)
 
 
+def test_init_beside_resume(tiny, tiny_run, tmp_path, capsys):
+    """One command for the first start and the others: weights come from `init` where there is no checkpoint yet."""
+    other = train(replace(tiny, steps=0, seed=1), replace(tiny_run, out=str(tmp_path / "other")), progress=False)
+    both = replace(tiny_run, init=str(other), resume="latest")
+    first = train(replace(tiny, steps=0), both, progress=False)
+    before, after = (checkpoint.load_tensors(path, "generator") for path in (other, first))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    said = f"init {str(other)!r} is not used: the run goes on from {first}\n"
+    assert said not in capsys.readouterr().out
+    train(replace(tiny, steps=1), both, progress=False)
+    assert said in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"init is '.*' and resume is '.*': a run that goes on .* give one of the two"):
+        train(tiny, replace(both, resume=str(first)), progress=False)
+
+
 def test_transfer_from_another_network_is_refused(tiny, tiny_run, tmp_path, capsys):
     """A few names and shapes agree by chance; that is no transfer."""
     train(replace(tiny, steps=0), tiny_run, progress=False)
