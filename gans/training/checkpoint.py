@@ -89,8 +89,7 @@ def save(
     try:
         with writing(final, root):
             root.mkdir(parents=True, exist_ok=True)
-            for leftover in _folders(root, _LEFTOVER):
-                shutil.rmtree(leftover)
+            remove_leftovers(root)
             partial.mkdir()
             for name, model in models.items():
                 tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
@@ -143,10 +142,20 @@ def _discard(path: Path) -> None:
     # Renamed first, so that a half-deleted folder never looks like a checkpoint.
     doomed = path.with_name(f"{PARTIAL}old-{path.name}")
     os.replace(path, doomed)
-    if doomed.is_symlink():  # moved elsewhere by the user, whose it is
-        doomed.unlink()
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():  # moved elsewhere by the user, whose it is
+        path.unlink()
     else:
-        shutil.rmtree(doomed)
+        shutil.rmtree(path)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes what a process that was killed has left in `root`, half written or half deleted."""
+    for leftover in _folders(root, _LEFTOVER):
+        _remove(leftover)
 
 
 def _flush(path: Path) -> None:

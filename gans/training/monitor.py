@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gans.common.files import new_file
+from gans.common.files import PARTIAL, new_file
 from gans.data import loading
 from gans.data.images import GAP, grid
 from gans.data.sources import ImageSource
 from gans.evaluation.metrics import distances, make_metric
 from gans.models.conditioning import bind
 from gans.recipes.config import RunConfig, TrainConfig, to_dict
+from gans.training import checkpoint
 from gans.training.checkpoint import writing
 from gans.training.logs import RunLog, read
 from gans.training.resume import Start
@@ -31,6 +32,17 @@ from gans.training.state import TrainState
 from gans.training.status import banner, status_line
 
 EVALUATION_SEED = 20210214
+FILES = ("config.json", "curves.png", "report.html", "samples/real.png", "samples/step-*.png")
+"""What is written here, in the run's folder; other commands write there as well."""
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes what processes of the run in `out` that were killed have left half written."""
+    checkpoint.remove_leftovers(out / "checkpoints")
+    for name in FILES:
+        folder, _, file = name.rpartition("/")
+        for leftover in (out / folder).glob(PARTIAL + file):
+            leftover.unlink()
 
 
 @contextmanager
@@ -125,6 +137,7 @@ class Monitor:
         self.device = next(state.networks.generator.parameters()).device
         self.metric = make_metric(run.metric, real(run.metric_images).to(self.device)) if run.metric_every else None
         tiles = None if (self.out / "samples" / "real.png").exists() else real(run.sample_count)
+        remove_leftovers(self.out)
         self._wandb = _start_wandb(run) if run.wandb else None  # before TensorBoard's writer, which it listens to
         self.log = RunLog(self.out, state.step, start.describe())
         self._values: dict[str, list[float]] = defaultdict(list)

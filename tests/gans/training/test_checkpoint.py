@@ -207,6 +207,24 @@ def test_only_the_runs_own_names_are_touched(tmp_path):
     assert checkpoint.load_state(tmp_path / "step-00000001-best")["step"] == 1
 
 
+def test_what_a_killed_run_left_is_removed_by_the_next_start(tiny, tiny_run):
+    """Before the first checkpoint is due; what others have called alike stays."""
+    out = Path(tiny_run.out)
+    train(replace(tiny, steps=2), tiny_run, progress=False)
+    leftovers = [".partial-config.json", ".partial-report.html", "samples/.partial-step-00000002.png"]
+    for name in leftovers:
+        (out / name).write_text("half")
+    theirs = [".partial-thesis.txt", "samples/.partial-mine.png", "checkpoints/.partial-mine"]
+    for name in theirs:
+        (out / name).touch()
+    (out / "checkpoints" / ".partial-4").mkdir()
+    (out / "checkpoints" / ".partial-old-best").symlink_to(out / "samples")
+    train(replace(tiny, steps=2), replace(tiny_run, resume="latest"), progress=False)
+    found = {path.relative_to(out).as_posix() for path in out.rglob(".partial-*")}
+    assert found == set(theirs)
+    assert (out / "samples" / "real.png").exists()
+
+
 def test_a_link_to_a_checkpoint_elsewhere_is_removed_and_not_followed(tmp_path):
     root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
     save(root, 1).rename(elsewhere)
