@@ -17,7 +17,7 @@ from gans.recipes import registry
 from gans.recipes.config import RunConfig, TrainConfig
 from gans.recipes.named import PRESETS, preset
 from gans.training import checkpoint
-from gans.training.dry_run import describe
+from gans.training.dry_run import check_files, describe
 from gans.training.interrupt import Interrupted
 from gans.training.loop import train
 
@@ -42,7 +42,8 @@ class TrainArguments:
     conditional: bool = False
     """Tell both networks the labels of the data (sets generator.classes and discriminator.classes)."""
     dry_run: bool = False
-    """Print the resolved settings, parameter counts, estimated memory and attention shapes as JSON, and stop."""
+    """Check the files that are named, print the resolved settings, parameter counts, estimated memory and attention
+    shapes as JSON, and stop."""
 
     def __post_init__(self) -> None:
         self.recipe.check_run(self.run)
@@ -144,6 +145,7 @@ def run(arguments: list[str]) -> int:
         world.barrier()  # before one of the processes makes it
     try:
         if parsed.dry_run:
+            check_files(recipe, run_config)
             shown = json.dumps(describe(recipe, run_config, world.size), indent=2)
         else:
             last = train(recipe, run_config, world=world)

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +22,27 @@ from torch.utils._pytree import tree_map_only
 
 import natten_ext
 from gans.common.distributed import World, choose_device
+from gans.data import tables
+from gans.data.sources import class_labels, open_source
 from gans.models.conditioning import bind
 from gans.models.spectral_norm import begin_step
 from gans.recipes.config import RunConfig, TrainConfig, to_dict
 from gans.recipes.registry import build
 from gans.training.recompute import recompute_blocks
+from gans.training.resume import find_start
 from gans.training.steps import discriminator_gradients, generator_gradients, make_networks, precision
+from gans.training.transfer import find_source
+
+
+def check_files(recipe: TrainConfig, run: RunConfig) -> None:
+    """Raises what training would, where the data (those of the hub, which are downloaded, aside), `out`, `resume` or
+    `init` cannot be what the run asks of them. No image is read.
+    """
+    if not run.data.startswith(tables.HUB):
+        class_labels(open_source(run.data, recipe.images.split), recipe.classes, run.data)
+    start = find_start(recipe, run, Path(run.out) / "checkpoints")
+    if run.init and not start.checkpoint:
+        find_source(run.init)
 
 
 def parameter_counts(recipe: TrainConfig) -> dict[str, int]:

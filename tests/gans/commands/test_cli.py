@@ -73,7 +73,7 @@ def test_parts_of_other_recipes():
 
 def test_dry_run_prints_the_resolved_settings(tmp_path, capsys):
     out = tmp_path / "never"
-    assert main(["train", "--preset", "cifar10-small", "--data", "x", "--out", str(out), "--dry-run"]) == 0
+    assert main(["train", "--preset", "cifar10-small", "--data", "digits", "--out", str(out), "--dry-run"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["parameters"] == {"generator": 3_025_375, "discriminator": 150_508}
     memory = shown["memory_mib"]
@@ -93,6 +93,25 @@ def test_dry_run_prints_the_resolved_settings(tmp_path, capsys):
     assert shown["recipe"]["lr_g"] == 1e-3
     assert (shown["run"]["checkpoint_every"], shown["run"]["sample_every"]) == (40, 20)
     assert not out.exists()
+
+
+def test_dry_run_refuses_what_training_does(tmp_path, capsys):
+    out = tmp_path / "run"
+    (out / "checkpoints" / "step-00000001").mkdir(parents=True)
+    new, here = ["--out", str(tmp_path / "new")], ["--out", str(out)]
+    for arguments, message in (
+        (["--data", str(tmp_path / "missing"), *new], "missing' does not exist; give a folder"),
+        (["--data", str(tmp_path), *new], "has no images"),
+        (["--data", "digits", "--images.split", "val", *new], "'digits' has no splits"),
+        (["--data", "digits", "--generator.classes", "3", "--discriminator.classes", "3", *new], "has 10 classes"),
+        (["--data", "digits", *here], "holds a run; continue it with resume 'latest'"),
+        (["--data", "digits", "--resume", str(tmp_path), *new], "which is not a checkpoint folder"),
+        (["--data", "digits", "--init", str(tmp_path), *new], "which holds no weights"),
+    ):
+        for dry_run in ([], ["--dry-run"]):
+            assert main(["train", *SMALL, *arguments, *dry_run]) == 1, arguments
+            assert message in capsys.readouterr().err, arguments
+    assert not (tmp_path / "new").exists()
 
 
 def test_presets(monkeypatch, capsys):
