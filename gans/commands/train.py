@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from gans.common.distributed import join
+from gans.common.files import missing, remove_empty
 from gans.data.sources import open_source
 from gans.recipes import registry
 from gans.recipes.config import RunConfig, TrainConfig
@@ -123,6 +126,25 @@ def next_folder(root: Path, preset: str, run: RunConfig) -> Path:
     return root / f"{max(numbers, default=-1) + 1:05d}-{preset}-{_short(run.data)}"
 
 
+@contextmanager
+def new_folder(root: Path, preset: str, run: RunConfig) -> Iterator[Path]:
+    """The folder of `next_folder`, made, or one after it where another run takes the number at the same moment. If
+    nothing was put into it, it vanishes in the end.
+    """
+    made = missing(root)
+    while True:
+        folder = next_folder(root, preset, run)
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            if len(list(root.glob(f"{folder.name[:5]}-*"))) == 1:
+                break
+            folder.rmdir()  # of another preset or data
+    try:
+        yield folder
+    finally:
+        remove_empty([folder, *made])
+
+
 def _short(data: str) -> str:
     """A name for a folder: of a file or pattern without what follows a dot, brace or the like."""
     found = re.match(r"[\w-]*\w", data.removesuffix("/").rpartition("/")[2].rpartition(":")[2])
@@ -140,25 +162,29 @@ def run(arguments: list[str]) -> int:
     run_config = parsed.run
     recipe = conditional(parsed.recipe, parsed.run.data) if parsed.conditional else parsed.recipe
     world = join(parsed.run.device)
-    if not run_config.out:
-        run_config = replace(run_config, out=str(next_folder(RUNS, parsed.preset, run_config)))
-        world.barrier()  # before one of the processes makes it
-    try:
-        if parsed.dry_run:
-            check_files(recipe, run_config)
-            shown = json.dumps(describe(recipe, run_config, world.size), indent=2)
-        else:
-            last = train(recipe, run_config, world=world)
-            shown = f"last checkpoint: {last}"
-            if (last.parent / checkpoint.BEST).exists():
-                shown += f"\nbest checkpoint: {last.parent / checkpoint.BEST}"
-    except Interrupted as interrupt:
-        if world.is_main:  # one process says it, before any ends: torchrun kills the others as soon as one has
-            print(interrupt, file=sys.stderr, flush=True)
-        if interrupt.together:
-            world.barrier()
-        world.leave()
-        return interrupt.status
+    with ExitStack() as stack:
+        if not run_config.out:
+            out = next_folder(RUNS, parsed.preset, run_config)
+            if not parsed.dry_run:
+                own = new_folder(RUNS, parsed.preset, run_config)
+                out = world.from_main(stack.enter_context(own) if world.is_main else None)
+            run_config = replace(run_config, out=str(out))
+        try:
+            if parsed.dry_run:
+                check_files(recipe, run_config)
+                shown = json.dumps(describe(recipe, run_config, world.size), indent=2)
+            else:
+                last = train(recipe, run_config, world=world)
+                shown = f"last checkpoint: {last}"
+                if (last.parent / checkpoint.BEST).exists():
+                    shown += f"\nbest checkpoint: {last.parent / checkpoint.BEST}"
+        except Interrupted as interrupt:
+            if world.is_main:  # one process says it, before any ends: torchrun kills the others as soon as one has
+                print(interrupt, file=sys.stderr, flush=True)
+            if interrupt.together:
+                world.barrier()
+            world.leave()
+            return interrupt.status
     if world.is_main:
         print(shown)
     world.leave()

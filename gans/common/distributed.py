@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -46,6 +47,13 @@ class World:
         """The mean of a tensor over all processes, without a graph."""
         values = values.detach()
         return _Sum.apply(values) / self.size if self.size > 1 else values
+
+    def from_main(self, value: Any) -> Any:
+        """What the main process gives as `value`, in all; all have to ask."""
+        values = [value]
+        if self.size > 1:
+            distributed.broadcast_object_list(values, 0, device=self.device)
+        return values[0]
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process; all have to ask."""

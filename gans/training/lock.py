@@ -46,7 +46,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if made and os.listdir(folder) == [NAME]:
+            if os.listdir(folder) == [NAME]:
                 (folder / NAME).unlink()
                 remove_empty(made)
             raise

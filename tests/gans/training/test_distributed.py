@@ -36,19 +36,20 @@ def final_weights(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "penalties", [[], ["--loss.gp-weight", "0", "--loss.penalty-mode", "jvp"]], ids=["exact", "jvp"]
 )
-def test_two_processes_learn_what_one_does(tmp_path, penalties):
+def test_two_processes_learn_what_one_does(tmp_path, penalties, monkeypatch):
     """WGAN-GP's penalty (of exact penalties), drift, R1, R2, bCR, DiffAug and noise at once.
 
-    One process, against two and one that continues for the last step.
+    One process, against two, in a folder that they number, and one that continues for the last step.
     """
-    one, two = tmp_path / "one", tmp_path / "two"
+    monkeypatch.chdir(tmp_path)
+    one, two = tmp_path / "one", tmp_path / "runs" / "00000-digits-digits"
     recipe = [*RECIPE, *penalties]
     assert main(["train", *recipe, "--out", str(one)]) == 0
-    with several(2, "train", *recipe, "--out", str(two), "--steps", "2", errors=tmp_path) as processes:
+    with several(2, "train", *recipe, "--steps", "2", errors=tmp_path) as processes:
         for process in processes:
             process.join(300)
             assert process.exitcode == 0, "".join((tmp_path / rank).read_text() for rank in "01")
-    assert json.loads((two / "config.json").read_text())["processes"] == 2
+    assert [json.loads((path / "config.json").read_text())["processes"] for path in two.parent.iterdir()] == [2]
     assert main(["train", *recipe, "--out", str(two), "--resume", "latest"]) == 0
     expected, found = final_weights(one), final_weights(two)
     assert expected.keys() == found.keys()

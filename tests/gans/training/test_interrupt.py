@@ -233,6 +233,9 @@ def test_a_refused_run_leaves_nothing(tiny, tiny_run, tmp_path, folder, monkeypa
         with pytest.raises(error):
             train(recipe, settings, progress=False)
         assert not RUNS.exists() and next_folder(RUNS, "tiny", tiny_run) == out
+    options = ["--preset", "digits", "--device", "cpu", "--threads", "1"]
+    assert main(["train", *options, "--data", "digits", "--init", "nowhere"]) == 1  # by a folder that it numbers itself
+    assert not RUNS.exists()
     (tmp_path / "mine").mkdir()
     with pytest.raises(BrokenImageError):
         train(tiny, replace(run, out="mine/run"), progress=False)

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from gans.commands import train as command
 from gans.commands.cli import main
-from gans.commands.train import next_folder
+from gans.commands.train import new_folder, next_folder
 from gans.data.images import grid, to_uint8
 from gans.evaluation.metrics import distances
 from gans.evaluation.plots import read_tiles
@@ -144,6 +145,23 @@ def test_runs_without_a_name_are_numbered(tmp_path):
     assert next_folder(tmp_path, "cifar10", replace(run, data="digits")).name == "00042-cifar10-digits"
     with pytest.raises(ValueError, match="resume is 'latest'; say with out which run"):
         next_folder(tmp_path, "cifar10", replace(run, resume="latest"))
+
+
+@pytest.mark.parametrize("other", ["00000-cifar10-digits", "00000-stl10-images"])
+def test_two_runs_at_one_moment_have_numbers_of_their_own(tmp_path, monkeypatch, other):
+    """The other run makes its folder between the choice of this one and the making of it."""
+    root, run = tmp_path / "runs", RunConfig(data="digits", out="")
+
+    def overtaken(*arguments):
+        monkeypatch.undo()
+        chosen = next_folder(*arguments)
+        (root / other).mkdir(parents=True)
+        return chosen
+
+    monkeypatch.setattr(command, "next_folder", overtaken)
+    with new_folder(root, "cifar10", run) as folder:
+        assert folder == root / "00001-cifar10-digits" and folder.is_dir()
+    assert [path.name for path in root.iterdir()] == [other]  # what has stayed empty is gone
 
 
 def test_transfer_names_what_fits_and_what_does_not(tiny, tiny_run, tmp_path, capsys):
