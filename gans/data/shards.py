@@ -7,7 +7,7 @@ shards of its own, so that the order depends on the number of processes.)
 
 Labels are, in this order, those of a table in a shard (`dataset.json`...), of the members beside each image, or the
 names of folders in the shards. `0001.json` beside the image `0001.png` may have `label`, a number or a name, and
-`class_name`, the name of that number; `0001.cls` has a number.
+`class_name`, the name of that number; `0001.cls` has a number, which must be the same beside a number in `0001.json`.
 """
 
 from __future__ import annotations
@@ -123,15 +123,21 @@ class ShardImages(FileImages):
         """What the members beside an image say of it."""
         member = f"{key}.json"
         about: dict[str, Any] = {}
+        number = None
         try:
             if member in self._places:
                 found = json.loads(self.contents(member))
                 about = found if isinstance(found, dict) else {}
             member = f"{key}.cls"
-            if "label" not in about and member in self._places:
-                about["label"] = int(self.contents(member))
+            if isinstance(about.get("label", 0), int) and member in self._places:
+                number = int(self.contents(member))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"cannot read the label {self.called(member)}: {error!r}") from error
+        if number is not None and (label := about.setdefault("label", number)) != number:
+            raise ValueError(
+                f"the label is {label} by {self.called(f'{key}.json')}, and {number} by {self.called(member)}; they "
+                "must agree"
+            )
         return about
 
     def marks(self) -> Iterator[bytes]:

@@ -78,6 +78,18 @@ def test_labels_that_contradict_beside_images(tmp_path, about, message):
         _ = source.labels
 
 
+def test_two_members_that_contradict_on_a_label(tmp_path):
+    """A name in KEY.json goes before a number in KEY.cls."""
+    same = members({"label": 1}, {"label": 0}) | {"0.cls": b"1", "1.cls": b"0"}
+    assert open_source(write_tar(tmp_path / "x.tar", same)).labels == [1, 0]
+    named = members({"label": "b"}, {"label": "a"}) | {"0.cls": b"0", "1.cls": b"1"}
+    assert open_source(write_tar(tmp_path / "y.tar", named)).labels == [1, 0]
+    source = open_source(write_tar(tmp_path / "z.tar", same | {"1.cls": b"2"}))
+    message = r"the label is 0 by '1\.json' of shard '.*z\.tar', and 2 by '1\.cls' of shard '.*z\.tar'; they must agree"
+    with pytest.raises(ValueError, match=message):
+        _ = source.labels
+
+
 def test_labels_that_contradict_in_tables(tmp_path):
     root = write_images(tmp_path / "images", ["a/1.png", "b/2.png"])
     tables = {
