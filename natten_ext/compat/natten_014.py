@@ -1,6 +1,7 @@
 """The names of unfused attention before NATTEN 0.17, which StyleNAT, NAT, DiNAT (also in transformers) and others use.
 
-Up to 0.14.4 the functions had no argument for the kernel: it is that of the table or of the scores.
+Up to 0.14.4 the functions had no argument for the kernel: it is that of the table or of the scores. From 0.15 on there
+were ``na1d_qk_with_bias``, ... as well.
 """
 
 from __future__ import annotations
@@ -65,6 +66,45 @@ def natten3dqkrpb(
 ) -> torch.Tensor:
     """``na3d_qk`` with a table, and sizes as ``natten3dqk``."""
     return na3d_qk(query, key, (kernel_size_d, kernel_size, kernel_size), (dilation_d, dilation, dilation), rpb=rpb)
+
+
+def na1d_qk_with_bias(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    additional_keys: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``na1d_qk`` with a table."""
+    return na1d_qk(query, key, kernel_size, dilation, additional_keys, rpb=bias)
+
+
+def na2d_qk_with_bias(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    additional_keys: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``na2d_qk`` with a table."""
+    return na2d_qk(query, key, kernel_size, dilation, additional_keys, rpb=bias)
+
+
+def na3d_qk_with_bias(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernel_size_d: int,
+    kernel_size: int,
+    dilation_d: int,
+    dilation: int,
+    additional_keys: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``na3d_qk`` with a table, and sizes as ``natten3dqk``."""
+    kernel, step = (kernel_size_d, kernel_size, kernel_size), (dilation_d, dilation, dilation)
+    return na3d_qk(query, key, kernel, step, additional_keys, rpb=bias)
 
 
 def natten1dav(

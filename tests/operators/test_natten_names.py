@@ -219,6 +219,11 @@ def test_names_before_0_17(axes, table):
     expected = getattr(compat, f"na{axes}d_qk")(query, key, *on_axes, rpb=rpb)
     scores = names["qkrpb"](query, key, rpb, *kernel, *dilation)
     assert torch.equal(scores, expected)
+    more = torch.randn(1, 2, 3, 4)
+    scores_of_more = getattr(compat, f"na{axes}d_qk")(query, key, *on_axes, additional_keys=more, rpb=rpb)
+    with_bias = getattr(compat, f"na{axes}d_qk_with_bias")
+    assert torch.equal(with_bias(query, key, rpb, *kernel, *dilation), expected)
+    assert torch.equal(with_bias(query, key, rpb, *kernel, *dilation, additional_keys=more), scores_of_more)
     function = getattr(compat, f"NATTEN{axes}DQKRPBFunction")
     assert torch.equal(function.apply(query, key, rpb, *kernel, *dilation), expected)
     if not table:
