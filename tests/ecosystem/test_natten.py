@@ -96,7 +96,8 @@ NAMES = {
     "natten.functional": [
         "NATTEN2DAVFunction", "NATTEN2DQKRPBFunction", "na1d_av", "na1d_qk", "na1d_qk_with_bias", "na2d_av",
         "na2d_qk", "na3d_av", "na3d_qk", "na3d_qk_with_bias", "natten1dav", "natten1dqk", "natten1dqkrpb",
-        "natten2dav", "natten2dqk", "natten2dqkrpb", "natten3dav", "natten3dqk", "natten3dqkrpb", "neighborhood_attention_generic",
+        "natten2dav", "natten2dqk", "natten2dqkrpb", "natten3dav", "natten3dqk", "natten3dqkrpb",
+        "neighborhood_attention_generic",
     ],
     "natten.context": ["is_fna_enabled", "set_memory_usage_preference", "use_kv_parallelism_in_fused_na"],
     "natten.flops": ["add_natten_handle", "av_1d_flop", "av_2d_flop", "get_flops", "qk_2d_rpb_flop"],
