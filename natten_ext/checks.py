@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .geometry import MAP_AXES, AnyNeighborhood, AxisWindow, Extents, Grid, Neighborhood
+from .orders import accumulation_dtype
 from .remembered import of_plain_values
 
 SCORES = ("dot", "l2")
@@ -231,7 +232,7 @@ def check_scale(scale: Any, dtype: torch.dtype) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a float or None, got {shown(scale)} of type {type(scale).__name__}")
-    largest = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max / 4
+    largest = torch.finfo(accumulation_dtype(dtype)).max / 4
     if not 0 < scale <= largest:  # nor NaN
         raise ValueError(f"scale must be positive and at most {largest:.3g} for {dtype}, got {shown(scale)}")
 

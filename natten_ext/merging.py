@@ -9,6 +9,7 @@ import torch
 
 from .backends.reference import log_sum_exp, softmax, without_autocast
 from .checks import check_dense, shape_of, shown
+from .orders import accumulation_dtype
 
 
 def merge_attention(outputs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +44,7 @@ def merge_attention(outputs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor
             f"outputs must be floating point, shaped (..., head_dim), got {first.dtype} of shape {shape_of(first)}"
         )
     _check_alike("lses", lses)
-    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(first.dtype)
     if lses[0].shape != first.shape[:-1] or lses[0].dtype != wide or lses[0].device != first.device:
         raise ValueError(
             f"lses must have shape {shape_of(first)[:-1]}, {wide} and device {first.device} with these outputs,"

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 INPUTS = {"query": Tensor, "key": Tensor, "value": Tensor, "bias": Tensor | None}
@@ -31,6 +32,11 @@ CHOICES = {"neighborhood": list[int], "l2": bool, "scale": float}
 _TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[int]: "int[]", list[bool]: "bool[]", bool: "bool", float: "float",
 }  # fmt: skip
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which scores, sums and the log-sum-exp of tensors of ``dtype`` are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Order:

@@ -31,6 +31,7 @@ from .checks import (
 )
 from .composition import shareable
 from .geometry import AnyNeighborhood, AxisKeys, Extents, Full, Grid, Neighborhood, axis_keys, indices
+from .orders import accumulation_dtype
 
 
 def attention_weights(
@@ -150,7 +151,7 @@ def _integers(positions: Any, wanted: str) -> list:
 
 
 def _weights(query, key, bias, index, neighborhood, score, scale):
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(query.dtype)
     device, heads, extents = query.device, query.shape[-2], key.shape[1:-2]
     bias = None if bias is None else bias.to(dtype)  # before it is gathered: its gradient is a sum over many pairs
     at = (torch.tensor(of_axis, device=device) for of_axis in zip(*index, strict=True))

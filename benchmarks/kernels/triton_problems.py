@@ -9,7 +9,7 @@ import torch
 
 from natten_ext.backends.triton.launch import Launch
 from natten_ext.backends.triton.plans import planned
-from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, FORWARD, Order
+from natten_ext.orders import BACKWARD, DOUBLE_BACKWARD, FORWARD, Order, accumulation_dtype
 
 ORDERS = ("forward", "backward", "double")
 DTYPES = ("bfloat16", "float16", "tf32", "float32", "float64")
@@ -35,7 +35,7 @@ def orders_of(
     key, value = (torch.empty(shape.key_shape, dtype=dtype, device=device) for _ in range(2))
     bias = torch.empty(shape.table_shape, dtype=dtype, device=device) if shape.table else None
     batch, *tokens, heads, head_dim = shape.query_shape
-    row_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    row_dtype = accumulation_dtype(dtype)
     lse = torch.empty((2, batch, heads, *tokens), dtype=row_dtype, device=device)
     choices = shape.neighborhood.encode(), shape.score == "l2", head_dim**-0.5
     inputs = query, key, value, bias

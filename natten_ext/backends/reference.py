@@ -15,6 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ..geometry import AnyNeighborhood, AxisKeys, Full, Grid, Neighborhood, axis_keys, window_offsets
+from ..orders import accumulation_dtype
 from .origin import origin_of
 
 
@@ -34,7 +35,7 @@ def attention(
     Half precision is computed, and its derivatives are added up, in float32.
     """
     dtype = query.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(dtype)
     with without_autocast(query.device.type):
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
         bias = None if bias is None else bias.to(wide)

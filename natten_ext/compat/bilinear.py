@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 
 from ..geometry import AxisKeys, HeadWindow, axis_keys
+from ..orders import accumulation_dtype
 
 
 def keys_of(maps: torch.Tensor, windows: HeadWindow) -> list[AxisKeys]:
@@ -33,7 +34,7 @@ def keys_of(maps: torch.Tensor, windows: HeadWindow) -> list[AxisKeys]:
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """In the precision of sums."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(accumulation_dtype(x.dtype))
 
 
 class _Bilinear(torch.autograd.Function):

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ...geometry import FULL, GRID, MAP_AXES, NEIGHBORHOOD, HeadWindow
+from ...orders import accumulation_dtype
 from ..support import full_precision
 from . import configs
 from .on_device import Lists
@@ -145,7 +146,7 @@ class Launch:
         self.table = bias
         extents = () if bias is None else bias.shape[1:]
         self.table_shape = *(1,) * (MAP_AXES - len(extents)), *extents
-        self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.accumulate = accumulation_dtype(self.dtype)
         batch, *tokens, heads, _ = query.shape
         self.row_shape = (batch, heads, *tokens)
         self.key_shape = (batch, key.shape[-2], *key.shape[1:-2])

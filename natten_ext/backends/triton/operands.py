@@ -14,7 +14,7 @@ import torch
 
 from ...checks import check_dense, check_windows, grid_of
 from ...geometry import FULL, GRID, MAP_AXES, NEIGHBORHOOD, AnyNeighborhood, Full, Grid, Neighborhood, decode
-from ...orders import INPUTS
+from ...orders import INPUTS, accumulation_dtype
 
 _LIKE = {"value": "key", "grad_output": "query", "output": "query"} | {f"cot_{name}": name for name in INPUTS}
 
@@ -51,7 +51,7 @@ def check_operands(operands: Any) -> None:
             if like is None:
                 raise ValueError(f"{name} must be absent where {_LIKE[name]} is")
             _require(name, tensor, like.shape, like.dtype, like.device)
-    row_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    row_dtype = accumulation_dtype(query.dtype)
     if "grad_lse" in given:
         _require("grad_lse", operands.grad_lse, (batch, heads, *tokens), row_dtype, query.device)
     if "lse" in given:
