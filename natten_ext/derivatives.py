@@ -133,13 +133,26 @@ def _outgoing(of_output: Tensor | None, of_lse: Tensor | None, output: Tensor) -
 # ---------------------------------------------------------------------------------------------- derivatives
 
 
+_OF_LSE = [i for i, name in enumerate(INPUTS) if name != "value"]
+"""The inputs that the log-sum-exp depends on."""
+
+
+def _lse_varies(requires_grad: Sequence[bool], arguments: Sequence[Any]) -> bool:
+    """Whether the log-sum-exp has a derivative, by what a function's ``forward`` is told."""
+    if any(requires_grad[i] for i in _OF_LSE):
+        return True
+    with forward_ad._set_fwd_grad_enabled(True):  # tangents are not seen there otherwise
+        return _any_tangent([arguments[i] for i in _OF_LSE if arguments[i] is not None])
+
+
 class _Forward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, operators, *arguments):
         output, lse, natural_lse = _below_autograd(operators, FORWARD, arguments)
         _save(ctx, operators, *arguments[: len(INPUTS)], output, lse)
-        *ctx.choices, ctx.return_lse = arguments[len(INPUTS) :]
-        ctx.mark_non_differentiable(lse, *[] if ctx.return_lse or natural_lse is None else [natural_lse])
+        *ctx.choices, return_lse = arguments[len(INPUTS) :]
+        ctx.lse_varies = return_lse and _lse_varies(ctx.needs_input_grad[1:], arguments)
+        ctx.mark_non_differentiable(lse, *[] if ctx.lse_varies or natural_lse is None else [natural_lse])
         return output, lse, natural_lse
 
     @staticmethod
@@ -163,11 +176,11 @@ class _Forward(_SingleLevelFunction):
     def jvp(ctx, _operators, *tangents):
         *inputs, output, lse = ctx.saved_tensors
         output = output.detach()
-        needs = [True, ctx.return_lse] + [False] * len(INPUTS)
+        needs = [True, ctx.lse_varies] + [False] * len(INPUTS)
         of_inputs = tangents[: len(INPUTS)]
         # Of any grad_output: J t does not depend on it.
         results = ctx.operators.double_backward(*of_inputs, output, None, *inputs, output, lse, *ctx.choices, needs)
-        return results[0], None, results[1] if ctx.return_lse else None
+        return results[0], None, results[1] if ctx.lse_varies else None
 
 
 class _Backward(_SingleLevelFunction):

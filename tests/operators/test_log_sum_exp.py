@@ -136,6 +136,30 @@ def test_tangents_of_every_subset_of_inputs(any_target, case, requires_grad):
         assert_equal_to_rounding({"t": result.detach()}, {"t": true_tangent(case, inputs, given)}, 1e-12)
 
 
+@pytest.mark.cases([ONE_OF_EACH[0], ONE_OF_EACH[2]])
+def test_it_does_not_depend_on_values(any_target, case):
+    """It requires a gradient, and has a tangent, where an input does that it depends on."""
+    any_target.skip_unless_can(torch.float64, case.head_dim)
+    inputs = inputs_of(case)
+    tangents = cotangents_of(case, inputs)
+    for names in nonempty_subsets(inputs):
+        there = {n: x.requires_grad_(n in names) for n, x in on(any_target, inputs).items()}
+        output, lse = forward(case, there, any_target.backend, return_lse=True)
+        assert output.requires_grad and lse.requires_grad == (names != ("value",)), names
+    there = {n: x.requires_grad_(n == "value") for n, x in on(any_target, inputs).items()}
+    for name in inputs:
+        one = {name: tangents[name]}
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(there[name], on(any_target, one)[name])
+            _, lse = forward(case, there | {name: dual}, any_target.backend, return_lse=True)
+            tangent = forward_ad.unpack_dual(lse).tangent
+        if name == "value":
+            assert tangent is None or not tangent.any()
+        else:
+            expected = true_tangent(case, inputs, one)[..., -1]
+            assert_equal_to_rounding({"t": tangent.detach()}, {"t": expected}, 1e-12)
+
+
 @pytest.mark.cases(SOME)
 @pytest.mark.parametrize("part", PARTS)
 def test_reverse_over_forward(any_target, case, part):
