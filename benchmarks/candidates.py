@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 import natten_ext
+from natten_ext.backends.choice import TAKES
 
 from . import naive, peers
-from .problem import Attend
+from .problem import Attend, CannotError
 from .shapes import Shape
 from .suites import PEER_NAMES
 
@@ -44,6 +45,8 @@ def ours(backend: str) -> Prepare:
     """natten_ext's public functions on one backend."""
 
     def prepare(shape: Shape, device: torch.device, dtype: torch.dtype) -> Attend:
+        if shape.kind not in TAKES[backend]:
+            raise CannotError(f"takes only {', '.join(TAKES[backend])}")
         choices = {"score": shape.score, "backend": backend}
         if shape.kind == "full":
             return lambda q, k, v, table: natten_ext.attention(q, k, v, **choices)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .backends import choice
@@ -207,7 +209,8 @@ def run(
     check_bool("return_lse", return_lse)
     scale = scale_of(query, scale)
     widest = max(query.shape[-1], value.shape[-1])
-    name = choice.choose(backend, query.device.type, query.dtype, widest, neighborhood.kind)
+    keys = neighborhood.keys(math.prod(key.shape[1:-2]))
+    name = choice.choose(backend, query.device.type, query.dtype, widest, neighborhood.kind, keys)
     record(name, query, key, bias, neighborhood, score, scale)
     call = Call(name, score, scale, return_lse or additional_keys is not None)
     if isinstance(neighborhood, Grid) and neighborhood.cut(query.shape[1:-2]):

@@ -159,7 +159,12 @@ class Neighborhood:
 
     def keys(self, tokens: int) -> int:
         """The most keys that a query attends, of ``tokens``."""
-        return max(math.prod(window.kernel for window in head) for head in self.windows)
+        return self._keys
+
+    @property
+    @remembered
+    def _keys(self) -> int:
+        return max(math.prod(window.kernel for window in head) for head in set(self.windows))
 
     def sharing(self, heads: int) -> int:
         """As of ``Full``."""

@@ -1,7 +1,8 @@
 """Which implementation runs a problem, and why.
 
-Every fused backend is a module with ``cannot_run(device_type, dtype, head_dim) -> str`` (empty: it can) and
-``run(order, arguments)``, which does the work of the operators of ``natten_ext.operators``; None where C++ does it.
+Every backend with operators of its own is a module with ``cannot_run(device_type, dtype, head_dim) -> str`` (empty: it
+can) and ``run(order, arguments)``, which does the work of the operators of ``natten_ext.operators``; None where C++
+does it.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ import torch
 
 from ..checks import shown
 from ..geometry import KINDS, Grid, Neighborhood
-from . import cpu, cuda
+from . import cpu, cuda, matmul
 from .support import constant_when_compiled
 from .triton import backend as triton
 
-FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu}
-"""Fused backends by name."""
+FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "matmul": matmul}
+"""By name, the backends with operators of their own: none keeps the scores of a whole problem."""
 
 # On CPU tensors these run in an interpreter or an emulator, and only when they are asked for by name.
 _MADE_FOR_GPUS = ("cuda", "triton")
 
 NAMES = (*FUSED, "reference")
 
-SHARING = {"cuda": (Grid.kind, Neighborhood.kind)} | dict.fromkeys(("triton", "cpu", "reference"), KINDS)
+SHARING = {"cuda": (Grid.kind, Neighborhood.kind)} | dict.fromkeys(("triton", "cpu", "matmul", "reference"), KINDS)
 """By backend, the kinds of neighborhood whose heads may share keys there."""
+
+TAKES = dict.fromkeys(NAMES, KINDS) | {"matmul": matmul.KINDS}
+"""By backend, the kinds of neighborhood that it runs."""
 
 ENVIRONMENT_VARIABLE = "NATTEN_EXT_BACKEND"
 
@@ -55,6 +59,7 @@ def list_backends(
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
     neighborhood: str = "neighborhood",
+    keys: int = 256,
 ) -> tuple[BackendStatus, ...]:
     """Every backend, and why those that can't run this kind of problem can't.
 
@@ -62,24 +67,26 @@ def list_backends(
         device, dtype, head_dim: of query, key and value.
         neighborhood: "full" (``attention``, ``l2_attention``), "grid" (``grid_attention``) or "neighborhood"
             (``neighborhood_attention``, ``na2d``).
+        keys: that a query attends.
 
     Returns:
         In the order in which ``"auto"`` tries them: it takes the first that is available. After ``reference``, which
         can run anything, come those that run only when they are asked for by name.
 
     Raises:
-        TypeError: ``dtype`` is no torch.dtype, or ``head_dim`` no int.
+        TypeError: ``dtype`` is no torch.dtype, or ``head_dim`` or ``keys`` no int.
         ValueError: ``neighborhood`` is none of the three.
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}")
-    if not isinstance(head_dim, int) or isinstance(head_dim, bool):
-        raise TypeError(f"head_dim must be an int, got {shown(head_dim)}")
+    for name, number in (("head_dim", head_dim), ("keys", keys)):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name} must be an int, got {shown(number)}")
     if not isinstance(neighborhood, str) or neighborhood not in KINDS:
         raise ValueError(f"neighborhood must be one of {KINDS}, got {shown(neighborhood)}")
     device_type = torch.device(device).type
-    order = _candidates(device_type, dtype, head_dim, neighborhood)
-    reasons = [(name, _reason(name, device_type, dtype, head_dim)) for name in order]
+    order = _candidates(device_type, dtype, head_dim, neighborhood, keys)
+    reasons = [(name, _reason(name, device_type, dtype, head_dim, neighborhood)) for name in order]
     return tuple(BackendStatus(name, not reason, reason) for name, reason in reasons)
 
 
@@ -104,7 +111,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {shown(name)}")
 
 
-def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> str:
+def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str, keys: int) -> str:
     """The backend that runs a problem: ``name``, what ``use_backend`` or the environment says, or the first that can.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run the problem.
@@ -113,12 +120,12 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int
         name = _override or "auto"
     check_name(name)
     if name != "auto":
-        if reason := _reason(name, device_type, dtype, head_dim):
+        if reason := _reason(name, device_type, dtype, head_dim, neighborhood):
             raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
         return name
     reasons = []
-    for candidate in _candidates(device_type, dtype, head_dim, neighborhood):
-        reason = _reason(candidate, device_type, dtype, head_dim)
+    for candidate in _candidates(device_type, dtype, head_dim, neighborhood, keys):
+        reason = _reason(candidate, device_type, dtype, head_dim, neighborhood)
         if not reason:
             break
         reasons.append(f"{candidate}: {reason}")
@@ -129,16 +136,17 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int
     return candidate
 
 
-def _candidates(device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, ...]:
+def _candidates(device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str, keys: int) -> tuple[str, ...]:
     """All backends in the order in which ``auto`` tries them; it never gets past ``reference``."""
-    others = [name for name in NAMES if name not in _MADE_FOR_GPUS]
     if device_type == "cpu":
-        return (*others, *_MADE_FOR_GPUS)
-    return (*_gpu_candidates(dtype, head_dim, neighborhood), *others)
+        return ("cpu", "reference", "matmul", *_MADE_FOR_GPUS)
+    kernels = _gpu_kernels(dtype, head_dim, neighborhood)
+    library_first = _is_for_library(dtype, head_dim, neighborhood, keys)
+    return (*(("matmul", *kernels) if library_first else (*kernels, "matmul")), "cpu", "reference")
 
 
-def _gpu_candidates(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, ...]:
-    """The GPU backends, the faster one first.
+def _gpu_kernels(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[str, str]:
+    """The GPU backends with kernels, the faster one first.
 
     As measured on an H100 on the named shapes (docs/gpu.md), and taken for other GPUs until they are. For full
     attention and windows ``triton`` takes 0.3 to 0.9 times the time of ``cuda``, all orders together, from 16 channels
@@ -150,8 +158,22 @@ def _gpu_candidates(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tup
     return ("triton", "cuda") if wide else ("cuda", "triton")
 
 
-def _reason(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+def _is_for_library(dtype: torch.dtype, head_dim: int, neighborhood: str, keys: int) -> bool:
+    """Whether ``matmul`` comes before the kernels on a GPU.
+
+    On an H100 the float32 kernels take 5 to 12 times as long as those for bfloat16, and a discriminator's step with its
+    penalty took longer than in plain PyTorch (docs/gpu.md). What ``matmul`` takes was not measured; by the bytes it
+    moves and the rate of the library's products, a seventh of that for 256 keys and 72 channels, and about the same for
+    16 channels (docs/kernels.md). A table's gradient takes keys times keys numbers, so windows may not be too large.
+    """
+    most = 1024 if neighborhood == Grid.kind else math.inf
+    return dtype == torch.float32 and neighborhood in matmul.KINDS and head_dim >= 32 and 64 <= keys <= most
+
+
+def _reason(name: str, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> str:
     """Why a backend can't run a problem; empty if it can."""
+    if neighborhood not in TAKES[name]:
+        return f"neighborhood must be one of {TAKES[name]}, got {neighborhood}"
     return "" if name == "reference" else FUSED[name].cannot_run(device_type, dtype, head_dim)
 
 

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 import natten_ext
+from natten_ext.backends.choice import TAKES
 from tests.operators.cases import Case
 from tests.samples import TEST_ALL
 
 # Backends whose kernels are not made for the CPU run there through an interpreter or an emulator.
-NATIVE_ON_CPU = {"reference", "cpu"}
+NATIVE_ON_CPU = {"reference", "cpu", "matmul"}
 INTERPRETED_ON_CPU = {"triton"}
 
 
@@ -55,28 +56,30 @@ class Target:
         """Whether a case is small enough for this target."""
         if self.interpreted and not TEST_ALL:
             return case.small and case.lattices <= 6
-        return case.small or not self.slow
+        return case.kind in TAKES[self.backend] and (case.small or not self.slow)
+
+    def status(self, dtype: torch.dtype, head_dim: int) -> natten_ext.BackendStatus:
+        statuses = natten_ext.list_backends(self.device, dtype, head_dim, TAKES[self.backend][0])
+        return next(status for status in statuses if status.name == self.backend)
 
     def can(self, dtype: torch.dtype, head_dim: int = 8) -> bool:
-        return any(
-            s.available and s.name == self.backend for s in natten_ext.list_backends(self.device, dtype, head_dim)
-        )
+        return self.status(dtype, head_dim).available
 
     def skip_unless_can(self, dtype: torch.dtype, head_dim: int = 8) -> None:
-        for status in natten_ext.list_backends(self.device, dtype, head_dim):
-            if status.name == self.backend and not status.available:
-                pytest.skip(f"{self}: {status.reason}")
+        if reason := self.status(dtype, head_dim).reason:
+            pytest.skip(f"{self}: {reason}")
 
 
-def targets(with_reference: bool) -> list[Target]:
-    """All targets, or those named in NATTEN_EXT_TEST_BACKENDS and NATTEN_EXT_TEST_DEVICES (separated by commas)."""
+def targets(with_reference: bool, kind: str = "neighborhood") -> list[Target]:
+    """All targets for a kind, or those named in NATTEN_EXT_TEST_BACKENDS and NATTEN_EXT_TEST_DEVICES (separated by
+    commas)."""
     wanted = [name for name in os.environ.get("NATTEN_EXT_TEST_BACKENDS", "").split(",") if name]
     devices = [name for name in os.environ.get("NATTEN_EXT_TEST_DEVICES", "").split(",") if name]
     devices = devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     return [
         Target(status.name, device)
         for device in devices
-        for status in natten_ext.list_backends(device, torch.float32, 8)
+        for status in natten_ext.list_backends(device, torch.float32, 8, kind)
         if status.available and (with_reference or status.name != "reference") and (not wanted or status.name in wanted)
     ]
 
@@ -87,6 +90,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("cases")
     cases: list[Case] = list(marker.args[0]) if marker else []
     if name and "case" in metafunc.fixturenames:
+        # Those that do not take every kind have tests with cases only.
+        chosen += [t for t in targets(name == "any_target", "full") if t not in chosen]
         pairs = [(target, case) for target in chosen for case in cases if target.takes(case)]
         metafunc.parametrize((name, "case"), pairs, ids=lambda value: str(value))
     elif name:

@@ -279,7 +279,7 @@ def test_the_choice_on_a_gpu_compiles(monkeypatch):
     chosen = []
 
     def attend(x):
-        chosen.append(choice.choose(None, "cuda", x.dtype, x.shape[-1], "full"))
+        chosen.append(choice.choose(None, "cuda", x.dtype, x.shape[-1], "full", 256))
         return x + 1
 
     torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))
@@ -292,7 +292,7 @@ def test_the_warning_of_an_unfused_run_compiles(monkeypatch):
     torch._dynamo.reset()
 
     def attend(x):
-        return x + len(choice.choose(None, "xpu", x.dtype, x.shape[-1], "full"))
+        return x + len(choice.choose(None, "xpu", x.dtype, x.shape[-1], "neighborhood", 49))
 
     with pytest.warns(RuntimeWarning, match="unfused on xpu"):
         result = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))

@@ -40,7 +40,7 @@ def test_every_backend_has_a_status():
 def test_every_backend_is_tested_here(request):
     """Whatever else is collected: a backend that is asked for before its emulator is there has no tests at all."""
     missing = {"triton"} if importlib.util.find_spec("triton") is None else set()
-    tested = {target.backend for target in conftest.targets(with_reference=True)}
+    tested = {target.backend for kind in geometry.KINDS for target in conftest.targets(with_reference=True, kind=kind)}
     assert tested == {*choice.NAMES} - missing
 
 
@@ -62,7 +62,7 @@ def test_auto_on_the_cpu():
 
 
 def test_asking_by_name():
-    available = [status.name for status in natten_ext.list_backends(head_dim=8) if status.available]
+    available = [s.name for s in natten_ext.list_backends(head_dim=8, neighborhood="full") if s.available]
     with natten_ext.record_calls() as calls:
         for name in available:
             a_case(backend=name)
@@ -75,35 +75,50 @@ def test_auto_takes_the_first_available_backend():
         for head_dim in (8, 300):
             for kind in geometry.KINDS:
                 first = next(s.name for s in natten_ext.list_backends("cpu", dtype, head_dim, kind) if s.available)
-                assert choice.choose("auto", "cpu", dtype, head_dim, kind) == first
+                assert choice.choose("auto", "cpu", dtype, head_dim, kind, keys=256) == first
 
 
 @pytest.mark.parametrize(
-    ("neighborhood", "dtype", "head_dim", "first"),
+    ("neighborhood", "dtype", "head_dim", "keys", "order"),
     [
-        ("full", torch.bfloat16, 16, "triton"),
-        ("grid", torch.float16, 16, "triton"),
-        ("grid", torch.bfloat16, 15, "cuda"),
-        ("full", torch.float32, 65, "triton"),
-        ("grid", torch.float32, 64, "cuda"),
-        ("neighborhood", torch.bfloat16, 64, "cuda"),
-        ("full", torch.float64, 64, "cuda"),
+        ("full", torch.bfloat16, 16, 256, ["triton", "cuda", "matmul"]),
+        ("grid", torch.float16, 16, 256, ["triton", "cuda", "matmul"]),
+        ("grid", torch.bfloat16, 15, 256, ["cuda", "triton", "matmul"]),
+        ("full", torch.float32, 65, 256, ["matmul", "triton", "cuda"]),
+        ("grid", torch.float32, 32, 1024, ["matmul", "cuda", "triton"]),
+        ("grid", torch.float32, 64, 1025, ["cuda", "triton", "matmul"]),
+        ("full", torch.float32, 32, 4096, ["matmul", "cuda", "triton"]),
+        ("full", torch.float32, 31, 256, ["cuda", "triton", "matmul"]),
+        ("grid", torch.float32, 64, 63, ["cuda", "triton", "matmul"]),
+        ("neighborhood", torch.bfloat16, 64, 256, ["cuda", "triton", "matmul"]),
+        ("neighborhood", torch.float32, 64, 256, ["cuda", "triton", "matmul"]),
+        ("full", torch.float64, 64, 256, ["cuda", "triton", "matmul"]),
     ],
 )
-def test_the_order_on_a_gpu_is_what_was_measured(monkeypatch, neighborhood, dtype, head_dim, first):
-    """`list_backends` and `auto` agree; where the first can't run, the other does."""
+def test_the_order_on_a_gpu(monkeypatch, neighborhood, dtype, head_dim, keys, order):
+    """`list_backends` and `auto` agree; where the first can't run, the next does."""
     can = {"cuda", "triton"}
-    for name in can:
+    for name in ("cuda", "triton"):
         monkeypatch.setattr(choice.FUSED[name], "cannot_run", lambda *problem, name=name: "" if name in can else "no")
-    second = "cuda" if first == "triton" else "triton"
-    statuses = natten_ext.list_backends("cuda", dtype, head_dim, neighborhood)
-    assert [status.name for status in statuses] == [first, second, "cpu", "reference"]
-    assert choice.choose(None, "cuda", dtype, head_dim, neighborhood) == first
-    can.remove(first)
-    assert choice.choose(None, "cuda", dtype, head_dim, neighborhood) == second
+    statuses = natten_ext.list_backends("cuda", dtype, head_dim, neighborhood, keys)
+    assert [status.name for status in statuses] == [*order, "cpu", "reference"]
+    available = {status.name for status in statuses if status.available}
+    assert available == {"cuda", "triton", "reference"} | ({"matmul"} if neighborhood != "neighborhood" else set())
+    problem = ("cuda", dtype, head_dim, neighborhood, keys)
+    assert choice.choose(None, *problem) == order[0]
+    can.discard(order[0])
+    assert choice.choose(None, *problem) == order[1]
 
 
-@pytest.mark.parametrize("arguments", [{"dtype": "float32"}, {"dtype": None}, {"head_dim": "64"}, {"head_dim": 64.0}])
+def test_matmul_takes_no_neighborhoods():
+    query = torch.randn(1, 5, 5, 2, 8)
+    with pytest.raises(RuntimeError, match=r"matmul.*neighborhood must be one of \('full', 'grid'\), got neighborhood"):
+        natten_ext.neighborhood_attention(query, query, query, 3, backend="matmul")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"dtype": "float32"}, {"dtype": None}, {"head_dim": "64"}, {"head_dim": 64.0}, {"keys": 9.0}]
+)
 def test_backends_names_an_argument_of_another_type(arguments):
     ((name, value),) = arguments.items()
     with pytest.raises(TypeError, match=f"{name} must be .*, got {value!r}"):
@@ -154,7 +169,8 @@ def test_use_backend_with_an_unknown_name():
 
 
 def test_backends_agree():
-    results = [a_case(backend=s.name) for s in natten_ext.list_backends(head_dim=8) if s.available]
+    statuses = natten_ext.list_backends(head_dim=8, neighborhood="full")
+    results = [a_case(backend=s.name) for s in statuses if s.available]
     for result in results:
         torch.testing.assert_close(result, results[-1], rtol=1e-5, atol=1e-6)
 
@@ -186,7 +202,8 @@ def test_gpus_that_cannot_be_used(monkeypatch):
         assert all(not status.available for status in natten_ext.list_backends("cuda") if status.name != "reference")
         with pytest.warns(RuntimeWarning, match="unfused on cuda"):
             monkeypatch.setattr(choice, "_warned", set())
-            assert choice.choose(None, "cuda", torch.float32, 8, "full") == "reference"
+            assert choice.choose(None, "cuda", torch.float32, 8, "neighborhood", 49) == "reference"
+        assert choice.choose(None, "cuda", torch.float32, 8, "full", 49) == "matmul"
     monkeypatch.setattr(support, "_no_gpu", lambda: "")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(support, "capability_of", lambda device: (7, 5))
@@ -203,10 +220,8 @@ def test_cpu_backend_refuses_other_devices():
 def test_falling_back_on_an_accelerator_warns_once(monkeypatch):
     """No silent slow path: `auto` on a device without a fused backend says why, once."""
     monkeypatch.setattr(choice, "_warned", set())
-    if any(s.available for s in natten_ext.list_backends("xpu") if s.name != "reference"):
-        pytest.skip("a fused backend runs on xpu")
     with pytest.warns(RuntimeWarning, match="xpu"):
-        assert choice.choose("auto", "xpu", torch.float32, 8, "full") == "reference"
+        assert choice.choose("auto", "xpu", torch.float32, 8, "neighborhood", 49) == "reference"
     assert len(choice._warned) == 1
-    choice.choose("auto", "xpu", torch.float32, 8, "full")
+    choice.choose("auto", "xpu", torch.float32, 8, "neighborhood", 49)
     assert len(choice._warned) == 1

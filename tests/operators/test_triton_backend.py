@@ -48,7 +48,7 @@ def test_cpu_tensors_need_the_interpreter_and_it_needs_nothing_of_these_tests():
 import os, sys
 import natten_ext, torch
 q = torch.randn(1, 6, 6, 1, 8)
-print(natten_ext.backends.choice.choose('auto', 'cpu', torch.float32, 8, 'full'))
+print(natten_ext.backends.choice.choose('auto', 'cpu', torch.float32, 8, 'full', 256))
 try: natten_ext.attention(q.flatten(1, 2), q.flatten(1, 2), q.flatten(1, 2), backend='triton')
 except RuntimeError as error: print(error)
 print('triton' in sys.modules)
@@ -76,9 +76,9 @@ def test_reasons(problem, reason, monkeypatch):
 def test_auto_never_interprets(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(natten_ext.backends.choice, "_override", None)
-    assert natten_ext.backends.choice.choose(None, "cpu", torch.float32, 8, "full") == "cpu"
-    assert natten_ext.backends.choice.choose(None, "cpu", torch.float16, 8, "full") == "cpu"
-    assert natten_ext.backends.choice.choose(None, "cpu", torch.float16, 300, "full") == "reference"
+    assert natten_ext.backends.choice.choose(None, "cpu", torch.float32, 8, "full", 256) == "cpu"
+    assert natten_ext.backends.choice.choose(None, "cpu", torch.float16, 8, "full", 256) == "cpu"
+    assert natten_ext.backends.choice.choose(None, "cpu", torch.float16, 300, "full", 256) == "reference"
 
 
 def check(case) -> None:
