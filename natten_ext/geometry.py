@@ -164,7 +164,7 @@ class Neighborhood:
     @property
     @remembered
     def _keys(self) -> int:
-        return max(math.prod(window.kernel for window in head) for head in set(self.windows))
+        return max([math.prod([window.kernel for window in self.windows[first]]) for first, _ in self.head_groups()])
 
     def sharing(self, heads: int) -> int:
         """As of ``Full``."""

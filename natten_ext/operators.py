@@ -16,7 +16,7 @@ import torch
 from .backends.choice import FUSED
 from .backends.support import namespace
 from .derivatives import Direct, differentiated, vmap_rule
-from .orders import INPUTS, ORDERS, Order
+from .orders import INPUTS, ORDERS, Order, accumulation_dtype
 
 OPERATORS = {backend: getattr(torch.ops, namespace(backend)) for backend in FUSED}
 """By backend, the operators as attributes."""
@@ -38,7 +38,7 @@ def _fake(order: Order, *arguments: Any) -> tuple[torch.Tensor, ...]:
         raise ValueError(f"operands must be on one device, got {', '.join(sorted(map(str, devices)))}")
     query = operands.query
     batch, *tokens, heads, _ = query.shape
-    lse = query.new_empty((2, batch, heads, *tokens), dtype=torch.promote_types(query.dtype, torch.float32))
+    lse = query.new_empty((2, batch, heads, *tokens), dtype=accumulation_dtype(query.dtype))
     like = {"output": query, "lse": lse, "natural_lse": lse[0], "grad_grad_output": query, "grad_grad_lse": lse[0]}
     like |= {f"grad_{name}": getattr(operands, name) for name in INPUTS}
     pairs = zip((like[name] for name in order.results), order.asked(operands), strict=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Full, Grid, decode
-from ..orders import BACKWARD, FORWARD, INPUTS, Order
+from ..orders import BACKWARD, FORWARD, INPUTS, Order, accumulation_dtype
 from .origin import about_origin
 from .reference import without_autocast
 from .support import full_precision
@@ -55,7 +55,7 @@ class _Call:
         neighborhood = decode(operands.neighborhood, query.dim() - 3)
         if neighborhood.kind not in KINDS:
             raise ValueError(f"neighborhood must be one of {KINDS}, got {neighborhood.kind}")
-        self.wide = torch.promote_types(query.dtype, torch.float32)
+        self.wide = accumulation_dtype(query.dtype)
         self.shared = query.shape[-2] // key.shape[-2]  # heads to a key head
         full = isinstance(neighborhood, Full)
         self.window = tuple(query.shape[1:-2]) if full else neighborhood.window

@@ -97,8 +97,8 @@ def test_auto_takes_the_first_available_backend():
 )
 def test_the_order_on_a_gpu(monkeypatch, neighborhood, dtype, head_dim, keys, order):
     """`list_backends` and `auto` agree; where the first can't run, the next does."""
-    can = {"cuda", "triton"}
-    for name in ("cuda", "triton"):
+    can = {"cuda", "triton", "matmul"}
+    for name in order:
         monkeypatch.setattr(choice.FUSED[name], "cannot_run", lambda *problem, name=name: "" if name in can else "no")
     statuses = natten_ext.list_backends("cuda", dtype, head_dim, neighborhood, keys)
     assert [status.name for status in statuses] == [*order, "cpu", "reference"]
