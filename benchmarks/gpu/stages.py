@@ -20,6 +20,8 @@ from typing import Any
 
 from benchmarks.problem import ORDERS
 from benchmarks.record import Record, Row
+from benchmarks.shapes import SHAPES
+from natten_ext.backends.choice import TAKES
 
 from .processes import OUT_OF_TIME, ROOT, Process, left
 
@@ -116,7 +118,7 @@ def contact(run: Run, stage: Stage) -> None:
     shapes = run.options.shape or (("cifar-d2",) if run.small else CONTACT)
     checked_by = stage.deadline - (1 - CHECKING) * left(stage.deadline)
     processes = {
-        (shape, backend): _contact(run, backend, shape, ORDERS) for shape in shapes for backend in run.backends
+        (shape, backend): _contact(run, backend, shape, ORDERS) for shape in shapes for backend in _timed_on(run, shape)
     }
     for (shape, backend), process in list(processes.items()):
         if not process.wait_for(CHECKED, left(checked_by)):
@@ -133,6 +135,12 @@ def contact(run: Run, stage: Stage) -> None:
         if not rows or ended.status is None or ended.status < 0:
             stage.fail(f"timing {backend} on {shape}", ended.reason)
     _judge(run, stage, shapes)
+
+
+def _timed_on(run: Run, shape: str) -> list[str]:
+    """The backends with kernels, and of float32 ``matmul`` too, which is there for it."""
+    library = run.record.precision in ("float32", "tf32") and not run.options.backend and not run.small
+    return [*run.backends, *["matmul"] * (library and SHAPES[shape].kind in TAKES["matmul"])]
 
 
 def _contact(run: Run, backend: str, shape: str, orders: Iterable[str]) -> Process:

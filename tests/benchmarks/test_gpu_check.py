@@ -274,6 +274,20 @@ def test_a_backend_that_breaks_costs_its_own_orders_alone(tmp_path, monkeypatch)
     assert failure.startswith("triton on nat-64, double: killed by SIGSEGV")
 
 
+def test_matmul_is_timed_where_it_may_be_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "CHECK_THEN_TIME", FAKE_BENCH + real.CHECK_THEN_TIME.replace(IMPORT, ""))
+
+    def timed(dtype, shape, *more):
+        out = str(tmp_path / f"{dtype}{shape}{len(more)}")
+        arguments = ["--out", out, "--stages", "contact", "--dtype", dtype, "--shape", shape, *more]
+        gpu_check.main(arguments, {"load": (load, 60), "contact": (real.contact, 60)})
+        return {row.candidate for row in Record.read(Path(out) / "gpu_check.json").rows}
+
+    assert timed("float32", "nat-64") == timed("float32", "cifar-d1", "--backend", "triton") == {"triton"}
+    assert timed("float32", "cifar-d1") == {"triton", "matmul"}
+    assert timed("bfloat16", "cifar-d1") == {"triton"}
+
+
 IMPORT = "from benchmarks.attn_bench import main"
 FAKE_BENCH = """
 import os
