@@ -164,7 +164,7 @@ def _is_for_library(dtype: torch.dtype, head_dim: int, neighborhood: str, keys: 
     On an H100 the float32 kernels take 5 to 12 times as long as those for bfloat16, and a discriminator's step with its
     penalty took longer than in plain PyTorch (docs/gpu.md). What ``matmul`` takes was not measured; by the bytes it
     moves and the rate of the library's products, a seventh of that for 256 keys and 72 channels, and about the same for
-    16 channels (docs/kernels.md). A table's gradient takes keys times keys numbers, so windows may not be too large.
+    16 channels (docs/kernels.md). A table takes keys times keys numbers of each head, so windows may not be too large.
     """
     most = 1024 if neighborhood == Grid.kind else math.inf
     return dtype == torch.float32 and neighborhood in matmul.KINDS and head_dim >= 32 and 64 <= keys <= most

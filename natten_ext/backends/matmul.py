@@ -47,7 +47,11 @@ def run(order: Order, arguments: Sequence[Any]) -> tuple[Tensor | None, ...]:
 
 
 class _Call:
-    """An order on operands: what it reads and writes, part by part."""
+    """An order on operands: what it reads and writes, part by part.
+
+    Tables are spread to numbers of each pair, ``(key heads, rows, keys)``, before the first part, and their gradient's
+    are added up after the last.
+    """
 
     def __init__(self, order: Order, operands: Any) -> None:
         self.order, self.operands = order, operands
@@ -61,23 +65,22 @@ class _Call:
         self.window = tuple(query.shape[1:-2]) if full else neighborhood.window
         self.key_window = tuple(key.shape[1:-2]) if full else neighborhood.window
         self.asked = dict(zip(order.results, order.asked(operands), strict=True))
-        given = operands._asdict()
-        # Of queries and of keys, with the dimensions of parts first.
-        names = [name for name, kind in order.types.items() if kind in (Tensor, Tensor | None)]
-        self.given = {name: self._windows(name, given[name]) for name in names if given[name] is not None}
+        tensors = {name: x for name, x in operands._asdict().items() if isinstance(x, Tensor)}
         self.new = {name: self._new(name) for name, asked in self.asked.items() if asked}
-        self.written = {name: self._windows(name, result) for name, result in self.new.items()}
-        self.table_sums = {}
-        if self.asked.get("grad_bias"):
-            rows, keys = math.prod(self.window), math.prod(self.key_window)
-            self.table_sums["grad_bias"] = query.new_zeros((key.shape[-2], self.shared * rows, keys), dtype=self.wide)
+        # With the dimensions of parts first.
+        self.given = {name: self._windows(name, x) for name, x in tensors.items() if not name.endswith("bias")}
+        self.written = {name: self._windows(name, x) for name, x in self.new.items() if not name.endswith("bias")}
+        self.pairs = {name: self._of_pairs(x) for name, x in tensors.items() if name.endswith("bias")}
+        if "grad_bias" in self.new:
+            rows, keys = self.shared * math.prod(self.window), math.prod(self.key_window)
+            self.pairs["grad_bias"] = query.new_zeros((key.shape[-2], rows, keys), dtype=self.wide)
 
     def results(self) -> tuple[Tensor | None, ...]:
         compute = {FORWARD: _forward, BACKWARD: _backward}.get(self.order, _double_backward)
         for part in self._parts():
             compute(part)
-        if "grad_bias" in self.table_sums:
-            sums = self.table_sums["grad_bias"].unflatten(1, (self.shared, -1)).flatten(0, 1)
+        if "grad_bias" in self.new:
+            sums = self.pairs["grad_bias"].unflatten(1, (self.shared, -1)).flatten(0, 1)
             self.new["grad_bias"].copy_(_over_offsets(sums, self.window))
         return tuple(self.new.get(name) for name in self.order.results)
 
@@ -91,9 +94,7 @@ class _Call:
         return like.new_zeros(like.shape)
 
     def _windows(self, name: str, x: Tensor) -> Tensor:
-        """A view ``(batch, *windows, key heads, heads of one, *positions, channels)``; tables as they are."""
-        if name.endswith("bias"):
-            return x
+        """A view ``(batch, *windows, key heads, heads of one, *positions, channels)``."""
         if name.endswith("lse"):  # its two parts, or none, as channels
             x = (x.movedim(0, -1) if name == "lse" else x.unsqueeze(-1)).movedim(1, -2)
         of_keys = name.endswith(("key", "value"))
@@ -104,6 +105,13 @@ class _Call:
         x = x.unflatten(-2, (x.shape[-2] // shared, shared))
         heads = 1 + 2 * axes
         return x.permute(0, *range(1, heads, 2), heads, heads + 1, *range(2, heads, 2), heads + 2)
+
+    def _of_pairs(self, table: Tensor) -> Tensor:
+        table = table.to(self.wide).flatten(1)
+        most = torch.finfo(self.wide).max / 4  # sums with scores stay finite, in base 2 too
+        table = torch.where(table.isfinite(), table.clamp(-most, most), table)
+        places = _table_places(self.window, table.device)
+        return table[:, places - places[:, None] + places[-1]].unflatten(0, (-1, self.shared)).flatten(1, 2)
 
     def _parts(self) -> Iterator[_Part]:
         query = self.given["query"]
@@ -143,24 +151,15 @@ class _Part:
 
     def table(self, name: str, rows: slice) -> Tensor | None:
         """Entries of a table for a range of rows, ``(key heads, rows, keys)``."""
-        table = self.call.given.get(name)
-        if table is None:
-            return None
-        call, heads = self.call, self.where[-1]
-        table = table.unflatten(0, (-1, call.shared))[heads].to(call.wide).flatten(2)
-        most = torch.finfo(call.wide).max / 4  # sums with scores stay finite, in base 2 too
-        table = torch.where(table.isfinite(), table.clamp(-most, most), table)
-        member = torch.arange(self.rows, device=table.device)[rows] // (self.rows // call.shared)
-        places = _table_places(call.window, table.device)
-        own = places.repeat(call.shared)[rows]
-        return table[:, member[:, None], places - own[:, None] + places[-1]]
+        pairs = self.call.pairs.get(name)
+        return None if pairs is None else pairs[self.where[-1], rows]
 
     def write(self, name: str, result: Tensor) -> None:
         to = self.call.written[name][self.where]
         to.copy_(result.reshape(to.shape))
 
     def add_to_table(self, sums: Tensor, rows: slice) -> None:
-        self.call.table_sums["grad_bias"][self.where[-1], rows] += sums.sum(0)
+        self.call.pairs["grad_bias"][self.where[-1], rows] += sums.sum(0)
 
     def asked(self, name: str) -> bool:
         return self.call.asked[name]
@@ -239,7 +238,7 @@ class _Vectors:
     def scores(self, rows: slice, table: Tensor | None) -> Tensor:
         """S, in base-2 logarithms."""
         scores = (_LOG2_E * self.query[:, :, rows]) @ self.key.mT
-        return scores if table is None else scores.add_(_LOG2_E * table)
+        return scores if table is None else scores.add_(table, alpha=_LOG2_E)
 
     def weights(self, rows: slice, table: Tensor | None, lse: Tensor) -> Tensor:
         """P."""
