@@ -316,7 +316,8 @@ class NeighborhoodBackward {
 
 // Runs a gradient kernel over the jobs of heads with one window in chunks, each with a partial table of its own.
 template <class T, class Make>
-void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const ColumnMemory& memory, const Make& make) {
+void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const OrderCost& order, const ColumnMemory& memory,
+                                const Make& make) {
   const Problem& p = a.problem;
   const int64_t key_heads = heads.count() / p.shared();
   const double column_bytes = memory.bytes(p, p.windows[heads.first], sizeof(T));
@@ -327,21 +328,22 @@ void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const Colum
   const int64_t table_size = a.grad_bias ? p.table_size() : 0;
   Buffer<T> partial(heads.count() * parts * table_size);
   std::fill_n(partial.data(), heads.count() * parts * table_size, T(0));
-  for_each_task(key_heads * parts, make, [&](auto& worker, int64_t task) {
+  const auto task = [&](auto& worker, int64_t number) {
     // Heads vary fastest: they share the pages of memory.
-    const int64_t head = task % key_heads * p.shared(), part = task / key_heads;
+    const int64_t head = number % key_heads * p.shared(), part = number / key_heads;
     worker.start(PartialTables<T>{partial + (head * parts + part) * table_size, parts * table_size});
     for (int64_t job = part * jobs.count() / parts; job < (part + 1) * jobs.count() / parts; ++job) {
       worker.run(jobs.job(heads.first + head, job));
     }
     worker.finish();
-  });
+  };
+  for_each_task(key_heads * parts, make, task, neighborhood_cost<T>(p, heads, order));
   if (a.grad_bias) reduce_tables<T>(partial, parts, a.grad_bias, heads, p);
 }
 
 template <class T>
 void neighborhood_backward(const Arguments& a, HeadRange heads) {
-  run_neighborhood_gradients<T>(a, heads, kBackwardMemory, [&] { return NeighborhoodBackward<T>(a); });
+  run_neighborhood_gradients<T>(a, heads, kBackwardCost, kBackwardMemory, [&] { return NeighborhoodBackward<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -263,7 +263,8 @@ class NeighborhoodDoubleBackward {
 
 template <class T>
 void neighborhood_double_backward(const Arguments& a, HeadRange heads) {
-  run_neighborhood_gradients<T>(a, heads, kDoubleBackwardMemory, [&] { return NeighborhoodDoubleBackward<T>(a); });
+  run_neighborhood_gradients<T>(a, heads, kDoubleBackwardCost, kDoubleBackwardMemory,
+                                [&] { return NeighborhoodDoubleBackward<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -84,7 +84,7 @@ class NeighborhoodForward {
 
 template <class T>
 void neighborhood_forward(const Arguments& a, HeadRange heads) {
-  run_neighborhood_queries<T>(a.problem, heads, kForwardMemory, [&] { return NeighborhoodForward<T>(a); });
+  run_neighborhood_queries<T>(a.problem, heads, kForwardCost, kForwardMemory, [&] { return NeighborhoodForward<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

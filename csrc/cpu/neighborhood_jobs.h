@@ -55,6 +55,18 @@ struct ColumnMemory {
 };
 constexpr ColumnMemory kForwardMemory{2, 0}, kTangentMemory{4, 0}, kBackwardMemory{4, 2}, kDoubleBackwardMemory{6, 3};
 
+// Nanoseconds of all heads with one window.
+template <class T>
+double neighborhood_cost(const Problem& p, HeadRange heads, const OrderCost& order) {
+  const HeadWindow& window = p.windows[heads.first];
+  const int64_t queries = p.batch * heads.count() * p.queries();
+  const auto attention = [&](int64_t keys) {
+    return Attention{double(queries), double(keys), double(p.head_dim), kLanes<T>, sizeof(T)};
+  };
+  const int64_t keys_of_query = window.z.kernel * window.y.kernel * window.x.kernel;
+  return attention(keys_of_query).scores(order.products) + attention(queries).rows(order.tensors);
+}
+
 // The jobs of one head, or of any other with the same window.
 class HeadJobs {
  public:

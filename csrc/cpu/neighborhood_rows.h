@@ -54,21 +54,21 @@ class RowTransposer {
   void load(T* target, int64_t stride, const View& v, const NeighborhoodJob& job, Row row, T factor,
             const T* origin = nullptr) const {
     const int64_t step = job.window.x.dilation * v.x;
-    const bool direct = v.dtype == DType::float32 || v.dtype == DType::float64;
     for (int64_t x = 0; x < job.columns.count; x += L) {
       const int64_t lanes = std::min<int64_t>(L, job.columns.count - x), from = job.offset(v, row, x);
-      // Whole squares of the compute type come straight from the tensor, the rest by way of staged rows.
-      const int64_t whole = direct && lanes == L ? channels_ / L * L : 0;
-      const T* values = static_cast<const T*>(v.data) + from;
-      for (int64_t i = 0; whole > 0 && i < L; ++i) prefetch_row(values + (3 * L + i) * step, channels_);
-      for (int64_t c = 0; c < whole; c += L) {
-        Vector<T> square[L];
-        load_transposed<T>(values + c, step, square);
-        for (int i = 0; i < L; ++i) {
-          const Vector<T> counted = origin != nullptr ? square[i] - origin[c + i] : square[i];
-          store(target + (c + i) * stride + x, counted * factor);
+      // Whole squares come straight from the tensor, the rest by way of staged rows.
+      const int64_t whole = lanes == L ? channels_ / L * L : 0;
+      visit_numbers<T>(v, from, [&](const auto* numbers) __attribute__((always_inline)) {
+        for (int64_t i = 0; whole > 0 && i < L; ++i) prefetch_row(numbers + (3 * L + i) * step, channels_);
+        for (int64_t c = 0; c < whole; c += L) {
+          Vector<T> square[L];
+          load_transposed<T>(numbers + c, step, square);
+          for (int i = 0; i < L; ++i) {
+            const Vector<T> counted = origin != nullptr ? square[i] - origin[c + i] : square[i];
+            store(target + (c + i) * stride + x, counted * factor);
+          }
         }
-      }
+      });
       if (whole == channels_) continue;
       for (int64_t lane = 0; lane < lanes; ++lane) {
         load_row<T>(rows_ + lane * padded_, v, from + lane * step + whole, channels_ - whole, factor,
@@ -98,7 +98,7 @@ class RowTransposer {
       }
       if (c == channels_) return;
       for (int64_t i = 0; i < channels_ - c; ++i) store(rows_ + i * L, NATTEN_EXT_ISA::load(source + (c + i) * stride));
-      load_transposed<T>(rows_, L, square);
+      load_transposed<T>(rows_.data(), L, square);
       for (int64_t i = 0; i < lanes; ++i) store_first(to + i * step + c, square[i] * factor[i], channels_ - c);
     });
   }
@@ -328,12 +328,14 @@ void for_each_group(const ClassGeometry<T>& g, Range planes, Range rows, const V
 
 // Runs the kernel `make()`, whose results are rows of queries, over the jobs of heads with one window.
 template <class T, class Make>
-void run_neighborhood_queries(const Problem& p, HeadRange heads, const ColumnMemory& memory, const Make& make) {
+void run_neighborhood_queries(const Problem& p, HeadRange heads, const OrderCost& order, const ColumnMemory& memory,
+                              const Make& make) {
   const HeadJobs jobs(p, heads.first, 32, 1, false, memory.bytes(p, p.windows[heads.first], sizeof(T)));
   // Heads vary fastest: they share the pages of memory.
-  for_each_task(heads.count() * jobs.count(), make, [&](auto& worker, int64_t task) {
-    worker.run(jobs.job(heads.first + task % heads.count(), task / heads.count()));
-  });
+  const auto task = [&](auto& worker, int64_t number) {
+    worker.run(jobs.job(heads.first + number % heads.count(), number / heads.count()));
+  };
+  for_each_task(heads.count() * jobs.count(), make, task, neighborhood_cost<T>(p, heads, order));
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -90,7 +90,7 @@ class NeighborhoodTangent {
 
 template <class T>
 void neighborhood_tangent(const Arguments& a, HeadRange heads) {
-  run_neighborhood_queries<T>(a.problem, heads, kTangentMemory, [&] { return NeighborhoodTangent<T>(a); });
+  run_neighborhood_queries<T>(a.problem, heads, kTangentCost, kTangentMemory, [&] { return NeighborhoodTangent<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -233,9 +234,9 @@ NATTEN_EXT_INLINE void transpose_quarters(Vector<float>* rows) {
 }
 #endif
 
-// columns[c][r] = source[r][c], a square of lanes x lanes values.
-template <class T>
-NATTEN_EXT_INLINE void load_transposed(const T* source, int64_t stride, Vector<T>* columns) {
+// columns[c][r] = source[r][c], a square of lanes x lanes numbers of the compute type or of halves.
+template <class T, class Number>
+NATTEN_EXT_INLINE void load_transposed(const Number* source, int64_t stride, Vector<T>* columns) {
   constexpr int L = kLanes<T>;
 #if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
@@ -246,8 +247,14 @@ NATTEN_EXT_INLINE void load_transposed(const T* source, int64_t stride, Vector<T
     return;
   }
 #endif
-  for (int c = 0; c < L; ++c) {
-    for (int r = 0; r < L; ++r) columns[c][r] = source[r * stride + c];
+  if constexpr (std::is_same_v<T, Number>) {
+    for (int c = 0; c < L; ++c) {
+      for (int r = 0; r < L; ++r) columns[c][r] = source[r * stride + c];
+    }
+  } else {  // halves are converted by whole vectors
+    T rows[L * L];
+    for (int r = 0; r < L; ++r) store(rows + r * L, load_wide(source + r * stride));
+    load_transposed<T>(rows, L, columns);
   }
 }
 

@@ -154,3 +154,6 @@ def test_every_half_is_read_and_rounded_as_torch_does(target, dtype):
         output = natten_ext.attention(q, k, v, backend=target.backend)
         expected = values.float().mean(1, keepdim=True).to(dtype)
         assert torch.equal(output.cpu(), expected)
+    one_key = every.reshape(1, 1, -1, 1, 32).to(target.device)  # kernels of neighborhoods move rows in their own way
+    output = natten_ext.neighborhood_attention(torch.zeros_like(one_key), one_key, one_key, 1, backend=target.backend)
+    assert torch.equal(output, one_key)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import heapq
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import natten_ext
 from natten_ext import _C
 
 MICROSECOND, MILLISECOND = 1e3, 1e6
@@ -81,3 +85,34 @@ def test_rows_of_neighborhoods_are_worked_on_in_parts_that_fit_a_cache():
     parts = [_C.positions_together(1.2**n) for n in range(100)]
     assert parts == sorted(parts, reverse=True) and (parts[0], parts[-1]) == (512, 128)
     assert all(part * 1.2**n <= 1.001 * (2 << 20) for n, part in enumerate(parts) if part > 128)
+
+
+STARTED = """
+import os, sys, torch, natten_ext
+
+def threads_started(side):
+    x = torch.randn(1, side, side, 2, 8)
+    before = len(os.listdir("/proc/self/task"))
+    if sys.argv[1] == "full":
+        natten_ext.attention(*[x.flatten(1, 2)] * 3, backend="cpu")
+    else:
+        natten_ext.neighborhood_attention(x, x, x, 3, backend="cpu")
+    return len(os.listdir("/proc/self/task")) - before
+
+torch.set_num_threads(2)
+print(threads_started(6), threads_started(64))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(
+    not any(status.name == "cpu" and status.available for status in natten_ext.list_backends()),
+    reason="the cpu backend is not built",
+)
+@pytest.mark.parametrize("kind", ["full", "neighborhood"])
+def test_threads_are_started_by_large_problems_alone(kind):
+    """The pool of torch's threads begins with the first work that is shared."""
+    done = subprocess.run([sys.executable, "-c", STARTED, kind], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    small, large = map(int, done.stdout.split())
+    assert small == 0 and large == 1
