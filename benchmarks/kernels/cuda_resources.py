@@ -25,7 +25,7 @@ REPORT = (cuda.library_folder() or Path(natten_ext.__file__).parent) / "cuda_res
 THREADS, NARROW_THREADS = 128, 256
 
 _REGISTERS = 65536  # of a multiprocessor, since 3.5
-_MODES = {"4Half": "float16", "6Bfloat": "bfloat16", "ffLb1": "float32 (tf32)", "ffLb0": "float32", "ddLb0": "float64"}
+_MODES = {"4Half": "float16", "6Bfloat": "bfloat16", "ffLi1": "float32 (tf32)", "ffLi3": "float32", "ddLi0": "float64"}
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)a?'")
 _KERNEL = re.compile(r"attention_kernelI.*?4ModeI(.*?)EE?NS0_\d+(\w+?)ELi(\d+)ELb([01])E")
 _NARROW = re.compile(r"narrow_kernelINS0_\d+(\w+?)INS0_4ModeI(.*?)EELi(\d+)ELb([01])E")

@@ -66,8 +66,8 @@ struct BackwardQuery {
             Scores<Real> s, dp;
             clear(s);
             clear(dp);
-            scores<M, Dim>(s, query, shared.rows(stage, 0), unit);
-            scores<M, Dim>(dp, grad_output, shared.rows(stage, 1), unit);
+            scores<M, Dim>(s, query, shared.rows(stage, 0), unit, careful);
+            scores<M, Dim>(dp, grad_output, shared.rows(stage, 1), unit, careful);
             pairs.fold(s);
             pairs.fold(dp);
             pairs.for_each_block([&](int b, const auto& block) {
@@ -154,8 +154,8 @@ struct BackwardKey {
             Scores<Real> s, dp;
             clear(s);
             clear(dp);
-            scores<M, Dim>(s, key, shared.rows(stage, 0), unit);
-            scores<M, Dim>(dp, value, shared.rows(stage, 1), unit);
+            scores<M, Dim>(s, key, shared.rows(stage, 0), unit, careful);
+            scores<M, Dim>(dp, value, shared.rows(stage, 1), unit, careful);
             pairs.fold(s);
             pairs.fold(dp);
             pairs.for_each_block([&](int b, const auto& block) {

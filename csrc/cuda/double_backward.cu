@@ -54,7 +54,7 @@ struct DoubleBackwardQuery {
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 4, kStaged = 4, kScalars = 2, kTables = 2;
   static constexpr int kChannels = kResultChannels<M, Dim, 64>;
-  static constexpr int kBlocks = M::kTensor && Dim <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBlocks = M::kTensor && !M::kSplit && Dim <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kQuery, kGradOutput, kCotQuery, kOutput };
   enum StagedTensor { kKey, kValue, kCotKey, kCotValue };
   enum KeyNumber { kHalfKeyNorm, kCotKeyProduct };  // of l2, per staged row: |k|^2 / 2, gK.k
@@ -104,14 +104,15 @@ struct DoubleBackwardQuery {
       };
       Real half_norm[2] = {0, 0}, cot_product[2] = {0, 0};  // of l2: |q|^2 / 2, gQ.q
       // Calls `use(unit, pairs, terms)` for every unit of a staged piece; the terms are folded.
-      const auto for_each_terms = [&](int i, int stage, bool masks, auto use) {
+      const auto for_each_terms = [&](int i, int stage, bool careful, auto use) {
+        const bool masks = needs_masks<M>(careful);
         for_each_unit(p, own, pieces.piece(i), [&](const Unit& unit, const UnitPairs<Own>& pairs) {
           PairTerms<Real> terms;
-          scores<M, Dim>(terms.p, query, shared.rows(stage, kKey), unit);
-          if (!p.tangents_only) scores<M, Dim>(terms.dp, grad_output, shared.rows(stage, kValue), unit);
-          if (has_cot_query) scores<M, Dim>(terms.x, cot_query, shared.rows(stage, kKey), unit);
-          if (has_cot_key) scores<M, Dim>(terms.x, query, shared.rows(stage, kCotKey), unit);
-          if (has_cot_value && !p.tangents_only) scores<M, Dim>(terms.g, grad_output, shared.rows(stage, kCotValue), unit);
+          scores<M, Dim>(terms.p, query, shared.rows(stage, kKey), unit, careful);
+          if (!p.tangents_only) scores<M, Dim>(terms.dp, grad_output, shared.rows(stage, kValue), unit, careful);
+          if (has_cot_query) scores<M, Dim>(terms.x, cot_query, shared.rows(stage, kKey), unit, careful);
+          if (has_cot_key) scores<M, Dim>(terms.x, query, shared.rows(stage, kCotKey), unit, careful);
+          if (has_cot_value && !p.tangents_only) scores<M, Dim>(terms.g, grad_output, shared.rows(stage, kCotValue), unit, careful);
           terms.fold(pairs);
           pairs.for_each_block([&](int b, const auto& block) {
             finish_scores(terms.p[b], block, factor, bias, p.l2, half_norm,
@@ -140,7 +141,7 @@ struct DoubleBackwardQuery {
             if (p.l2 && has_cot_query) row_products<M, Dim>(cot_product, shared.own(kCotQuery), shared.own(kQuery), own);
           }
           const bool masks = needs_masks<M>(careful);
-          for_each_terms(i, stage, masks, [&](const Unit&, const UnitPairs<Own>& pairs, PairTerms<Real>& terms) {
+          for_each_terms(i, stage, careful, [&](const Unit&, const UnitPairs<Own>& pairs, PairTerms<Real>& terms) {
             pairs.for_each_block([&](int b, const auto& block) {
               if (masks) terms.mask(b, block);
               NATTEN_EXT_UNROLL
@@ -196,7 +197,7 @@ struct DoubleBackwardQuery {
         for_each_piece(pieces.count, p.plan.stages, issue_again, [&](int i, int stage) {
           if (staged_again) write_key_terms(i, stage);
           const bool masks = needs_masks<M>(careful);
-          for_each_terms(i, stage, masks, [&](const Unit& unit, const UnitPairs<Own>& pairs, PairTerms<Real>& terms) {
+          for_each_terms(i, stage, careful, [&](const Unit& unit, const UnitPairs<Own>& pairs, PairTerms<Real>& terms) {
             pairs.for_each_block([&](int b, const auto& block) {
               NATTEN_EXT_UNROLL
               for (int e = 0; e < 4; ++e) terms.to_gradients(b, e, d[e / 2], r[e / 2], t[e / 2]);
@@ -255,7 +256,7 @@ struct DoubleBackwardKey {
   static constexpr bool kByKey = true, kTableGradient = false;
   static constexpr int kOwn = 4, kStaged = 3, kScalars = 8, kTables = 2;
   static constexpr int kChannels = kResultChannels<M, Dim, 96>;
-  static constexpr int kBlocks = M::kTensor && Dim <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
+  static constexpr int kBlocks = M::kTensor && !M::kSplit && Dim <= 8 ? 3 : 2;  // on a multiprocessor, as far as registers go
   enum OwnTensor { kKey, kValue, kCotKey, kCotValue };
   enum StagedTensor { kQuery, kGradOutput, kCotQuery };
 
@@ -306,11 +307,11 @@ struct DoubleBackwardKey {
           const auto bias = tables.of_member(turn.member), cot_bias = cot_tables.of_member(turn.member);
           for_each_unit(p, own, pieces.piece(turn.piece), [&](const Unit& unit, const UnitPairs<Own>& pairs) {
             PairTerms<Real> terms;
-            scores<M, Dim>(terms.p, key, shared.rows(stage, kQuery), unit);
-            scores<M, Dim>(terms.dp, value, shared.rows(stage, kGradOutput), unit);
-            if (has_cot_query) scores<M, Dim>(terms.x, key, shared.rows(stage, kCotQuery), unit);
-            if (has_cot_key) scores<M, Dim>(terms.x, cot_key, shared.rows(stage, kQuery), unit);
-            if (has_cot_value) scores<M, Dim>(terms.g, cot_value, shared.rows(stage, kGradOutput), unit);
+            scores<M, Dim>(terms.p, key, shared.rows(stage, kQuery), unit, careful);
+            scores<M, Dim>(terms.dp, value, shared.rows(stage, kGradOutput), unit, careful);
+            if (has_cot_query) scores<M, Dim>(terms.x, key, shared.rows(stage, kCotQuery), unit, careful);
+            if (has_cot_key) scores<M, Dim>(terms.x, cot_key, shared.rows(stage, kQuery), unit, careful);
+            if (has_cot_value) scores<M, Dim>(terms.g, cot_value, shared.rows(stage, kGradOutput), unit, careful);
             const bool masks = needs_masks<M>(careful);
             terms.fold(pairs);
             pairs.for_each_block([&](int b, const auto& block) {

@@ -15,11 +15,12 @@ struct Forward {
   static constexpr bool kTableGradient = false;
   static constexpr int kChannels = kResultChannels<M, Dim, 128>;
   static constexpr int kBytes = Dim * sizeof(typename M::Element);
-  // On a multiprocessor, as far as registers go; the code for sm_80 takes a few more of them, and that for general neighborhoods.
+  // On a multiprocessor, as far as registers go; the code for sm_80 takes a few more of them, that for general neighborhoods and that
+  // of split operands.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   static constexpr int kBlocks = M::kTensor && kBytes <= 64 ? 3 : 2;
 #else
-  static constexpr int kBlocks = General ? (M::kTensor && kBytes <= 64 ? 3 : 2) : M::kTensor && kBytes <= 32 ? 4 : kBytes <= 128 ? 3 : 2;
+  static constexpr int kBlocks = General || M::kSplit ? (M::kTensor && kBytes <= 64 ? 3 : 2) : M::kTensor && kBytes <= 32 ? 4 : kBytes <= 128 ? 3 : 2;
 #endif
   static constexpr bool kHeld = M::kTensor && Dim * sizeof(typename M::Element) <= 256;
 
@@ -64,7 +65,7 @@ struct Forward {
           for_each_unit(p, own, piece, [&](const Unit& unit, const UnitPairs<Own>& pairs) {
             Scores<Real> s;
             clear(s);
-            scores<M, Dim>(s, query, shared.rows(stage, 0), unit);
+            scores<M, Dim>(s, query, shared.rows(stage, 0), unit, careful);
             pairs.fold(s);
             pairs.for_each_block([&](int b, const auto& block) {
               finish_scores(s[b], block, factor, bias, p.l2, half_norm,

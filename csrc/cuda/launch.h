@@ -40,8 +40,6 @@ void launch(void (*kernel)(Arguments), int grid_x, int grid_y, int threads, uint
 // Kernels are templates over the head_dim they pad to. Of general neighborhoods there are fewer, for the sake of the build.
 template <class M, bool General>
 struct HeadDims : std::integer_sequence<int, 8, 16, 32, 64, 96, 128, 256> {};
-template <>
-struct HeadDims<FloatMode, false> : std::integer_sequence<int, 8, 16, 32, 64, 128, 256> {};
 template <class M>
 struct HeadDims<M, true> : std::integer_sequence<int, 16, 32, 64, 128, 256> {};
 template <>
@@ -219,8 +217,8 @@ SharedLayout layout_of(const Plan& plan, bool gradient, int table_planes, int ta
 
 constexpr int kMostSlots = 512;  // of a piece: what SlotDivisor divides exactly
 
-// Chooses warps, stages and slots: the largest tile whose halo fits beside it, for at least two blocks on a
-// multiprocessor where possible.
+// Chooses warps, stages and slots: what lets most warps be on a multiprocessor, in two blocks rather than in one, which has a tile
+// twice as large.
 template <class M, template <class, int, bool> class Kernel, int Dim, bool General>
 Plan plan_of(const ParamsOf<General>& p, const Context& context) {
   using K = Kernel<M, Dim, General>;
@@ -234,8 +232,11 @@ Plan plan_of(const ParamsOf<General>& p, const Context& context) {
   for (const bool tables_shared : {true, false}) {
     // A multiprocessor has the limit of one block and kReserved, and keeps kReserved for each block.
     constexpr int64_t kReserved = 1024;
-    for (const int64_t limit : {(int64_t{shared_limit} - kReserved) / 2, int64_t{shared_limit}}) {
-      for (int warps = shape.warps; warps >= 1; warps /= 2) {
+    for (int on_multiprocessor = 2 * shape.warps; on_multiprocessor >= 1; on_multiprocessor /= 2) {
+      for (const int blocks : {2, 1}) {
+        const int warps = on_multiprocessor / blocks;
+        if (warps < 1 || warps > shape.warps) continue;
+        const int64_t limit = blocks == 2 ? (int64_t{shared_limit} - kReserved) / 2 : int64_t{shared_limit};
         Plan plan{warps, kBlock, shape.several_planes ? 2 : 1, shape.wide, 1, tables_shared, 0};
         const int64_t halo = halo_slots(p, plan, other);
         plan.slots = static_cast<int>(std::min(halo, int64_t{kMostSlots}));

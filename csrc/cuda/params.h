@@ -161,18 +161,20 @@ static_assert(sizeof(ParamsOf<false>) <= 4096 && sizeof(ParamsOf<true>) <= 4096,
 template <bool General>
 using WindowOf = std::remove_extent_t<decltype(ParamsOf<General>::windows)>;
 
-// What a kernel computes in. Tensor: on the matrix units (float: as TF32).
-template <class ElementType, class RealType, bool Tensor>
+// What a kernel computes in. Products: of the matrix units, that make one product. 0: none, it is made in ordinary arithmetic;
+// 1: one, of operands as the units have them (float: rounded to TF32); 3: of floats that are split in two (`split` in products.h).
+template <class ElementType, class RealType, int Products>
 struct Mode {
   using Element = ElementType;
   using Real = RealType;
-  static constexpr bool kTensor = Tensor;
+  static constexpr bool kTensor = Products > 0, kSplit = Products == 3;
+  static constexpr int kParts = kSplit ? 2 : 1;  // of an operand
 };
-using HalfMode = Mode<Half, float, true>;
-using BfloatMode = Mode<Bfloat, float, true>;
-using Tf32Mode = Mode<float, float, true>;
-using FloatMode = Mode<float, float, false>;
-using DoubleMode = Mode<double, double, false>;
+using HalfMode = Mode<Half, float, 1>;
+using BfloatMode = Mode<Bfloat, float, 1>;
+using Tf32Mode = Mode<float, float, 1>;
+using FloatMode = Mode<float, float, 3>;
+using DoubleMode = Mode<double, double, 0>;
 
 // Bytes from one staged row of `Dim` channels, the padded head_dim, to the next: an odd number of sixteens, so that eight rows lie in different banks.
 template <class M, int Dim>

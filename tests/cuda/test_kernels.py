@@ -188,7 +188,7 @@ def test_tf32_where_torch_allows_it(case, tf32):
 
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("name", ["key", "value", "grad_output", "cot_query", "cot_value"])
-@pytest.mark.parametrize("mode", ["bfloat16", "float16", "tf32"])
+@pytest.mark.parametrize("mode", ["bfloat16", "float16", "tf32", "float32"])
 def test_matrix_units_do_not_spread_nan(request, mode, name, strange):
     """They multiply what is masked by zero. What is not finite in float32 is all that may not be finite here."""
     if mode == "tf32":

@@ -16,12 +16,13 @@ from tests.samples import TEST_ALL
 NVCC = setup.installed_nvcc()
 # As quick as can be, and no further than PTX: less than a tenth of the time.
 FLAGS = ["-std=c++20", "-arch=compute_90", "-Ofc=max", "-ptx"]
-# Modes that take different ways: products on the tensor cores, and multiply-adds. The first with general neighborhoods,
-# which narrow kernels do not have.
+# Modes that take different ways: one product on the tensor cores, three of them, and multiply-adds. The first with
+# general neighborhoods, which narrow kernels do not have.
 KERNELS = [
     (kernel, mode, general)
     for _, kernel, mode, general in setup.CUDA_OBJECTS
-    if TEST_ALL or (mode, general) in {("BfloatMode", not kernel.startswith("narrow")), ("FloatMode", False)}
+    if TEST_ALL
+    or (mode, general) in {("BfloatMode", not kernel.startswith("narrow")), ("FloatMode", False), ("DoubleMode", False)}
 ]
 
 

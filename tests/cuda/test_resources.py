@@ -70,11 +70,13 @@ def test_every_kernel_is_reported(kernels):
 
 def test_nothing_spills(kernels):
     """But for what three blocks on a multiprocessor cost the double backward of narrow heads, several the derivatives
-    of narrow windows on newer GPUs, and rounding to TF32 the double backward of wide heads (a little)."""
+    of narrow windows on newer GPUs, and rounding to TF32 the double backward of wide heads (a little), and splitting
+    float32 the backward of one width (a register or two)."""
     spilling = [kernel for kernel in kernels if kernel.spills or kernel.stack]
     assert all(
         (kernel.name.startswith("DoubleBackward") and kernel.head_dim == 8)
         or (kernel.name == "DoubleBackwardQuery" and kernel.dtype == "float32 (tf32)" and kernel.stack <= 16)
+        or (kernel.name == "BackwardQuery" and kernel.dtype == "float32" and kernel.stack <= 8)
         or (kernel.name.startswith(("NarrowBackward", "NarrowDouble")) and kernel.capability == "10.0")
         for kernel in spilling
     )
@@ -82,14 +84,14 @@ def test_nothing_spills(kernels):
 
 
 REPORT = """\
-ptxas info    : Compiling entry function '_ZN10natten_ext4cuda16attention_kernelINS0_4ModeINS0_6BfloatEfLb1EEENS0_7ForwardELi32ELb0EEEvNS0_8ParamsOfIXT2_EEE' for 'sm_90'
-ptxas info    : Function properties for _ZN10natten_ext4cuda16attention_kernelINS0_4ModeINS0_6BfloatEfLb1EEENS0_7ForwardELi32ELb0EEEvNS0_8ParamsOfIXT2_EEE
+ptxas info    : Compiling entry function '_ZN10natten_ext4cuda16attention_kernelINS0_4ModeINS0_6BfloatEfLi1EEENS0_7ForwardELi32ELb0EEEvNS0_8ParamsOfIXT2_EEE' for 'sm_90'
+ptxas info    : Function properties for _ZN10natten_ext4cuda16attention_kernelINS0_4ModeINS0_6BfloatEfLi1EEENS0_7ForwardELi32ELb0EEEvNS0_8ParamsOfIXT2_EEE
     16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack size
 """  # noqa: E501
 NARROW_REPORT = """\
-ptxas info    : Compiling entry function '_ZN10natten_ext4cuda13narrow_kernelINS0_13NarrowForwardINS0_4ModeINS0_6BfloatEfLb1EEELi32ELb1EEEEEvNS0_12NarrowParamsE' for 'sm_90'
-ptxas info    : Function properties for _ZN10natten_ext4cuda13narrow_kernelINS0_13NarrowForwardINS0_4ModeINS0_6BfloatEfLb1EEELi32ELb1EEEEEvNS0_12NarrowParamsE
+ptxas info    : Compiling entry function '_ZN10natten_ext4cuda13narrow_kernelINS0_13NarrowForwardINS0_4ModeINS0_6BfloatEfLi1EEELi32ELb1EEEEEvNS0_12NarrowParamsE' for 'sm_90'
+ptxas info    : Function properties for _ZN10natten_ext4cuda13narrow_kernelINS0_13NarrowForwardINS0_4ModeINS0_6BfloatEfLi1EEELi32ELb1EEEEEvNS0_12NarrowParamsE
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 105 registers, used 1 barriers
 """  # noqa: E501
