@@ -149,25 +149,26 @@ def _gpu_kernels(dtype: torch.dtype, head_dim: int, neighborhood: str) -> tuple[
     """The GPU backends with kernels, the faster one first.
 
     As measured on an H100 on the named shapes (docs/gpu.md), and taken for other GPUs until they are. For full
-    attention and windows ``triton`` takes 0.3 to 0.9 times the time of ``cuda``, all orders together, from 16 channels
-    on in half precision and from 65 on in float32. For neighborhoods the two take the same within a tenth; all tests of
-    ``cuda`` have run there, and in float64, for gradient checks, only its.
+    attention and windows in half precision ``triton`` takes 0.3 to 0.9 times the time of ``cuda``, all orders together,
+    from 16 channels on. For neighborhoods the two take the same within a tenth; all tests of ``cuda`` have run there,
+    and in float64, for gradient checks, only its. In float32 the two were alike; the kernels of ``cuda`` have a half to
+    a fifth of the instructions since.
     """
-    least = {torch.float64: math.inf, torch.float32: 65}.get(dtype, 16)
-    wide = neighborhood != "neighborhood" and head_dim >= least
+    wide = neighborhood != "neighborhood" and dtype.itemsize == 2 and head_dim >= 16
     return ("triton", "cuda") if wide else ("cuda", "triton")
 
 
 def _is_for_library(dtype: torch.dtype, head_dim: int, neighborhood: str, keys: int) -> bool:
     """Whether ``matmul`` comes before the kernels on a GPU.
 
-    On an H100 the float32 kernels take 5 to 12 times as long as those for bfloat16, and a discriminator's step with its
-    penalty took longer than in plain PyTorch (docs/gpu.md). What ``matmul`` takes was not measured; by the bytes it
-    moves and the rate of the library's products, a seventh of that for 256 keys and 72 channels, and about the same for
-    16 channels (docs/kernels.md). A table takes keys times keys numbers of each head, so windows may not be too large.
+    On an H100 the float32 kernels that were measured took 5 to 12 times as long as those for bfloat16, and with them a
+    discriminator's step with its penalty took longer than in plain PyTorch (docs/gpu.md). Neither today's nor
+    ``matmul`` has run on one. By arithmetic (docs/kernels.md) ``matmul`` is ahead from 65 channels on, where kernels
+    pad to 96 or 128 and their tiles leave room for few warps, and with enough keys for its many launches. A table
+    takes keys times keys numbers of each head, so windows may not be too large.
     """
     most = 1024 if neighborhood == Grid.kind else math.inf
-    return dtype == torch.float32 and neighborhood in matmul.KINDS and head_dim >= 32 and 64 <= keys <= most
+    return dtype == torch.float32 and neighborhood in matmul.KINDS and head_dim >= 65 and 128 <= keys <= most
 
 
 def _reason(name: str, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> str:
