@@ -180,6 +180,8 @@ def open_source(data: str | Path, split: str = "train") -> ImageSource:
     without the split.
     """
     data = str(data)
+    if not data:  # as a path it would be the current directory
+        raise ValueError("data is '', which names nothing (an unset variable?)")
     if data == DIGITS:
         if split != "train":
             raise ValueError(f"split is {split!r}; {DIGITS!r} has no splits")

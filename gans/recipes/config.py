@@ -206,6 +206,9 @@ class RunConfig:
         for name in ("threads", "metric_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        for name in ("data", "init", "resume"):
+            if getattr(self, name) == "":  # of a shell's variable that is not set
+                raise ValueError(f"{name} is '', which names nothing (an unset variable?)")
 
     def with_intervals(self, steps: int) -> RunConfig:
         """This, with the intervals that are None as numbers: 20 sample grids and 10 checkpoints in `steps` steps."""

@@ -66,7 +66,7 @@ def find_start(config: TrainConfig, run: RunConfig, root: Path) -> Start:
     if refused:
         raise ValueError(f"cannot resume {path} with another recipe; it differs in {', '.join(refused)}")
     places = {"data": run.data, "out": run.out, "resume": run.resume}
-    defaults = to_dict(RunConfig(data="", out=""))  # of options that are younger than the checkpoint
+    defaults = to_dict(RunConfig(data=run.data, out=run.out))  # of options that are younger than the checkpoint
     changed |= differences(defaults | saved["run"] | places, to_dict(run))
     return Start(path, changed)
 

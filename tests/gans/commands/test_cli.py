@@ -114,6 +114,19 @@ def test_dry_run_refuses_what_training_does(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("option", ["data", "init", "resume"])
+def test_an_unset_variable_is_refused(option, tmp_path, monkeypatch, capsys):
+    """As a path, '' is the current directory, which may well have images."""
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    for dry_run in ([], ["--dry-run"]):
+        assert main(["train", *SMALL, "--out", "run", f"--{option}", "", *dry_run]) == 1
+        assert capsys.readouterr().err == f"error: {option} is '', which names nothing (an unset variable?)\n"
+    assert not (tmp_path / "run").exists()
+    assert main(["data", "--data", ""]) == 1
+    assert capsys.readouterr().err == "error: data is '', which names nothing (an unset variable?)\n"
+
+
 def test_presets(monkeypatch, capsys):
     monkeypatch.setattr(presets, "PRESETS", {name: presets.PRESETS[name] for name in ("digits", "stl10")})
     assert main(["presets"]) == 0
