@@ -24,7 +24,7 @@ from .support import constant_when_compiled
 from .triton import backend as triton
 
 FUSED: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "matmul": matmul}
-"""By name, the backends with operators of their own: none keeps the scores of a whole problem."""
+"""By name, the backends with operators of their own: none keeps the scores of a whole problem (docs/kernels.md)."""
 
 # On CPU tensors these run in an interpreter or an emulator, and only when they are asked for by name.
 _MADE_FOR_GPUS = ("cuda", "triton")
@@ -75,13 +75,15 @@ def list_backends(
 
     Raises:
         TypeError: ``dtype`` is no torch.dtype, or ``head_dim`` or ``keys`` no int.
-        ValueError: ``neighborhood`` is none of the three.
+        ValueError: ``neighborhood`` is none of the three; ``head_dim`` or ``keys`` is less than 1.
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}")
     for name, number in (("head_dim", head_dim), ("keys", keys)):
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name} must be an int, got {shown(number)}")
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     if not isinstance(neighborhood, str) or neighborhood not in KINDS:
         raise ValueError(f"neighborhood must be one of {KINDS}, got {shown(neighborhood)}")
     device_type = torch.device(device).type

@@ -62,7 +62,7 @@ class _Call:
         self.wide = accumulation_dtype(query.dtype)
         self.shared = query.shape[-2] // key.shape[-2]  # heads to a key head
         full = isinstance(neighborhood, Full)
-        self.window = tuple(query.shape[1:-2]) if full else neighborhood.window
+        self.window = (max(query.shape[1], 1),) if full else neighborhood.window
         self.key_window = tuple(key.shape[1:-2]) if full else neighborhood.window
         self.asked = dict(zip(order.results, order.asked(operands), strict=True))
         tensors = {name: x for name, x in operands._asdict().items() if isinstance(x, Tensor)}
@@ -117,7 +117,8 @@ class _Call:
         query = self.given["query"]
         leading = query.shape[: -2 - len(self.window)]
         rows, keys = self.shared * math.prod(self.window), math.prod(self.key_window)
-        for where in _slices(leading, max(1, PART // (rows * keys))):
+        # Where there are more channels than keys, rows are what takes memory.
+        for where in _slices(leading, max(1, PART // (rows * max(keys, query.shape[-1])))):
             yield _Part(self, where, rows, keys)
 
 
@@ -260,6 +261,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
 
 
+def _centred(x: Tensor, weights: Tensor) -> Tensor:
+    """Less each row's mean. D is rowsum(dO * O) too, but of an output that is rounded to its dtype."""
+    return x.sub_(_dot(weights, x))
+
+
 # ---------------------------------------------------------------------------------------------- orders
 
 
@@ -338,9 +344,6 @@ def _forward(part: _Part) -> None:
 def _backward(part: _Part) -> None:
     vectors, value, lse = _Vectors(part), part.read("value"), part.read("lse")
     grad_output, y = part.read("grad_output"), part.read("grad_lse")
-    d = _dot(grad_output, part.read("output"))
-    if y is not None:
-        d = d.sub_(y)
     of_scores = any(part.asked(f"grad_{name}") for name in ("query", "key", "bias"))
     sums = _Sums(part, vectors)
     for rows in part.blocks():
@@ -348,17 +351,19 @@ def _backward(part: _Part) -> None:
         p = vectors.weights(rows, part.table("bias", rows), lse)
         sums.add_values(p, outgoing)
         if of_scores:
-            sums.add_scores((outgoing @ value.mT).sub_(d[:, :, rows]).mul_(p), rows)
+            c = _centred(outgoing @ value.mT, p)
+            if y is not None:
+                c += y[:, :, rows]
+            sums.add_scores(c.mul_(p), rows)
     sums.write()
 
 
 def _double_backward(part: _Part) -> None:
     vectors, value, lse = _Vectors(part), part.read("value"), part.read("lse")
     grad_output, y, cot_value = part.read("grad_output"), part.read("grad_lse"), part.read("cot_value")
-    d = _dot(grad_output, part.read("output"))
     second = any(part.asked(f"grad_{name}") for name in INPUTS)
     sums = _Sums(part, vectors)
-    moved_output, moved_lse = torch.zeros_like(grad_output), torch.zeros_like(d)
+    moved_output, moved_lse = torch.zeros_like(grad_output), torch.zeros_like(grad_output[..., :1])
     for rows in part.blocks():
         outgoing, moved = grad_output[:, :, rows], moved_output[:, :, rows]
         p = vectors.weights(rows, part.table("bias", rows), lse)
@@ -368,13 +373,12 @@ def _double_backward(part: _Part) -> None:
             moved += p @ cot_value
         t = _dot(outgoing, moved) if second else None
         if x is not None:
-            r = _dot(p, x)
-            moved_lse[:, :, rows] = r
-            py = x.sub_(r).mul_(p)
+            moved_lse[:, :, rows] = _dot(p, x)
+            py = x.sub_(moved_lse[:, :, rows]).mul_(p)
             moved += py @ value
         if not second:
             continue
-        c = (outgoing @ value.mT).sub_(d[:, :, rows])
+        c = _centred(outgoing @ value.mT, p)
         if py is not None:
             sums.add_values(py, outgoing)
             t += _dot(py, c)

@@ -125,6 +125,12 @@ def test_backends_names_an_argument_of_another_type(arguments):
         natten_ext.list_backends("cpu", **arguments)
 
 
+@pytest.mark.parametrize("name", ["head_dim", "keys"])
+def test_backends_names_a_number_that_is_too_small(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        natten_ext.list_backends("cpu", **{name: 0})
+
+
 def test_an_unknown_kind_of_neighborhood():
     with pytest.raises(ValueError, match="neighborhood must be one of"):
         natten_ext.list_backends(neighborhood="window")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import natten_ext
 from natten_ext.backends import matmul
 from tests.operators.budget import assert_equal_to_rounding
 from tests.operators.cases import (
@@ -87,3 +88,28 @@ def test_the_table_of_a_window_and_its_gradient():
     sums = torch.randn(2, len(places), len(places), dtype=torch.float64)
     expected = torch.zeros_like(table).flatten(1).index_add_(1, index.flatten(), sums.flatten(1))
     torch.testing.assert_close(matmul._over_offsets(sums, window), expected.view_as(table))
+
+
+def test_no_queries():
+    query = torch.zeros(2, 0, 3, 8, requires_grad=True)
+    key, value = (torch.randn(2, 5, 3, 8, requires_grad=True) for _ in range(2))
+    output = natten_ext.attention(query, key, value, backend="matmul")
+    first = torch.autograd.grad(output.sum(), (key, value), create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), (key, value))
+    assert output.shape == query.shape and not any(x.any() for x in (*first, *second))
+
+
+@pytest.mark.parametrize("mean", [0, 30])
+def test_a_mean_of_values_costs_no_digits_in_half_precision(mean):
+    """It is in the output, whose rounding must not come into gradients: that of a table in float32 shows it."""
+    case = Case("half", "grid", (1, 8, 8, 2, 16), window=8, bias=True)
+    inputs = inputs_of(case, torch.bfloat16)
+    inputs["value"] += mean
+    inputs["bias"] = inputs["bias"].float()
+    problem = grad_output_of(case, inputs["query"]), cotangents_of(case, inputs)
+    results = derivatives(lambda leaves: forward(case, leaves, "matmul"), inputs, *problem)
+    truth = oracle_derivatives(case, inputs, *problem)
+    for name in ("d_bias", "dd_bias"):
+        torch.testing.assert_close(
+            results[name].double(), truth[name], rtol=0, atol=1e-4 * float(truth[name].abs().max())
+        )
