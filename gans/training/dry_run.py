@@ -7,9 +7,11 @@ waiting in loaders add is not in it.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,9 @@ from gans.recipes.config import RunConfig, TrainConfig, to_dict
 from gans.recipes.registry import build
 from gans.training.recompute import recompute_blocks
 from gans.training.resume import find_start
-from gans.training.steps import discriminator_gradients, generator_gradients, make_networks, precision
+from gans.training.steps import Networks, discriminator_gradients, generator_gradients, make_networks, precision
 from gans.training.transfer import find_source
+from natten_ext.backends.choice import ENVIRONMENT_VARIABLE
 
 
 def check_files(recipe: TrainConfig, run: RunConfig) -> None:
@@ -85,6 +88,40 @@ class PeakMemory(TorchDispatchMode):
         return peak
 
 
+@contextmanager
+def _fake_networks(recipe: TrainConfig, device: torch.device) -> Iterator[tuple[Networks, PeakMemory]]:
+    """The networks on `device` without contents; inside, all tensors are without, and their memory is counted."""
+    with torch.device("meta"):
+        networks = make_networks(recipe, torch.device("meta"))
+    with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
+        for model in (networks.generator, networks.discriminator):
+            model.to_empty(device=device)
+            begin_step(model)
+        if isinstance(networks.loss, nn.Module):  # some losses have state
+            networks.loss.to_empty(device=device)
+        yield networks, memory
+
+
+def check_backend(recipe: TrainConfig, run: RunConfig) -> None:
+    """ValueError with the reason where the attention backend that is asked for cannot run the networks."""
+    name = run.backend or os.environ.get(ENVIRONMENT_VARIABLE)
+    if name in (None, "", "auto", "reference"):
+        return
+    device = choose_device(run.device)
+    with natten_ext.use_backend("reference"), _fake_networks(recipe, device) as (networks, _), torch.no_grad():
+        like = next(networks.discriminator.parameters())
+        label = like.new_zeros(2, dtype=torch.int64) if recipe.classes else None
+        size, channels = recipe.generator.image_size, recipe.generator.channels
+        with natten_ext.record_calls() as calls, precision(recipe, device):
+            bind(networks.generator, label)(like.new_empty(2, recipe.generator.latent_dim))
+            bind(networks.discriminator, label)(like.new_empty(2, channels, size, size))
+    for call in calls:
+        kind = {"dtype": call.dtype, "head_dim": call.query_shape[-1], "neighborhood": call.neighborhood}
+        for status in natten_ext.list_backends(device, **kind, keys=call.keys):
+            if status.name == name and not status.available:
+                raise ValueError(f"backend {name!r} cannot run this recipe on {device}: {status.reason}")
+
+
 def _attention_rows(network: str, model: Any, inputs: Tensor) -> list[Any]:
     """One row for each kind of attention in a forward pass."""
     with natten_ext.record_calls() as calls, torch.no_grad():
@@ -117,26 +154,21 @@ def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[st
     """
     recipe.check_processes(processes)
     recipe.check_run(run)
+    check_backend(recipe, run)
     parts = processes * recipe.accumulate
     # All parts of a batch need the same.
     part = replace(recipe, batch_d=recipe.batch_d // parts, batch_g=recipe.batch_g // parts, accumulate=1)
     device = choose_device(run.device)
     alone = World(device)
     size, channels = recipe.generator.image_size, recipe.generator.channels
-    with torch.device("meta"):
-        networks = make_networks(recipe, torch.device("meta"))
-    models = (networks.generator, networks.discriminator)
     backend = natten_ext.use_backend(run.backend) if run.backend else nullcontext()
-    with backend, FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
+    with backend, _fake_networks(recipe, device) as (networks, memory):
+        models = (networks.generator, networks.discriminator)
         for model in models:
-            model.to_empty(device=device)
             if run.gradient_checkpointing:
                 recompute_blocks(model)
-            begin_step(model)
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        if isinstance(networks.loss, nn.Module):  # some losses have state
-            networks.loss.to_empty(device=device)
         dtype = next(networks.discriminator.parameters()).dtype
 
         def images(count: int) -> Tensor:

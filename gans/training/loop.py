@@ -19,6 +19,7 @@ from gans.data.sources import ImageSource, class_labels, open_source
 from gans.models.ema import EMA
 from gans.recipes.config import RunConfig, TrainConfig, to_dict
 from gans.training import checkpoint
+from gans.training.dry_run import check_backend
 from gans.training.interrupt import Interrupted, StopSignals
 from gans.training.lock import locked
 from gans.training.monitor import Monitor
@@ -87,6 +88,7 @@ def train(config: TrainConfig, run: RunConfig, *, world: World | None = None, pr
     config.check_run(run)
     configure_torch(run)
     source = open_source(run.data, config.images.split)
+    check_backend(config, run)
     out = Path(run.out)
     try:
         with locked(out) if world.is_main else nullcontext():

@@ -127,6 +127,22 @@ def test_an_unset_variable_is_refused(option, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: data is '', which names nothing (an unset variable?)\n"
 
 
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_a_backend_that_cannot_run_the_recipe_is_refused(by_variable, tmp_path, monkeypatch, capsys):
+    """Before anything is written. `digits` has full attention and windows, which `matmul` can."""
+    if by_variable:
+        monkeypatch.setenv("NATTEN_EXT_BACKEND", "matmul")
+    out = tmp_path / "run"
+    backend = [] if by_variable else ["--backend", "matmul"]
+    arguments = ["--data", "digits", "--device", "cpu", "--out", str(out), *backend]
+    for dry_run in ([], ["--dry-run"]):
+        assert main(["train", "--preset", "stylenat-digits", *arguments, *dry_run]) == 1
+        error = "backend 'matmul' cannot run this recipe on cpu: neighborhood must be one of ('full', 'grid'), got "
+        assert capsys.readouterr().err == f"error: {error}neighborhood\n"
+        assert not out.exists()
+    assert main(["train", *SMALL, *arguments]) == 0
+
+
 def test_presets(monkeypatch, capsys):
     monkeypatch.setattr(presets, "PRESETS", {name: presets.PRESETS[name] for name in ("digits", "stl10")})
     assert main(["presets"]) == 0
