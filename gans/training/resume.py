@@ -59,6 +59,8 @@ def find_start(config: TrainConfig, run: RunConfig, root: Path) -> Start:
     path = checkpoint.find(run.resume, root)
     if path is None:
         return Start()
+    if path.parent.resolve() != root.resolve() and (step := checkpoint.load_state(path)["step"]) >= config.steps:
+        raise ValueError(f"cannot resume {path} in another out: it is at step {step}, and steps is {config.steps}")
     saved = checkpoint.load_config(path)
     recipe = to_dict(from_dict(TrainConfig, saved["recipe"]))
     changed = differences(recipe, to_dict(config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from gans.losses.adversarial import LossConfig
 from gans.losses.path_length import PathLengthLossConfig
 from gans.recipes.config import TrainConfig, to_dict
 from gans.training import checkpoint
+from gans.training.dry_run import check_files
 from gans.training.loop import train
 from gans.training.resume import CHANGEABLE, FREE
 from gans.training.steps import NonFiniteError
@@ -108,6 +110,21 @@ def test_what_changes_the_networks_or_the_draws_is_refused(tiny, tiny_run):
         with pytest.raises(ValueError, match=rf"cannot resume .* with another recipe; it differs in {name} \(.*\)$"):
             train(replace(tiny, lr_d=1e-5, **change), resume, progress=False)
     assert len(starts(tiny_run.out)) == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_nothing_left_to_do_in_another_folder_is_refused(tiny, tiny_run, tmp_path, steps):
+    """Before anything is written; in its own folder a run that is complete may be started again."""
+    path = train(replace(tiny, steps=2), tiny_run, progress=False)
+    done, new = replace(tiny, steps=steps), replace(tiny_run, resume=str(path), out=str(tmp_path / "new"))
+    message = rf"cannot resume .*step-00000002 in another out: it is at step 2, and steps is {steps}$"
+    for start in (check_files, partial(train, progress=False)):
+        with pytest.raises(ValueError, match=message):
+            start(done, new)
+        assert not Path(new.out).exists()
+    for resume in ("latest", str(path)):
+        assert train(done, replace(tiny_run, resume=resume), progress=False) == path
+    assert train(replace(tiny, steps=3), new, progress=False).name == "step-00000003"
 
 
 def names(values: dict, prefix: str = "") -> set[str]:
