@@ -30,6 +30,7 @@ from gans.models.conditioning import bind
 from gans.models.spectral_norm import begin_step
 from gans.recipes.config import RunConfig, TrainConfig, to_dict
 from gans.recipes.registry import build
+from gans.training.lock import check_folder
 from gans.training.recompute import recompute_blocks
 from gans.training.resume import find_start
 from gans.training.steps import Networks, discriminator_gradients, generator_gradients, make_networks, precision
@@ -43,6 +44,7 @@ def check_files(recipe: TrainConfig, run: RunConfig) -> None:
     """
     if not run.data.startswith(tables.HUB):
         class_labels(open_source(run.data, recipe.images.split), recipe.classes, run.data)
+    check_folder(Path(run.out))
     start = find_start(recipe, run, Path(run.out) / "checkpoints")
     if run.init and not start.checkpoint:
         find_source(run.init)

@@ -16,6 +16,13 @@ from gans.common.files import missing, remove_empty
 NAME = ".lock"
 
 
+def check_folder(folder: Path) -> None:
+    """NotADirectoryError where `folder` cannot be one, since something else has its name or that of one it is in."""
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            raise NotADirectoryError(f"out {str(folder)!r} cannot be a folder: {str(path)!r} is something else")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Inside, no other process is inside with this folder, which is made. FileExistsError names the one that is.
@@ -23,6 +30,7 @@ def locked(folder: Path) -> Iterator[None]:
     The lock is on the file `.lock`, which says whose it is and stays behind, unlocked. Where the file system has no
     locks, a line on stderr says so. What was made is taken away after an exception before anything else was written.
     """
+    check_folder(folder)
     made = missing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Programs started inside do not inherit the file, so none of them can hold the lock longer than this process.

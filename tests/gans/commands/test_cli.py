@@ -98,6 +98,7 @@ def test_dry_run_prints_the_resolved_settings(tmp_path, capsys):
 def test_dry_run_refuses_what_training_does(tmp_path, capsys):
     out = tmp_path / "run"
     (out / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "file").touch()
     new, here = ["--out", str(tmp_path / "new")], ["--out", str(out)]
     for arguments, message in (
         (["--data", str(tmp_path / "missing"), *new], "missing' does not exist; give a folder"),
@@ -105,6 +106,8 @@ def test_dry_run_refuses_what_training_does(tmp_path, capsys):
         (["--data", "digits", "--images.split", "val", *new], "'digits' has no splits"),
         (["--data", "digits", "--generator.classes", "3", "--discriminator.classes", "3", *new], "has 10 classes"),
         (["--data", "digits", *here], "holds a run; continue it with resume 'latest'"),
+        (["--data", "digits", "--out", str(tmp_path / "file")], "file' cannot be a folder: "),
+        (["--data", "digits", "--out", str(tmp_path / "file" / "a" / "b")], "file' is something else"),
         (["--data", "digits", "--resume", str(tmp_path), *new], "which is not a checkpoint folder"),
         (["--data", "digits", "--init", str(tmp_path), *new], "which holds no weights"),
     ):
