@@ -40,7 +40,7 @@ from natten_ext.backends.choice import ENVIRONMENT_VARIABLE
 
 def check_files(recipe: TrainConfig, run: RunConfig) -> None:
     """Raises what training would, where the data (those of the hub, which are downloaded, aside), `out`, `resume` or
-    `init` cannot be what the run asks of them. No image is read.
+    `init` cannot be what the run asks of them. No image and no weights of networks are read.
     """
     if not run.data.startswith(tables.HUB):
         class_labels(open_source(run.data, recipe.images.split), recipe.classes, run.data)
