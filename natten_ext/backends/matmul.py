@@ -19,22 +19,20 @@ from ..geometry import Full, Grid, decode
 from ..orders import BACKWARD, FORWARD, INPUTS, Order, accumulation_dtype
 from .origin import about_origin
 from .reference import without_autocast
-from .support import full_precision
+from .support import cannot_take, full_precision
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KINDS = (Full.kind, Grid.kind)
 
 PART = 1 << 22
-"""Scores that are worked on at a time: some seven matrices of as many elements are in memory at once."""
+"""Scores, or numbers of queries, that are worked on at a time: six matrices of as many scores are in memory at once."""
 
 _LOG2_E = math.log2(math.e)
 
 
 def cannot_run(_device_type: str, dtype: torch.dtype, _head_dim: int) -> str:
     """Why this backend can't run a problem; empty if it can."""
-    if dtype in DTYPES:
-        return ""
-    return f"dtype must be one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}"
+    return cannot_take(dtype, DTYPES, head_dim=1)  # any is as good
 
 
 def run(order: Order, arguments: Sequence[Any]) -> tuple[Tensor | None, ...]:
