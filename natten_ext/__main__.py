@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
@@ -71,7 +72,22 @@ def _gpus() -> Iterator[tuple[str, str]]:
         yield "gpu", f"{properties.name}, compute capability {properties.major}.{properties.minor}, {size:.0f} GiB"
 
 
-def main() -> None:
+def _check_libraries() -> None:
+    """Ends the process with a line if an environment variable names a library that does not load."""
+    try:
+        cuda.cannot_run("cpu", torch.float32, 64)
+    except OSError as error:  # torch's own names only the file, its cause says what is wrong with it
+        path = os.environ.get(cuda.EMULATOR_VARIABLE)
+        sys.exit(f"error: {cuda.EMULATOR_VARIABLE} is {path!r}, which cannot be loaded: {error.__cause__ or error}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    about = (
+        "Prints versions, the machine and the environment variables that matter, then for CPUs and GPUs which backend "
+        "runs and why the others do not."
+    )
+    argparse.ArgumentParser(prog="python -m natten_ext", description=about).parse_args(arguments)
+    _check_libraries()
     for name, value in report():
         print(f"{name:15} {value}")
     print("\nWhat runs full attention in float32, in the order in which backend='auto' tries them:\n")

@@ -205,12 +205,33 @@ def test_a_library_of_other_sources_is_refused_when_it_is_loaded(monkeypatch):
 
 def test_a_report_for_bugs(capsys):
     """``python -m natten_ext``: the versions, and every backend with its answer."""
-    __main__.main()
+    __main__.main([])
     printed = capsys.readouterr().out
     for part in (setup.version(), torch.__version__, cpu.instruction_set(), cpu.build_information()["compiler"]):
         assert part in printed
     for status in natten_ext.list_backends("cpu", neighborhood="full"):
         assert re.search(f"cpu +{status.name} +{re.escape(status.reason or 'yes')}", printed)
+
+
+def test_the_report_says_what_it_takes(capsys):
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(["--help"])
+    assert ended.value.code == 0 and "which backend runs" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(["--json"])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and "unrecognized arguments: --json" in said.err and not said.out
+
+
+def test_the_report_names_the_variable_of_a_library_that_is_missing(tmp_path):
+    """In a process of its own: in this one, the library may be loaded already."""
+    missing = str(tmp_path / "missing.so")
+    environment = os.environ | {cuda.EMULATOR_VARIABLE: missing}
+    command = [sys.executable, "-m", "natten_ext"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {cuda.EMULATOR_VARIABLE} is {missing!r}") and "No such file" in line
 
 
 def test_a_kernel_repository_loads_beside_the_package(tmp_path):
