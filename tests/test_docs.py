@@ -6,6 +6,7 @@ Examples whose results are looked at are in tests/operators/test_examples.py.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -61,6 +62,14 @@ def test_commands_name_what_is_there():
     assert modules and all(importlib.util.find_spec(name) for name in modules)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert {"test", "wheel", "docs"} <= named(r"^make ([\w-]+)") <= targets
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_the_order_of_arguments_with_a_bias_is_told(axes):
+    """NATTEN's own calls are by position, and the table is not where `na2d_qk` has it."""
+    parameters = inspect.signature(getattr(compat, f"na{axes}d_qk_with_bias")).parameters.values()
+    order = ", ".join(str(parameter.replace(annotation=parameter.empty)) for parameter in parameters)
+    assert f"`({order})`" in PAGES["natten.md"]
 
 
 def test_every_reason_to_skip_a_test_is_told():
