@@ -7,7 +7,8 @@ shards of its own, so that the order depends on the number of processes.)
 
 Labels are, in this order, those of a table in a shard (`dataset.json`...), of the members beside each image, or the
 names of folders in the shards. `0001.json` beside the image `0001.png` may have `label`, a number or a name, and
-`class_name`, the name of that number; `0001.cls` has a number, which must be the same beside a number in `0001.json`.
+`class_name`, the name of that number; null says nothing. `0001.cls` has a number, which counts where `0001.json` has no
+label, and must be the same beside a number there.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ class ShardImages(FileImages):
         try:
             if member in self._places:
                 found = json.loads(self.contents(member))
-                about = found if isinstance(found, dict) else {}
+                if isinstance(found, dict):
+                    about = {name: value for name, value in found.items() if value is not None}
             member = f"{key}.cls"
             if isinstance(about.get("label", 0), int) and member in self._places:
                 number = int(self.contents(member))

@@ -129,6 +129,17 @@ def test_labels_beside_images(tmp_path):
     assert labels_of(write_tar(tmp_path / "e.tar", table)) == ([1, 0], ["0", "1"])
 
 
+def test_null_in_json_is_no_label(tmp_path):
+    """KEY.cls has it then, else the folder; null is no name of a class either."""
+    images = {"x/0.png": encoded(0), "y/1.png": encoded(1)}
+    null = {"x/0.json": b'{"label": null, "class_name": "cat"}', "y/1.json": b'{"label": null, "class_name": null}'}
+    assert labels_of(write_tar(tmp_path / "a.tar", images | null)) == ([0, 1], ["x", "y"])
+    numbers = {"x/0.cls": b"7", "y/1.cls": b"3"}
+    assert labels_of(write_tar(tmp_path / "b.tar", images | null | numbers)) == ([1, 0], ["3", "cat"])
+    one = {"x/0.json": b'{"label": 7}', "y/1.json": null["y/1.json"], "y/1.cls": b"3"}
+    assert labels_of(write_tar(tmp_path / "c.tar", images | one)) == ([1, 0], ["3", "7"])
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
