@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import itertools
 import os
 import runpy
 import select
@@ -36,6 +37,8 @@ COMMANDS = {
 }
 """Each command with its line of help; the module's name has underscores for hyphens."""
 
+OUTPUTS = ("out", "convert", "json", "cache")
+"""Options that name what commands write, for which '' would be the current folder, or not given."""
 
 READER_GONE = 141
 """Exit status where the program that our output went to has ended, as of a process that SIGPIPE ends."""
@@ -85,6 +88,9 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(command.lower(), COMMANDS)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
         return _fail(f"no command is called {command!r}; {hint}", status=2)
+    for name in OUTPUTS:
+        if f"--{name}=" in rest or (f"--{name}", "") in itertools.pairwise(rest):
+            return _fail(f"{name} is '', which names nothing (an unset variable?)")
     # OpenMP threads that spin while they wait make small layers several times slower as soon as anything else runs on
     # the machine (six times, measured with two threads on two busy cores). Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

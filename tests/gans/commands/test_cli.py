@@ -130,6 +130,17 @@ def test_an_unset_variable_is_refused(option, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: data is '', which names nothing (an unset variable?)\n"
 
 
+@pytest.mark.parametrize("option", ["out", "convert", "json", "cache"])
+def test_an_unset_variable_is_no_output(option, tmp_path, monkeypatch, capsys):
+    """Refused whatever the command: as a path, '' is the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for command in sorted(COMMANDS):
+        for arguments in ([f"--{option}", ""], [f"--{option}="]):
+            assert main([command, *arguments, "--device", "cpu"]) == 1
+            assert capsys.readouterr().err == f"error: {option} is '', which names nothing (an unset variable?)\n"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("by_variable", [False, True])
 def test_a_backend_that_cannot_run_the_recipe_is_refused(by_variable, tmp_path, monkeypatch, capsys):
     """Before anything is written. `digits` has full attention and windows, which `matmul` can."""
