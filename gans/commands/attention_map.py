@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from gans.commands.generators import Weights, attention_backend, load_generator, render
+from gans.commands.generators import Weights, attention_backend, check_backend, load_generator, render
 from gans.common.distributed import choose_device
 from gans.common.files import new_file
 from gans.data.images import to_uint8
@@ -64,6 +64,7 @@ def run(arguments: list[str]) -> None:
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"out is {str(options.out)!r}; its name must end in .png")
     generator = load_generator(options.checkpoint, choose_device(options.device), options.weights)
+    check_backend(generator, options.backend)
     size = generator.config.image_size
     pixels = parse_pixels(options.pixels, size)
     with attention_backend(options.backend), recorded(generator) as modules:

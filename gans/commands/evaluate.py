@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from torch import Tensor
 
-from gans.commands.generators import Weights, attention_backend, class_of, load_generator, render
+from gans.commands.generators import Weights, attention_backend, check_backend, class_of, load_generator, render
 from gans.common.distributed import choose_device
 from gans.common.files import new_file
 from gans.data.sources import ImageSource, open_source
@@ -121,6 +121,7 @@ class Generated:
 def from_checkpoint(options: EvaluateArguments) -> Generated:
     assert options.checkpoint is not None
     generator = load_generator(options.checkpoint, choose_device(options.device), options.weights)
+    check_backend(generator, options.backend)
     config = generator.config
     if options.size not in (0, config.image_size):
         raise ValueError(f"size is {options.size}, but the generator makes {config.image_size} px; leave it out")

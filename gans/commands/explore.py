@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from gans.commands.explorer import Explorer
-from gans.commands.generators import Weights, load_generator
+from gans.commands.generators import Weights, check_backend, load_generator
 from gans.common.distributed import choose_device
 
 
@@ -51,6 +51,7 @@ def run(arguments: list[str]) -> None:
             raise
         raise ValueError("explore needs gradio, which is not installed: pip install '.[explore]'") from error
     generator = load_generator(options.checkpoint, choose_device(options.device), options.weights)
+    check_backend(generator, options.backend)
     explorer = Explorer(generator, options.backend)
     page = explore_page.make_page(explorer, str(options.checkpoint))
     address = explore_page.serve(page, port=options.port, browser=options.browser, share=options.share)

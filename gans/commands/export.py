@@ -11,7 +11,7 @@ import torch
 import tyro
 from torch import nn
 
-from gans.commands.generators import Weights, find_weights, load_generator, render
+from gans.commands.generators import Weights, check_backend, find_weights, load_generator, render
 from gans.common.files import new_folder, save_tensors
 from gans.data.images import GAP, grid, save_png
 from gans.recipes.config import to_dict
@@ -94,6 +94,7 @@ def run(arguments: list[str]) -> None:
     source, _ = find_weights(options.checkpoint, options.weights)
     saved = checkpoint.load_config(source)
     generator = load_generator(source, torch.device("cpu"), options.weights)
+    check_backend(generator, None)  # of the environment
     config = {"model_type": saved["recipe"]["generator"].get("kind", "transgan"), "recipe": saved["recipe"]}
     config["recipe"]["generator"] = to_dict(generator.config)
     config |= {key: saved[key] for key in ("classes", "converted_from", "versions") if key in saved}

@@ -21,9 +21,11 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import natten_ext
 from gans.common import rng
+from gans.common.backends import asked_for, must_run
 from gans.common.distributed import choose_device
 from gans.models.conditioning import bind
 from gans.recipes.config import from_dict
@@ -64,8 +66,9 @@ class RenderArguments:
             raise ValueError(f"scale is {self.scale}; it must be at least 1")
 
     def load_generator(self) -> nn.Module:
-        """The checkpoint's generator; ValueError if it has no class called `class_`."""
+        """The checkpoint's generator; ValueError if it has no class called `class_`, or `backend` cannot run it."""
         generator = load_generator(self.checkpoint, choose_device(self.device), self.weights)
+        check_backend(generator, self.backend)
         if self.class_ is not None:
             class_of(generator, self.class_)
         return generator
@@ -74,6 +77,20 @@ class RenderArguments:
 def attention_backend(name: str | None) -> AbstractContextManager[Any]:
     """Inside, natten_ext runs its backend called `name`; None leaves its choice."""
     return natten_ext.use_backend(name) if name else nullcontext()
+
+
+def check_backend(generator: nn.Module, name: str | None) -> None:
+    """ValueError with the reason where the attention backend that `name` or the environment asks for cannot run it.
+
+    Commands ask before they write anything. The generator runs on fake tensors, which have shapes and no contents.
+    """
+    name = asked_for(name)
+    if name is None:
+        return
+    device = next(generator.parameters()).device
+    with must_run(name, "generator", device), FakeTensorMode(allow_non_fake_inputs=True):
+        z = torch.zeros(1, generator.config.latent_dim, device=device)
+        bind(generator, labels_of(generator, [0]))(z)
 
 
 def parse_numbers(name: str, text: str) -> list[int]:

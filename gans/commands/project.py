@@ -10,7 +10,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from gans.commands.generators import Weights, attention_backend, class_of, load_generator
+from gans.commands.generators import Weights, attention_backend, check_backend, class_of, load_generator
 from gans.common.distributed import choose_device
 from gans.common.files import new_folder, save_tensors
 from gans.data.decoding import decode
@@ -62,6 +62,7 @@ def run(arguments: list[str]) -> None:
     options = tyro.cli(ProjectArguments, args=arguments, prog="python -m gans project")
     device = choose_device(options.device)
     generator = load_generator(options.checkpoint, device, options.weights)
+    check_backend(generator, options.backend)
     classes = getattr(generator.config, "classes", 0)
     if classes and options.class_ is None:
         raise ValueError(f"class is not given; the generator has {classes}, and an image is projected in one of them")

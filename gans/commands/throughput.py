@@ -10,7 +10,14 @@ import tyro
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from gans.commands.generators import Weights, attention_backend, labels_of, latents, load_generator
+from gans.commands.generators import (
+    Weights,
+    attention_backend,
+    check_backend,
+    labels_of,
+    latents,
+    load_generator,
+)
 from gans.common.distributed import choose_device
 from gans.models.conditioning import bind
 from gans.recipes.named import preset
@@ -63,6 +70,8 @@ def run(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     generator = options.generator(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+        check_backend(generator, options.backend)
     on_gpu = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     precision = "bfloat16" if options.bf16 else "float32"

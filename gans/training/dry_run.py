@@ -7,7 +7,6 @@ waiting in loaders add is not in it.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import natten_ext
+from gans.common.backends import asked_for, must_run
 from gans.common.distributed import World, choose_device
 from gans.data import tables
 from gans.data.sources import class_labels, open_source
@@ -35,7 +35,6 @@ from gans.training.recompute import recompute_blocks
 from gans.training.resume import find_start
 from gans.training.steps import Networks, discriminator_gradients, generator_gradients, make_networks, precision
 from gans.training.transfer import find_source
-from natten_ext.backends.choice import ENVIRONMENT_VARIABLE
 
 
 def check_files(recipe: TrainConfig, run: RunConfig) -> None:
@@ -106,22 +105,16 @@ def _fake_networks(recipe: TrainConfig, device: torch.device) -> Iterator[tuple[
 
 def check_backend(recipe: TrainConfig, run: RunConfig) -> None:
     """ValueError with the reason where the attention backend that is asked for cannot run the networks."""
-    name = run.backend or os.environ.get(ENVIRONMENT_VARIABLE)
-    if name in (None, "", "auto", "reference"):
+    name = asked_for(run.backend)
+    if name is None:
         return
     device = choose_device(run.device)
-    with natten_ext.use_backend("reference"), _fake_networks(recipe, device) as (networks, _), torch.no_grad():
+    with must_run(name, "recipe", device), _fake_networks(recipe, device) as (networks, _), precision(recipe, device):
         like = next(networks.discriminator.parameters())
         label = like.new_zeros(2, dtype=torch.int64) if recipe.classes else None
         size, channels = recipe.generator.image_size, recipe.generator.channels
-        with natten_ext.record_calls() as calls, precision(recipe, device):
-            bind(networks.generator, label)(like.new_empty(2, recipe.generator.latent_dim))
-            bind(networks.discriminator, label)(like.new_empty(2, channels, size, size))
-    for call in calls:
-        kind = {"dtype": call.dtype, "head_dim": call.query_shape[-1], "neighborhood": call.neighborhood}
-        for status in natten_ext.list_backends(device, **kind, keys=call.keys):
-            if status.name == name and not status.available:
-                raise ValueError(f"backend {name!r} cannot run this recipe on {device}: {status.reason}")
+        bind(networks.generator, label)(like.new_empty(2, recipe.generator.latent_dim))
+        bind(networks.discriminator, label)(like.new_empty(2, channels, size, size))
 
 
 def _attention_rows(network: str, model: Any, inputs: Tensor) -> list[Any]:
