@@ -214,11 +214,10 @@ struct NarrowGroup {
       use(row, 16 * chunk < p.head_bytes, advanced(advanced(origin, map_y, t.y), map_x, t.x), at + k * Tile::kBytes);
     }
   }
-  // Starts the copies of its rows of a tensor; zeros for those beyond the map or, if `own_only`, that another group has.
-  NATTEN_EXT_DEVICE void stage(const NarrowParams& p, const Tile& tile, const ByteRows& t, uint32_t slot, bool own_only) const {
+  // Starts the copies of its rows of a tensor; zeros for those beyond the map.
+  NATTEN_EXT_DEVICE void stage(const NarrowParams& p, const Tile& tile, const ByteRows& t, uint32_t slot) const {
     for_each_chunk(p, tile, t, slot, [&](uint32_t row, bool exists, uint64_t from, Shared to) {
-      const bool wanted = own_only ? owns(row) : inside(x + static_cast<int>(row % 8), width);
-      copy_async<16>(to, reinterpret_cast<const void*>(from), exists && wanted);
+      copy_async<16>(to, reinterpret_cast<const void*>(from), exists && inside(x + static_cast<int>(row % 8), width));
     });
   }
   // Writes `factor` times results of the lane's rows, by way of shared memory, where nobody needs its rows from `slot` on

@@ -6,8 +6,8 @@
 namespace natten_ext::cuda {
 
 template <class M, int Dim, bool Whole>
-struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowTile<Dim, Whole>::kOwn, false> {
-  using Queries = NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowTile<Dim, Whole>::kOwn, false>;
+struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowTile<Dim, Whole>::kOwn, Dim == 8> {
+  using Queries = NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowTile<Dim, Whole>::kOwn, Dim == 8>;
   using typename Queries::Element, typename Queries::Tile, typename Queries::Group, typename Queries::Columns, typename Queries::Rows;
   using typename Queries::Results, typename Queries::Table;
   using Queries::own_slot, Queries::query, Queries::grad_output, Queries::base, Queries::log_sum, Queries::d, Queries::kRows;
@@ -19,27 +19,29 @@ struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowT
   static constexpr int kBlocksAtATime = 2;
 #endif
   static constexpr int kRowNumbers = 4;
+  static constexpr bool kKeepsTile = Dim == 8;
+  static constexpr int kTogether = Whole ? kRows : 2;  // rows that may be loaded ahead, as far as registers go
 
   typename Queries::Sums results;
 
   NATTEN_EXT_DEVICE static void run(const NarrowParams& p) { Queries::template run_queries<NarrowBackwardQuery>(p); }
   NATTEN_EXT_DEVICE static void stage_keys(const NarrowParams& p, const Tile& tile) { stage_narrow_keys(p, tile); }
   NATTEN_EXT_DEVICE static void stage_own(const NarrowParams& p, const Tile& tile, const Group& group) {
-    group.stage(p, tile, p.query, own_slot(kQuery), true);
-    group.stage(p, tile, p.grad_output, own_slot(kGradOutput), true);
-    group.stage(p, tile, p.output, own_slot(kOutput), true);
+    group.stage(p, tile, p.query, own_slot(kQuery));
+    group.stage(p, tile, p.grad_output, own_slot(kGradOutput));
+    group.stage(p, tile, p.output, own_slot(kOutput));
   }
   NATTEN_EXT_DEVICE void load(const NarrowParams& p, const Tile& tile, const Group& group) {
     query.load(own_slot(kQuery));
     grad_output.load(own_slot(kGradOutput));
-    this->load_log_sum(p, tile, group);
+    this->load_log_sum();
     this->load_d(kOutput);
     float y[2];
     Queries::load_y(y, p, tile, group);
     d[0] -= y[0], d[1] -= y[1];
   }
 
-  // Whether results are finite.
+  // Whether results are finite. The table's sums are right in any case: those of columns that a query does not attend are never read.
   NATTEN_EXT_DEVICE bool attend(const NarrowParams& p, const Group& group, const Columns& columns, Table& table) {
     float lower[2] = {-kInfinity<float>, -kInfinity<float>};  // entries for the lower queries
     if (!group.lower) columns.load_entries(lower, 0);
@@ -53,7 +55,7 @@ struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowT
         keys.load(r);
         values.load(r);
       }
-      float s[4], dp[4], ds[4] = {0, 0, 0, 0}, upper[2] = {0, 0};
+      float s[4], dp[4], weights[4] = {0, 0, 0, 0}, ds[4] = {0, 0, 0, 0}, upper[2] = {0, 0};
       if (r < kNarrowKernel) columns.load_entries(upper, r + 1);
       frame_products(s, query, keys, r % Rows::kRowsAtATime, columns);
       frame_products(dp, grad_output, values, r % Rows::kRowsAtATime, columns);
@@ -61,14 +63,14 @@ struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowT
       for (int e = 0; e < 4; ++e) {
         const int h = e / 2, c = e % 2;
         if (!Group::may_have(r, h)) continue;
-        const float weight = this->weight(s[e], p.scale * kLog2E<float>, h ? lower[c] : upper[c], h);
-        ds[e] = columns.valid[c] ? weight * (dp[e] - d[h]) : 0;
+        weights[e] = this->weight(s[e], p.scale * kLog2E<float>, h ? lower[c] : upper[c], h);
+        ds[e] = weights[e] * (dp[e] - d[h]);
         if (r == 0 && h == 1 && group.lower) ds[e] = 0;
         table.own[r + 1 - h][c] += ds[e];
       }
       lower[0] = upper[0], lower[1] = upper[1];
       results.add(key_rows, r, ds, columns);
-      hold_back_loads();
+      if (r % kTogether == kTogether - 1 && never(weights[2])) return false;
     }
     return !any_in_warp(!all_finite(results.acc));
   }

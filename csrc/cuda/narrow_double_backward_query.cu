@@ -33,6 +33,7 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
   static constexpr int kBlocksAtATime = Dim == 32 ? 2 : 3;
 #endif
   static constexpr int kRowNumbers = 8;
+  static constexpr bool kKeepsTile = false;
   static constexpr int kTogether = Dim == 32 && !Whole ? 1 : 2;  // rows that may be loaded ahead, as far as registers go
 
   NarrowLeft<M, Tile> cot_query;
@@ -47,16 +48,16 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
   }
   NATTEN_EXT_DEVICE static void stage_own(const NarrowParams& p, Tile tile, const Group& group) {
     tile.head = forget(tile.head), tile.batch = forget(tile.batch);  // so that no addresses are kept
-    group.stage(p, tile, p.query, own_slot(kQuery), true);
-    group.stage(p, tile, p.grad_output, own_slot(kGradOutput), true);
-    group.stage(p, tile, p.output, own_slot(kOutput), true);
-    group.stage(p, tile, p.cot_query, own_slot(kCotQuery), true);
+    group.stage(p, tile, p.query, own_slot(kQuery));
+    group.stage(p, tile, p.grad_output, own_slot(kGradOutput));
+    group.stage(p, tile, p.output, own_slot(kOutput));
+    group.stage(p, tile, p.cot_query, own_slot(kCotQuery));
   }
   NATTEN_EXT_DEVICE void load(const NarrowParams& p, const Tile& tile, const Group& group) {
     query.load(own_slot(kQuery));
     grad_output.load(own_slot(kGradOutput));
     cot_query.load(own_slot(kCotQuery));
-    this->load_log_sum(p, tile, group);
+    this->load_log_sum();
     this->load_d(kOutput);
     Queries::load_y(y, p, tile, group);
   }
@@ -239,19 +240,18 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
     if (p.grad_grad_output.data != nullptr) {
       group.template write<Element>(grad_grad_output.acc, {1, 1}, p, tile, p.grad_grad_output, Queries::result_slot());
     }
-    this->load_log_sum(p, tile, group);  // again, which saves registers
     // Of each four lanes, 0 and 1 write the first half of the numbers of query row 0 and 1, and 2 and 3 the second.
     const uint32_t lane = narrow_lane(), h = lane % 2, query = lane / 4 + 8 * h;
     if (!group.owns(query)) return;
     const auto of = [&](const float(&numbers)[2]) { return h ? numbers[1] : numbers[0]; };
     const bool is_second = lane % 4 >= 2;
+    const uint64_t row = group.row_index(p, tile, query);
     NumberChunk<float> numbers;
-    numbers.numbers[kBase] = of(base);
-    numbers.numbers[kLogSum] = of(log_sum);
+    numbers.numbers[kBase] = load_global(static_cast<const float*>(p.base) + row);  // again, which saves registers
+    numbers.numbers[kLogSum] = load_global(static_cast<const float*>(p.log_sum) + row);
     numbers.numbers[kD] = of(d);
     numbers.numbers[kHalfNorm] = 0;
     if (is_second) numbers = {{of(r), of(t), 0, 0}};
-    const uint64_t row = group.row_index(p, tile, query);
     store_global(reinterpret_cast<NumberChunk<float>*>(p.row_numbers.data) + 2 * row + (is_second ? 1 : 0), numbers);
     if (p.grad_grad_lse != nullptr && is_second) store_global(static_cast<float*>(p.grad_grad_lse) + row, of(r));
   }

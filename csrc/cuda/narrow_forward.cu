@@ -28,7 +28,7 @@ struct NarrowForward {
     if (!tile.exists) return;
     stage_narrow_keys(p, tile);
     NATTEN_EXT_UNROLL
-    for (int i = 0; i < Tile::kGroups; ++i) Group(p, tile, i).stage(p, tile, p.query, own_slot(i), false);
+    for (int i = 0; i < Tile::kGroups; ++i) Group(p, tile, i).stage(p, tile, p.query, own_slot(i));
     copy_async_commit();
     fill_narrow_table<Element, Tile>(p, tile.head);
     copy_async_wait<0>();

@@ -175,11 +175,11 @@ struct NarrowKeys {
     const Group group(p, tile, i);
     if (group.empty()) return copy_async_commit();
     if (Tile::kDim == 32) tile.head = forget(tile.head), tile.batch = forget(tile.batch);  // so that no addresses are kept
-    group.stage(p, tile, p.key, own_slot(0), false);
-    group.stage(p, tile, p.value, own_slot(1), false);
+    group.stage(p, tile, p.key, own_slot(0));
+    group.stage(p, tile, p.value, own_slot(1));
     if constexpr (Second) {
-      group.stage(p, tile, p.cot_key, own_slot(2), false);
-      group.stage(p, tile, p.cot_value, own_slot(3), false);
+      group.stage(p, tile, p.cot_key, own_slot(2));
+      group.stage(p, tile, p.cot_value, own_slot(3));
     }
     copy_async_commit();
   }

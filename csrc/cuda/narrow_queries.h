@@ -121,7 +121,8 @@ struct NarrowQueries {
   static constexpr int kOwnRooms = Tensors + Early;
   using Table = NarrowTableSums<Tile, Own + Tile::kWarps * kOwnRooms * kWarpRows * Tile::kBytes>;
   static constexpr int kRows = Group::kFrameRows;
-  static constexpr uint32_t kShared = Table::kEnd;
+  static constexpr Shared kLogSums = Table::kEnd;  // the two parts of the log-sum-exp of a warp's own rows
+  static constexpr uint32_t kShared = kLogSums + Tile::kWarps * kWarp * sizeof(float);
   static constexpr bool kTableGradient = true;
   static_assert((Own - Tile::kOwn) % Tile::kBytes == 0);
   struct alignas(4) Pair {
@@ -148,7 +149,10 @@ struct NarrowQueries {
       sync_block();  // shared memory is free again
       K::stage_keys(p, tile);
       const auto stage_own = [&](const Group& group) {
-        if (!group.empty()) K::stage_own(p, tile, group);
+        if (!group.empty()) {
+          K::stage_own(p, tile, group);
+          stage_log_sum(p, tile, group);
+        }
         copy_async_commit();
       };
       if (Early) stage_own(Group(p, tile, 0));
@@ -170,7 +174,7 @@ struct NarrowQueries {
         table.begin(group, columns);
         const bool is_finite = gradients.attend(p, group, columns, table);
         // Computed again, which saves registers.
-        const Tile again(p, head, forget(index));
+        const Tile again = K::kKeepsTile ? tile : Tile(p, head, forget(index));
         const Group same(p, again, forget(i));
         // Zero times NaN is NaN: as in `with_care`.
         if (!is_finite) gradients.attend_carefully(p, same, Columns(same));
@@ -181,26 +185,33 @@ struct NarrowQueries {
     if (p.table_partials != nullptr) Table::write(p);
   }
 
-  NATTEN_EXT_DEVICE void load_log_sum(const NarrowParams& p, const Tile& tile, const Group& group) {
-    const uint32_t g = narrow_lane() / 4;
+  NATTEN_EXT_DEVICE static Shared log_sum_at(uint32_t i) {
+    return kLogSums + (narrow_thread() / kWarp * kWarp + i) * static_cast<Shared>(sizeof(float));
+  }
+  // Starts the copies of the two parts of the log-sum-exp: each lane has one number of one row.
+  NATTEN_EXT_DEVICE static void stage_log_sum(const NarrowParams& p, const Tile& tile, const Group& group) {
+    const uint32_t lane = narrow_lane(), row = lane % kWarpRows;
+    const auto* from = static_cast<const float*>(lane < kWarpRows ? p.base : p.log_sum);
+    // Another group's queries have no weights: in the table's gradient they count once.
+    if (group.owns(row)) copy_async<4>(log_sum_at(lane), from + group.row_index(p, tile, row), true);
+    else store_shared(log_sum_at(lane), kInfinity<float>);
+  }
+  NATTEN_EXT_DEVICE void load_log_sum() {
     NATTEN_EXT_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      // Another group's queries have no weights: in the table's gradient they count once.
-      base[h] = kInfinity<float>;
-      log_sum[h] = 0;
-      if (!group.owns(g + 8 * h)) continue;
-      const uint64_t row = group.row_index(p, tile, g + 8 * h);
-      base[h] = load_global(static_cast<const float*>(p.base) + row);
-      log_sum[h] = load_global(static_cast<const float*>(p.log_sum) + row);
+    for (uint32_t h = 0; h < 2; ++h) {
+      const uint32_t row = narrow_lane() / 4 + 8 * h;
+      base[h] = load_shared<float>(log_sum_at(row));
+      log_sum[h] = load_shared<float>(log_sum_at(row + kWarpRows));
     }
   }
 
   NATTEN_EXT_DEVICE static void load_y(float (&y)[2], const NarrowParams& p, const Tile& tile, const Group& group) {
+    y[0] = y[1] = 0;
+    if (p.grad_lse == nullptr) return;
     const uint32_t g = narrow_lane() / 4;
     NATTEN_EXT_UNROLL
     for (int h = 0; h < 2; ++h) {
-      y[h] = 0;
-      if (p.grad_lse == nullptr || !group.owns(g + 8 * h)) continue;
+      if (!group.owns(g + 8 * h)) continue;
       y[h] = load_global(static_cast<const float*>(p.grad_lse) + group.row_index(p, tile, g + 8 * h));
     }
   }
