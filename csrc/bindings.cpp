@@ -52,5 +52,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("again"), py::arg("threads"));
   m.def("jobs_to_split", &jobs_to_split, py::arg("jobs"), py::arg("whole"), py::arg("of_queries"), py::arg("of_keys"),
         py::arg("query_pieces"), py::arg("key_pieces"), py::arg("threads"));
-  m.def("positions_together", &natten_ext::positions_together, py::arg("bytes"));
+  m.def("positions_together", &natten_ext::positions_together, py::arg("bytes"), py::arg("least"));
 }

@@ -80,7 +80,9 @@ inline int64_t blocks_per_task(int64_t jobs, int64_t blocks, double block, doubl
 
 // Adjacent positions of a row of neighborhood attention that are worked on at a time, each with so many bytes that are read
 // again and again. Parts of a row overlap: short ones compute much twice.
-inline int64_t positions_together(double bytes) { return static_cast<int64_t>(std::clamp(kCache / bytes, 128.0, 512.0)); }
+inline int64_t positions_together(double bytes, int64_t least) {
+  return static_cast<int64_t>(std::clamp(kCache / bytes, double(least), 512.0));
+}
 
 // A job that is split is done in equal pieces for its queries, and then again for its keys, in place of one task `whole`.
 struct SplitJob {

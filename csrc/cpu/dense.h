@@ -35,24 +35,6 @@ struct DenseJob {
   bool operator==(const DenseJob&) const = default;
 };
 
-// Whether a window of neighborhood attention is run here: its classes are of one size and small, and at least half of
-// each is in the window of each query.
-inline bool is_dense(const Problem& p, const HeadWindow& w) {
-  const int64_t positions = (p.depth / w.z.dilation) * (p.height / w.y.dilation) * (p.width / w.x.dilation);
-  return p.depth % w.z.dilation == 0 && p.height % w.y.dilation == 0 && p.width % w.x.dilation == 0 && positions <= 128 &&
-         2 * w.z.kernel * w.y.kernel * w.x.kernel >= positions;
-}
-
-// Calls run(compute type, heads, is_dense) for each range of heads with one window.
-template <class Run>
-void for_each_window(const Arguments& a, const Run& run) {
-  const Problem& p = a.problem;
-  for (const HeadRange& heads : p.head_ranges()) {
-    const bool dense = p.kind != Kind::neighborhood || is_dense(p, p.windows[heads.first]);
-    a.query.dtype == DType::float64 ? run(double{}, heads, dense) : run(float{}, heads, dense);
-  }
-}
-
 // Sizes and block sizes that all jobs of a range of heads share.
 template <class T>
 struct DensePlan {

@@ -26,14 +26,19 @@ class WindowsInstead {
   bool run(const DenseJob& job, int64_t heads = 1) {
     if (!plan_.masked || moderate(job, heads)) return false;
     if (!windows_) windows_.emplace(a_);
-    if constexpr (requires { windows_->start(partial_); }) {
-      if (!started_) windows_->start(partial_);
+    if constexpr (requires { windows_->start(partial_, job.head); }) {
+      if (!started_) windows_->start(partial_, job.head);
       started_ = true;
     }
-    const HeadWindow& window = plan_.head_window();
+    NeighborhoodJob windows{};
+    windows.classes[0] = {job.batch, job.head, job.key_head, job.z0, job.y0, job.x0};
+    windows.count = 1;
+    windows.window = plan_.head_window();
+    windows.class_depth = plan_.window_z, windows.class_height = plan_.window_y;
+    windows.planes = {0, plan_.window_z}, windows.rows = {0, plan_.window_y};
     const Range all{0, plan_.window_x};
-    windows_->run({job.batch, job.head, job.key_head, window, job.z0, job.y0, job.x0, plan_.window_z, plan_.window_y,
-                   {0, plan_.window_z}, {0, plan_.window_y}, {{plan_.window_x, window.x}, plan_.window_x, all, all}});
+    windows.columns = {{plan_.window_x, windows.window.x}, plan_.window_x, all, all};
+    windows_->run(windows);
     return true;
   }
 

@@ -2,6 +2,7 @@
 #include "dense_double_backward.h"
 #include "log_sum_exp.h"
 #include "neighborhood_double_backward.h"
+#include "windows.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
@@ -12,7 +13,7 @@ void double_backward(const Arguments& a) {
   if (!a.grad_query && !a.grad_key && !a.grad_value && !a.grad_bias) {
     if (a.grad_grad_output || a.grad_grad_lse) tangent(a);
   } else {
-    for_each_window(a, [&](auto number, HeadRange heads, bool dense) {
+    for_each_window(a, kDoubleBackward, [&](auto number, HeadRange heads, bool dense) {
       using T = decltype(number);
       dense ? dense_double_backward<T>(a, heads) : neighborhood_double_backward<T>(a, heads);
     });

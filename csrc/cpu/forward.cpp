@@ -2,11 +2,12 @@
 #include "dense_forward.h"
 #include "log_sum_exp.h"
 #include "neighborhood_forward.h"
+#include "windows.h"
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
 void forward(const Arguments& a) {
-  for_each_window(a, [&](auto number, HeadRange heads, bool dense) {
+  for_each_window(a, kForward, [&](auto number, HeadRange heads, bool dense) {
     using T = decltype(number);
     dense ? dense_forward<T>(a, heads) : neighborhood_forward<T>(a, heads);
   });

@@ -122,16 +122,16 @@ NATTEN_EXT_INLINE void store_narrow(Half* p, Vector<float> v) {
 }
 
 // As that of float.
-template <class Half>
-NATTEN_EXT_INLINE Vector<float> load_quarters(const Half* p, int64_t stride) {
+template <class Half, class At>
+NATTEN_EXT_INLINE Vector<float> load_quarters(const Half* first, const At& at) {
   typedef uint64_t Quarters __attribute__((vector_size(NATTEN_EXT_VECTOR_BYTES / 2)));
   Quarters quarters;
   for (int i = 0; i < kLanes<float> / 4; ++i) {
     uint64_t quarter;
-    std::memcpy(&quarter, p + 4 * i * stride, sizeof quarter);
+    std::memcpy(&quarter, i == 0 ? first : at(i), sizeof quarter);
     quarters[i] = quarter;
   }
-  return widen(p, (Halves)quarters);
+  return widen(first, (Halves)quarters);
 }
 
 // The first n values of a vector, fewer than it has lanes; no others are touched. The other lanes are zero.

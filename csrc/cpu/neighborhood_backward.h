@@ -98,10 +98,12 @@ class BackwardRows : public SavedRows<T> {
       for (int64_t x = 0; x < g.padded; x += L) {
         store(d[r] + x, dot(grad_output.row(row) + x, output.row(row) + x, output.stride()));
       }
-      for (int64_t x = 0; a_.grad_lse && x < g.width; ++x) {
-        grad_lse[r][x] = static_cast<const T*>(a_.grad_lse.data)[job.offset(a_.grad_lse, row, x)];
+      for (int64_t b = 0; a_.grad_lse && b < g.padded / L; ++b) {
+        job.for_each_lane<L>(b, [&](int64_t lane, int64_t x, int64_t which) {
+          grad_lse[r][b * L + lane] = static_cast<const T*>(a_.grad_lse.data)[job.offset(a_.grad_lse, row, x, which)];
+        });
       }
-      for (int64_t x = 0; x < g.width; ++x) strange = strange || !std::isfinite(log_sum[r][x]) || !std::isfinite(d[r][x]);
+      for (int64_t i = 0; i < g.padded; ++i) strange = strange || !std::isfinite(log_sum[r][i]) || !std::isfinite(d[r][i]);
     }
   }
   // Product over the channels of a vector of queries in a row of `grad_output` and another; see dot_lanes.
@@ -123,21 +125,27 @@ class BackwardRows : public SavedRows<T> {
   bool strange = false;  // a query or a gradient of an output may be NaN or infinite
 };
 
-// The gradients of the tables of heads that share a key head, over the jobs of a task.
+// The gradients of the tables of heads that share a key head, or of interleaved ones, over the jobs of a task.
 template <class T>
 class TableGradient {
  public:
   TableGradient(const Arguments& a) : expanded(a.grad_bias ? a.problem.shared() : 0), a_(a) {}
-  // What is flushed is added to these.
-  void start(const PartialTables<T>& target) { target_ = target; }
-  // Must come before the geometry changes, and last.
-  void flush(const ClassGeometry<T>& g) {
+  // What is flushed is added to these, of heads from the first on.
+  void start(const PartialTables<T>& target, int64_t first_head) { target_ = target, first_head_ = first_head; }
+  // Must come before the geometry or the heads of jobs change, and last.
+  void flush(const NeighborhoodRows<T>& rows) {
     if (!open_) return;
-    const int64_t height = a_.problem.table_height(), width = a_.problem.table_width();
+    const NeighborhoodJob& job = rows.job;
     for (size_t member = 0; member < expanded.size(); ++member) {
-      T* target = target_.table(member);
-      const auto add = [&](T value, int64_t z, int64_t y, int64_t x) { target[(z * height + y) * width + x] += value; };
-      expanded[member].for_each(g, a_.problem, add, [](T) {});
+      T* targets[kLanes<T>];  // of lanes
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        targets[lane] = target_.table((job.interleaved ? job.classes[lane].head : job.first().head + member) - first_head_);
+      }
+      const int64_t lanes = job.interleaved ? job.count : kLanes<T>;
+      const auto add = [&](T value, int64_t lane, int64_t i) {
+        if (lane < lanes) targets[lane][i] += value;
+      };
+      expanded[member].for_each(rows.geometry, a_.problem, add, [](T) {});
     }
     open_ = false;
   }
@@ -155,18 +163,16 @@ class TableGradient {
  private:
   const Arguments& a_;
   PartialTables<T> target_;
+  int64_t first_head_ = 0;
   bool open_ = false;
 };
 
 // Runs turn(member) with the job's head set to each of those that share its key head.
 template <class T, class Turn>
 void for_each_member(const Problem& p, NeighborhoodRows<T>& rows, const Turn& turn) {
-  const int64_t first = rows.job.head;
-  for (int64_t member = 0; member < p.shared(); ++member) {
-    rows.job.head = first + member;
-    turn(member);
-  }
-  rows.job.head = first;
+  int64_t& head = rows.job.classes[0].head;
+  for (int64_t member = 0; member < p.shared(); ++member, ++head) turn(member);
+  head -= p.shared();
 }
 
 template <class T>
@@ -179,13 +185,13 @@ class NeighborhoodBackward {
     grad_query_.resize(a.problem.head_dim);
   }
 
-  // Partial gradients of the tables of the jobs that follow, which are added to.
-  void start(const PartialTables<T>& partial) { table_gradient_.start(partial); }
-  void finish() { table_gradient_.flush(rows_.geometry); }
+  // Partial gradients of the tables of heads from the first on, to which the jobs that follow add.
+  void start(const PartialTables<T>& partial, int64_t first_head) { table_gradient_.start(partial, first_head); }
+  void finish() { table_gradient_.flush(rows_); }
 
   void run(const NeighborhoodJob& new_job) {
     const ClassGeometry<T>& g = rows_.geometry;
-    if (rows_.differs(new_job)) table_gradient_.flush(g);
+    if (rows_.tables_differ(new_job)) table_gradient_.flush(rows_);
     const bool new_geometry = rows_.start(new_job);
     if (new_geometry) resize();
     table_gradient_.open(g);
@@ -208,8 +214,7 @@ class NeighborhoodBackward {
     rows_.load_queries(group);
     backward_.load(rows_, group);
     grad_table_ = a_.grad_bias ? &table_gradient_.expanded[member] : nullptr;
-    const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
-    for (int64_t b = g.columns.queries.start / L; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
+    g.for_each_strip([&](int64_t begin, int64_t end) { strip(group, begin, end); });
     if (a_.grad_key) {
       gatherer_.run(g, group, grad_score_rows_, rows_.query, rows_.query_channels, grad_key_.ring, rows_.job,
                     backward_.strange);
@@ -240,11 +245,11 @@ class NeighborhoodBackward {
     for (int64_t b = begin; b < end; ++b) {
       for (int r = 0; r < group.count; ++r) {
         const Row row = group.row(r);
-        if (!rows_.job.owns(row, b * L)) continue;
+        if (!rows_.job.template owns<L>(row, b)) continue;
         T* gradient = grad_query_.row(b - begin, r);
         if (a_.problem.l2) rows_.subtract_own(gradient, rows_.query.row(row) + b * L, row_sum_[b - begin][r]);
         else if (a_.grad_lse) rows_.add_origin(gradient, load(backward_.grad_lse[r] + b * L));
-        rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, row, b * L, broadcast(T(a_.problem.dot_scale())));
+        rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, row, b, broadcast(T(a_.problem.dot_scale())));
       }
     }
   }
@@ -253,7 +258,7 @@ class NeighborhoodBackward {
   void score_gradients(const RowGroup& group, int r, int64_t b, int64_t slot) {
     const ClassGeometry<T>& g = rows_.geometry;
     const int64_t n = group.key_rows(r) * g.kx, x = b * L;
-    const bool to_table = grad_table_ != nullptr && rows_.job.owns(group.row(r), x);
+    const bool to_table = grad_table_ != nullptr && rows_.job.template owns<L>(group.row(r), b);
     T* const weights = weights_.block(r, slot);
     T* const scores = scores_.block(r, slot);
     const Vector<T> base = load(backward_.base[r] + x), log_sum = load(backward_.log_sum[r] + x);
@@ -316,34 +321,35 @@ class NeighborhoodBackward {
 
 // Runs a gradient kernel over the jobs of heads with one window in chunks, each with a partial table of its own.
 template <class T, class Make>
-void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const OrderCost& order, const ColumnMemory& memory,
-                                const Make& make) {
+void run_neighborhood_gradients(const Arguments& a, HeadRange heads, const NeighborhoodOrder& order, const Make& make) {
   const Problem& p = a.problem;
   const int64_t key_heads = heads.count() / p.shared();
-  const double column_bytes = memory.bytes(p, p.windows[heads.first], sizeof(T));
+  const std::optional<InterleavedJobs> interleaved = interleaved_jobs<T>(p, heads, order);
+  BandSizes sizes = band_sizes<T>(p, heads, order);
   // Jobs of several heads are long: where they would be few, their bands are narrower.
-  const bool few = p.shared() > 1 && key_heads * HeadJobs(p, heads.first, 64, 64, true, column_bytes).count() < 16;
-  const HeadJobs jobs(p, heads.first, few ? 16 : 64, 64, true, column_bytes);
-  const int64_t parts = std::min<int64_t>(16, jobs.count());
+  if (p.shared() > 1 && key_heads * HeadJobs(p, heads.first, sizes).count() < 16) sizes.rows = 16;
+  const HeadJobs jobs(p, heads.first, sizes);
+  const int64_t count = interleaved ? interleaved->count() : jobs.count(), parts = std::min<int64_t>(16, count);
   const int64_t table_size = a.grad_bias ? p.table_size() : 0;
   Buffer<T> partial(heads.count() * parts * table_size);
   std::fill_n(partial.data(), heads.count() * parts * table_size, T(0));
+  // Heads vary fastest: they share the pages of memory.
+  const int64_t tasks_of_part = interleaved ? 1 : key_heads;
   const auto task = [&](auto& worker, int64_t number) {
-    // Heads vary fastest: they share the pages of memory.
-    const int64_t head = number % key_heads * p.shared(), part = number / key_heads;
-    worker.start(PartialTables<T>{partial + (head * parts + part) * table_size, parts * table_size});
-    for (int64_t job = part * jobs.count() / parts; job < (part + 1) * jobs.count() / parts; ++job) {
-      worker.run(jobs.job(heads.first + head, job));
+    const int64_t head = heads.first + number % tasks_of_part * p.shared(), part = number / tasks_of_part;
+    worker.start({partial + part * table_size, parts * table_size}, heads.first);
+    for (int64_t job = part * count / parts; job < (part + 1) * count / parts; ++job) {
+      worker.run(interleaved ? interleaved->job(job) : jobs.job(head, job));
     }
     worker.finish();
   };
-  for_each_task(key_heads * parts, make, task, neighborhood_cost<T>(p, heads, order));
+  for_each_task(tasks_of_part * parts, make, task, neighborhood_cost<T>(p, heads, order.cost));
   if (a.grad_bias) reduce_tables<T>(partial, parts, a.grad_bias, heads, p);
 }
 
 template <class T>
 void neighborhood_backward(const Arguments& a, HeadRange heads) {
-  run_neighborhood_gradients<T>(a, heads, kBackwardCost, kBackwardMemory, [&] { return NeighborhoodBackward<T>(a); });
+  run_neighborhood_gradients<T>(a, heads, kBackward, [&] { return NeighborhoodBackward<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -22,11 +22,11 @@ class NeighborhoodDoubleBackward {
   }
 
   // As NeighborhoodBackward.
-  void start(const PartialTables<T>& partial) { table_gradient_.start(partial); }
-  void finish() { table_gradient_.flush(rows_.geometry); }
+  void start(const PartialTables<T>& partial, int64_t first_head) { table_gradient_.start(partial, first_head); }
+  void finish() { table_gradient_.flush(rows_); }
   void run(const NeighborhoodJob& new_job) {
     const ClassGeometry<T>& g = rows_.geometry;
-    if (rows_.differs(new_job)) table_gradient_.flush(g);
+    if (rows_.tables_differ(new_job)) table_gradient_.flush(rows_);
     const NeighborhoodJob& job = rows_.job;
     const bool new_geometry = rows_.start(new_job);
     if (new_geometry) resize();
@@ -63,8 +63,7 @@ class NeighborhoodDoubleBackward {
     cotangents_.load_queries(rows_, group);
     grad_table_ = a_.grad_bias ? &table_gradient_.expanded[member] : nullptr;
     strange_ = backward_.strange;
-    const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
-    for (int64_t b = g.columns.queries.start / L; b < blocks; b += kStrip) strip(group, b, std::min(blocks, b + kStrip));
+    g.for_each_strip([&](int64_t begin, int64_t end) { strip(group, begin, end); });
     gather(group);
   }
 
@@ -94,13 +93,13 @@ class NeighborhoodDoubleBackward {
     if (a_.grad_grad_output && own) {
       gather(kValueWeight, rows_.value, grad_grad_output_, static_cast<bool>(a_.cot_value));
       for_each_block([&](int r, int64_t b, int64_t slot) {
-        if (!rows_.job.owns(group.row(r), b * L)) return;
-        rows_.transposer.unload(grad_grad_output_.row(slot, r), L, a_.grad_grad_output, rows_.job, group.row(r), b * L, broadcast(T(1)));
+        if (!rows_.job.template owns<L>(group.row(r), b)) return;
+        rows_.transposer.unload(grad_grad_output_.row(slot, r), L, a_.grad_grad_output, rows_.job, group.row(r), b, broadcast(T(1)));
       });
     }
     if (a_.grad_grad_lse && own) {
       for_each_block([&](int r, int64_t b, int64_t slot) {
-        if (!rows_.job.owns(group.row(r), b * L)) return;
+        if (!rows_.job.template owns<L>(group.row(r), b)) return;
         rows_.store_lanes(a_.grad_grad_lse, group.row(r), b, r_sum_[slot][r] + r_rest_[slot][r]);
       });
     }
@@ -109,13 +108,13 @@ class NeighborhoodDoubleBackward {
     if (a_.cot_key) gather(kGradScore, cotangents_.key, grad_query_, true);
     for_each_block([&](int r, int64_t b, int64_t slot) {
       const Row row = group.row(r);
-      if (!rows_.job.owns(row, b * L)) return;
+      if (!rows_.job.template owns<L>(row, b)) return;
       T* gradient = grad_query_.row(slot, r);
       if (a_.problem.l2) {
         rows_.subtract_own(gradient, rows_.query.row(row) + b * L, score_bar_sum_[slot][r]);
         if (a_.cot_query) rows_.subtract_own(gradient, cotangents_.query.row(row) + b * L, grad_score_sum_[slot][r]);
       }
-      rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, row, b * L, broadcast(T(a_.problem.dot_scale())));
+      rows_.transposer.unload(gradient, L, a_.grad_query, rows_.job, row, b, broadcast(T(a_.problem.dot_scale())));
     });
   }
 
@@ -165,7 +164,7 @@ class NeighborhoodDoubleBackward {
     const Vector<T> d_rest = d_rest_[slot][r], r_sum = r_sum_[slot][r], r_rest = r_rest_[slot][r];
     Vector<T> t = t_[slot][r];
     if (a_.cot_value) t += backward_.dot(backward_.grad_output.row(row) + x, grad_grad_output_.row(slot, r), L);
-    const bool to_table = grad_table_ != nullptr && rows_.job.owns(row, x);
+    const bool to_table = grad_table_ != nullptr && rows_.job.template owns<L>(row, b);
     const T* const probabilities = weights_[kProbability].block(r, slot);
     const T* const values = weights_[kX].block(r, slot);
     T* const value_weights = weights_[kValueWeight].block(r, slot);
@@ -263,8 +262,7 @@ class NeighborhoodDoubleBackward {
 
 template <class T>
 void neighborhood_double_backward(const Arguments& a, HeadRange heads) {
-  run_neighborhood_gradients<T>(a, heads, kDoubleBackwardCost, kDoubleBackwardMemory,
-                                [&] { return NeighborhoodDoubleBackward<T>(a); });
+  run_neighborhood_gradients<T>(a, heads, kDoubleBackward, [&] { return NeighborhoodDoubleBackward<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -19,11 +19,10 @@ class NeighborhoodForward {
   void run(const NeighborhoodJob& job) {
     const ClassGeometry<T>& g = rows_.geometry;
     if (rows_.start(job)) weights_.resize(g);
-    const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
     for_each_group(g, job.planes, job.rows, [&](const RowGroup& group) {
       rows_.load_queries(group);
       rows_.load_keys(group, [](Row) {});
-      for (int64_t begin = g.columns.queries.start / L; begin < blocks; begin += kStrip) strip(group, begin, std::min(blocks, begin + kStrip));
+      g.for_each_strip([&](int64_t begin, int64_t end) { strip(group, begin, end); });
     });
   }
 
@@ -37,7 +36,7 @@ class NeighborhoodForward {
     gather_keys<T>(g, group, begin, end, weights_, rows_.value, rows_.channels, terms_, output_, false);
     for (int64_t b = begin; b < end; ++b) {
       for (int r = 0; r < group.count; ++r) {
-        rows_.transposer.unload(output_.row(b - begin, r), L, a_.output, rows_.job, group.row(r), b * L, inverse_sum_[b - begin][r]);
+        rows_.transposer.unload(output_.row(b - begin, r), L, a_.output, rows_.job, group.row(r), b, inverse_sum_[b - begin][r]);
       }
     }
   }
@@ -45,7 +44,7 @@ class NeighborhoodForward {
   // Scores of one block of queries to exponentials; writes lse and returns the inverse of their sums.
   Vector<T> softmax(const RowGroup& group, int r, int64_t b, T* weights) {
     const ClassGeometry<T>& g = rows_.geometry;
-    const int64_t n = group.key_rows(r) * g.kx, x = b * L;
+    const int64_t n = group.key_rows(r) * g.kx;
     Vector<T> top = broadcast<T>(-std::numeric_limits<T>::infinity());
     for (int64_t i = 0; i < n; ++i) top = maximum<T>(top, load(weights + i * L));
     Vector<T> sums[2] = {};  // two, because additions take longer than they keep the units busy
@@ -63,14 +62,12 @@ class NeighborhoodForward {
       store(weights + i * L, e);
     }
     const Vector<T> sum = sums[0] + sums[1];
-    const NeighborhoodJob& job = rows_.job;
     const Vector<T> log_sum = log2(sum);
-    T* lse = static_cast<T*>(a_.lse) + job.lse_offset(a_.problem, group.row(r));
-    for (int lane = 0; lane < L && x + lane < g.width; ++lane) {
-      T* row = lse + (x + lane) * job.window.x.dilation;
+    rows_.job.template for_each_lane<L>(b, [&](int64_t lane, int64_t x, int64_t which) {
+      T* row = static_cast<T*>(a_.lse) + rows_.job.lse_offset(a_.problem, group.row(r), x, which);
       row[0] = top[lane];
       row[a_.problem.rows()] = log_sum[lane];
-    }
+    });
     return 1 / sum;
   }
 
@@ -84,7 +81,7 @@ class NeighborhoodForward {
 
 template <class T>
 void neighborhood_forward(const Arguments& a, HeadRange heads) {
-  run_neighborhood_queries<T>(a.problem, heads, kForwardCost, kForwardMemory, [&] { return NeighborhoodForward<T>(a); });
+  run_neighborhood_queries<T>(a.problem, heads, kForward, [&] { return NeighborhoodForward<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -24,8 +24,8 @@ struct RowWeights {
 };
 
 // Adds a group's contributions to the key gradients of a job's rows: gradient[key][c][x] += sum over the
-// queries that attend a key of weight * query. Where borders make blocks irregular, other queries take part with a weight
-// of zero; `strange` says that some may be NaN or infinite, so that they must not.
+// queries that attend a key of weight * query. Where borders make blocks of adjacent keys irregular, other queries take part
+// with a weight of zero; `strange` says that some may be NaN or infinite, so that they must not.
 template <class T>
 class QueryGatherer {
  public:
@@ -36,9 +36,9 @@ class QueryGatherer {
       if (!job.owns_plane(z)) continue;
       for (int64_t y = std::max(job.rows.start, group.first()); y < end; y += kGroup) {
         const int rows = static_cast<int>(std::min<int64_t>(kGroup, end - y));
-        for (int64_t b = job.columns.owned.start / kLanes<T>; b < static_cast<int64_t>(g.key_blocks.size()); ++b) {
+        for (int64_t b = job.columns.owned.start * g.step / kLanes<T>; b < static_cast<int64_t>(g.key_blocks.size()); ++b) {
           const KeyBlock& block = g.key_blocks[b];
-          const bool alone = strange && !block.regular;
+          const bool alone = strange && !block.regular && !g.interleaved;
           if (alone) one_by_one(g, group, weights, query, channels, gradient, {z, y}, rows, b * kLanes<T>, block);
           else together(g, group, weights, query, channels, gradient, {z, y}, rows, b * kLanes<T>, block);
         }
@@ -55,7 +55,7 @@ class QueryGatherer {
     Term<T> terms[kGroup];
     for (int r = 0; r < group.count; ++r) {
       Term<T>& term = terms[r];
-      term = {query.row(group.row(r)) + x + block.first, {}, rows, 0, L, block.count};
+      term = {query.row(group.row(r)) + x + block.first * g.step, {}, rows, 0, L, block.count};
       for (int i = 0; i < rows; ++i) {
         if (!group.attends(r, key.y + i)) continue;
         term.first = std::min(term.first, i);
@@ -63,12 +63,16 @@ class QueryGatherer {
         const T* from = weights.rows[r] + group.place(r, {key.z, key.y + i}) * g.weights_stride;
         if (block.regular) {
           // Farther queries see the key at a smaller j.
-          term.a[i] = from + (g.centre - block.first) * g.padded + x + block.first;
-          term.a_stride = 1 - g.padded;
+          term.a[i] = from + (g.centre - block.first) * g.padded + x + block.first * g.step;
+          term.a_stride = g.step - g.padded;
         } else {
           T* staged = staged_.data() + (kGroup * r + i) * block.count * L;
           const int32_t* position = g.positions.data() + block.index;
-          for (int64_t m = 0; m < block.count * L; ++m) staged[m] = from[position[m]];
+          const int64_t at_once = g.step;  // lanes that lie together
+          for (int64_t m = 0; m < block.count * L; m += at_once) {
+            if (at_once == L) store(staged + m, load(from + position[m]));
+            else staged[m] = from[position[m]];
+          }
           term.a[i] = staged;
         }
       }
@@ -76,9 +80,12 @@ class QueryGatherer {
     }
     T* target[kGroup] = {};
     for (int i = 0; i < rows; ++i) target[i] = gradient.row({key.z, key.y + i}) + x;
-    for (int64_t c = 0; c < channels;) {
-      c = sum_terms<T, 0>(terms, group.count, c, channels, query.stride(), Straight<T>(), target, rows, gradient.stride(), true);
-    }
+    const auto sum = [&](auto read) {
+      for (int64_t c = 0; c < channels;) {
+        c = sum_terms<T, 0>(terms, group.count, c, channels, query.stride(), read, target, rows, gradient.stride(), true);
+      }
+    };
+    g.interleaved ? sum(Interleaved<T>()) : sum(Straight<T>());
   }
 
   // The same, of the queries that attend each key and no others.

@@ -1,8 +1,11 @@
 // Where the windows of neighborhood attention lie, in vectors.
 //
-// Inside a residue class the dilation is 1. Rows are held transposed, [channel][x], one query (or key) per lane, so that
-// every product is made of whole vectors with little work on keys outside the window: a vector of queries at x meets key j
-// of its windows in one (unaligned) load at start(x) + j, followed by a permutation where they do not move with every query.
+// Inside a residue class the dilation is 1. Rows are held transposed, one query (or key) per lane, so that every product is
+// made of whole vectors, in one of two ways:
+// - [channel][x], lanes being adjacent positions of one class: a vector of queries at x meets key j of its windows in one
+//   (unaligned) load at start(x) + j, followed by a permutation where they do not move with every query;
+// - interleaved, [channel][x][lane], lanes being one position of several classes, of one shape and one window, be they of
+//   several heads or batch elements or of one: key j is the vector at start(x) + j.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +21,8 @@ namespace natten_ext::NATTEN_EXT_ISA {
 
 // Rows that are worked on together: three of them fill 16 registers with accumulators.
 constexpr int kGroup = 3;
+// Blocks of queries in a strip, at most.
+constexpr int64_t kStrip = 8;
 
 using Range = ClassKeys<int64_t>;
 
@@ -65,9 +70,10 @@ enum class Reading {
   permuted,  // keys of one vector
   split,     // keys of two vectors
   masked,    // adjacent keys, of which some queries do not see some
+  interleaved,
 };
 
-// A vector of adjacent queries on the x axis.
+// A vector of queries: adjacent ones on the x axis, or one of each interleaved class. Places in rows are those of numbers.
 template <class T>
 struct QueryBlock {
   int64_t start;          // key 0 of the first query
@@ -79,14 +85,15 @@ struct QueryBlock {
   int64_t table;          // which expanded table it uses
 };
 
-// A vector of adjacent keys: which queries attend them, as distances query - key.
+// A vector of keys, likewise: which queries attend them, as distances query - key in positions.
 struct KeyBlock {
   int64_t first, count;  // distances first, first + 1, ... first + count - 1
   bool regular;          // every key is attended at all of them, by key (centre - distance) of the window
   int64_t index;         // otherwise: where its [count][lanes] positions in a row of weights begin
 };
 
-// The windows of one kernel in classes of one size. Blocks cover `padded` positions, numbered from the first one held.
+// The windows of one kernel in classes of one size. Blocks cover `padded` numbers, positions are numbered from the first one
+// held.
 //
 // A window on the x axis has kx keys for each lane. Where windows end with their queries (causal), key j of a query is
 // query - kx + 1 + j, and the first ones are none of its keys if the window is cut short; otherwise queries past the class
@@ -98,16 +105,17 @@ class ClassGeometry {
   // The offset of lanes past the class, and of keys that a query does not see.
   static constexpr int32_t kNoQuery = std::numeric_limits<int32_t>::min(), kNoKey = kNoQuery + 1;
 
-  void prepare(const ClassAxis& z, const ClassAxis& y, const Columns& x) {
-    axis_z = z, axis_y = y, columns = x;
+  void prepare(const ClassAxis& z, const ClassAxis& y, const Columns& x, bool interleave) {
+    axis_z = z, axis_y = y, columns = x, interleaved = interleave;
+    step = interleaved ? L : 1;
     width = x.count, ky = y.window.kernel, kz = z.window.kernel, kx = x.axis.window.kernel;
     key_rows = kz * ky;
     ring_rows = 0;
     for (int64_t row = 0; row < y.length; ++row) {
       ring_rows = std::max(ring_rows, y.keys(std::min(row + kGroup, y.length) - 1).end - y.keys(row).start);
     }
-    padded = round_up_to_lanes<T>(width);
-    margin = round_up_to_lanes<T>(kx);
+    padded = round_up_to_lanes<T>(width * step);
+    margin = interleaved ? 0 : round_up_to_lanes<T>(kx);
     row_stride = margin + padded + margin + L;
     weights_stride = kx * padded + L;
     centre = x.axis.window.causal ? kx - 1 : kx / 2;
@@ -120,16 +128,26 @@ class ClassGeometry {
     masks = false;
     keys_.resize(width);
     for (int64_t i = x.queries.start; i < x.queries.end; ++i) keys_[i] = x.axis.keys(i);
-    query_blocks.resize(x.queries.start / L);
-    for (int64_t i = x.queries.start; i < x.queries.end; i += L) add_query_block(i);
+    const int64_t of_block = L / step;
+    query_blocks.resize(x.queries.start / of_block);
+    for (int64_t i = x.queries.start; i < x.queries.end; i += of_block) add_query_block(i);
     fill_seen();
-    key_blocks.resize(x.owned.start / L);
+    key_blocks.resize(x.owned.start / of_block);
     Range queries{x.queries.start, x.queries.start};
-    for (int64_t i = x.owned.start; i < x.owned.end; i += L) add_key_block(i, queries);
+    for (int64_t i = x.owned.start; i < x.owned.end; i += of_block) add_key_block(i, queries);
+  }
+  // Calls visit(begin, end) for the strips of blocks of queries that are worked on together: those that share the cache
+  // lines of keys and values, or vectors of keys in the nearest cache.
+  template <class Visit>
+  void for_each_strip(const Visit& visit) const {
+    const int64_t strip = interleaved ? kStrip : 2, end = static_cast<int64_t>(query_blocks.size());
+    for (int64_t b = columns.queries.start * step / L; b < end; b += strip) visit(b, std::min(end, b + strip));
   }
 
   ClassAxis axis_z, axis_y;
   Columns columns;
+  bool interleaved = false;
+  int64_t step = 1;            // from one position to the next
   int64_t width = 0, kz = 0, ky = 0, kx = 0;
   int64_t key_rows = 0;        // rows of keys that a row of queries attends, at most
   int64_t ring_rows = 0;       // rows of keys of one plane that a group of rows attends, at most
@@ -139,7 +157,7 @@ class ClassGeometry {
   int64_t centre = 0;          // which key of a window a query itself is, where nothing shifts it
   int64_t tables = 0;          // distinct expanded tables; number 0 is that of straight blocks amid the class
   bool masks = false;          // whether tables mask keys
-  std::vector<QueryBlock<T>> query_blocks;  // by x / lanes; those before the queries that are computed are empty
+  std::vector<QueryBlock<T>> query_blocks;  // those before the queries that are computed are empty
   std::vector<KeyBlock> key_blocks;         // likewise, before the keys that are owned
   std::vector<int32_t> positions;
   std::vector<int32_t> table_offsets;  // key - query of each value of a row of an expanded table, [table][kx][lanes]
@@ -152,9 +170,10 @@ class ClassGeometry {
     return columns.axis.window.causal ? query - kx + 1 : keys_[std::min(query, width - 1)].start;
   }
 
+  // The block whose first query is at x.
   void add_query_block(int64_t x) {
-    QueryBlock<T> block{first_key(x), Reading::straight, {}, {}, 0, nullptr, 0};
-    for (int lane = 0; lane < L; ++lane) {
+    QueryBlock<T> block{first_key(x) * step, interleaved ? Reading::interleaved : Reading::straight, {}, {}, 0, nullptr, 0};
+    for (int lane = 0; lane < L && !interleaved; ++lane) {
       const int64_t shift = first_key(x + lane) - block.start;
       block.shift[lane] = static_cast<Bits>(shift);
       if (shift != lane && block.reading == Reading::straight) block.reading = Reading::permuted;
@@ -168,8 +187,8 @@ class ClassGeometry {
     }
     std::vector<int32_t> offsets;
     for (int64_t j = 0; j < kx; ++j) {
-      for (int64_t query = x; query < x + L; ++query) {
-        const int64_t key = first_key(query) + j;
+      for (int lane = 0; lane < L; ++lane) {
+        const int64_t query = interleaved ? x : x + lane, key = first_key(query) + j;
         const bool seen = query >= width || (keys_[query].start <= key && key < keys_[query].end);
         offsets.push_back(query >= width ? kNoQuery : seen ? static_cast<int32_t>(key - query) : kNoKey);
         masks = masks || !seen;
@@ -204,7 +223,7 @@ class ClassGeometry {
     Range seen_by[L];
     int64_t first = kx, last = -kx;
     for (int lane = 0; lane < L; ++lane) {
-      const int64_t key = x + lane;
+      const int64_t key = interleaved ? x : x + lane;
       while (key < width && keys_[queries.start].end <= key) ++queries.start;
       while (queries.end < columns.queries.end && keys_[queries.end].start <= key) ++queries.end;
       seen_by[lane] = key < width ? queries : Range{0, 0};
@@ -215,9 +234,9 @@ class ClassGeometry {
     const auto visit = [&](const auto& hit) {
       for (int64_t distance = first; distance <= last; ++distance) {
         for (int lane = 0; lane < L; ++lane) {
-          const int64_t key = x + lane, query = key + distance;
+          const int64_t key = interleaved ? x : x + lane, query = key + distance;
           const bool attended = seen_by[lane].start <= query && query < seen_by[lane].end;
-          hit(attended, query, attended ? key - first_key(query) : 0, distance);
+          hit(attended, query * step + (interleaved ? lane : 0), attended ? key - first_key(query) : 0, distance);
         }
       }
     };
@@ -226,8 +245,8 @@ class ClassGeometry {
       block.regular = block.regular && attended && j == centre - distance;
     });
     if (!block.regular) {
-      visit([&](bool attended, int64_t query, int64_t j, int64_t) {
-        positions.push_back(static_cast<int32_t>(attended ? j * padded + query : kx * padded));
+      visit([&](bool attended, int64_t place, int64_t j, int64_t) {
+        positions.push_back(static_cast<int32_t>(attended ? j * padded + place : kx * padded));
       });
     }
     key_blocks.push_back(block);

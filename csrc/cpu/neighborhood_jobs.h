@@ -1,9 +1,12 @@
 // How neighborhood attention falls into jobs, and these into rows.
 //
-// A job is a band of planes and of rows of queries of one residue class of one (batch, head); where rows are long, a part of
-// these rows. Where heads share a key head, jobs of the gradient orders are of all of them, which take turns at each group
-// of rows.
+// A job is a band of planes and of rows of queries of one residue class of one (batch, head), or of as many interleaved ones
+// as a vector has lanes; where rows are long, a part of these rows. Where heads share a key head, jobs of the gradient orders
+// are of all of them, which take turns at each group of rows.
 #pragma once
+
+#include <optional>
+#include <vector>
 
 #include "../problem.h"
 #include "cost.h"
@@ -16,29 +19,66 @@ struct Row {
   int64_t z, y;
 };
 
+// One residue class of one (batch, head).
+struct HeadClass {
+  int64_t batch, head, key_head;      // of several heads that share a key head the first, or the one whose turn it is
+  int64_t first_z, first_y, first_x;  // its first position on the map; on the x axis, the first one held
+};
+
 struct NeighborhoodJob {
-  int64_t batch, head, key_head;  // of several heads the first, or the one whose turn it is
+  static constexpr int kMaxLanes = 16;
+
+  HeadClass classes[kMaxLanes];  // the one, or one per lane; lanes from `count` on compute what no-one reads
+  int64_t count;
+  bool interleaved;
   HeadWindow window;
-  int64_t first_z, first_y, first_x;  // the class's first position on the map; on the x axis, the first one held
   int64_t class_depth, class_height;
   Range planes, rows;  // the band
   Columns columns;
 
-  int64_t offset(const View& v, Row row, int64_t x) const {
-    return batch * v.batch + (v.of_keys ? key_head : head) * v.head + (row.z * window.z.dilation + first_z) * v.z +
-           (row.y * window.y.dilation + first_y) * v.y + (x * window.x.dilation + first_x) * v.x;
+  const HeadClass& first() const { return classes[0]; }
+  int64_t offset(const View& v, Row row, int64_t x, int64_t which = 0) const {
+    const HeadClass& c = classes[which];
+    return c.batch * v.batch + (v.of_keys ? c.key_head : c.head) * v.head + (row.z * window.z.dilation + c.first_z) * v.z +
+           (row.y * window.y.dilation + c.first_y) * v.y + (x * window.x.dilation + c.first_x) * v.x;
+  }
+  // Of the lanes of block b of a row of a tensor, and how far apart blocks are.
+  template <int L>
+  void lane_offsets(const View& v, Row row, int64_t b, int64_t (&offsets)[L]) const {
+    const int64_t first = interleaved ? 0 : offset(v, row, b * L);
+    for (int64_t lane = 0; lane < L; ++lane) {
+      offsets[lane] = interleaved ? offset(v, row, b, lane) : first + lane * window.x.dilation * v.x;
+    }
+  }
+  template <int L>
+  int64_t block_step(const View& v) const { return window.x.dilation * v.x * (interleaved ? 1 : L); }
+  // Calls visit(lane, x, which) for the lanes of block b that hold a position: x of that class.
+  template <int L, class Visit>
+  void for_each_lane(int64_t b, const Visit& visit) const {
+    const int64_t n = lanes<L>(b);
+    for (int64_t lane = 0; lane < n; ++lane) interleaved ? visit(lane, b, lane) : visit(lane, b * L + lane, int64_t(0));
+  }
+  template <int L>
+  int64_t lanes(int64_t b) const { return interleaved ? count : std::min<int64_t>(L, columns.count - b * L); }
+  // The blocks of some positions.
+  template <int L>
+  Range blocks(Range positions) const {
+    return interleaved ? positions : Range{positions.start / L, (positions.end + L - 1) / L};
   }
   bool owns_plane(int64_t z) const { return planes.start <= z && z < planes.end; }
   bool owns_any(Row first, int64_t count) const {
     return owns_plane(first.z) && first.y < rows.end && first.y + count > rows.start;
   }
-  // A block of queries at x.
-  bool owns(Row row, int64_t x) const {
+  // A block of queries.
+  template <int L>
+  bool owns(Row row, int64_t b) const {
+    const int64_t x = interleaved ? b : b * L;
     return owns_plane(row.z) && rows.start <= row.y && row.y < rows.end && columns.owned.start <= x && x < columns.owned.end;
   }
-  int64_t lse_offset(const Problem& p, Row row) const {
-    const int64_t z = row.z * window.z.dilation + first_z, y = row.y * window.y.dilation + first_y;
-    return (((batch * p.heads + head) * p.depth + z) * p.height + y) * p.width + first_x;
+  int64_t lse_offset(const Problem& p, Row row, int64_t x, int64_t which) const {
+    const HeadClass& c = classes[which];
+    const int64_t z = row.z * window.z.dilation + c.first_z, y = row.y * window.y.dilation + c.first_y;
+    return (((c.batch * p.heads + c.head) * p.depth + z) * p.height + y) * p.width + c.first_x + x * window.x.dilation;
   }
 };
 
@@ -53,7 +93,14 @@ struct ColumnMemory {
     return static_cast<double>(value_bytes * (tensors * window.z.kernel * rows * p.head_dim + weights * kGroup * keys));
   }
 };
-constexpr ColumnMemory kForwardMemory{2, 0}, kTangentMemory{4, 0}, kBackwardMemory{4, 2}, kDoubleBackwardMemory{6, 3};
+// An order of differentiation. `whole`: a job computes all queries that see its keys.
+struct NeighborhoodOrder {
+  OrderCost cost;
+  ColumnMemory memory;
+  bool whole;
+};
+constexpr NeighborhoodOrder kForward{kForwardCost, {2, 0}, false}, kTangent{kTangentCost, {4, 0}, false};
+constexpr NeighborhoodOrder kBackward{kBackwardCost, {4, 2}, true}, kDoubleBackward{kDoubleBackwardCost, {6, 3}, true};
 
 // Nanoseconds of all heads with one window.
 template <class T>
@@ -67,52 +114,50 @@ double neighborhood_cost(const Problem& p, HeadRange heads, const OrderCost& ord
   return attention(keys_of_query).scores(order.products) + attention(queries).rows(order.tensors);
 }
 
-// The jobs of one head, or of any other with the same window.
-class HeadJobs {
+// How classes of one window fall into bands and parts.
+struct BandSizes {
+  bool whole;
+  int64_t rows, planes;         // at most so many, in the longest classes
+  double column_bytes;          // what a job holds per position
+  int64_t least_columns = 128;  // of a part
+};
+template <class T>
+BandSizes band_sizes(const Problem& p, HeadRange heads, const NeighborhoodOrder& order) {
+  const double bytes = order.memory.bytes(p, p.windows[heads.first], sizeof(T));
+  return order.whole ? BandSizes{true, 64, 64, bytes} : BandSizes{false, 32, 1, bytes};
+}
+
+class ClassBands {
  public:
-  // Bands of at most so many rows and planes, in the longest classes. `whole`: a job computes all queries that see its keys.
-  HeadJobs(const Problem& p, int64_t head, int64_t band_rows, int64_t band_planes, bool whole, double column_bytes)
-      : p_(p), window_(p.windows[head]), whole_(whole) {
+  ClassBands(const Problem& p, const HeadWindow& window, const BandSizes& sizes) : p_(p), window_(window), whole_(sizes.whole) {
     const auto bands = [](int64_t length, int64_t dilation, int64_t at_most) {
       return std::max<int64_t>(1, (class_length(length, dilation, 0) + at_most - 1) / at_most);
     };
-    bands_z_ = bands(p.depth, window_.z.dilation, band_planes);
-    bands_y_ = bands(p.height, window_.y.dilation, band_rows);
+    bands_z_ = bands(p.depth, window_.z.dilation, sizes.planes);
+    bands_y_ = bands(p.height, window_.y.dilation, sizes.rows);
     // Parts are of one length, but for the last.
     const int64_t shortest = class_length(p.width, window_.x.dilation, window_.x.dilation - 1);
-    part_ = std::max(positions_together(column_bytes) / kAlignment * kAlignment, aligned(2 * window_.x.kernel));
+    const int64_t together = positions_together(sizes.column_bytes, sizes.least_columns);
+    part_ = std::max(together / kAlignment * kAlignment, aligned(2 * window_.x.kernel));
     parts_ = std::max<int64_t>(1, shortest / part_);
   }
-  int64_t count() const {
-    return p_.batch * window_.z.dilation * window_.y.dilation * window_.x.dilation * bands_z_ * bands_y_ * parts_;
-  }
-  NeighborhoodJob job(int64_t head, int64_t index) const {
-    NeighborhoodJob job{};
-    job.head = head;
-    job.key_head = head / p_.shared();
+  // Jobs of a class.
+  int64_t count() const { return bands_z_ * bands_y_ * parts_; }
+  // One of them, of classes that are set.
+  void finish(NeighborhoodJob& job, int64_t index) const {
+    const int64_t band_y = index % bands_y_, band_z = index / bands_y_ % bands_z_, part = index / bands_y_ / bands_z_;
     job.window = window_;
-    const auto next = [&](int64_t count) {
-      const int64_t result = index % count;
-      index /= count;
-      return result;
-    };
-    const int64_t band_y = next(bands_y_), band_z = next(bands_z_), part = next(parts_);
-    job.first_x = next(window_.x.dilation);
-    job.first_y = next(window_.y.dilation);
-    job.first_z = next(window_.z.dilation);
-    job.batch = index;
-    job.class_depth = class_length(p_.depth, window_.z.dilation, job.first_z);
-    job.class_height = class_length(p_.height, window_.y.dilation, job.first_y);
+    job.class_depth = class_length(p_.depth, window_.z.dilation, job.first().first_z);
+    job.class_height = class_length(p_.height, window_.y.dilation, job.first().first_y);
     job.planes = {band_z * job.class_depth / bands_z_, (band_z + 1) * job.class_depth / bands_z_};
     job.rows = {band_y * job.class_height / bands_y_, (band_y + 1) * job.class_height / bands_y_};
-    const ClassAxis axis{class_length(p_.width, window_.x.dilation, job.first_x), window_.x};
+    const ClassAxis axis{class_length(p_.width, window_.x.dilation, job.first().first_x), window_.x};
     const int64_t first = choose_columns(axis, part, job.columns);
-    job.first_x += first * window_.x.dilation;
-    return job;
+    for (HeadClass& c : job.classes) c.first_x += first * window_.x.dilation;
   }
 
  private:
-  static constexpr int64_t kAlignment = 16;  // lanes of the longest vector
+  static constexpr int64_t kAlignment = NeighborhoodJob::kMaxLanes;
   static int64_t aligned(int64_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; }
 
   // Returns the first position that is held.
@@ -142,8 +187,135 @@ class HeadJobs {
   int64_t bands_z_, bands_y_, part_, parts_;
 };
 
-// Blocks of queries that are worked on together: they share the cache lines of keys and values.
-constexpr int64_t kStrip = 2;
+// The jobs of one head, or of any other with the same window, each of one class.
+class HeadJobs {
+ public:
+  HeadJobs(const Problem& p, int64_t head, const BandSizes& sizes) : p_(p), window_(p.windows[head]), bands_(p, window_, sizes) {}
+  int64_t count() const {
+    return p_.batch * window_.z.dilation * window_.y.dilation * window_.x.dilation * bands_.count();
+  }
+  NeighborhoodJob job(int64_t head, int64_t index) const {
+    NeighborhoodJob job{};
+    job.count = 1;
+    HeadClass& c = job.classes[0];
+    c.head = head;
+    c.key_head = head / p_.shared();
+    const int64_t within = index % bands_.count();
+    index /= bands_.count();
+    c.first_x = index % window_.x.dilation;
+    index /= window_.x.dilation;
+    c.first_y = index % window_.y.dilation;
+    index /= window_.y.dilation;
+    c.first_z = index % window_.z.dilation;
+    c.batch = index / window_.z.dilation;
+    bands_.finish(job, within);
+    return job;
+  }
+
+ private:
+  const Problem& p_;
+  HeadWindow window_;
+  ClassBands bands_;
+};
+
+// The jobs of heads with one window, each of as many classes of one shape as there are lanes. Heads vary fastest, then
+// residues: adjacent lanes read adjacent memory.
+class InterleavedJobs {
+ public:
+  InterleavedJobs(const Problem& p, HeadRange heads, int64_t lanes, const BandSizes& sizes)
+      : p_(p), heads_(heads), window_(p.windows[heads.first]), lanes_(lanes), bands_(p, window_, sizes) {
+    for (const Range z : residues(p.depth, window_.z.dilation)) {
+      for (const Range y : residues(p.height, window_.y.dilation)) {
+        for (const Range x : residues(p.width, window_.x.dilation)) {
+          groups_ += groups({z, y, x, 0});
+          shapes_.push_back({z, y, x, groups_});
+        }
+      }
+    }
+  }
+  int64_t count() const { return groups_ * bands_.count(); }
+  // The share of the lanes that have a class.
+  double filled() const {
+    int64_t classes = 0;
+    for (const Shape& shape : shapes_) classes += this->classes(shape);
+    return static_cast<double>(classes) / static_cast<double>(groups_ * lanes_);
+  }
+  NeighborhoodJob job(int64_t index) const {
+    NeighborhoodJob job{};
+    job.interleaved = true;
+    const int64_t group = index / bands_.count();
+    const Shape* shape = shapes_.data();
+    while (shape->end <= group) ++shape;
+    const int64_t first = (group - shape->end + groups(*shape)) * lanes_;
+    job.count = std::min(lanes_, classes(*shape) - first);
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+      // Lanes without a class repeat the first one, of the head whose turn it is: tables depend on the first head alone.
+      job.classes[lane] = head_class(*shape, lane < job.count ? first + lane : first);
+      job.classes[lane].head = job.classes[lane].key_head = heads_.first + (first + lane) % heads_.count();
+    }
+    bands_.finish(job, index % bands_.count());
+    return job;
+  }
+
+ private:
+  // Residues of classes of one length on each axis, and one past the last group of such classes.
+  struct Shape {
+    Range z, y, x;
+    int64_t end;
+  };
+
+  static std::vector<Range> residues(int64_t length, int64_t dilation) {
+    const int64_t longer = length % dilation;
+    if (longer == 0) return {{0, dilation}};
+    return {{0, longer}, {longer, dilation}};
+  }
+  int64_t classes(const Shape& s) const {
+    return p_.batch * (s.z.end - s.z.start) * (s.y.end - s.y.start) * (s.x.end - s.x.start) * heads_.count();
+  }
+  int64_t groups(const Shape& s) const { return (classes(s) + lanes_ - 1) / lanes_; }
+  HeadClass head_class(const Shape& s, int64_t index) const {
+    const auto next = [&](Range range) {
+      const int64_t result = range.start + index % (range.end - range.start);
+      index /= range.end - range.start;
+      return result;
+    };
+    HeadClass c{};
+    c.head = c.key_head = next({heads_.first, heads_.last});
+    c.first_x = next(s.x), c.first_y = next(s.y), c.first_z = next(s.z);
+    c.batch = index;
+    return c;
+  }
+
+  const Problem& p_;
+  const HeadRange heads_;
+  HeadWindow window_;
+  int64_t lanes_, groups_ = 0;
+  ClassBands bands_;
+  std::vector<Shape> shapes_;
+};
+
+// The jobs of interleaved classes, if there are enough of them to fill vectors, and enough jobs for a few threads. What such
+// a job holds per position is as many times more as there are lanes: shorter parts, and where those would compute much
+// twice, rows that need none.
+template <class T>
+std::optional<InterleavedJobs> interleaved_jobs(const Problem& p, HeadRange heads, const NeighborhoodOrder& order) {
+  const AxisWindow& x = p.windows[heads.first].x;
+  if (p.shared() > 1 || x.causal) return {};
+  BandSizes sizes = band_sizes<T>(p, heads, order);
+  sizes.column_bytes *= kLanes<T>;
+  sizes.least_columns = 32;
+  if (sizes.whole) {
+    const int64_t length = class_length(p.width, x.dilation, 0);
+    if (length > 512 || static_cast<double>(length) * sizes.column_bytes > 2 * kCache) return {};
+    sizes.least_columns = length;
+  }
+  for (const int64_t least = sizes.whole ? 16 : 8; sizes.rows >= least; sizes.rows /= 2) {
+    const InterleavedJobs jobs(p, heads, kLanes<T>, sizes);
+    if (jobs.filled() < 0.75) return {};
+    if (jobs.count() >= 2) return jobs;
+  }
+  return {};
+}
 
 // Up to kGroup adjacent rows of queries of a plane, and the rows of keys that they attend: in each of the planes those of
 // a box. Rows of one plane are named by their y.

@@ -20,6 +20,13 @@ struct Straight {
   NATTEN_EXT_INLINE Vector<T> operator()(const T* p, int64_t j) const { return load(p + j); }
 };
 template <class T>
+struct Interleaved {
+  static constexpr bool kPlain = true;
+  Interleaved() = default;
+  explicit Interleaved(const QueryBlock<T>&) {}
+  NATTEN_EXT_INLINE Vector<T> operator()(const T* p, int64_t j) const { return load(p + j * kLanes<T>); }
+};
+template <class T>
 struct Permuted {
   static constexpr bool kPlain = false;
   explicit Permuted(const QueryBlock<T>& block) : shift_(block.shift) {}
@@ -61,6 +68,7 @@ NATTEN_EXT_INLINE auto with_reader(const QueryBlock<T>& block, const Run& run) {
     case Reading::straight: return run(Straight<T>(block));
     case Reading::permuted: return run(Permuted<T>(block));
     case Reading::split: return run(Split<T>(block));
+    case Reading::interleaved: return run(Interleaved<T>(block));
     default: return run(Masked<T>(block));
   }
 }

@@ -50,62 +50,68 @@ class RowTransposer {
       : channels_(channels), padded_(round_up_to_lanes<T>(channels)), rows_(L * padded_) {
     std::fill(rows_.data(), rows_ + L * padded_, T(0));
   }
-  // A row of the tensor, less `origin` (none if null), times `factor`.
+  // A row of the tensor, less `origin` ([channel][lane], none if null), times `factor`.
   void load(T* target, int64_t stride, const View& v, const NeighborhoodJob& job, Row row, T factor,
             const T* origin = nullptr) const {
-    const int64_t step = job.window.x.dilation * v.x;
-    for (int64_t x = 0; x < job.columns.count; x += L) {
-      const int64_t lanes = std::min<int64_t>(L, job.columns.count - x), from = job.offset(v, row, x);
+    int64_t at[L];
+    job.lane_offsets<L>(v, row, 0, at);
+    const int64_t step = job.block_step<L>(v), end = job.blocks<L>({0, job.columns.count}).end;
+    for (int64_t b = 0; b < end; ++b) {
+      const int64_t lanes = job.interleaved ? L : std::min<int64_t>(L, job.columns.count - b * L);
+      const auto finish = [&](const Vector<T>* square, int64_t c, int64_t n) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < n; ++i) {
+          const Vector<T> counted = origin != nullptr ? square[i] - NATTEN_EXT_ISA::load(origin + (c + i) * L) : square[i];
+          store(target + (c + i) * stride + b * L, counted * factor);
+        }
+      };
       // Whole squares come straight from the tensor, the rest by way of staged rows.
       const int64_t whole = lanes == L ? channels_ / L * L : 0;
-      visit_numbers<T>(v, from, [&](const auto* numbers) __attribute__((always_inline)) {
-        for (int64_t i = 0; whole > 0 && i < L; ++i) prefetch_row(numbers + (3 * L + i) * step, channels_);
+      Vector<T> square[L];
+      visit_numbers<T>(v, b * step, [&](const auto* numbers) __attribute__((always_inline)) {
+        for (int64_t i = 0; whole > 0 && i < L; ++i) prefetch_row(numbers + at[i] + 3 * step, channels_);
         for (int64_t c = 0; c < whole; c += L) {
-          Vector<T> square[L];
-          load_transposed<T>(numbers + c, step, square);
-          for (int i = 0; i < L; ++i) {
-            const Vector<T> counted = origin != nullptr ? square[i] - origin[c + i] : square[i];
-            store(target + (c + i) * stride + x, counted * factor);
-          }
+          load_transposed<T>([&](int r) __attribute__((always_inline)) { return numbers + at[r] + c; }, square);
+          finish(square, c, L);
         }
       });
       if (whole == channels_) continue;
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        load_row<T>(rows_ + lane * padded_, v, from + lane * step + whole, channels_ - whole, factor,
-                    origin != nullptr ? origin + whole : nullptr);
+      for (int64_t lane = 0; lane < L; ++lane) {
+        T* staged = rows_ + lane * padded_;
+        if (lane < lanes) load_row<T>(staged, v, at[lane] + b * step + whole, channels_ - whole, 1);
+        else std::fill_n(staged, channels_, T(0));
       }
-      for (int64_t lane = lanes; lane < L; ++lane) std::fill_n(rows_ + lane * padded_, channels_, T(0));
       for (int64_t c = whole; c < channels_; c += L) {
-        Vector<T> square[L];
         load_transposed<T>(rows_ + c - whole, padded_, square);
-        const int64_t kept = std::min<int64_t>(L, channels_ - c);
-        for (int64_t i = 0; i < kept; ++i) store(target + (c + i) * stride + x, square[i]);
+        finish(square, c, std::min<int64_t>(L, channels_ - c));
       }
     }
   }
-  // One block of lanes at x, from source[channel][stride], each lane times its factor.
-  void unload(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, Row row, int64_t x,
+  // One block of queries or keys, from source[channel][stride], each lane times its factor.
+  void unload(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, Row row, int64_t b,
               Vector<T> factors) const {
-    const int64_t lanes = std::min<int64_t>(L, job.columns.count - x), step = job.window.x.dilation * v.x;
+    int64_t at[L];
+    job.lane_offsets<L>(v, row, b, at);
+    const int64_t lanes = job.lanes<L>(b);
     T factor[L];
     store(factor, factors);
-    visit_numbers<T>(v, job.offset(v, row, x), [&](auto* to) __attribute__((always_inline)) {
+    visit_numbers<T>(v, 0, [&](auto* to) __attribute__((always_inline)) {
       Vector<T> square[L];
       int64_t c = 0;
       for (; c + L <= channels_; c += L) {
         load_transposed<T>(source + c * stride, stride, square);
-        for (int64_t i = 0; i < lanes; ++i) store_narrow(to + i * step + c, square[i] * factor[i]);
+        for (int64_t i = 0; i < lanes; ++i) store_narrow(to + at[i] + c, square[i] * factor[i]);
       }
       if (c == channels_) return;
       for (int64_t i = 0; i < channels_ - c; ++i) store(rows_ + i * L, NATTEN_EXT_ISA::load(source + (c + i) * stride));
       load_transposed<T>(rows_.data(), L, square);
-      for (int64_t i = 0; i < lanes; ++i) store_first(to + i * step + c, square[i] * factor[i], channels_ - c);
+      for (int64_t i = 0; i < lanes; ++i) store_first(to + at[i] + c, square[i] * factor[i], channels_ - c);
     });
   }
 
   // All of a row that the job owns, from source[channel][stride].
   void unload_row(const T* source, int64_t stride, const View& v, const NeighborhoodJob& job, Row row, T factor) const {
-    for (int64_t x = job.columns.owned.start; x < job.columns.owned.end; x += L) unload(source + x, stride, v, job, row, x, broadcast(factor));
+    const Range blocks = job.blocks<L>(job.columns.owned);
+    for (int64_t b = blocks.start; b < blocks.end; ++b) unload(source + b * L, stride, v, job, row, b, broadcast(factor));
   }
 
  private:
@@ -113,7 +119,8 @@ class RowTransposer {
   Buffer<T> rows_;
 };
 
-// Tables of one head, expanded to vectors: [table][key plane - query plane][key row - query row][kx][lanes].
+// Tables of one head, or of interleaved ones, expanded to vectors:
+// [table][key plane - query plane][key row - query row][kx][lanes].
 template <class T>
 class ExpandedTable {
  public:
@@ -135,31 +142,40 @@ class ExpandedTable {
     return row(table, {plane - group.z, group.keys[r].start - (group.y + r)});
   }
 
-  // Calls visit(value, z, y, x) for each value, with its place in the head's table, or masked(value) where a query does not
-  // see the key.
+  // Calls visit(value, lane, i) for each value, with its index in the lane's table, or masked(value) where a query does not see
+  // the key.
   template <class Visit, class Masked>
   void for_each(const ClassGeometry<T>& g, const Problem& p, const Visit& visit, const Masked& masked) const {
     const int64_t center_z = p.table_kernel_z() - 1, center_y = p.table_kernel_y() - 1, center_x = p.table_kernel_x() - 1;
+    const int64_t height = p.table_height(), width = p.table_width();
     for (int64_t table = 0; table < g.tables; ++table) {
       const int32_t* offsets = g.table_offsets.data() + table * row_size_;
       for (int64_t dz = 1 - kz_; dz < kz_; ++dz) {
         for (int64_t dy = 1 - ky_; dy < ky_; ++dy) {
           T* values = row(table, {dz, dy});
+          const int64_t centre = ((dz + center_z) * height + dy + center_y) * width + center_x;
           for (int64_t i = 0; i < row_size_; ++i) {
             if (offsets[i] == g.kNoKey) masked(values[i]);
-            else if (offsets[i] != g.kNoQuery) visit(values[i], dz + center_z, dy + center_y, offsets[i] + center_x);
+            else if (offsets[i] != g.kNoQuery) visit(values[i], i % L, centre + offsets[i]);
           }
         }
       }
     }
   }
-  // With the head's values (zeros without a table), `as` done to each, and what stands for keys that are not seen.
+  // With the values of the job's heads (zeros without a table), `as` done to each, and what stands for keys that are not seen.
   template <class As>
-  void fill(const ClassGeometry<T>& g, const Problem& p, const View& bias, int64_t head, const As& as, T not_seen) {
+  void fill(const ClassGeometry<T>& g, const Problem& p, const View& bias, const NeighborhoodJob& job, const As& as, T not_seen) {
     resize(g);
     clear();
-    const auto read = [&](T& value, int64_t z, int64_t y, int64_t x) {
-      if (bias) value = as(load_value<T>(bias, head * bias.head + z * bias.z + y * bias.y + x * bias.x));
+    const int64_t size = p.table_size(), height = p.table_height(), width = p.table_width();
+    const int64_t tables = job.interleaved ? L : 1, of_lane = job.interleaved ? size : 0;
+    Buffer<T> values(bias ? tables * size : 0);
+    for (int64_t i = 0; bias && i < tables * size; ++i) {
+      const int64_t x = i % width, y = i / width % height, z = i / width / height % p.table_depth();
+      values[i] = as(load_value<T>(bias, job.classes[i / size].head * bias.head + z * bias.z + y * bias.y + x * bias.x));
+    }
+    const auto read = [&](T& value, int64_t lane, int64_t i) {
+      if (bias) value = values[lane * of_lane + i];
     };
     for_each(g, p, read, [&](T& value) { value = not_seen; });
   }
@@ -175,6 +191,8 @@ class ExpandedTable {
 template <class T>
 class NeighborhoodRows {
  public:
+  static constexpr int L = kLanes<T>;
+
   // `about_origin`: whether values are counted from there, which the sum of the weights must be zero for.
   NeighborhoodRows(const Arguments& a, int64_t extra_query_channels, bool about_origin)
       : a_(a),
@@ -185,13 +203,17 @@ class NeighborhoodRows {
         channels(a.problem.head_dim),
         score_channels(channels + (a.problem.l2 ? 1 : 0)),
         query_channels(score_channels + extra_query_channels),
-        query_scale(T(a.problem.dot_scale()) * kLog2E<T>) {}
+        query_scale(T(a.problem.dot_scale()) * kLog2E<T>),
+        key_origins_(channels * L),
+        value_origins_(channels * L) {}
 
   // Whether a job has another geometry than the last one.
   bool differs(const NeighborhoodJob& other) const {
     return geometry.axis_z.length != other.class_depth || geometry.axis_y.length != other.class_height ||
            !(geometry.columns == other.columns);
   }
+  // Whether it has other tables: other heads' or of another geometry.
+  bool tables_differ(const NeighborhoodJob& other) const { return differs(other) || job.first().head != other.first().head; }
   // Sets the job; returns whether its geometry differs.
   bool start(const NeighborhoodJob& new_job) {
     const bool changed = differs(new_job);
@@ -199,12 +221,21 @@ class NeighborhoodRows {
     if (changed) {
       tables_.clear();
       const HeadWindow& window = job.window;
-      geometry.prepare({job.class_depth, window.z}, {job.class_height, window.y}, job.columns);
+      geometry.prepare({job.class_depth, window.z}, {job.class_height, window.y}, job.columns, job.interleaved);
       resize_queries(query, query_channels);
       resize_keys(key, score_channels);
       resize_keys(value, channels);
     }
     keys_of_ = -1;
+    for (int64_t lane = 0; lane < L; ++lane) {
+      const HeadClass& c = job.classes[job.interleaved ? lane : 0];
+      const auto spread = [&](Origin<T>& origin, T* to) {
+        const T* from = origin.at(c.batch, c.key_head);
+        for (int64_t i = 0; i < channels; ++i) to[i * L + lane] = from[i];
+      };
+      spread(key_origin_, key_origins_);
+      if (about_origin_) spread(value_origin_, value_origins_);
+    }
     return changed;
   }
 
@@ -214,12 +245,12 @@ class NeighborhoodRows {
     ring.resize(geometry.kz, geometry.ring_rows, channels, geometry);
   }
 
-  // The head's table as scores, which are minus infinity for keys that a query does not see; null without any of these.
+  // The heads' tables as scores, which are minus infinity for keys that a query does not see; null without any of these.
   const ExpandedTable<T>* table() {
     if (!a_.bias && !geometry.masks) return nullptr;
-    ExpandedTable<T>& filled = tables_[a_.bias ? job.head : 0];
+    ExpandedTable<T>& filled = tables_[a_.bias ? job.first().head : 0];
     if (filled.empty()) {
-      filled.fill(geometry, a_.problem, a_.bias, job.head, table_score<T>, -std::numeric_limits<T>::infinity());
+      filled.fill(geometry, a_.problem, a_.bias, job, table_score<T>, -std::numeric_limits<T>::infinity());
     }
     return &filled;
   }
@@ -228,7 +259,7 @@ class NeighborhoodRows {
     for (int r = 0; r < group.count; ++r) {
       const Row row = group.row(r);
       transposer.load(query.row(row), query.stride(), a_.query, job, row, query_scale, a_.problem.l2 ? key_origin() : nullptr);
-      if (a_.problem.l2) std::fill_n(query.row(row) + channels * query.stride(), geometry.width, T(1));
+      if (a_.problem.l2) fill_ones(query.row(row) + channels * query.stride());
     }
   }
 
@@ -252,13 +283,16 @@ class NeighborhoodRows {
 
   // Block b of a row of numbers.
   void store_lanes(const View& numbers, Row row, int64_t b, Vector<T> values) const {
-    for (int64_t lane = 0, x = b * kLanes<T>; lane < kLanes<T> && x < geometry.width; ++lane, ++x) {
-      static_cast<T*>(numbers.data)[job.offset(numbers, row, x)] = values[lane];
-    }
+    job.for_each_lane<L>(b, [&](int64_t lane, int64_t x, int64_t which) {
+      static_cast<T*>(numbers.data)[job.offset(numbers, row, x, which)] = values[lane];
+    });
   }
+  // One channel of a row of queries.
+  void fill_ones(T* channel) const { std::fill_n(channel, geometry.width * geometry.step, T(1)); }
 
-  const T* key_origin() { return key_origin_.at(job.batch, job.key_head); }
-  const T* value_origin() { return about_origin_ ? value_origin_.at(job.batch, job.key_head) : nullptr; }
+  // [channel][lane].
+  const T* key_origin() const { return key_origins_; }
+  const T* value_origin() const { return about_origin_ ? value_origins_.data() : nullptr; }
 
   // The extra channel of `target`: factor times the product of two rows, per key.
   void key_products(T* target, const T* a, const T* b, double factor) const {
@@ -282,10 +316,9 @@ class NeighborhoodRows {
   }
 
   // The same for dot, where keys are counted from their origin: gradient[c] += sums m[c].
-  void add_origin(T* gradient, Vector<T> sums) {
-    const T* origin = key_origin();
-    for (int64_t c = 0; c < channels; ++c) {
-      store(gradient + c * kLanes<T>, NATTEN_EXT_ISA::load(gradient + c * kLanes<T>) + sums * origin[c]);
+  void add_origin(T* gradient, Vector<T> sums) const {
+    for (int64_t i = 0; i < channels * L; i += L) {
+      store(gradient + i, NATTEN_EXT_ISA::load(gradient + i) + sums * NATTEN_EXT_ISA::load(key_origins_ + i));
     }
   }
 
@@ -307,12 +340,17 @@ class NeighborhoodRows {
   const bool about_origin_;
   int64_t keys_of_ = -1, next_key_ = -1;  // whose keys are here: of this plane of queries, up to this row
   Origin<T> key_origin_, value_origin_;
-  std::map<int64_t, ExpandedTable<T>> tables_;  // by head
+  std::map<int64_t, ExpandedTable<T>> tables_;  // by head, of interleaved ones by the first
 
  public:
   const RowTransposer<T> transposer;
   const int64_t channels, score_channels, query_channels;
   const T query_scale;
+
+ private:
+  Buffer<T> key_origins_, value_origins_;
+
+ public:
   NeighborhoodJob job{};
   ClassGeometry<T> geometry;
   RowRing<T> query, key, value;  // queries times a log2(e)
@@ -328,14 +366,17 @@ void for_each_group(const ClassGeometry<T>& g, Range planes, Range rows, const V
 
 // Runs the kernel `make()`, whose results are rows of queries, over the jobs of heads with one window.
 template <class T, class Make>
-void run_neighborhood_queries(const Problem& p, HeadRange heads, const OrderCost& order, const ColumnMemory& memory,
-                              const Make& make) {
-  const HeadJobs jobs(p, heads.first, 32, 1, false, memory.bytes(p, p.windows[heads.first], sizeof(T)));
+void run_neighborhood_queries(const Problem& p, HeadRange heads, const NeighborhoodOrder& order, const Make& make) {
+  const double cost = neighborhood_cost<T>(p, heads, order.cost);
+  if (const std::optional<InterleavedJobs> jobs = interleaved_jobs<T>(p, heads, order)) {
+    return for_each_task(jobs->count(), make, [&](auto& worker, int64_t number) { worker.run(jobs->job(number)); }, cost);
+  }
+  const HeadJobs jobs(p, heads.first, band_sizes<T>(p, heads, order));
   // Heads vary fastest: they share the pages of memory.
   const auto task = [&](auto& worker, int64_t number) {
     worker.run(jobs.job(heads.first + number % heads.count(), number / heads.count()));
   };
-  for_each_task(heads.count() * jobs.count(), make, task, neighborhood_cost<T>(p, heads, order));
+  for_each_task(heads.count() * jobs.count(), make, task, cost);
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -19,13 +19,17 @@ class SavedRows {
   void load(const NeighborhoodRows<T>& rows, const RowGroup& group) {
     const NeighborhoodJob& job = rows.job;
     const ClassGeometry<T>& g = rows.geometry;
+    constexpr int L = kLanes<T>;
     for (int r = 0; r < group.count; ++r) {
-      const T* lse = static_cast<const T*>(a_.lse) + job.lse_offset(a_.problem, group.row(r));
-      for (int64_t x = 0; x < g.padded; ++x) {
-        // Lanes without a query: their P vanishes.
-        const T* parts = lse + x * job.window.x.dilation;
-        base[r][x] = x < g.width ? parts[0] : std::numeric_limits<T>::infinity();
-        log_sum[r][x] = x < g.width ? parts[a_.problem.rows()] : T(0);
+      // Lanes without a query: their P vanishes.
+      std::fill_n(base[r].data(), g.padded, std::numeric_limits<T>::infinity());
+      std::fill_n(log_sum[r].data(), g.padded, T(0));
+      for (int64_t b = 0; b < g.padded / L; ++b) {
+        job.for_each_lane<L>(b, [&](int64_t lane, int64_t x, int64_t which) {
+          const T* parts = static_cast<const T*>(a_.lse) + job.lse_offset(a_.problem, group.row(r), x, which);
+          base[r][b * L + lane] = parts[0];
+          log_sum[r][b * L + lane] = parts[a_.problem.rows()];
+        });
       }
     }
   }
@@ -53,9 +57,9 @@ class CotangentRows {
   // For a job's head.
   void start(const NeighborhoodRows<T>& rows) {
     if (!a_.cot_bias) return;
-    table_ = &tables_[rows.job.head];
+    table_ = &tables_[rows.job.first().head];
     if (!table_->empty()) return;
-    table_->fill(rows.geometry, a_.problem, a_.cot_bias, rows.job.head, [](T value) { return value; }, 0);
+    table_->fill(rows.geometry, a_.problem, a_.cot_bias, rows.job, [](T value) { return value; }, 0);
   }
   void load_queries(const NeighborhoodRows<T>& rows, const RowGroup& group) {
     for (int r = 0; a_.cot_query && r < group.count; ++r) {
@@ -65,7 +69,7 @@ class CotangentRows {
     }
   }
   void fill_sum_channel(const NeighborhoodRows<T>& rows, Row row) {
-    std::fill_n(query.row(row) + rows.score_channels * query.stride(), rows.geometry.width, T(1));
+    rows.fill_ones(query.row(row) + rows.score_channels * query.stride());
   }
   void load_keys(const NeighborhoodRows<T>& rows, Row row) {
     if (a_.cot_key) {
@@ -98,7 +102,7 @@ class CotangentRows {
 
  private:
   const Arguments& a_;
-  std::map<int64_t, ExpandedTable<T>> tables_;  // by head
+  std::map<int64_t, ExpandedTable<T>> tables_;  // by head, of interleaved ones by the first
   ExpandedTable<T>* table_ = nullptr;           // the job's
 };
 

@@ -23,13 +23,12 @@ class NeighborhoodTangent {
       for (StripWeights<T>* weights : {&probability_, &x_}) weights->resize(g);
     }
     cotangents_.start(rows_);
-    const int64_t blocks = static_cast<int64_t>(g.query_blocks.size());
     for_each_group(g, job.planes, job.rows, [&](const RowGroup& group) {
       rows_.load_queries(group);
       saved_.load(rows_, group);
       cotangents_.load_queries(rows_, group);
       rows_.load_keys(group, [&](Row row) { cotangents_.load_keys(rows_, row); });
-      for (int64_t begin = g.columns.queries.start / L; begin < blocks; begin += kStrip) strip(group, begin, std::min(blocks, begin + kStrip));
+      g.for_each_strip([&](int64_t begin, int64_t end) { strip(group, begin, end); });
     });
   }
 
@@ -48,7 +47,7 @@ class NeighborhoodTangent {
     if (moves_) gather(x_, rows_.value, static_cast<bool>(a_.cot_value));
     for (int64_t b = begin; a_.grad_grad_output && b < end; ++b) {
       for (int r = 0; r < group.count; ++r) {
-        rows_.transposer.unload(tangent_.row(b - begin, r), L, a_.grad_grad_output, rows_.job, group.row(r), b * L, broadcast(T(1)));
+        rows_.transposer.unload(tangent_.row(b - begin, r), L, a_.grad_grad_output, rows_.job, group.row(r), b, broadcast(T(1)));
       }
     }
   }
@@ -90,7 +89,7 @@ class NeighborhoodTangent {
 
 template <class T>
 void neighborhood_tangent(const Arguments& a, HeadRange heads) {
-  run_neighborhood_queries<T>(a.problem, heads, kTangentCost, kTangentMemory, [&] { return NeighborhoodTangent<T>(a); });
+  run_neighborhood_queries<T>(a.problem, heads, kTangent, [&] { return NeighborhoodTangent<T>(a); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

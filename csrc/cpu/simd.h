@@ -202,16 +202,17 @@ NATTEN_EXT_INLINE Vector<double> log2(Vector<double> x) {
 }
 
 #if defined(__AVX2__)
-// The quarters at p, p + 4 stride, ... as one vector: inserted from memory, they leave the unit that shuffles free.
-NATTEN_EXT_INLINE Vector<float> load_quarters(const float* p, int64_t stride) {
+// The quarters at `first`, at(1), ... as one vector: inserted from memory, they leave the unit that shuffles free.
+template <class At>
+NATTEN_EXT_INLINE Vector<float> load_quarters(const float* first, const At& at) {
 #if NATTEN_EXT_VECTOR_BYTES == 64
-  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
-  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * stride), 1);
-  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 8 * stride), 2);
-  return (Vector<float>)_mm512_insertf32x4(v, _mm_loadu_ps(p + 12 * stride), 3);
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(first));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(at(1)), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(at(2)), 2);
+  return (Vector<float>)_mm512_insertf32x4(v, _mm_loadu_ps(at(3)), 3);
 #else
-  const __m256 v = _mm256_castps128_ps256(_mm_loadu_ps(p));
-  return (Vector<float>)_mm256_insertf128_ps(v, _mm_loadu_ps(p + 4 * stride), 1);
+  const __m256 v = _mm256_castps128_ps256(_mm_loadu_ps(first));
+  return (Vector<float>)_mm256_insertf128_ps(v, _mm_loadu_ps(at(1)), 1);
 #endif
 }
 
@@ -234,28 +235,35 @@ NATTEN_EXT_INLINE void transpose_quarters(Vector<float>* rows) {
 }
 #endif
 
-// columns[c][r] = source[r][c], a square of lanes x lanes numbers of the compute type or of halves.
-template <class T, class Number>
-NATTEN_EXT_INLINE void load_transposed(const Number* source, int64_t stride, Vector<T>* columns) {
+// columns[c][r] = row(r)[c], a square of lanes x lanes numbers of the compute type or of halves.
+template <class T, class Rows>
+NATTEN_EXT_INLINE void load_transposed(const Rows& row, Vector<T>* columns) {
   constexpr int L = kLanes<T>;
 #if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
     for (int c = 0; c < L; c += 4) {
-      for (int r = 0; r < 4; ++r) columns[c + r] = load_quarters(source + r * stride + c, stride);
+      for (int r = 0; r < 4; ++r) {
+        columns[c + r] = load_quarters(row(r) + c, [&](int i) __attribute__((always_inline)) { return row(r + 4 * i) + c; });
+      }
       transpose_quarters(columns + c);
     }
     return;
   }
 #endif
-  if constexpr (std::is_same_v<T, Number>) {
+  if constexpr (std::is_same_v<T, std::decay_t<decltype(*row(0))>>) {
     for (int c = 0; c < L; ++c) {
-      for (int r = 0; r < L; ++r) columns[c][r] = source[r * stride + c];
+      for (int r = 0; r < L; ++r) columns[c][r] = row(r)[c];
     }
   } else {  // halves are converted by whole vectors
     T rows[L * L];
-    for (int r = 0; r < L; ++r) store(rows + r * L, load_wide(source + r * stride));
-    load_transposed<T>(rows, L, columns);
+    for (int r = 0; r < L; ++r) store(rows + r * L, load_wide(row(r)));
+    load_transposed<T>([&](int r) { return rows + r * L; }, columns);
   }
+}
+// Of rows so far apart.
+template <class T, class Number>
+NATTEN_EXT_INLINE void load_transposed(const Number* source, int64_t stride, Vector<T>* columns) {
+  load_transposed<T>([&](int r) __attribute__((always_inline)) { return source + r * stride; }, columns);
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

@@ -82,7 +82,7 @@ def test_no_job_is_split_for_less_than_starting_threads_takes():
 
 
 def test_rows_of_neighborhoods_are_worked_on_in_parts_that_fit_a_cache():
-    parts = [_C.positions_together(1.2**n) for n in range(100)]
+    parts = [_C.positions_together(1.2**n, 128) for n in range(100)]
     assert parts == sorted(parts, reverse=True) and (parts[0], parts[-1]) == (512, 128)
     assert all(part * 1.2**n <= 1.001 * (2 << 20) for n, part in enumerate(parts) if part > 128)
 
