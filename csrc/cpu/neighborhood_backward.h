@@ -75,7 +75,7 @@ class BackwardRows : public SavedRows<T> {
   static constexpr int L = kLanes<T>;
   using SavedRows<T>::log_sum;
 
-  explicit BackwardRows(const Arguments& a) : SavedRows<T>(a), a_(a) {}
+  explicit BackwardRows(const Arguments& a) : a_(a) {}
 
   void resize(const ClassGeometry<T>& g, int64_t channels) {
     SavedRows<T>::resize(g);
@@ -98,11 +98,7 @@ class BackwardRows : public SavedRows<T> {
       for (int64_t x = 0; x < g.padded; x += L) {
         store(d[r] + x, dot(grad_output.row(row) + x, output.row(row) + x, output.stride()));
       }
-      for (int64_t b = 0; a_.grad_lse && b < g.padded / L; ++b) {
-        job.for_each_lane<L>(b, [&](int64_t lane, int64_t x, int64_t which) {
-          grad_lse[r][b * L + lane] = static_cast<const T*>(a_.grad_lse.data)[job.offset(a_.grad_lse, row, x, which)];
-        });
-      }
+      if (a_.grad_lse) rows.load_lanes(grad_lse[r], a_.grad_lse, row, 0);
       for (int64_t i = 0; i < g.padded; ++i) strange = strange || !std::isfinite(log_sum[r][i]) || !std::isfinite(d[r][i]);
     }
   }

@@ -62,12 +62,8 @@ class NeighborhoodForward {
       store(weights + i * L, e);
     }
     const Vector<T> sum = sums[0] + sums[1];
-    const Vector<T> log_sum = log2(sum);
-    rows_.job.template for_each_lane<L>(b, [&](int64_t lane, int64_t x, int64_t which) {
-      T* row = static_cast<T*>(a_.lse) + rows_.job.lse_offset(a_.problem, group.row(r), x, which);
-      row[0] = top[lane];
-      row[a_.problem.rows()] = log_sum[lane];
-    });
+    rows_.store_lanes(rows_.lse_part(0), group.row(r), b, top);
+    rows_.store_lanes(rows_.lse_part(1), group.row(r), b, log2(sum));
     return 1 / sum;
   }
 

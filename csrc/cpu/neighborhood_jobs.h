@@ -52,12 +52,7 @@ struct NeighborhoodJob {
   }
   template <int L>
   int64_t block_step(const View& v) const { return window.x.dilation * v.x * (interleaved ? 1 : L); }
-  // Calls visit(lane, x, which) for the lanes of block b that hold a position: x of that class.
-  template <int L, class Visit>
-  void for_each_lane(int64_t b, const Visit& visit) const {
-    const int64_t n = lanes<L>(b);
-    for (int64_t lane = 0; lane < n; ++lane) interleaved ? visit(lane, b, lane) : visit(lane, b * L + lane, int64_t(0));
-  }
+  // How many of them hold a position that someone reads.
   template <int L>
   int64_t lanes(int64_t b) const { return interleaved ? count : std::min<int64_t>(L, columns.count - b * L); }
   // The blocks of some positions.
@@ -74,11 +69,6 @@ struct NeighborhoodJob {
   bool owns(Row row, int64_t b) const {
     const int64_t x = interleaved ? b : b * L;
     return owns_plane(row.z) && rows.start <= row.y && row.y < rows.end && columns.owned.start <= x && x < columns.owned.end;
-  }
-  int64_t lse_offset(const Problem& p, Row row, int64_t x, int64_t which) const {
-    const HeadClass& c = classes[which];
-    const int64_t z = row.z * window.z.dilation + c.first_z, y = row.y * window.y.dilation + c.first_y;
-    return (((c.batch * p.heads + c.head) * p.depth + z) * p.height + y) * p.width + c.first_x + x * window.x.dilation;
   }
 };
 

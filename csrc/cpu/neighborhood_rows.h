@@ -281,11 +281,31 @@ class NeighborhoodRows {
     next_key_ = std::max(next_key_, group.last());
   }
 
-  // Block b of a row of numbers.
+  // The two parts of the log-sum-exp, see dense_saved.h: numbers per query of the compute type.
+  View lse_part(int part) const {
+    const Problem& p = a_.problem;
+    View v;
+    v.data = static_cast<T*>(a_.lse) + part * p.rows();
+    v.x = 1, v.y = p.width, v.z = v.y * p.height, v.head = v.z * p.depth, v.batch = v.head * p.heads;
+    return v;
+  }
+  // Block b of a row of such numbers.
   void store_lanes(const View& numbers, Row row, int64_t b, Vector<T> values) const {
-    job.for_each_lane<L>(b, [&](int64_t lane, int64_t x, int64_t which) {
-      static_cast<T*>(numbers.data)[job.offset(numbers, row, x, which)] = values[lane];
-    });
+    int64_t at[L];
+    job.lane_offsets<L>(numbers, row, b, at);
+    const int64_t n = job.lanes<L>(b);
+    for (int64_t lane = 0; lane < n; ++lane) static_cast<T*>(numbers.data)[at[lane]] = values[lane];
+  }
+  // A whole row of them, `otherwise` where there is no query.
+  void load_lanes(T* to, const View& numbers, Row row, T otherwise) const {
+    int64_t at[L];
+    const int64_t end = geometry.padded / L;
+    for (int64_t b = 0; b < end; ++b) {
+      job.lane_offsets<L>(numbers, row, b, at);
+      const int64_t n = job.lanes<L>(b);
+      for (int64_t lane = 0; lane < n; ++lane) to[b * L + lane] = static_cast<const T*>(numbers.data)[at[lane]];
+      std::fill_n(to + b * L + n, L - n, otherwise);
+    }
   }
   // One channel of a row of queries.
   void fill_ones(T* channel) const { std::fill_n(channel, geometry.width * geometry.step, T(1)); }

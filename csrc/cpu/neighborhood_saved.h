@@ -11,33 +11,18 @@ namespace natten_ext::NATTEN_EXT_ISA {
 template <class T>
 class SavedRows {
  public:
-  explicit SavedRows(const Arguments& a) : a_(a) {}
-
   void resize(const ClassGeometry<T>& g) {
     for (int r = 0; r < kGroup; ++r) base[r] = Buffer<T>(g.padded), log_sum[r] = Buffer<T>(g.padded);
   }
   void load(const NeighborhoodRows<T>& rows, const RowGroup& group) {
-    const NeighborhoodJob& job = rows.job;
-    const ClassGeometry<T>& g = rows.geometry;
-    constexpr int L = kLanes<T>;
     for (int r = 0; r < group.count; ++r) {
-      // Lanes without a query: their P vanishes.
-      std::fill_n(base[r].data(), g.padded, std::numeric_limits<T>::infinity());
-      std::fill_n(log_sum[r].data(), g.padded, T(0));
-      for (int64_t b = 0; b < g.padded / L; ++b) {
-        job.for_each_lane<L>(b, [&](int64_t lane, int64_t x, int64_t which) {
-          const T* parts = static_cast<const T*>(a_.lse) + job.lse_offset(a_.problem, group.row(r), x, which);
-          base[r][b * L + lane] = parts[0];
-          log_sum[r][b * L + lane] = parts[a_.problem.rows()];
-        });
-      }
+      // Of lanes without a query P vanishes.
+      rows.load_lanes(base[r], rows.lse_part(0), group.row(r), std::numeric_limits<T>::infinity());
+      rows.load_lanes(log_sum[r], rows.lse_part(1), group.row(r), 0);
     }
   }
 
   Buffer<T> base[kGroup], log_sum[kGroup];
-
- private:
-  const Arguments& a_;
 };
 
 // The cotangents (gQ, gK, gV, gbias), and X. For l2 the queries' rows may have one channel more than the scores have: 1,

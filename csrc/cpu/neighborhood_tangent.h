@@ -11,7 +11,7 @@ class NeighborhoodTangent {
   static constexpr int L = kLanes<T>;
 
   explicit NeighborhoodTangent(const Arguments& a)
-      : a_(a), moves_(a.cot_query || a.cot_key || a.cot_bias), rows_(a, 0, true), saved_(a), cotangents_(a) {
+      : a_(a), moves_(a.cot_query || a.cot_key || a.cot_bias), rows_(a, 0, true), cotangents_(a) {
     tangent_.resize(a.problem.head_dim);
   }
 

@@ -5,12 +5,22 @@
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
-// Whether the dense kernels can take a window of neighborhood attention: its classes are of one size and small, and at least
-// half of each is in the window of each query.
-inline bool is_dense(const Problem& p, const HeadWindow& w) {
+// The share of each class of neighborhood attention that is in the window of each query, if its classes are of one size and so
+// small that the dense kernels can take them, otherwise 0.
+inline double share_of_class(const Problem& p, const HeadWindow& w) {
   const int64_t positions = (p.depth / w.z.dilation) * (p.height / w.y.dilation) * (p.width / w.x.dilation);
-  return p.depth % w.z.dilation == 0 && p.height % w.y.dilation == 0 && p.width % w.x.dilation == 0 && positions <= 128 &&
-         2 * w.z.kernel * w.y.kernel * w.x.kernel >= positions;
+  const bool one_size = p.depth % w.z.dilation == 0 && p.height % w.y.dilation == 0 && p.width % w.x.dilation == 0;
+  if (!one_size || positions > 128) return 0;
+  return static_cast<double>(w.z.kernel * w.y.kernel * w.x.kernel) / static_cast<double>(positions);
+}
+
+// Whether the dense kernels take heads with one window: the larger that share, the less they compute in vain.
+template <class T>
+bool is_dense(const Problem& p, HeadRange heads, const NeighborhoodOrder& order) {
+  if (p.kind != Kind::neighborhood) return true;
+  const double share = share_of_class(p, p.windows[heads.first]);
+  if (!interleaved_jobs<T>(p, heads, order)) return share >= 0.5;
+  return order.whole && share >= 0.75;
 }
 
 // Calls run(compute type, heads, whether the dense kernels take them) for each range of heads with one window.
@@ -18,12 +28,7 @@ template <class Run>
 void for_each_window(const Arguments& a, const NeighborhoodOrder& order, const Run& run) {
   const Problem& p = a.problem;
   for (const HeadRange& heads : p.head_ranges()) {
-    const auto choose = [&](auto number) {
-      using T = decltype(number);
-      const bool windows = p.kind == Kind::neighborhood &&
-                           (!is_dense(p, p.windows[heads.first]) || interleaved_jobs<T>(p, heads, order));
-      run(number, heads, !windows);
-    };
+    const auto choose = [&](auto number) { run(number, heads, is_dense<decltype(number)>(p, heads, order)); };
     a.query.dtype == DType::float64 ? choose(double{}) : choose(float{});
   }
 }
