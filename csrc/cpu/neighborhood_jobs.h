@@ -285,8 +285,8 @@ class InterleavedJobs {
 };
 
 // The jobs of interleaved classes, if there are enough of them to fill vectors, and enough jobs for a few threads. What such
-// a job holds per position is as many times more as there are lanes: shorter parts, and where those would compute much
-// twice, rows that need none.
+// a job holds per position is as many times more as there are lanes: its parts are shorter, and where queries of adjacent
+// bands and parts are computed twice, rows and bands are not cut for it.
 template <class T>
 std::optional<InterleavedJobs> interleaved_jobs(const Problem& p, HeadRange heads, const NeighborhoodOrder& order) {
   const AxisWindow& x = p.windows[heads.first].x;
@@ -299,10 +299,11 @@ std::optional<InterleavedJobs> interleaved_jobs(const Problem& p, HeadRange head
     if (length > 512 || static_cast<double>(length) * sizes.column_bytes > 2 * kCache) return {};
     sizes.least_columns = length;
   }
-  for (const int64_t least = sizes.whole ? 16 : 8; sizes.rows >= least; sizes.rows /= 2) {
+  for (; sizes.rows >= 8; sizes.rows /= 2) {
     const InterleavedJobs jobs(p, heads, kLanes<T>, sizes);
     if (jobs.filled() < 0.75) return {};
     if (jobs.count() >= 2) return jobs;
+    if (sizes.whole) return {};
   }
   return {};
 }
