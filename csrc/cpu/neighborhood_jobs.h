@@ -284,11 +284,13 @@ class InterleavedJobs {
   std::vector<Shape> shapes_;
 };
 
-// The jobs of interleaved classes, if there are enough of them to fill vectors, and enough jobs for a few threads. What such
-// a job holds per position is as many times more as there are lanes: its parts are shorter, and where queries of adjacent
-// bands and parts are computed twice, rows and bands are not cut for it.
+// The jobs of interleaved classes, if there are enough of them to fill vectors and to keep threads busy. Where jobs compute
+// whole rows of queries, the gradients of tables depend on the layout, so the choice must not depend on the threads.
+//
+// What such a job holds per position is as many times more as there are lanes: its parts are shorter, and where queries of
+// adjacent bands and parts are computed twice, rows and bands are not cut for it.
 template <class T>
-std::optional<InterleavedJobs> interleaved_jobs(const Problem& p, HeadRange heads, const NeighborhoodOrder& order) {
+std::optional<InterleavedJobs> interleaved_jobs(const Problem& p, HeadRange heads, const NeighborhoodOrder& order, int64_t threads = 1) {
   const AxisWindow& x = p.windows[heads.first].x;
   if (p.shared() > 1 || x.causal) return {};
   BandSizes sizes = band_sizes<T>(p, heads, order);
@@ -299,10 +301,12 @@ std::optional<InterleavedJobs> interleaved_jobs(const Problem& p, HeadRange head
     if (length > 512 || static_cast<double>(length) * sizes.column_bytes > 2 * kCache) return {};
     sizes.least_columns = length;
   }
+  // Interleaved, half as many threads are as fast.
+  const int64_t least = sizes.whole ? 8 : (threads + 1) / 2;
   for (; sizes.rows >= 8; sizes.rows /= 2) {
     const InterleavedJobs jobs(p, heads, kLanes<T>, sizes);
     if (jobs.filled() < 0.75) return {};
-    if (jobs.count() >= 2) return jobs;
+    if (jobs.count() >= least) return jobs;
     if (sizes.whole) return {};
   }
   return {};

@@ -388,7 +388,8 @@ void for_each_group(const ClassGeometry<T>& g, Range planes, Range rows, const V
 template <class T, class Make>
 void run_neighborhood_queries(const Problem& p, HeadRange heads, const NeighborhoodOrder& order, const Make& make) {
   const double cost = neighborhood_cost<T>(p, heads, order.cost);
-  if (const std::optional<InterleavedJobs> jobs = interleaved_jobs<T>(p, heads, order)) {
+  const int64_t threads = worthwhile_threads(cost, thread_count());
+  if (const std::optional<InterleavedJobs> jobs = interleaved_jobs<T>(p, heads, order, threads)) {
     return for_each_task(jobs->count(), make, [&](auto& worker, int64_t number) { worker.run(jobs->job(number)); }, cost);
   }
   const HeadJobs jobs(p, heads.first, band_sizes<T>(p, heads, order));

@@ -378,10 +378,10 @@ SHARED = [
 
 # So many heads, batch elements and residue classes that the CPU kernels interleave them in vectors, of up to 16 lanes.
 INTERLEAVED = [
-    _na("17x7-k3-batch-6", (6, 17, 7, 7, 5), 3),
+    _na("12x7-k3-batch-10", (10, 12, 7, 7, 5), 3),
     _na("11x14-d2x3-batch-4", (4, 11, 14, 6, 8), (4, 3), (2, 3)),
     _na("3x6x9-s1x2x3-batch-8", (8, 3, 6, 9, 4, 4), (2, 3, 4), (1, 1, 2), (1, 2, 3)),
-    _na("20x9-causal-y-batch-5", (5, 20, 9, 6, 9), (5, 6), causal=(True, False)),
+    _na("10x9-causal-y-batch-11", (11, 10, 9, 6, 9), (5, 6), causal=(True, False)),
 ]
 
 CASES = FULL + [

@@ -15,8 +15,8 @@ from tests.operators.cases import Case, cotangents_of, derivatives, forward, gra
 
 CASES = [
     # With all vectors full or not, tables of heads in every order of lanes, and rows that come in parts.
-    Case("full-vectors", "neighborhood", (2, 19, 12, 16, 8), kernel=5, bias=True),
-    Case("odd-heads", "neighborhood", (7, 17, 13, 7, 12), kernel=(3, 4), bias=True, score="l2"),
+    Case("full-vectors", "neighborhood", (4, 19, 12, 16, 8), kernel=5, bias=True),
+    Case("odd-heads", "neighborhood", (19, 11, 9, 7, 12), kernel=(3, 4), bias=True, score="l2"),
     Case("classes", "neighborhood", (3, 25, 29, 5, 8), kernel=3, dilation=(2, 3), bias=True),
     Case("parts", "neighborhood", (1, 9, 150, 16, 64), kernel=(7, 5), bias=True),
 ]
