@@ -212,8 +212,10 @@ class NeighborhoodRows {
     return geometry.axis_z.length != other.class_depth || geometry.axis_y.length != other.class_height ||
            !(geometry.columns == other.columns);
   }
-  // Whether it has other tables: other heads' or of another geometry.
-  bool tables_differ(const NeighborhoodJob& other) const { return differs(other) || job.first().head != other.first().head; }
+  // Whether lanes have other tables: other heads' or of another geometry.
+  bool tables_differ(const NeighborhoodJob& other) const {
+    return differs(other) || job.first().head != other.first().head || job.count != other.count;
+  }
   // Sets the job; returns whether its geometry differs.
   bool start(const NeighborhoodJob& new_job) {
     const bool changed = differs(new_job);

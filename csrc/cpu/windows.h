@@ -14,13 +14,15 @@ inline double share_of_class(const Problem& p, const HeadWindow& w) {
   return static_cast<double>(w.z.kernel * w.y.kernel * w.x.kernel) / static_cast<double>(positions);
 }
 
-// Whether the dense kernels take heads with one window: the larger that share, the less they compute in vain.
+// Whether the dense kernels take heads with one window. Their sums are in another order, so this must depend neither on the
+// threads nor on how many images there are. The forward is faster by interleaved classes, where one image fills vectors.
 template <class T>
 bool is_dense(const Problem& p, HeadRange heads, const NeighborhoodOrder& order) {
   if (p.kind != Kind::neighborhood) return true;
-  const double share = share_of_class(p, p.windows[heads.first]);
-  if (!interleaved_jobs<T>(p, heads, order)) return share >= 0.5;
-  return order.whole && share >= 0.75;
+  if (share_of_class(p, p.windows[heads.first]) < 0.5) return false;
+  Problem one = p;
+  one.batch = 1;
+  return order.whole || !interleaved_jobs<T>(one, heads, order);
 }
 
 // Calls run(compute type, heads, whether the dense kernels take them) for each range of heads with one window.

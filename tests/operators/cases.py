@@ -381,6 +381,7 @@ INTERLEAVED = [
     _na("12x7-k3-batch-10", (10, 12, 7, 7, 5), 3),
     _na("11x14-d2x3-batch-4", (4, 11, 14, 6, 8), (4, 3), (2, 3)),
     _na("3x6x9-s1x2x3-batch-8", (8, 3, 6, 9, 4, 4), (2, 3, 4), (1, 1, 2), (1, 2, 3)),
+    _na("4x5-k3-batch-133", (133, 4, 5, 2, 3), 3),  # the last vector, not full, has the same first head as others
     _na("10x9-causal-y-batch-11", (11, 10, 9, 6, 9), (5, 6), causal=(True, False)),
 ]
 
