@@ -301,15 +301,14 @@ std::optional<InterleavedJobs> interleaved_jobs(const Problem& p, HeadRange head
     if (length > 512 || static_cast<double>(length) * sizes.column_bytes > 2 * kCache) return {};
     sizes.least_columns = length;
   }
-  // Interleaved, half as many threads are as fast.
-  const int64_t least = sizes.whole ? 8 : (threads + 1) / 2;
-  for (; sizes.rows >= 8; sizes.rows /= 2) {
+  for (;; sizes.rows /= 2) {
     const InterleavedJobs jobs(p, heads, kLanes<T>, sizes);
     if (jobs.filled() < 0.75) return {};
-    if (jobs.count() >= least) return jobs;
+    if (jobs.count() >= (sizes.whole ? 8 : threads)) return jobs;
     if (sizes.whole) return {};
+    // Interleaved, half as many threads are as fast.
+    if (sizes.rows <= 8) return 2 * jobs.count() >= threads ? std::optional(jobs) : std::nullopt;
   }
-  return {};
 }
 
 // Up to kGroup adjacent rows of queries of a plane, and the rows of keys that they attend: in each of the planes those of
