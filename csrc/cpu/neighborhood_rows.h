@@ -199,13 +199,13 @@ class NeighborhoodRows {
         about_origin_(about_origin),
         key_origin_(a.key, a.problem, {0, a.problem.key_heads}),
         value_origin_(a.value, a.problem, {0, a.problem.key_heads}),
+        key_origins_(a.problem.head_dim * L),
+        value_origins_(a.problem.head_dim * L),
         transposer(a.problem.head_dim),
         channels(a.problem.head_dim),
         score_channels(channels + (a.problem.l2 ? 1 : 0)),
         query_channels(score_channels + extra_query_channels),
-        query_scale(T(a.problem.dot_scale()) * kLog2E<T>),
-        key_origins_(channels * L),
-        value_origins_(channels * L) {}
+        query_scale(T(a.problem.dot_scale()) * kLog2E<T>) {}
 
   // Whether a job has another geometry than the last one.
   bool differs(const NeighborhoodJob& other) const {
@@ -362,17 +362,13 @@ class NeighborhoodRows {
   const bool about_origin_;
   int64_t keys_of_ = -1, next_key_ = -1;  // whose keys are here: of this plane of queries, up to this row
   Origin<T> key_origin_, value_origin_;
+  Buffer<T> key_origins_, value_origins_;  // the job's, [channel][lane]
   std::map<int64_t, ExpandedTable<T>> tables_;  // by head, of interleaved ones by the first
 
  public:
   const RowTransposer<T> transposer;
   const int64_t channels, score_channels, query_channels;
   const T query_scale;
-
- private:
-  Buffer<T> key_origins_, value_origins_;
-
- public:
   NeighborhoodJob job{};
   ClassGeometry<T> geometry;
   RowRing<T> query, key, value;  // queries times a log2(e)

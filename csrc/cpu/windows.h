@@ -20,9 +20,10 @@ template <class T>
 bool is_dense(const Problem& p, HeadRange heads, const NeighborhoodOrder& order) {
   if (p.kind != Kind::neighborhood) return true;
   if (share_of_class(p, p.windows[heads.first]) < 0.5) return false;
+  if (order.whole) return true;
   Problem one = p;
   one.batch = 1;
-  return order.whole || !interleaved_jobs<T>(one, heads, order);
+  return !interleaved_jobs<T>(one, heads, order);
 }
 
 // Calls run(compute type, heads, whether the dense kernels take them) for each range of heads with one window.
