@@ -1,13 +1,14 @@
 """Builds the compiled parts of natten_ext with ninja; metadata is in pyproject.toml.
 
 Three shared objects: ``natten_ext/libnatten_ext_cpu.so``, the CPU kernels on LibTorch's stable ABI (any Python, torch
-2.11 and later), compiled once per instruction set; ``natten_ext/libnatten_ext_cuda.so``, the same for GPUs, where there
-is an nvcc; and, in a checkout, ``natten_ext/_C``, a small pybind11 module with which tests compare the geometry. Wheels
-leave it out, so that one serves every Python. cuda_wheel/setup.py builds the second of the three as a wheel of its own.
+2.11 and later), compiled once per instruction set; ``natten_ext/libnatten_ext_cuda.so``, the same for GPUs, where torch
+has CUDA and there is an nvcc; and, in a checkout, ``natten_ext/_C``, a small pybind11 module with which tests compare
+the geometry. Wheels leave it out, so that one serves every Python. cuda_wheel/setup.py builds the second of the three
+as a wheel of its own.
 
-Environment variables: ``CXX`` and ``MAX_JOBS`` as usual; ``NATTEN_EXT_CUDA`` 0 leaves the CUDA kernels out and 1 makes
-a missing nvcc an error; ``TORCH_CUDA_ARCH_LIST`` lists compute capabilities as torch does ("8.0;9.0+PTX");
-``CUDA_HOME`` is where CUDA is.
+Environment variables: ``CXX`` and ``MAX_JOBS`` as usual; ``NATTEN_EXT_CUDA`` 0 leaves the CUDA kernels out and 1 builds
+them with any torch and makes a missing nvcc an error; ``TORCH_CUDA_ARCH_LIST`` lists compute capabilities as torch does
+("8.0;9.0+PTX"); ``CUDA_HOME`` is where CUDA is.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ CUDA_RESOURCES = "cuda_resources.txt"  # what ptxas said of every kernel
 EVERY_KERNEL_SOURCE = ROOT / "benchmarks" / "gpu" / "every_kernel.cpp"
 EVERY_KERNEL = ROOT / "build" / "every_kernel"
 CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
-# Where no GPU is visible: runs on every GPU from 8.0 on; after 8.x the driver compiles it at first use.
-DEFAULT_CAPABILITIES = "8.0+PTX"
+# Where no GPU is visible: those of data centers, as far as nvcc knows them. 8.6 and 8.9 run the code of 8.0, later ones
+# than the last its PTX.
+DEFAULT_CAPABILITIES = ("8.0", "9.0", "10.0")
 
 
 def instruction_sets() -> dict[str, tuple[int, list[str]]]:
@@ -180,13 +182,16 @@ def installed_nvcc() -> str | None:
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
-def find_nvcc() -> str | None:
+def find_nvcc(torch) -> str | None:
     """Path of nvcc, or None where the cuda backend is not to be built; says so in one line."""
     wanted = os.environ.get("NATTEN_EXT_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"NATTEN_EXT_CUDA must be 0 or 1, got {wanted!r}")
     if wanted == "0":
         print("natten_ext: NATTEN_EXT_CUDA=0, so the cuda backend is not built")
+        return None
+    if wanted == "" and torch.version.cuda is None:
+        print("natten_ext: this torch has no CUDA, so the cuda backend is not built (NATTEN_EXT_CUDA=1 builds it)")
         return None
     nvcc = installed_nvcc()
     if nvcc is None and wanted == "1":
@@ -196,8 +201,8 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
-def capabilities(torch) -> str:
-    """``TORCH_CUDA_ARCH_LIST``, else those of the GPUs of this machine, else ``DEFAULT_CAPABILITIES``."""
+def capabilities(torch, nvcc: str) -> str:
+    """``TORCH_CUDA_ARCH_LIST``, else those of the GPUs of this machine, else ``DEFAULT_CAPABILITIES`` and PTX."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     if torch.cuda.is_available():
@@ -205,7 +210,8 @@ def capabilities(torch) -> str:
         found = [f"{major}.{minor}" for major, minor in sorted(pairs)]
         if set(found) <= set(CAPABILITIES):  # an older GPU can't run the kernels, a newer one can from PTX
             return ";".join(found)
-    return DEFAULT_CAPABILITIES
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return ";".join(c for c in DEFAULT_CAPABILITIES if f"sm_{c.replace('.', '')}" in known) + "+PTX"
 
 
 def architecture_flags(capability_list: str) -> list[str]:
@@ -231,6 +237,12 @@ def kernel_macros(mode: str, general: bool) -> list[str]:
     return [f"-DNATTEN_EXT_MODE={mode}", f"-DNATTEN_EXT_GENERAL={str(general).lower()}"]
 
 
+def capability_macro(capability_list: str) -> str:
+    """Tells the library what its kernels are compiled for: 80:90 of "8.0;9.0+PTX"."""
+    numbers = re.findall(r"\d+\.\d+", capability_list)
+    return f"-DNATTEN_EXT_CAPABILITIES={':'.join(number.replace('.', '') for number in numbers)}"
+
+
 def cuda_flags() -> list[str]:
     """nvcc's flags, without the architectures and ``kernel_macros``. ptxas reports resources."""
     return ["-std=c++20", "-O3", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-v"]
@@ -251,9 +263,10 @@ def add_cuda_library(file: NinjaFile, nvcc: str, build: Path, package: Path, tor
         "rule resources",
         "  command = cat $logs > $out",
     ]
-    architectures = architecture_flags(capabilities(torch))
+    compiled_for = capabilities(torch, nvcc)
+    architectures = architecture_flags(compiled_for)
     folder = Path(torch.__file__).parent
-    flags = [*cuda_flags(), *torch_flags(torch), "-x=cu", "-DUSE_CUDA"]
+    flags = [*cuda_flags(), *torch_flags(torch), "-x=cu", "-DUSE_CUDA", capability_macro(compiled_for)]
     library = file.statement("compile_cuda", build / "cuda_library.o", [CUDA_SOURCE / "library.cpp"], flags)
     kernels = [
         file.statement(
@@ -325,7 +338,7 @@ class BuildWithNinja(NinjaBuild):
         if self._in_place():
             suffix = sysconfig.get_config_var("EXT_SUFFIX")
             self._bindings(file, build, package / f"_C{suffix}")
-        if nvcc := find_nvcc():
+        if nvcc := find_nvcc(torch):
             kernels = add_cuda_library(file, nvcc, build, package, torch)
             if self._in_place():
                 add_every_kernel(file, build, kernels)

@@ -29,7 +29,7 @@ class BuildCuda(main.NinjaBuild):
     target = "natten_ext_cuda"
 
     def statements(self, file, build, package, torch):
-        nvcc = main.find_nvcc()
+        nvcc = main.installed_nvcc()
         if nvcc is None:
             raise SystemExit("natten_ext_cuda needs nvcc")
         main.add_cuda_library(file, nvcc, build, package, torch)

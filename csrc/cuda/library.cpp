@@ -55,6 +55,11 @@ struct DeviceScope {
   explicit DeviceScope(const Tensor& t) : guard(t.get_device_index()) {}
 };
 
+// Compute capabilities that the kernels are compiled for, as "80:90".
+#define NATTEN_EXT_TEXT(x) #x
+#define NATTEN_EXT_TEXT_OF(x) NATTEN_EXT_TEXT(x)
+std::string capabilities() { return NATTEN_EXT_TEXT_OF(NATTEN_EXT_CAPABILITIES); }
+
 #endif
 
 // Bytes of shared memory that blocks of all orders need at least for heads of a dtype, and those that a GPU gives.
@@ -114,6 +119,8 @@ STABLE_TORCH_LIBRARY(natten_ext_cuda, m) {
 #if defined(NATTEN_EXT_EMULATOR)
   m.def("configure(int order, str dropped_site, int shared_limit, int table_blocks) -> ()");
   m.def("sites() -> str");
+#else
+  m.def("capabilities() -> str");
 #endif
 }
 
@@ -123,5 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL(natten_ext_cuda, CompositeExplicitAutograd, m) {
 #if defined(NATTEN_EXT_EMULATOR)
   m.impl("configure", TORCH_BOX(&natten_ext::cuda::configure));
   m.impl("sites", TORCH_BOX(&natten_ext::cuda::sites));
+#else
+  m.impl("capabilities", TORCH_BOX(&natten_ext::cuda::capabilities));
 #endif
 }

@@ -9,6 +9,7 @@ compiled for the host instead, under the emulator of csrc/emulator; the environm
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from .support import (
     asked_once,
     cannot_take,
     cannot_use_gpu,
+    capability_of,
     constant_when_compiled,
     full_precision,
     load,
@@ -58,8 +60,10 @@ def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
         return f"device must be {'cpu, where it is emulated' if emulated else 'cuda'}, got {device_type}"
     if reason := cannot_take(dtype, DTYPES, head_dim):
         return reason
-    if device_type == "cuda" and (reason := cannot_use_gpu()):
-        return reason
+    if device_type == "cuda":
+        if reason := cannot_use_gpu():
+            return reason
+        _warn_of_ptx(torch.cuda.current_device())
     if device_type == "meta":
         return ""
     limit = _shared_limit(torch.cuda.current_device()) if device_type == "cuda" else _ask_shared_limit(0)
@@ -86,6 +90,21 @@ def run(order: Order, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         if "out of memory" in str(error):
             raise torch.OutOfMemoryError(str(error)) from None
         raise
+
+
+@asked_once
+def _warn_of_ptx(device: int) -> None:
+    """Warns, once per GPU, where the library has no code for it, so that the driver compiles each kernel first."""
+    major, minor = capability_of(device)
+    capabilities = [divmod(int(number), 10) for number in _compiled.capabilities().split(":")]
+    if not any(major == has_major and minor >= has_minor for has_major, has_minor in capabilities):
+        has = ", ".join(f"{has_major}.{has_minor}" for has_major, has_minor in capabilities)
+        warnings.warn(
+            f"{_LIBRARY} has code for compute capability {has} and none for {major}.{minor}: the driver compiles its"
+            f" kernels at first use, minutes in all. TORCH_CUDA_ARCH_LIST={major}.{minor} at installation avoids that",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @constant_when_compiled
@@ -129,8 +148,8 @@ def _not_loaded() -> str:
     folder = library_folder()
     if folder is None:
         return (
-            f"{ADD_ON} is not installed, and no library was built when natten_ext was: there was no nvcc, or"
-            " NATTEN_EXT_CUDA=0 was set"
+            f"{ADD_ON} is not installed, and no library was built when natten_ext was: torch had no CUDA, there was no"
+            " nvcc, or NATTEN_EXT_CUDA=0 was set"
         )
     if folder.name == ADD_ON and (found := version(ADD_ON)) != __version__:
         return f"{ADD_ON} must have the version of natten_ext, {__version__}, got {found}"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import setup
 from benchmarks.kernels import cuda_resources
+from natten_ext.backends import cuda
 from tests.samples import TEST_ALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,20 +135,24 @@ def test_architecture_lists():
 
 
 @pytest.mark.parametrize(
-    ("gpus", "expected"), [([(9, 0), (8, 0), (9, 0)], "8.0;9.0"), ([(7, 5)], "8.0+PTX"), ([(99, 0), (8, 0)], "8.0+PTX")]
+    ("gpus", "expected"),
+    [([(9, 0), (8, 0), (9, 0)], "8.0;9.0"), ([(7, 5)], "8.0;9.0+PTX"), ([(99, 0), (8, 0)], "8.0;9.0+PTX")],
 )
 def test_capabilities_are_those_of_the_gpus(monkeypatch, gpus, expected):
-    """An old GPU beside or instead of others is no error, and a GPU of the future gets PTX."""
+    """An old GPU beside or instead of others is no error, and a GPU of the future gets PTX. This nvcc is an old one."""
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
-    assert setup.capabilities(torch) == expected
+    listed = SimpleNamespace(stdout="sm_80\nsm_86\nsm_90\n")
+    monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: listed if command[0] == "nvcc" else None)
+    assert setup.capabilities(torch, "nvcc") == expected
     assert setup.architecture_flags(expected)
 
 
-def test_the_library_asks_for_all_of_torch(tmp_path):
+def test_the_library_asks_for_all_of_torch(tmp_path, monkeypatch):
     """Linked by a torch without CUDA too: libtorch.so is what finds CUDA's symbols where the library is loaded."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     file = setup.NinjaFile("c++")
     setup.add_cuda_library(file, "nvcc", tmp_path, tmp_path, torch)
     link = next(i for i, line in enumerate(file.lines) if ": link_cuda " in line)
@@ -153,15 +160,29 @@ def test_the_library_asks_for_all_of_torch(tmp_path):
     assert flags.index("-Xlinker=--no-as-needed") < flags.index("-ltorch")
 
 
+@pytest.mark.parametrize(("gpu", "warned"), [((8, 6), False), ((9, 0), False), ((12, 0), True)])
+def test_a_gpu_that_the_library_has_no_code_for(monkeypatch, gpu, warned):
+    monkeypatch.setattr(cuda, "capability_of", lambda device: gpu)
+    monkeypatch.setattr(cuda._compiled, "capabilities", lambda: "80:90", raising=False)
+    with pytest.warns(RuntimeWarning, match="none for 12.0: the driver") if warned else nullcontext():
+        cuda._warn_of_ptx.__wrapped__(0)
+
+
 def test_leaving_the_kernels_out_and_asking_for_them(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("NATTEN_EXT_CUDA", "0")
-    assert setup.find_nvcc() is None and "NATTEN_EXT_CUDA=0" in capsys.readouterr().out
-    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
-    monkeypatch.setenv("NATTEN_EXT_CUDA", "1")
-    with pytest.raises(SystemExit, match="there is no nvcc"):
-        setup.find_nvcc()
+    with_cuda, without = (SimpleNamespace(version=SimpleNamespace(cuda=number)) for number in ("13.0", None))
+    assert setup.find_nvcc(with_cuda) is None and "NATTEN_EXT_CUDA=0" in capsys.readouterr().out
+    monkeypatch.setattr(setup.shutil, "which", lambda name: name)
     monkeypatch.delenv("NATTEN_EXT_CUDA")
-    assert setup.find_nvcc() is None and len(capsys.readouterr().out.splitlines()) == 1
+    assert setup.find_nvcc(with_cuda) is not None and capsys.readouterr().out == ""
+    assert setup.find_nvcc(without) is None and "this torch has no CUDA" in capsys.readouterr().out
+    monkeypatch.setenv("NATTEN_EXT_CUDA", "1")
+    assert setup.find_nvcc(without) is not None
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match="there is no nvcc"):
+        setup.find_nvcc(without)
+    monkeypatch.delenv("NATTEN_EXT_CUDA")
+    assert setup.find_nvcc(with_cuda) is None and len(capsys.readouterr().out.splitlines()) == 1
     monkeypatch.setenv("NATTEN_EXT_CUDA", "yes")
     with pytest.raises(SystemExit, match="must be 0 or 1, got 'yes'"):
-        setup.find_nvcc()
+        setup.find_nvcc(with_cuda)
