@@ -2,7 +2,7 @@
 
 Each folder imports only what stands above it here:
 
-- `common`: files that appear whole, random numbers of images, processes, backends
+- `common`: files that appear whole, random numbers of images, processes, backends, empty names
 - `features`: frozen networks that a projected discriminator looks at, or that distances are measured over
 - `models`: generators and discriminators, their layers and augmentation, the average of a generator
 - `losses`: adversarial losses, penalties, path length

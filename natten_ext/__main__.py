@@ -14,6 +14,7 @@ import torch
 
 from . import __version__, list_backends
 from .backends import cpu, cuda
+from .backends.choice import check_environment
 
 _VARIABLES = ("NATTEN_EXT_", "TRITON_", "PYTORCH_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 """Environment variables, by their beginnings, that change what runs."""
@@ -72,22 +73,17 @@ def _gpus() -> Iterator[tuple[str, str]]:
         yield "gpu", f"{properties.name}, compute capability {properties.major}.{properties.minor}, {size:.0f} GiB"
 
 
-def _check_libraries() -> None:
-    """Ends the process with a line if an environment variable names a library that does not load."""
-    try:
-        cuda.cannot_run("cpu", torch.float32, 64)
-    except OSError as error:  # torch's own names only the file, its cause says what is wrong with it
-        path = os.environ.get(cuda.EMULATOR_VARIABLE)
-        sys.exit(f"error: {cuda.EMULATOR_VARIABLE} is {path!r}, which cannot be loaded: {error.__cause__ or error}")
-
-
 def main(arguments: list[str] | None = None) -> None:
     about = (
         "Prints versions, the machine and the environment variables that matter, then for CPUs and GPUs which backend "
         "runs and why the others do not."
     )
-    argparse.ArgumentParser(prog="python -m natten_ext", description=about).parse_args(arguments)
-    _check_libraries()
+    parser = argparse.ArgumentParser(prog="python -m natten_ext", description=about)
+    parser.parse_args(arguments)
+    try:
+        check_environment()
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
     for name, value in report():
         print(f"{name:15} {value}")
     print("\nWhat runs full attention in float32, in the order in which backend='auto' tries them:\n")

@@ -223,15 +223,26 @@ def test_the_report_says_what_it_takes(capsys):
     assert ended.value.code == 2 and "unrecognized arguments: --json" in said.err and not said.out
 
 
-def test_the_report_names_the_variable_of_a_library_that_is_missing(tmp_path):
-    """In a process of its own: in this one, the library may be loaded already."""
-    missing = str(tmp_path / "missing.so")
-    environment = os.environ | {cuda.EMULATOR_VARIABLE: missing}
+def report_with(variable: str, value: str) -> subprocess.CompletedProcess[str]:
+    """``python -m natten_ext`` in a process of its own: this one has read the variable already."""
     command = [sys.executable, "-m", "natten_ext"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and not done.stdout
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {cuda.EMULATOR_VARIABLE} is {missing!r}") and "No such file" in line
+    environment = os.environ | {variable: value}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_report_names_the_variable_of_a_library_that_is_missing(tmp_path):
+    missing = str(tmp_path / "missing.so")
+    done = report_with(cuda.EMULATOR_VARIABLE, missing)
+    assert done.returncode == 0 and not done.stderr
+    reason = f"{cuda.EMULATOR_VARIABLE} is {re.escape(repr(missing))}, which does not load: .*No such file"
+    assert re.search(f"cpu +cuda +{reason}", done.stdout) and re.search("cpu +cpu +yes", done.stdout)
+
+
+@pytest.mark.parametrize("variable", ["NATTEN_EXT_BACKEND", "NATTEN_EXT_CPU_ISA"])
+def test_the_report_refuses_a_variable_that_every_call_refuses(variable):
+    done = report_with(variable, "nonsense")
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(f"error: {variable} must be one of .*, got '?nonsense'?\n", done.stderr)
 
 
 def test_a_kernel_repository_loads_beside_the_package(tmp_path):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import itertools
 import os
 import runpy
 import select
 import sys
 from pathlib import Path
+
+from gans.common.unset import names_nothing
 
 COMMANDS = {
     "demo": "train a small TransGAN on scanned digits and show it:  demo --out DIR",
@@ -36,9 +37,6 @@ COMMANDS = {
     "train-judge": "a network to measure over:  train-judge --data FOLDER|ZIP --out FILE.safetensors",
 }
 """Each command with its line of help; the module's name has underscores for hyphens."""
-
-OUTPUTS = ("out", "convert", "json", "cache")
-"""Options that name what commands write, for which '' would be the current folder, or not given."""
 
 READER_GONE = 141
 """Exit status where the program that our output went to has ended, as of a process that SIGPIPE ends."""
@@ -88,14 +86,14 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(command.lower(), COMMANDS)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
         return _fail(f"no command is called {command!r}; {hint}", status=2)
-    for name in OUTPUTS:
-        if f"--{name}=" in rest or (f"--{name}", "") in itertools.pairwise(rest):
-            return _fail(f"{name} is '', which names nothing (an unset variable?)")
+    if (name := _empty(rest)) is not None:
+        return _fail(names_nothing(name))
     # OpenMP threads that spin while they wait make small layers several times slower as soon as anything else runs on
     # the machine (six times, measured with two threads on two busy cores). Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from gans.training.steps import NonFiniteError
+        from natten_ext.backends.choice import check_environment
 
         module = importlib.import_module(f"gans.commands.{command.replace('-', '_')}")
     except ModuleNotFoundError as error:
@@ -103,9 +101,23 @@ def _run(arguments: list[str]) -> int:
             raise
         return _fail(f"{command} needs {error.name}, which is not installed; pip install '.[gans]' brings all it needs")
     try:
+        check_environment()
         return module.run(rest) or 0  # the demo's status says whether it succeeded
     except (ValueError, NonFiniteError) as error:
         return _fail(error)
+
+
+def _empty(arguments: list[str]) -> str | None:
+    """The option that is given '', which no option of any command takes; None if there is none."""
+    name = "argument"
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, given, value = argument.removeprefix("--").replace("-", "_").partition("=")
+            if given and not value:
+                return name
+        elif not argument:
+            return name
+    return None
 
 
 def _fail(problem: object, status: int = 1) -> int:

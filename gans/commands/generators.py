@@ -76,7 +76,7 @@ class RenderArguments:
 
 def attention_backend(name: str | None) -> AbstractContextManager[Any]:
     """Inside, natten_ext runs its backend called `name`; None leaves its choice."""
-    return natten_ext.use_backend(name) if name else nullcontext()
+    return natten_ext.use_backend(name) if name is not None else nullcontext()
 
 
 def check_backend(generator: nn.Module, name: str | None) -> None:

@@ -22,6 +22,7 @@ from gans.commands.generators import (
     render,
     to_codes,
 )
+from gans.common.files import new_file
 from gans.data.images import enlarge, grid, save_png, to_pil
 
 VIDEO = (".mp4", ".webm", ".mkv")
@@ -121,17 +122,19 @@ def run(arguments: list[str]) -> None:
 
 
 def save_animation(images: Tensor, path: Path, *, fps: float, scale: int = 1) -> None:
-    """Writes images `(N, C, H, W)` in [-1, 1] as a GIF (endless) or, by its suffix, a video; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes images `(N, C, H, W)` in [-1, 1] as a GIF (endless) or, by its suffix, a video, which appears when it is
+    complete; makes the folder.
+    """
     frames = [enlarge(to_pil(image), scale) for image in images]
-    if path.suffix.lower() == ".gif":
-        # GIF counts hundredths of a second, and many viewers slow down what is faster than two of them.
-        duration = max(20, round(1000 / fps))
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=False)
-        return
-    with _imageio().get_writer(path, fps=fps, macro_block_size=2) as writer:
-        for frame in frames:
-            writer.append_data(np.asarray(frame.convert("RGB")))
+    with new_file(path) as partial:
+        if path.suffix.lower() == ".gif":
+            # GIF counts hundredths of a second, and many viewers slow down what is faster than two of them.
+            duration = max(20, round(1000 / fps))
+            frames[0].save(partial, save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=False)
+            return
+        with _imageio().get_writer(partial, fps=fps, macro_block_size=2) as writer:
+            for frame in frames:
+                writer.append_data(np.asarray(frame.convert("RGB")))
 
 
 def _imageio():

@@ -79,7 +79,7 @@ def open_files(path: Path) -> Iterator[Callable[[str, Image.Image], None]]:
     """A function that writes an image under a name into a folder, or a ZIP file that appears when it is complete."""
     if path.suffix.lower() != ".zip":
         path.mkdir(parents=True, exist_ok=True)
-        yield lambda name, image: image.save(path / name)
+        yield lambda name, image: save_png(image, path / name)
         return
 
     def add(name: str, image: Image.Image) -> None:

@@ -14,8 +14,8 @@ from natten_ext.backends.choice import ENVIRONMENT_VARIABLE, check_name
 
 def asked_for(option: str | None) -> str | None:
     """The backend that an option or else the environment names; None if none does, or one that runs everything."""
-    name = option or os.environ.get(ENVIRONMENT_VARIABLE)
-    return None if name in (None, "", "auto", "reference") else name
+    name = (os.environ.get(ENVIRONMENT_VARIABLE) or None) if option is None else option
+    return None if name in (None, "auto", "reference") else name
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gans.common.files import new_file
+
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images `(N, C, H, W)` in [-1, 1] (clamped) as uint8 `(N, H, W, C)`."""
@@ -50,9 +52,9 @@ def enlarge(image: Image.Image, scale: int) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: Path, scale: int = 1) -> None:
-    """Writes a PNG, enlarged by whole pixels; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    enlarge(image, scale).save(path)
+    """Writes a PNG, enlarged by whole pixels, which appears when it is complete; makes the folder."""
+    with new_file(path) as partial:
+        enlarge(image, scale).save(partial)
 
 
 def data_uri(image: Image.Image) -> str:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from gans.common.unset import names_nothing
 from gans.data import arrays, tables
 from gans.data.file_images import EXTENSIONS, SPLITS, FolderImages, ZipImages, check_whole, files_in, is_image
 from gans.data.shards import ShardImages, common_folder
@@ -180,8 +181,8 @@ def open_source(data: str | Path, split: str = "train") -> ImageSource:
     without the split.
     """
     data = str(data)
-    if not data:  # as a path it would be the current directory
-        raise ValueError("data is '', which names nothing (an unset variable?)")
+    if not data:
+        raise ValueError(names_nothing("data"))
     if data == DIGITS:
         if split != "train":
             raise ValueError(f"split is {split!r}; {DIGITS!r} has no splits")

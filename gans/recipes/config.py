@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from gans.common.unset import names_nothing
 from gans.data.loading import DataConfig
 from gans.losses.adversarial import LossConfig
 from gans.models.adaptive import ADAConfig
@@ -207,8 +208,8 @@ class RunConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
         for name in ("data", "init", "resume"):
-            if getattr(self, name) == "":  # of a shell's variable that is not set
-                raise ValueError(f"{name} is '', which names nothing (an unset variable?)")
+            if getattr(self, name) == "":
+                raise ValueError(names_nothing(name))
 
     def with_intervals(self, steps: int) -> RunConfig:
         """This, with the intervals that are None as numbers: 20 sample grids and 10 checkpoints in `steps` steps."""

@@ -37,7 +37,9 @@ _NAME = re.compile(rf"{PREFIX}([0-9]{{8}}|[1-9][0-9]{{8,}})")
 """Exactly the names that `path_of` gives."""
 BEST = "best"
 """The folder beside them with the checkpoint of the smallest distance."""
-_LEFTOVER = re.compile(rf"{re.escape(PARTIAL)}([0-9]+|old-({_NAME.pattern}|{BEST}))")
+REPLACED = f"{PARTIAL}replaced-"
+"""Begins the name of a checkpoint while another takes its place."""
+_LEFTOVER = re.compile(rf"{re.escape(PARTIAL)}([0-9]+|(old|replaced)-({_NAME.pattern}|{BEST}))")
 """Exactly the names of what a killed process may leave."""
 
 
@@ -102,10 +104,15 @@ def save(
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    # A folder cannot take the place of another at once: where this is killed in between, `remove_leftovers` puts the
+    # one before back.
+    replaced = root / f"{REPLACED}{final.name}"
     if final.exists():
-        _discard(final)
+        os.replace(final, replaced)
     os.replace(partial, final)
     _flush(root)
+    if replaced.exists():
+        _discard(replaced)
     for old in [] if best else list_checkpoints(root)[:-keep]:
         _discard(old)
     return final
@@ -140,7 +147,7 @@ def write_checksums(path: Path) -> None:
 
 def _discard(path: Path) -> None:
     # Renamed first, so that a half-deleted folder never looks like a checkpoint.
-    doomed = path.with_name(f"{PARTIAL}old-{path.name}")
+    doomed = path.with_name(f"{PARTIAL}old-{path.name.removeprefix(REPLACED)}")
     os.replace(path, doomed)
     _remove(doomed)
 
@@ -153,9 +160,15 @@ def _remove(path: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what a process that was killed has left in `root`, half written or half deleted."""
+    """Removes what a process that was killed has left in `root`, half written or half deleted; what was whole, and to
+    be replaced, gets its name again.
+    """
     for leftover in _folders(root, _LEFTOVER):
-        _remove(leftover)
+        final = root / leftover.name.removeprefix(REPLACED)
+        if leftover.name.startswith(REPLACED) and not final.exists():
+            os.replace(leftover, final)
+        else:
+            _remove(leftover)
 
 
 def _flush(path: Path) -> None:

@@ -156,7 +156,7 @@ def describe(recipe: TrainConfig, run: RunConfig, processes: int = 1) -> dict[st
     device = choose_device(run.device)
     alone = World(device)
     size, channels = recipe.generator.image_size, recipe.generator.channels
-    backend = natten_ext.use_backend(run.backend) if run.backend else nullcontext()
+    backend = natten_ext.use_backend(run.backend) if run.backend is not None else nullcontext()
     with backend, _fake_networks(recipe, device) as (networks, memory):
         models = (networks.generator, networks.discriminator)
         for model in models:

@@ -188,7 +188,7 @@ def _train(config: TrainConfig, run: RunConfig, source: ImageSource, out: Path, 
         world.barrier()
         return checkpoint.path_of(checkpoints, state.step)
 
-    backend = natten_ext.use_backend(run.backend) if run.backend else nullcontext()
+    backend = natten_ext.use_backend(run.backend) if run.backend is not None else nullcontext()
     stopped = False
     with (
         backend,

@@ -39,8 +39,9 @@ TAKES = dict.fromkeys(NAMES, KINDS) | {"matmul": matmul.KINDS}
 
 ENVIRONMENT_VARIABLE = "NATTEN_EXT_BACKEND"
 
-# Read at import and changed by use_backend. A plain module attribute, because torch.compile guards on it.
-_override: str | None = None
+# Read at import and changed by use_backend. A plain module attribute, because torch.compile guards on it. An unknown
+# name is refused where it is used: commands, which import this package first, can then say so in a line.
+_override: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 _warned: set[str] = set()
 
@@ -107,10 +108,26 @@ def use_backend(name: str) -> Iterator[None]:
         _override = previous
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError unless ``name`` is "auto" or a backend of this package."""
+def check_name(name: str, said_by: str = "backend") -> None:
+    """Raise ValueError unless ``name``, the value of ``said_by``, is "auto" or a backend of this package."""
     if not isinstance(name, str) or name not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {shown(name)}")
+        raise ValueError(f"{said_by} must be one of {('auto', *NAMES)}, got {shown(name)}")
+
+
+def check_environment() -> None:
+    """Raise ValueError if an environment variable has a value that every call refuses, for commands to say at once."""
+    _default()
+    try:
+        cpu.instruction_set()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _default() -> str:
+    """What ``use_backend`` or the environment says, else "auto". ValueError for an unknown name, of the environment."""
+    name = _override or "auto"
+    check_name(name, ENVIRONMENT_VARIABLE)
+    return name
 
 
 def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str, keys: int) -> str:
@@ -119,8 +136,9 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run the problem.
     """
     if name is None:
-        name = _override or "auto"
-    check_name(name)
+        name = _default()
+    else:
+        check_name(name)
     if name != "auto":
         if reason := _reason(name, device_type, dtype, head_dim, neighborhood):
             raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
@@ -185,16 +203,3 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=5)
-
-
-def _read_environment() -> str | None:
-    name = os.environ.get(ENVIRONMENT_VARIABLE) or None
-    if name is not None:
-        try:
-            check_name(name)
-        except ValueError as error:
-            raise ValueError(f"environment variable {ENVIRONMENT_VARIABLE}: {error}") from None
-    return name
-
-
-_override = _read_environment()

@@ -141,8 +141,11 @@ def _not_loaded() -> str:
     """Loads the kernels. Empty if they are there, else why not."""
     if not COMPILED:
         return NOT_COMPILED
-    if _emulator() is not None:
-        return load(_emulator(), _compiled)
+    if (path := _emulator()) is not None:
+        try:
+            return load(path, _compiled)
+        except OSError as error:
+            return f"{EMULATOR_VARIABLE} is {path!r}, which does not load: {_why(error)}"
     if torch.version.cuda is None:
         return "this torch has no CUDA"
     folder = library_folder()
@@ -156,4 +159,9 @@ def _not_loaded() -> str:
     try:
         return load(folder / _LIBRARY, _compiled)
     except OSError as error:
-        return f"{_LIBRARY} does not load: {error.__cause__ or error}"  # torch's own error names only the file
+        return f"{_LIBRARY} does not load: {_why(error)}"
+
+
+def _why(error: OSError) -> BaseException:
+    """torch's own error names only the file that does not load; its cause says what is wrong with it."""
+    return error.__cause__ or error

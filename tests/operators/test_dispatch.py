@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 
 import natten_ext
 from natten_ext import geometry
-from natten_ext.backends import choice, support
+from natten_ext.backends import choice, cuda, support
 from tests.operators import conftest
 
 
@@ -183,22 +184,38 @@ def test_backends_agree():
 
 @pytest.mark.slow
 def test_environment_variable():
-    """Read when the package is imported, and a wrong name is an error that names the variable."""
+    """Read when the package is imported."""
 
-    def override(value: str) -> subprocess.CompletedProcess:
+    def override(value: str) -> str:
         code = "import natten_ext.backends.choice as d; print(d._override)"
         environment = os.environ | {"NATTEN_EXT_BACKEND": value}
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
-    assert override("reference").stdout.strip() == "reference"
-    wrong = override("nonsense")
-    assert wrong.returncode != 0 and "NATTEN_EXT_BACKEND" in wrong.stderr and "nonsense" in wrong.stderr
+    assert [override(value) for value in ("reference", "auto", "")] == ["reference", "auto", "None"]
 
 
-@pytest.mark.parametrize(("value", "expected"), [("auto", "auto"), ("", None)])
-def test_environment_variable_that_chooses_nothing(monkeypatch, value, expected):
-    monkeypatch.setenv("NATTEN_EXT_BACKEND", value)
-    assert choice._read_environment() == expected
+def test_environment_variable_with_an_unknown_name(monkeypatch):
+    """An error that names the variable, for what does not name a backend itself."""
+    monkeypatch.setattr(choice, "_override", "nonsense")
+    for use in (a_case, choice.check_environment):
+        with pytest.raises(ValueError, match=r"NATTEN_EXT_BACKEND must be one of \('auto', .*, got 'nonsense'"):
+            use()
+    with natten_ext.record_calls() as calls:
+        a_case(backend="reference")
+        with natten_ext.use_backend("cpu"):
+            a_case()
+    assert chosen(calls) == ["reference", "cpu"]
+
+
+def test_a_missing_library_is_named_with_its_variable(monkeypatch, tmp_path):
+    missing = str(tmp_path / "missing.so")
+    monkeypatch.setenv(cuda.EMULATOR_VARIABLE, missing)
+    monkeypatch.setattr(cuda, "_not_loaded", cuda._not_loaded.__wrapped__)  # here it may be known already
+    reason = f"NATTEN_EXT_CUDA_EMULATOR is {missing!r}, which does not load: {missing}: "
+    with pytest.raises(RuntimeError, match=re.escape(f"backend 'cuda' cannot run this: {reason}")):
+        a_case(backend="cuda")
+    assert a_case().shape == (2, 6, 2, 8)
 
 
 def test_gpus_that_cannot_be_used(monkeypatch):

@@ -17,7 +17,9 @@ import natten_ext
 from gans.commands import cost, presets
 from gans.commands.cli import COMMANDS, main
 from gans.commands.train import parse
+from gans.data.sources import open_source
 from gans.models.vitgan import ViTDiscriminatorConfig
+from gans.recipes.config import RunConfig
 from gans.recipes.named import preset
 from gans.training import checkpoint
 from gans.training.profile import StepCost
@@ -118,27 +120,43 @@ def test_dry_run_refuses_what_training_does(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", ["data", "init", "resume"])
-def test_an_unset_variable_is_refused(option, tmp_path, monkeypatch, capsys):
+def test_an_empty_name_is_refused_in_python(option, tmp_path, monkeypatch):
     """As a path, '' is the current directory, which may well have images."""
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
-    for dry_run in ([], ["--dry-run"]):
-        assert main(["train", *SMALL, "--out", "run", f"--{option}", "", *dry_run]) == 1
-        assert capsys.readouterr().err == f"error: {option} is '', which names nothing (an unset variable?)\n"
-    assert not (tmp_path / "run").exists()
-    assert main(["data", "--data", ""]) == 1
-    assert capsys.readouterr().err == "error: data is '', which names nothing (an unset variable?)\n"
+    with pytest.raises(ValueError, match=f"^{option} is '', which names nothing"):
+        RunConfig(**({"data": "digits", "out": "run"} | {option: ""}))
+    with pytest.raises(ValueError, match=r"^data is '', which names nothing"):
+        open_source("")
 
 
-@pytest.mark.parametrize("option", ["out", "convert", "json", "cache"])
-def test_an_unset_variable_is_no_output(option, tmp_path, monkeypatch, capsys):
-    """Refused whatever the command: as a path, '' is the current directory."""
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--out", ""], "out"),
+        (["--checkpoint="], "checkpoint"),
+        (["--data=a=", "--backend", ""], "backend"),
+        (["--inception-weights", "", "--out", ""], "inception_weights"),
+        (["--pixels", "1,2", "", "--seed", "1"], "pixels"),
+        ([""], "argument"),
+    ],
+)
+def test_an_unset_variable_is_no_value(arguments, name, tmp_path, monkeypatch, capsys):
+    """Refused whatever the command and option: '' would be the current directory, or as if it were not given."""
     monkeypatch.chdir(tmp_path)
     for command in sorted(COMMANDS):
-        for arguments in ([f"--{option}", ""], [f"--{option}="]):
-            assert main([command, *arguments, "--device", "cpu"]) == 1
-            assert capsys.readouterr().err == f"error: {option} is '', which names nothing (an unset variable?)\n"
+        assert main([command, *arguments, "--device", "cpu"]) == 1
+        assert capsys.readouterr().err == f"error: {name} is '', which names nothing (an unset variable?)\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_backend_that_the_environment_misspells_is_refused(monkeypatch, capsys):
+    """By every command, whether it would come to use it or not."""
+    monkeypatch.setattr(natten_ext.backends.choice, "_override", "nonsense")
+    assert main(["presets", "digits"]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("error: NATTEN_EXT_BACKEND must be one of ") and said.err.endswith("got 'nonsense'\n")
+    assert said.err.count("\n") == 1 and not said.out
 
 
 @pytest.mark.parametrize("by_variable", [False, True])

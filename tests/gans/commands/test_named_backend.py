@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 
 from gans.commands import evaluate
 from gans.commands.cli import COMMANDS, main
-from gans.commands.generators import check_backend
-from gans.recipes.config import to_dict
+from gans.commands.generators import attention_backend, check_backend
+from gans.recipes.config import RunConfig, to_dict
+from gans.recipes.named import preset
 from gans.recipes.registry import build
+from gans.training.dry_run import describe
 from tests.gans.attending_generators import GENERATORS
 
 REASON = "neighborhood must be one of ('full', 'grid'), got neighborhood"
@@ -78,6 +80,18 @@ def test_one_of_the_environment_is_refused(command, checkpoint, tmp_path, monkey
     assert main([command, "--checkpoint", str(checkpoint), "--out", "out"]) == 1
     assert capsys.readouterr().err.startswith("error: backend 'matmul' cannot run this generator on ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("by_training", [False, True])
+def test_an_empty_name_is_refused(by_training):
+    """Not as if none were given."""
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got ''"):
+        if by_training:
+            describe(preset("digits"), RunConfig(data="digits", out="run", device="cpu", backend=""))
+        else:
+            check_backend(build(GENERATORS["stylenat"]), "")
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got ''"), attention_backend(""):
+        pass
 
 
 @pytest.mark.parametrize("kind", GENERATORS)

@@ -6,6 +6,7 @@ import json
 import math
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,6 +224,22 @@ def test_mapping_networks_are_used():
     torch.testing.assert_close(images.flatten(), (0.5 * z.sum(1) / 2).clamp(-1, 1))
     (images,) = generators.render(generator, [0], codes=torch.full((1, 2), 40.0), space="w")
     assert images.item() == 1  # as it is saved
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif"])
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(name, tmp_path, monkeypatch):
+    path = tmp_path / name
+    path.write_text("before")
+
+    def save_half(image, target, **options):
+        Path(target).write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", save_half)
+    images = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(OSError, match="disk full"):
+        save_png(grid(images), path) if name == "a.png" else save_animation(images, path, fps=6)
+    assert path.read_text() == "before" and [file.name for file in tmp_path.iterdir()] == [name]
 
 
 def test_images_as_files(tmp_path):

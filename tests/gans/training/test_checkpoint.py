@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import shutil
@@ -22,11 +23,11 @@ from gans.training.loop import train
 from tests.gans.processes import FORKS
 
 
-def save(root, step, keep=2, value=0.0):
+def save(root, step, keep=2, value=0.0, best=False):
     model = torch.nn.Linear(2, 2)
     torch.nn.init.constant_(model.weight, value)
     state = {"step": step, "rng": checkpoint.rng_state()}
-    return checkpoint.save(root, step, models={"model": model}, state=state, config={"a": 1}, keep=keep)
+    return checkpoint.save(root, step, models={"model": model}, state=state, config={"a": 1}, keep=keep, best=best)
 
 
 def test_round_trip_and_pruning(tmp_path):
@@ -72,6 +73,30 @@ def test_killed_while_writing(tmp_path, monkeypatch, moment):
     assert checkpoint.find("latest", tmp_path).name == "step-00000001"
     save(tmp_path, 2)  # what the dead run left is cleared away
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000002"}
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_killed_while_replacing(tmp_path, monkeypatch, best, killed_at):
+    """Between any two names that folders get: the next start finds the one before or the new one, whole."""
+    path = save(tmp_path, 1, value=1, best=best)
+    calls = itertools.count(1)
+
+    def die(source, target, replace=os.replace):
+        if next(calls) == killed_at:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 1, value=2, best=best)
+    checkpoint.remove_leftovers(tmp_path)
+    assert names(tmp_path) == {path.name}
+    load_all(path)
+    model = torch.nn.Linear(2, 2)
+    checkpoint.load_weights(path, "model", model)
+    assert (model.weight == (2 if killed_at == 3 else 1)).all()
 
 
 def test_find(tmp_path):
