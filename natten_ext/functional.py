@@ -210,7 +210,7 @@ def run(
     scale = scale_of(query, scale)
     widest = max(query.shape[-1], value.shape[-1])
     keys = neighborhood.keys(math.prod(key.shape[1:-2]))
-    name = choice.choose(backend, query.device.type, query.dtype, widest, neighborhood.kind, keys)
+    name = choice.choose(backend, query.device, query.dtype, widest, neighborhood.kind, keys)
     record(name, query, key, bias, neighborhood, score, scale)
     call = Call(name, score, scale, return_lse or additional_keys is not None)
     if isinstance(neighborhood, Grid) and neighborhood.cut(query.shape[1:-2]):

@@ -1,6 +1,6 @@
 """Which implementation runs a problem, and why.
 
-Every backend with operators of its own is a module with ``cannot_run(device_type, dtype, head_dim) -> str`` (empty: it
+Every backend with operators of its own is a module with ``cannot_run(device, dtype, head_dim) -> str`` (empty: it
 can) and ``run(order, arguments)``, which does the work of the operators of ``natten_ext.operators``; None where C++
 does it.
 """
@@ -87,9 +87,9 @@ def list_backends(
             raise ValueError(f"{name} must be at least 1, got {number}")
     if not isinstance(neighborhood, str) or neighborhood not in KINDS:
         raise ValueError(f"neighborhood must be one of {KINDS}, got {shown(neighborhood)}")
-    device_type = torch.device(device).type
-    order = _candidates(device_type, dtype, head_dim, neighborhood, keys)
-    reasons = [(name, _reason(name, device_type, dtype, head_dim, neighborhood)) for name in order]
+    device = torch.device(device)
+    order = _candidates(device, dtype, head_dim, neighborhood, keys)
+    reasons = [(name, _reason(name, device, dtype, head_dim, neighborhood)) for name in order]
     return tuple(BackendStatus(name, not reason, reason) for name, reason in reasons)
 
 
@@ -130,7 +130,9 @@ def _default() -> str:
     return name
 
 
-def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str, keys: int) -> str:
+def choose(
+    name: str | None, device: torch.device, dtype: torch.dtype, head_dim: int, neighborhood: str, keys: int
+) -> str:
     """The backend that runs a problem: ``name``, what ``use_backend`` or the environment says, or the first that can.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that can't run the problem.
@@ -140,25 +142,27 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype, head_dim: int
     else:
         check_name(name)
     if name != "auto":
-        if reason := _reason(name, device_type, dtype, head_dim, neighborhood):
+        if reason := _reason(name, device, dtype, head_dim, neighborhood):
             raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
         return name
     reasons = []
-    for candidate in _candidates(device_type, dtype, head_dim, neighborhood, keys):
-        reason = _reason(candidate, device_type, dtype, head_dim, neighborhood)
+    for candidate in _candidates(device, dtype, head_dim, neighborhood, keys):
+        reason = _reason(candidate, device, dtype, head_dim, neighborhood)
         if not reason:
             break
         reasons.append(f"{candidate}: {reason}")
-    if candidate == "reference" and device_type != "cpu":
+    if candidate == "reference" and device.type != "cpu":
         _warn_once(
-            f"natten_ext runs unfused on {device_type} (slow, memory grows with tokens x keys): {'; '.join(reasons)}"
+            f"natten_ext runs unfused on {device.type} (slow, memory grows with tokens x keys): {'; '.join(reasons)}"
         )
     return candidate
 
 
-def _candidates(device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str, keys: int) -> tuple[str, ...]:
+def _candidates(
+    device: torch.device, dtype: torch.dtype, head_dim: int, neighborhood: str, keys: int
+) -> tuple[str, ...]:
     """All backends in the order in which ``auto`` tries them; it never gets past ``reference``."""
-    if device_type == "cpu":
+    if device.type == "cpu":
         return ("cpu", "reference", "matmul", *_MADE_FOR_GPUS)
     kernels = _gpu_kernels(dtype, head_dim, neighborhood)
     library_first = _is_for_library(dtype, head_dim, neighborhood, keys)
@@ -191,11 +195,11 @@ def _is_for_library(dtype: torch.dtype, head_dim: int, neighborhood: str, keys: 
     return dtype == torch.float32 and neighborhood in matmul.KINDS and head_dim >= 65 and 128 <= keys <= most
 
 
-def _reason(name: str, device_type: str, dtype: torch.dtype, head_dim: int, neighborhood: str) -> str:
+def _reason(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, neighborhood: str) -> str:
     """Why a backend can't run a problem; empty if it can."""
     if neighborhood not in TAKES[name]:
         return f"neighborhood must be one of {TAKES[name]}, got {neighborhood}"
-    return "" if name == "reference" else FUSED[name].cannot_run(device_type, dtype, head_dim)
+    return "" if name == "reference" else FUSED[name].cannot_run(device, dtype, head_dim)
 
 
 @constant_when_compiled

@@ -22,12 +22,12 @@ if COMPILED and (_wrong := load(_library, torch.ops.natten_ext_cpu)):
 run = None  # csrc/cpu/library.cpp registers the kernels
 
 
-def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+def cannot_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why this backend can't run a problem; empty if it can."""
     if not COMPILED:
         return NOT_COMPILED
-    if device_type not in ("cpu", "meta"):
-        return f"device must be cpu, got {device_type}"
+    if device.type not in ("cpu", "meta"):
+        return f"device must be cpu, got {device.type}"
     return cannot_take(dtype, DTYPES, head_dim)
 
 

@@ -31,6 +31,7 @@ from .support import (
     capability_of,
     constant_when_compiled,
     full_precision,
+    gpu_of,
     load,
     namespace,
 )
@@ -50,23 +51,25 @@ for _order in ORDERS:
     torch.library.define(f"{_compiled.name}::{_order.name}_kernels", _order.schema(tf32=bool))
 
 
-def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+def cannot_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why this backend can't run a problem; empty if it can."""
     reason = _not_loaded()
     if reason:
         return reason
     emulated = _emulator() is not None
-    if device_type not in (("cpu", "meta") if emulated else ("cuda", "meta")):
-        return f"device must be {'cpu, where it is emulated' if emulated else 'cuda'}, got {device_type}"
+    if device.type not in (("cpu", "meta") if emulated else ("cuda", "meta")):
+        return f"device must be {'cpu, where it is emulated' if emulated else 'cuda'}, got {device.type}"
     if reason := cannot_take(dtype, DTYPES, head_dim):
         return reason
-    if device_type == "cuda":
-        if reason := cannot_use_gpu():
-            return reason
-        _warn_of_ptx(torch.cuda.current_device())
-    if device_type == "meta":
+    if device.type == "meta":
         return ""
-    limit = _shared_limit(torch.cuda.current_device()) if device_type == "cuda" else _ask_shared_limit(0)
+    if device.type == "cuda":
+        if reason := cannot_use_gpu(device):
+            return reason
+        _warn_of_ptx(gpu_of(device))
+        limit = _shared_limit(gpu_of(device))
+    else:
+        limit = _ask_shared_limit(0)
     most = _most_channels(dtype, limit)
     if head_dim > most:
         return f"head_dim in {dtype} must be at most {most} with the shared memory of this GPU, got {head_dim}"

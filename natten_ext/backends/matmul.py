@@ -30,7 +30,7 @@ PART = 1 << 22
 _LOG2_E = math.log2(math.e)
 
 
-def cannot_run(_device_type: str, dtype: torch.dtype, _head_dim: int) -> str:
+def cannot_run(_device: torch.device, dtype: torch.dtype, _head_dim: int) -> str:
     """Why this backend can't run a problem; empty if it can."""
     return cannot_take(dtype, DTYPES, head_dim=1)  # any is as good
 

@@ -85,11 +85,16 @@ def asked_once(question: Callable[..., Answer]) -> Callable[..., Answer]:
     return answer
 
 
-def cannot_use_gpu() -> str:
-    """Why the kernels for GPUs can't run on the current CUDA device; empty if they can."""
+def gpu_of(device: torch.device) -> int:
+    """The number of a CUDA device, which is the current one where ``device`` names none."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def cannot_use_gpu(device: torch.device) -> str:
+    """Why the kernels for GPUs can't run on a CUDA device; empty if they can."""
     if reason := _no_gpu():
         return reason
-    capability = capability_of(torch.cuda.current_device())
+    capability = capability_of(gpu_of(device))
     if capability < MINIMUM_CAPABILITY:
         return "the GPU must have compute capability {}.{} or later, got {}.{}".format(*MINIMUM_CAPABILITY, *capability)
     return ""

@@ -271,15 +271,16 @@ def test_the_choice_on_a_gpu_compiles(monkeypatch):
     """With a driver's answers instead of a driver."""
     for module in choice.FUSED.values():
         if hasattr(module, "cannot_use_gpu"):
-            monkeypatch.setattr(module, "cannot_use_gpu", lambda: "")
+            monkeypatch.setattr(module, "cannot_use_gpu", lambda device: "")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "_warn_of_ptx", lambda device: None)
     monkeypatch.setattr(cuda, "_shared_limit", lambda device: 0)
     monkeypatch.setattr(cuda, "_most_channels", lambda dtype, limit: 256)
     torch._dynamo.reset()
     chosen = []
 
     def attend(x):
-        chosen.append(choice.choose(None, "cuda", x.dtype, x.shape[-1], "full", 256))
+        chosen.append(choice.choose(None, torch.device("cuda"), x.dtype, x.shape[-1], "full", 256))
         return x + 1
 
     torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))
@@ -292,7 +293,7 @@ def test_the_warning_of_an_unfused_run_compiles(monkeypatch):
     torch._dynamo.reset()
 
     def attend(x):
-        return x + len(choice.choose(None, "xpu", x.dtype, x.shape[-1], "neighborhood", 49))
+        return x + len(choice.choose(None, torch.device("xpu"), x.dtype, x.shape[-1], "neighborhood", 49))
 
     with pytest.warns(RuntimeWarning, match="unfused on xpu"):
         result = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(torch.ones(2, 8))

@@ -76,7 +76,7 @@ def test_auto_takes_the_first_available_backend():
         for head_dim in (8, 300):
             for kind in geometry.KINDS:
                 first = next(s.name for s in natten_ext.list_backends("cpu", dtype, head_dim, kind) if s.available)
-                assert choice.choose("auto", "cpu", dtype, head_dim, kind, keys=256) == first
+                assert choice.choose("auto", torch.device("cpu"), dtype, head_dim, kind, keys=256) == first
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_order_on_a_gpu(monkeypatch, neighborhood, dtype, head_dim, keys, or
     assert [status.name for status in statuses] == [*order, "cpu", "reference"]
     available = {status.name for status in statuses if status.available}
     assert available == {"cuda", "triton", "reference"} | ({"matmul"} if neighborhood != "neighborhood" else set())
-    problem = ("cuda", dtype, head_dim, neighborhood, keys)
+    problem = (torch.device("cuda"), dtype, head_dim, neighborhood, keys)
     assert choice.choose(None, *problem) == order[0]
     can.discard(order[0])
     assert choice.choose(None, *problem) == order[1]
@@ -221,16 +221,19 @@ def test_a_missing_library_is_named_with_its_variable(monkeypatch, tmp_path):
 def test_gpus_that_cannot_be_used(monkeypatch):
     """A torch with CUDA on a machine without a GPU (where asking for the device raises), and an old GPU."""
     if not torch.cuda.is_available():
-        assert support.cannot_use_gpu() == "torch finds no CUDA device"
+        assert support.cannot_use_gpu(torch.device("cuda")) == "torch finds no CUDA device"
         assert all(not status.available for status in natten_ext.list_backends("cuda") if status.name != "reference")
         with pytest.warns(RuntimeWarning, match="unfused on cuda"):
             monkeypatch.setattr(choice, "_warned", set())
-            assert choice.choose(None, "cuda", torch.float32, 8, "neighborhood", 49) == "reference"
-        assert choice.choose(None, "cuda", torch.float32, 8, "full", 49) == "matmul"
+            assert choice.choose(None, torch.device("cuda"), torch.float32, 8, "neighborhood", 49) == "reference"
+        assert choice.choose(None, torch.device("cuda"), torch.float32, 8, "full", 49) == "matmul"
     monkeypatch.setattr(support, "_no_gpu", lambda: "")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(support, "capability_of", lambda device: (7, 5))
-    assert support.cannot_use_gpu() == "the GPU must have compute capability 8.0 or later, got 7.5"
+    monkeypatch.setattr(support, "capability_of", lambda device: [(7, 5), (9, 0)][device])
+    for device in ("cuda", "cuda:0"):
+        refused = support.cannot_use_gpu(torch.device(device))
+        assert refused == "the GPU must have compute capability 8.0 or later, got 7.5"
+    assert support.cannot_use_gpu(torch.device("cuda:1")) == ""  # not the current one
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -244,7 +247,7 @@ def test_falling_back_on_an_accelerator_warns_once(monkeypatch):
     """No silent slow path: `auto` on a device without a fused backend says why, once."""
     monkeypatch.setattr(choice, "_warned", set())
     with pytest.warns(RuntimeWarning, match="xpu"):
-        assert choice.choose("auto", "xpu", torch.float32, 8, "neighborhood", 49) == "reference"
+        assert choice.choose("auto", torch.device("xpu"), torch.float32, 8, "neighborhood", 49) == "reference"
     assert len(choice._warned) == 1
-    choice.choose("auto", "xpu", torch.float32, 8, "neighborhood", 49)
+    choice.choose("auto", torch.device("xpu"), torch.float32, 8, "neighborhood", 49)
     assert len(choice._warned) == 1

@@ -30,14 +30,14 @@ from tests.operators.conftest import Target
 from tests.operators.interpreter import python_without_interpreter
 from tests.operators.test_log_sum_exp import compare
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_without_triton_it_says_so(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(backend, "_missing", backend._missing.__wrapped__)  # without what it answered before
-    assert "natten_ext[triton]" in backend.cannot_run("cpu", torch.float32, 8)
+    assert "natten_ext[triton]" in backend.cannot_run(torch.device("cpu"), torch.float32, 8)
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_cpu_tensors_need_the_interpreter_and_it_needs_nothing_of_these_tests():
 import os, sys
 import natten_ext, torch
 q = torch.randn(1, 6, 6, 1, 8)
-print(natten_ext.backends.choice.choose('auto', 'cpu', torch.float32, 8, 'full', 256))
+print(natten_ext.backends.choice.choose('auto', q.device, torch.float32, 8, 'full', 256))
 try: natten_ext.attention(q.flatten(1, 2), q.flatten(1, 2), q.flatten(1, 2), backend='triton')
 except RuntimeError as error: print(error)
 print('triton' in sys.modules)
@@ -68,17 +68,18 @@ print(float((one - two).abs().max()) < 1e-5)
     [(("xpu", torch.float32, 8), "xpu"), (("cpu", torch.int8, 8), "int8"), (("cpu", torch.float32, 257), "256")],
 )
 def test_reasons(problem, reason, monkeypatch):
+    device, *rest = problem
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
-    assert reason in backend.cannot_run(*problem)
+    assert reason in backend.cannot_run(torch.device(device), *rest)
 
 
 def test_auto_never_interprets(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(natten_ext.backends.choice, "_override", None)
-    assert natten_ext.backends.choice.choose(None, "cpu", torch.float32, 8, "full", 256) == "cpu"
-    assert natten_ext.backends.choice.choose(None, "cpu", torch.float16, 8, "full", 256) == "cpu"
-    assert natten_ext.backends.choice.choose(None, "cpu", torch.float16, 300, "full", 256) == "reference"
+    assert natten_ext.backends.choice.choose(None, torch.device("cpu"), torch.float32, 8, "full", 256) == "cpu"
+    assert natten_ext.backends.choice.choose(None, torch.device("cpu"), torch.float16, 8, "full", 256) == "cpu"
+    assert natten_ext.backends.choice.choose(None, torch.device("cpu"), torch.float16, 300, "full", 256) == "reference"
 
 
 def check(case) -> None:

@@ -20,7 +20,7 @@ from tests.operators.cases import (
     oracle_derivatives,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GRID = Case("edge-grid", "grid", (1, 4, 6, 1, 8), window=(2, 3), bias=True, small=True)
 NEIGHBORHOOD = Case("edge-na", "neighborhood", (1, 8, 8, 1, 8), kernel=7, bias=True, small=True)
 

@@ -18,15 +18,15 @@ from ..support import asked_once, cannot_take, cannot_use_gpu
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def cannot_run(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+def cannot_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why this backend can't run a problem; empty if it can."""
-    if device_type not in ("cuda", "cpu"):
-        return f"device must be cuda, got {device_type}"
-    if device_type == "cpu" and not _interpreted():
+    if device.type not in ("cuda", "cpu"):
+        return f"device must be cuda, got {device.type}"
+    if device.type == "cpu" and not _interpreted():
         return "device must be cuda, got cpu (Triton runs there only in its interpreter, with TRITON_INTERPRET=1)"
     if missing := _missing():
         return missing
-    if device_type == "cuda" and (reason := cannot_use_gpu()):
+    if device.type == "cuda" and (reason := cannot_use_gpu(device)):
         return reason
     return cannot_take(dtype, DTYPES, head_dim)
 

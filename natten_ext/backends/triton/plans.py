@@ -297,6 +297,6 @@ def _new(order: Order, arguments: Sequence[Any], moved: bool) -> Plan | _Prepara
     operands = order.operands(*arguments)
     check_operands(operands)
     query = operands.query
-    if reason := cannot_run(query.device.type, query.dtype, query.shape[-1]):
+    if reason := cannot_run(query.device, query.dtype, query.shape[-1]):
         raise RuntimeError(f"backend 'triton' cannot run this: {reason}")
     return _Preparation(operands, moved) or Plan(order, _without_data(order, arguments), query.device)

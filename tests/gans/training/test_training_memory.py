@@ -113,7 +113,7 @@ def test_estimate_names_the_attention_of_a_process(tiny):
 def test_estimate_names_the_backends_that_run(tiny, monkeypatch):
     """Where the choice depends on the kind of neighborhood."""
 
-    def order(device_type, dtype, head_dim, neighborhood, keys):
+    def order(device, dtype, head_dim, neighborhood, keys):
         return ("reference",) if neighborhood == "grid" else ("cpu", "reference")
 
     monkeypatch.setattr(natten_ext.backends.choice, "_candidates", order)
