@@ -32,8 +32,12 @@ ROOT = Path(__file__).parent.resolve()
 
 KERNELS = ("forward", "backward", "double_backward")
 CPU_KERNELS = (*KERNELS, "tangent")
-# csrc/cuda/narrow_*.cu
+# csrc/cuda/narrow_*.cu and grid_*.cu, which are of half precision
 NARROW_KERNELS = ("forward", "backward_key", "backward_query", "double_backward_key", "double_backward_query")
+GRID_KERNELS = ("forward", "backward")
+HALF_KERNELS = [f"narrow_{kernel}" for kernel in NARROW_KERNELS[::-1]] + [
+    f"grid_{kernel}" for kernel in GRID_KERNELS[::-1]
+]
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 MINIMUM_TORCH = (2, 11)
 
@@ -47,9 +51,7 @@ CUDA_OBJECTS = [
     for mode in CUDA_MODES
 ]
 CUDA_OBJECTS += [
-    (f"narrow_{kernel}_{mode}", f"narrow_{kernel}", mode, False)
-    for kernel in NARROW_KERNELS[::-1]
-    for mode in ("HalfMode", "BfloatMode")
+    (f"{kernel}_{mode}", kernel, mode, False) for kernel in HALF_KERNELS for mode in ("HalfMode", "BfloatMode")
 ]
 CUDA_LIBRARY = "libnatten_ext_cuda.so"
 CUDA_RESOURCES = "cuda_resources.txt"  # what ptxas said of every kernel

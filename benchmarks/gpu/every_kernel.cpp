@@ -383,9 +383,21 @@ std::vector<Case> narrow_cases() {
           {"7 x 7, whole, without a table", map(Kind::neighborhood, 1, 1, 15, 8, {{{}, {7, 2}, {7}}}), false}};
 }
 
-// One number of channels for each that kernels pad to (HeadDims and NarrowDims), most of them less than that.
+// And for those of windows of 16 x 16 positions.
+std::vector<Case> grid_cases() {
+  std::vector<Case> cases;
+  for (const bool table : {true, false}) {
+    Case c{table ? "grid of 16 x 16" : "grid of 16 x 16 without a table", map(Kind::grid, 1, 1, 16, 32, {}), table};
+    c.problem.window_y = c.problem.window_x = 16;
+    cases.push_back(c);
+  }
+  return cases;
+}
+
+// One number of channels for each that kernels pad to (HeadDims, NarrowDims and GridDims), most of them less than that.
 const int kChannels[] = {5, 16, 24, 64, 90, 128, 250};
 const int kNarrowChannels[] = {8, 16, 24};
+const int kGridChannels[] = {4, 16, 24, 64};
 
 int check_mode(const Mode& mode) {
   int wrong = 0;
@@ -419,6 +431,8 @@ int check_mode(const Mode& mode) {
     for (const Case& c : narrow_cases()) {
       for (const int channels : kNarrowChannels) run(c, channels, most);
     }
+    int table = 0;
+    for (const int channels : kGridChannels) run(grid_cases()[table++ % 2], channels, most);
   }
   return wrong;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace natten_ext::cuda {
 
@@ -55,6 +56,11 @@ NATTEN_EXT_DEVICE int forget(int number) {
 
 NATTEN_EXT_DEVICE uint64_t forget(uint64_t number) {
   asm volatile("" : "+l"(number));
+  return number;
+}
+
+NATTEN_EXT_DEVICE float forget(float number) {
+  asm volatile("" : "+f"(number));
   return number;
 }
 
@@ -165,6 +171,20 @@ NATTEN_EXT_DEVICE void load_matrices_transposed(uint32_t (&r)[2], Shared row) {
                : "memory");
 }
 
+// Writes four 8 x 8 matrices as load_matrices reads them.
+NATTEN_EXT_DEVICE void store_matrices(Shared row, const uint32_t (&r)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  NATTEN_EXT_UNROLL
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const int lane = threadIdx.x % kWarp;
+    store_shared(shuffle(row, 8 * matrix + lane / 4) + 4 * (lane % 4), r[matrix]);
+  }
+#else
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_window(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]),
+               "r"(r[3]) : "memory");
+#endif
+}
+
 // c += a b for 16 x 16 times 16 x 8 in half precision, and 16 x 8 times 8 x 8 in TF32.
 template <class Element>
 NATTEN_EXT_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -201,6 +221,32 @@ NATTEN_EXT_DEVICE void multiply<Bfloat>(float (&c)[4], const uint32_t (&a)[2], u
   asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// c = start + a b, where c += a b would first copy what starts several products.
+template <class Element>
+NATTEN_EXT_DEVICE void multiply_from(float (&c)[4], const float (&start)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<Element, Half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(start[0]), "f"(start[1]), "f"(start[2]), "f"(start[3]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(start[0]), "f"(start[1]), "f"(start[2]), "f"(start[3]));
+  }
+}
+template <class Element>
+NATTEN_EXT_DEVICE void multiply_from(float (&c)[4], const float (&start)[4], const uint32_t (&a)[2], uint32_t b) {
+  if constexpr (std::is_same_v<Element, Half>) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b), "f"(start[0]), "f"(start[1]), "f"(start[2]), "f"(start[3]));
+  } else {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b), "f"(start[0]), "f"(start[1]), "f"(start[2]), "f"(start[3]));
+  }
 }
 
 // ------------------------------------------------------------------------------------------ numbers

@@ -196,14 +196,20 @@ struct BackwardKey {
 
 template <class M, bool General>
 void backward_query(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
-  launch_all<M, BackwardQuery, General>(p, windows, context, [&](auto mode) { return narrow_backward_query<decltype(mode)>(p, windows, context); });
+  launch_all<M, BackwardQuery, General>(p, windows, context, [&](auto mode) {
+    using Mode = decltype(mode);
+    return grid_backward<Mode>(p, windows, context) ? std::vector<HeadRange>{} : narrow_backward_query<Mode>(p, windows, context);
+  });
 }
 template <class M, bool General>
 void backward_key(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
   if constexpr (General) {
     launch_key_heads<M, BackwardKey>(p, windows, context);
   } else {
-    launch_all<M, BackwardKey, General>(p, windows, context, [&](auto mode) { return narrow_backward_key<decltype(mode)>(p, windows, context); });
+    launch_all<M, BackwardKey, General>(p, windows, context, [&](auto mode) {
+      using Mode = decltype(mode);
+      return grid_backward_takes<Mode>(p, windows, context) ? std::vector<HeadRange>{} : narrow_backward_key<Mode>(p, windows, context);
+    });
   }
 }
 template <class M, bool General>

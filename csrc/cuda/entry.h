@@ -58,6 +58,10 @@ template <class M> std::vector<HeadRange> narrow_backward_query(const Params&, c
 template <class M> std::vector<HeadRange> narrow_backward_key(const Params&, const std::vector<Window>&, Context&);
 template <class M> std::vector<HeadRange> narrow_double_backward_query(const Params&, const std::vector<Window>&, Context&);
 template <class M> std::vector<HeadRange> narrow_double_backward_key(const Params&, const std::vector<Window>&, Context&);
+// The same for grids of 16 x 16 windows: whether they took all of it. The backward is both sides.
+template <class M> bool grid_forward(const Params&, const std::vector<Window>&, Context&);
+template <class M> bool grid_backward(const Params&, const std::vector<Window>&, Context&);
+template <class M> bool grid_backward_takes(const Params&, const std::vector<Window>&, const Context&);
 template <class M> constexpr bool kHasNarrow = M::kTensor && sizeof(typename M::Element) == 2;
 
 // Bytes of shared memory that a block of an order needs at least.

@@ -100,7 +100,10 @@ struct Forward {
 
 template <class M, bool General>
 void forward(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
-  launch_all<M, Forward, General>(p, windows, context, [&](auto mode) { return narrow_forward<decltype(mode)>(p, windows, context); });
+  launch_all<M, Forward, General>(p, windows, context, [&](auto mode) {
+    using Mode = decltype(mode);
+    return grid_forward<Mode>(p, windows, context) ? std::vector<HeadRange>{} : narrow_forward<Mode>(p, windows, context);
+  });
 }
 template <class M, bool General>
 uint32_t forward_shared(int head_dim) {

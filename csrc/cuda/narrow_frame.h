@@ -67,7 +67,7 @@ struct FrameScores {
   NATTEN_EXT_DEVICE void load(int row) {
     NATTEN_EXT_UNROLL
     for (int i = 0; i < kLoads; ++i) {
-      load_matrices(words[i], address + (row * kRowSlots + 4 * i / kChunks * 8) * Tile::kBytes);
+      load_matrices(words[i], (address ^ 16 * (4 * i % kChunks)) + (row * kRowSlots + 4 * i / kChunks * 8) * Tile::kBytes);
     }
   }
   // A chunk of 8 rows of a block, `row` rows after the one that was asked for.
@@ -111,7 +111,10 @@ struct NarrowLeft {
   // Loads the rows of a group that lie from `slot` on.
   NATTEN_EXT_DEVICE void load(uint32_t slot) {
     const uint32_t lane = narrow_lane();
-    const Shared address = Tile::kOwn + Tile::place(slot + lane % 16, lane / 16 % (Dim / 8));
+    load_from(Tile::kOwn + Tile::place(slot + lane % 16, lane / 16 % (Dim / 8)));
+  }
+  // `address`: of chunk lane / 16 of row lane % 16.
+  NATTEN_EXT_DEVICE void load_from(Shared address) {
     NATTEN_EXT_UNROLL
     for (int k = 0; k < kSteps; ++k) load_matrices(a[k], address ^ 32 * k);
   }
@@ -124,6 +127,18 @@ struct NarrowLeft {
     } else {
       NATTEN_EXT_UNROLL
       for (int k = 0; k < kSteps; ++k) multiply<Element>(c, a[k], word(2 * k), word(2 * k + 1));
+    }
+  }
+  // c = start + a b.
+  template <class Word>
+  NATTEN_EXT_DEVICE void multiply_rows_from(float (&c)[4], const float (&start)[4], Word word) const {
+    using Element = typename M::Element;
+    if constexpr (Dim == 8) {
+      multiply_from<Element>(c, start, a[0], word(0));
+    } else {
+      multiply_from<Element>(c, start, a[0], word(0), word(1));
+      NATTEN_EXT_UNROLL
+      for (int k = 1; k < kSteps; ++k) multiply<Element>(c, a[k], word(2 * k), word(2 * k + 1));
     }
   }
 };
@@ -193,6 +208,10 @@ struct FrameSums {
   NATTEN_EXT_DEVICE void add_blocks_to(float (&acc)[kChunks][4], const Rows& rows, int product, const float (&weights)[2][4]) {
     uint32_t left[4];
     pack_weights<Element>(left, weights);
+    add_packed_to(acc, rows, product, left);
+  }
+  NATTEN_EXT_DEVICE void add_packed(const Rows& rows, int product, const uint32_t (&left)[4]) { add_packed_to(acc, rows, product, left); }
+  NATTEN_EXT_DEVICE void add_packed_to(float (&acc)[kChunks][4], const Rows& rows, int product, const uint32_t (&left)[4]) {
     add_product(acc, left, [&](int n, int half) { return rows.word(product, n, half); });
   }
 

@@ -15,13 +15,12 @@ NATTEN_EXT_KERNEL(Kernel::Tile::kThreads, Kernel::kBlocksAtATime) narrow_kernel(
   Kernel::run(p);
 }
 
-// Fills in all but the heads, for heads with the window `w`. `RowNumbers`: of each query (rows.h). False: such kernels can't take
-// them.
+// Fills in tensors and sizes, where tables are as large as windows of `kernel` x `kernel` or larger. `RowNumbers`: of each query
+// (rows.h). False: kernels that are given NarrowParams can't take them.
 template <class Element, int RowNumbers>
-bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
+bool prepare_tensors(NarrowParams& n, const Params& p, int kernel) {
   constexpr int kSize = sizeof(Element);
-  if (p.kind != Kind::neighborhood || p.heads > UINT16_MAX || p.l2 || p.vector_bytes != 16 || p.output_vector_bytes != 16) return false;
-  if (w.kernel_y != kNarrowKernel || w.kernel_x != kNarrowKernel) return false;
+  if (p.heads > UINT16_MAX || p.l2) return false;
   bool fits = int64_t{p.batch} * p.heads <= INT32_MAX;
   const auto steps_of = [&](const Rows& t, int size) {
     const auto bytes = [&](int64_t elements) {
@@ -42,7 +41,7 @@ bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
   n.bias = p.bias;
   if (p.bias.data != nullptr) {
     // The table is as large as the largest window of all heads; offset zero is in its middle.
-    const int64_t first = (p.table_rows / 2 - kNarrowKernel + 1) * p.bias.y + (p.table_columns / 2 - kNarrowKernel + 1) * p.bias.x;
+    const int64_t first = (p.table_rows / 2 - kernel + 1) * p.bias.y + (p.table_columns / 2 - kernel + 1) * p.bias.x;
     n.bias.data = static_cast<char*>(p.bias.data) + first * (p.bias.is_float ? 4 : kSize);
   }
   n.base = p.base, n.log_sum = p.log_sum, n.natural_lse = p.natural_lse;
@@ -51,6 +50,15 @@ bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
   n.scale = static_cast<float>(p.scale), n.factor = n.scale * kLog2E<float>;
   n.head_bytes = p.head_dim * kSize;
   n.height = p.queries.height, n.width = p.queries.width, n.heads = p.heads;
+  return true;
+}
+
+// Fills in all but the heads, for heads with the window `w`. False: kernels for narrow windows can't take them.
+template <class Element, int RowNumbers>
+bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
+  if (p.kind != Kind::neighborhood || p.vector_bytes != 16 || p.output_vector_bytes != 16) return false;
+  if (w.kernel_y != kNarrowKernel || w.kernel_x != kNarrowKernel) return false;
+  if (!prepare_tensors<Element, RowNumbers>(n, p, kNarrowKernel)) return false;
   n.dilation_y = w.dilation_y, n.dilation_x = w.dilation_x;
   n.by_dilation_y = Divisor(w.dilation_y), n.by_dilation_x = Divisor(w.dilation_x);
   return true;

@@ -22,6 +22,7 @@ using emulator::Site;
 
 inline int forget(int number) { return number; }
 inline uint64_t forget(uint64_t number) { return number; }
+inline float forget(float number) { return number; }
 inline void hold_back_loads() {}
 inline bool never(float) { return false; }
 
@@ -216,6 +217,14 @@ void load_matrices_transposed(uint32_t (&r)[Count], Shared row, Site site = Site
   load_matrices_of<true>(r, row, site);
 }
 
+inline void store_matrices(Shared row, const uint32_t (&r)[4], Site site = Site::current()) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const int lane = thread_index() % kWarp;
+    const Shared to = shuffle(row, 8 * matrix + lane / 4, site) + 4 * (lane % 4);
+    emulator::write_shared(to, &r[matrix], 4, site);
+  }
+}
+
 // Element (k = 0 or 1) of a fragment's register.
 template <class Element>
 float element_of(uint32_t word, int k) {
@@ -276,6 +285,12 @@ template <class Element>
 void multiply(float (&c)[4], const uint32_t (&a)[2], uint32_t b, Site site = Site::current()) {
   static_assert(sizeof(Element) == 2);
   multiply_of<Element, 1>(c, a, {b}, site);
+}
+
+template <class Element, class... Operands>
+void multiply_from(float (&c)[4], const float (&start)[4], const Operands&... operands) {
+  std::memcpy(c, start, sizeof(c));
+  multiply<Element>(c, operands...);
 }
 
 }  // namespace natten_ext::cuda

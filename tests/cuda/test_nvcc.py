@@ -17,12 +17,13 @@ NVCC = setup.installed_nvcc()
 # As quick as can be, and no further than PTX: less than a tenth of the time.
 FLAGS = ["-std=c++20", "-arch=compute_90", "-Ofc=max", "-ptx"]
 # Modes that take different ways: one product on the tensor cores, three of them, and multiply-adds. The first with
-# general neighborhoods, which narrow kernels do not have.
+# general neighborhoods, which kernels of half precision alone do not have.
 KERNELS = [
     (kernel, mode, general)
     for _, kernel, mode, general in setup.CUDA_OBJECTS
     if TEST_ALL
-    or (mode, general) in {("BfloatMode", not kernel.startswith("narrow")), ("FloatMode", False), ("DoubleMode", False)}
+    or (mode, general)
+    in {("BfloatMode", kernel not in setup.HALF_KERNELS), ("FloatMode", False), ("DoubleMode", False)}
 ]
 
 

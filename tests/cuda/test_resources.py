@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -29,11 +30,7 @@ JOBS += [("backward", "BfloatMode", False, capability) for capability in CAPABIL
 JOBS += [("backward", "FloatMode", False, "8.0")]
 JOBS += [("forward", "BfloatMode", False, capability) for capability in CAPABILITIES]
 JOBS += [(kernel, "BfloatMode", True, "8.0") for kernel in ("backward", "forward")]
-JOBS += [
-    (f"narrow_{kernel}", "BfloatMode", False, capability)
-    for kernel in setup.NARROW_KERNELS[::-1]
-    for capability in CAPABILITIES
-]
+JOBS += [(kernel, "BfloatMode", False, capability) for kernel in setup.HALF_KERNELS for capability in CAPABILITIES]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +61,8 @@ def test_every_kernel_is_reported(kernels):
     names = {(kernel.name, kernel.capability) for kernel in kernels if kernel.dtype == "bfloat16"}
     expected = ("Forward", "BackwardQuery", "BackwardKey", "DoubleBackwardQuery", "DoubleBackwardKey")
     narrow = [f"Narrow{kernel.title().replace('_', '')}" for kernel in setup.NARROW_KERNELS]
-    expected += (*narrow, *(f"{name}Whole" for name in narrow))
+    grid = [f"Grid{kernel.title().replace('_', '')}" for kernel in setup.GRID_KERNELS]
+    expected += (*narrow, *(f"{name}Whole" for name in narrow), *grid)
     general = {(f"General{name}", "8.0") for name in ("Forward", "BackwardQuery", "BackwardKey")}
     assert names == general | {(name, capability) for name in expected for capability in CAPABILITIES}
     assert {kernel.dtype for kernel in kernels} == {"bfloat16", "float32 (tf32)", "float32"}
@@ -107,6 +105,11 @@ def test_a_report_is_understood(tmp_path, capsys):
     narrow = cuda_resources.Kernel("NarrowForwardWhole", "bfloat16", 32, "9.0", 105, 0, 0)
     assert list(cuda_resources.parse(NARROW_REPORT.splitlines())) == [narrow]
     assert narrow.blocks == 2
+    grid = "NS0_11GridForwardINS0_4ModeINS0_6BfloatEfLi1EEELi16EEE"
+    (kernel,) = cuda_resources.parse(
+        [re.sub(r"NS0_13Narrow\w*EEE(?=EEv)", grid, x) for x in NARROW_REPORT.splitlines()]
+    )
+    assert (kernel.name, kernel.head_dim, kernel.blocks) == ("GridForward", 16, 4)
     path = tmp_path / "report.txt"
     path.write_text(REPORT)
     assert cuda_resources.main([str(path)]) == 0

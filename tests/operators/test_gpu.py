@@ -28,6 +28,7 @@ ODD = [
     ),
     Case("odd-grid", "grid", (1, 10, 10, 2, 24), window=5, bias=True),
     Case("odd-grid-narrow", "grid", (1, 16, 16, 1, 4), window=16, bias=True),
+    Case("odd-grid-16", "grid", (2, 32, 48, 3, 16), window=16, bias=True),
     Case("odd-l2", "full", (1, 65, 2, 72), score="l2", tied=("key",)),
     Case("odd-cross", "full", (1, 70, 2, 96), keys=64),
 ]
