@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from benchmarks.figures import figures_block, figures_to_reach
 from benchmarks.floors import measure_rates
 from benchmarks.precision import PRECISIONS, use_precision
 from benchmarks.problem import ORDERS
-from benchmarks.record import Record
+from benchmarks.record import Record, output_file
 from benchmarks.report import LEGEND, heading, order_block
 from benchmarks.runner import Options, run
 from benchmarks.shapes import NAMED
@@ -66,8 +65,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--budget", type=float, default=1.0, help="seconds of timing per candidate and cell (default 1)")
     add("--alone", action="store_true", help="also time each order's operator alone (in the JSON)")
     add("--no-memory", action="store_true", help="skip the memory measurements")
-    add("--json", type=Path, metavar="FILE", help="write everything there, with the quartiles of each time")
-    add("--plot", type=Path, metavar="FILE", help="draw the ratios and the memory")
+    add("--json", type=output_file, metavar="FILE", help="write everything there, with the quartiles of each time")
+    add("--plot", type=output_file, metavar="FILE", help="draw the ratios and the memory")
     add("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
     options.suite = options.suite or ("gpu" if torch.cuda.is_available() else "cpu")

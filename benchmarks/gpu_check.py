@@ -30,14 +30,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from benchmarks import tables
 from benchmarks.figures import figures_block, figures_to_reach
 from benchmarks.gpu.processes import OUT_OF_TIME, kill_all
 from benchmarks.gpu.stages import STAGES, NotRunError, Run, Stage
 from benchmarks.precision import PRECISIONS
-from benchmarks.record import Record, write_whole
+from benchmarks.record import Record, output_folder, write_whole
 from benchmarks.shapes import SHAPES
 
 NOT_RUN, RUNNING, OK, FAILED = "not run", "running", "ok", "failed"
@@ -49,7 +48,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="made if need be; earlier results there are replaced")
+    add(
+        "--out",
+        type=output_folder,
+        required=True,
+        metavar="DIR",
+        help="made if need be; earlier results there are replaced",
+    )
     add("--minutes", type=float, default=8.0, help="time for everything (default 8)")
     add("--stages", default=",".join(STAGES), metavar="LIST", help=f"of {','.join(STAGES)} (default: all)")
     add("--device", default="cuda", choices=("cuda", "cpu"), help="CUDA_VISIBLE_DEVICES chooses; cpu: in small")

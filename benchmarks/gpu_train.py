@@ -25,7 +25,7 @@ import torch
 from benchmarks import tables
 from benchmarks.environment import describe_environment
 from benchmarks.gpu.processes import Process, left
-from benchmarks.record import write_whole
+from benchmarks.record import output_folder, write_whole
 from gans.recipes.config import TrainConfig
 from gans.recipes.named import PRESETS, preset
 from gans.training.profile import Update, measure_apart
@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="gpu_train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="made if need be; must have no run/ yet")
+    add("--out", type=output_folder, required=True, metavar="DIR", help="made if need be; must have no run/ yet")
     add("--data", default="digits", help="what is trained on, as in `gans train` (default digits)")
     add("--preset", default="cifar10-small", choices=PRESETS, metavar="NAME", help="what is trained")
     add("--minutes", type=float, default=5.0, help="time for everything (default 5)")

@@ -26,7 +26,7 @@ import torch
 from benchmarks.environment import describe_environment
 from benchmarks.penalties import accuracy, cost, page, training
 from benchmarks.penalties.page import MODES, PARTS
-from benchmarks.record import write_whole
+from benchmarks.record import output_folder, write_whole
 from gans.losses.adversarial import LossConfig
 from gans.recipes.config import TrainConfig
 from gans.recipes.named import preset
@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="penalty_study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="made if need be")
+    add("--out", type=output_folder, required=True, metavar="DIR", help="made if need be")
     add("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to measure (default: all)")
     add("--batch", type=int, default=16, help="images of an accuracy (default 16)")
     add("--draws", type=int, default=64, help="directions of an accuracy (default 64)")

@@ -6,7 +6,9 @@ computed from that when it is read, by the same code that computed them when it 
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +160,32 @@ class Record:
         if rates:
             record.add(rows, Rates(**rates))
         return record
+
+
+def output_file(text: str) -> Path:
+    """A file to write at the end of a run; of argparse, which says before the run what is wrong with it."""
+    path = _output(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, got the folder {text!r}")
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """A folder to write to, made if need be; of argparse."""
+    path = _output(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, got the file {text!r}")
+    return path
+
+
+def _output(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is '', which names nothing (an unset variable?)")
+    path = Path(text)
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} can't be written: {str(existing)!r} is no folder to write to")
+    return path
 
 
 def write_whole(path: Path, text: str) -> None:

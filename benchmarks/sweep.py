@@ -17,7 +17,6 @@ import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -28,7 +27,7 @@ from benchmarks.floors import measure_rates
 from benchmarks.precision import PRECISIONS, use_precision
 from benchmarks.problem import ORDERS
 from benchmarks.random_shapes import KINDS, kind_of, random_shape
-from benchmarks.record import Record, Row
+from benchmarks.record import Record, Row, output_file
 from benchmarks.report import describe_features
 from benchmarks.runner import Options, run
 from benchmarks.shapes import Shape
@@ -55,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--budget", type=float, default=0.3, help="seconds of timing of ours per cell (default 0.3)")
     add("--again", type=float, default=1.15, metavar="RATIO", help="measure cells below it once more (default 1.15)")
     add("--check", action="store_true", help="check every result against float64 first")
-    add("--json", type=Path, metavar="FILE", help="write all rows there")
+    add("--json", type=output_file, metavar="FILE", help="write all rows there")
     add("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
     for name, least in (("count", 1), ("threads", 1), ("repeats", 1), ("budget", 0), ("minutes", 0), ("again", 0)):

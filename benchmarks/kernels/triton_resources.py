@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITCallable
 
+from benchmarks.record import output_file
 from benchmarks.shapes import SHAPES
 from natten_ext.backends.triton import configs
 from natten_ext.backends.triton.launch import INTERPRETED
@@ -264,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--orders", nargs="+", default=ORDERS, choices=ORDERS)
     parser.add_argument("--kernels", nargs="+", default=(), metavar="NAME", help="only these, as in the first column")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write what was compiled to this file as well")
+    parser.add_argument("--json", type=output_file, help="write what was compiled to this file as well")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--update", action="store_true", help="compile what the table lacks, and write it")
     mode.add_argument("--status", action="store_true", help="compile nothing; say what the table lacks and what fails")

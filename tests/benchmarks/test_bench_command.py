@@ -78,9 +78,13 @@ def test_a_wrong_backend_is_printed_and_fails(capsys):
         (["--repeats", "-1"], "--repeats must be at least 0, got -1"),
         (["--order", "third"], "invalid choice: 'third'"),
         (["--suite", "large"], "invalid choice: 'large'"),
+        (["--json", ""], "argument --json: is '', which names nothing"),
+        (["--plot", "benchmarks"], "argument --plot: must be a file, got the folder 'benchmarks'"),
+        (["--json", "setup.py/out.json"], "is no folder to write to"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message, capsys):
+def test_bad_arguments_are_named(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(Path(attn_bench.__file__).parents[1])
     try:
         status = attn_bench.main(["--suite", "smoke", *arguments])
     except SystemExit as stop:
