@@ -21,6 +21,12 @@ struct GridBackward {
   using Fragment = float[Tile::kChunks][4];
   static constexpr int kChunks = Tile::kChunks;
   static constexpr int kBlocksAtATime = 1;  // on a multiprocessor
+  // Rows of keys that may be loaded ahead, as far as registers go.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kTogether = 1;
+#else
+  static constexpr int kTogether = 2;
+#endif
   static constexpr bool kTableGradient = true;
   static constexpr int kRowNumbers = 0;
   static constexpr int kHalf = kGridWindow / 2, kHalfQueries = kHalf * kGridWindow;  // rows, and queries, of half a window
@@ -87,18 +93,14 @@ struct GridBackward {
     query.load_from(kQueries + group.left_place());
     attend(p, group, query);
     if (is_second()) send();
-    const bool strange = any_in_block(query_sums[0] * 0 != 0 || query_sums[1] * 0 != 0);
+    sync_block();
     if (!is_second()) {
       receive();
       finish_queries(p, window, group, query);
     }
     sync_block();
-    if (!is_second()) {
-      attend_keys(half);
-    } else if (p.table_partials != nullptr) {
-      if (strange) add_to_table<true>(half);
-      else add_to_table<false>(half);
-    }
+    if (!is_second()) attend_keys(half);
+    else if (p.table_partials != nullptr) add_to_table(half);
     sync_block();
   }
 
@@ -192,7 +194,7 @@ struct GridBackward {
       store_matrices((pairs ^ r * 32) + (kGradients - kWeights), packed);
       if (r % key_rows.kProductsAtATime == 0) key_rows.load(r);
       results.add_packed(key_rows, r, packed);
-      if (r % 2 == 1 && never(s[0][0])) return;
+      if (r % kTogether == kTogether - 1 && never(s[0][0])) return;
     }
     NATTEN_EXT_UNROLL
     for (int i = 0; i < 4 * kChunks; ++i) grad_query[i / 4][i % 4] = results.acc[i / 4][i % 4];
@@ -258,33 +260,24 @@ struct GridBackward {
   // ------------------------------------------------------------------------------------------ the table
 
   // Adds pairs of rows of queries with keys `apart` rows below, or kGridWindow - apart above where the window ends before: a row of
-  // pairs is a left operand, added by a product with ones on a diagonal. Zero times NaN is NaN: `Careful` adds in ordinary arithmetic.
-  template <bool Careful>
+  // pairs is a left operand, added by a product with ones on a diagonal. Zero times NaN is NaN: but where one of a query's dS is not
+  // finite, none is, or they overflow, and their entries are its own.
   NATTEN_EXT_DEVICE void add_to_table(int half) {
     const uint32_t lane = narrow_lane(), g = lane / 4, t = lane % 4;
     const uint32_t one = pack<Element>(g == 2 * t ? 1.0f : 0.0f, g == 2 * t + 1 ? 1.0f : 0.0f);
     NATTEN_EXT_UNROLL
-    for (uint32_t i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2; ++i) {
       const int apart = half * kHalf + 2 * static_cast<int>(place()) + i, below = greater(lesser(kGridWindow - apart, kHalf), 0);
-      const auto add = [&](float (&first)[4], float (&second)[4], int begin, int end) {
-        // From one pair of rows to the next, a row of the map and 32 bytes further; rows of pairs are that wide.
+      const auto add = [&](float (&left)[4], float (&right)[4], int begin, int end) {
+        // From one pair of rows to the next, a row of the map and 32 bytes further; rows of pairs are multiples of these.
         constexpr Shared kStep = kGridWindow * kPairRow + 32;
         Shared pairs = kGradients + (begin * kGridWindow + lane % 16) * kPairRow + (apart + begin) % kGridWindow * 32;
         NATTEN_EXT_NO_UNROLL
         for (int y = begin; y < end; ++y, pairs += kStep) {
-          if constexpr (Careful) {
-            NATTEN_EXT_UNROLL
-            for (int e = 0; e < 8; ++e) {
-              const uint32_t row = g + e / 2 % 2 * 8;
-              const Shared from = (pairs + (row - lane % 16) * kPairRow) ^ (e / 4 ^ row % 8) * 16;
-              (e < 4 ? first : second)[e % 4] += widen(load_shared<Element>(from + (2 * t + e % 2) * static_cast<Shared>(sizeof(Element))));
-            }
-          } else {
-            uint32_t row[4];
-            load_matrices(row, pairs ^ (lane / 16 ^ lane % 8) * 16);
-            multiply<Element>(first, row, one, 0);
-            multiply<Element>(second, row, 0, one);
-          }
+          uint32_t row[4];
+          load_matrices(row, pairs ^ (lane / 16 ^ lane % 8) * 16);
+          multiply<Element>(left, row, one, 0);
+          multiply<Element>(right, row, 0, one);
         }
       };
       add(sums[4 * i], sums[4 * i + 1], 0, below);
