@@ -1,10 +1,11 @@
 // Backward of grids of 16 x 16 windows (grid.h), both sides in one kernel: scores, weights P and their gradients dS are computed once.
 //
-// A block has a window and 16 warps, and takes half of the queries at a time, in three steps with a barrier between:
-//   1. two warps have a group of queries, each with half of the keys: they leave P and dS in shared memory, rounded;
-//   2. the first of the two adds their gradients of queries, and finds out what D lacks;
-//   3. each of these eight warps has two rows of keys, whose gradients it sums from P and dS.
-// Meanwhile the other eight sum the table's gradient from dS: each has the pairs of rows of queries and keys that lie so far apart.
+// A block has a window and 16 warps, and takes a quarter of the queries at a time, in three steps with a barrier between:
+//   1. four warps have a group of queries, each with a quarter of the keys: they leave P and dS in shared memory, rounded, and
+//      what rounding left of dS;
+//   2. the first of the four adds their gradients of queries, and finds out what D lacks;
+//   3. each of the first eight warps has two rows of keys, whose gradients it sums from P and dS. The other eight sum the
+//      table's gradient from dS: each has the pairs of rows of queries and keys that lie so far apart.
 // backward.cu says what corrects D.
 #include "grid_launch.h"
 
@@ -21,25 +22,28 @@ struct GridBackward {
   using Fragment = float[Tile::kChunks][4];
   static constexpr int kChunks = Tile::kChunks;
   static constexpr int kBlocksAtATime = 1;  // on a multiprocessor
-  // Rows of keys that may be loaded ahead, as far as registers go.
+  // Rows of keys that may be loaded ahead, and those in a loop's code, as far as registers go.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr int kTogether = 1;
+  static constexpr int kTogether = 1, kUnroll = Dim == 8 ? 4 : 1;
 #else
-  static constexpr int kTogether = 2;
+  static constexpr int kTogether = 2, kUnroll = 4;
 #endif
   static constexpr bool kTableGradient = true;
   static constexpr int kRowNumbers = 0;
-  static constexpr int kHalf = kGridWindow / 2, kHalfQueries = kHalf * kGridWindow;  // rows, and queries, of half a window
+  static constexpr int kParts = 4, kRows = kGridWindow / kParts;  // of a window, of queries as of keys; rows of a part
+  static constexpr int kGroups = kRows * kGridWindow / kWarpRows;  // of a part
 
   // Regions of a window's rows, those of `Tile` first. Once D is known, queries times what D lacks come to the places of outputs.
   static constexpr Shared kQueries = Tile::kQueries, kGradOutputs = kQueries + Tile::kRegion, kOutputs = kGradOutputs + Tile::kRegion;
   static constexpr Shared kCorrections = kOutputs;
-  // P and dS of half of the queries: rows of 256 keys, whose chunks change places so that those of eight rows lie in different banks.
-  static constexpr Shared kPairRow = Tile::kSlots * sizeof(Element), kWeights = (kOutputs + Tile::kRegion + kPairRow - 1) / kPairRow * kPairRow;
-  static constexpr Shared kGradients = kWeights + kHalfQueries * kPairRow;
-  // A warp's gradient of queries on its way to the other's, and the sums of rows of dS.
-  static constexpr Shared kExchange = kGradients + kHalfQueries * kPairRow, kExchangeBytes = (kChunks + 1) * kWarp * 16;
-  static constexpr Shared kTable = kExchange + 8 * kExchangeBytes;
+  // P and dS of a part of the queries, and what rounding left of dS: rows of 256 keys, whose chunks change places so that those of
+  // eight rows lie in different banks.
+  static constexpr Shared kPairRow = Tile::kSlots * sizeof(Element), kPairs = kRows * kGridWindow * kPairRow;
+  static constexpr Shared kWeights = (kOutputs + Tile::kRegion + kPairRow - 1) / kPairRow * kPairRow;
+  static constexpr Shared kGradients = kWeights + kPairs, kRests = kGradients + kPairs;
+  // A warp's gradient of queries on its way to the first of the group, and the sums of rows of dS.
+  static constexpr Shared kExchange = kRests + kPairs, kExchangeBytes = (kChunks + 1) * kWarp * 16;
+  static constexpr Shared kTable = kExchange + (kParts - 1) * kGroups * kExchangeBytes;
   static constexpr Shared kNumbers = kTable + Tile::kTableBytes;  // of queries: the two parts of the log-sum-exp, and its gradient
   static constexpr uint32_t kShared = kNumbers + 3 * Tile::kSlots * sizeof(float);
 
@@ -49,9 +53,14 @@ struct GridBackward {
   Fragment grad_query;
   float query_sums[2];  // of dS, of a lane's two queries
 
-  // The place among eight warps, and which eight.
-  NATTEN_EXT_DEVICE static uint32_t place() { return narrow_thread() / kWarp % 8; }
-  NATTEN_EXT_DEVICE static bool is_second() { return narrow_thread() / kWarp >= 8; }
+  NATTEN_EXT_DEVICE static uint32_t warp() { return narrow_thread() / kWarp; }
+  // Which part of the keys a warp has in the first step.
+  NATTEN_EXT_DEVICE static int key_part() { return static_cast<int>(warp() / kGroups); }
+  // The place among eight warps, and which eight, in the last.
+  NATTEN_EXT_DEVICE static uint32_t place() { return warp() % 8; }
+  NATTEN_EXT_DEVICE static bool is_second() { return warp() >= 8; }
+  // A group of a part of the queries.
+  NATTEN_EXT_DEVICE static Group group_of(uint32_t i, int part) { return Group::template of_warp<kGroups>(i, part); }
   template <int Which>
   NATTEN_EXT_DEVICE Fragment& of_key_row(int i) { return reinterpret_cast<Fragment&>(sums[(2 * i + Which) * kChunks]); }
 
@@ -70,7 +79,7 @@ struct GridBackward {
       sync_block();
       if (!is_second()) clear(gradients.sums);
       NATTEN_EXT_NO_UNROLL
-      for (int half = 0; half < 2; ++half) gradients.attend_half(p, window, half);
+      for (int part = 0; part < kParts; ++part) gradients.attend_part(p, window, part);
       if (!is_second()) gradients.write_keys(p, window);
       sync_block();  // shared memory is free again
     }
@@ -86,28 +95,27 @@ struct GridBackward {
     if (which == 0) copy_async<4>(number(2), static_cast<const float*>(p.grad_lse) + row, p.grad_lse != nullptr);
   }
 
-  // The steps for half of the queries.
-  NATTEN_EXT_DEVICE void attend_half(const NarrowParams& p, const GridWindow& window, int half) {
-    const Group group = Group::template of_warp<8>(place(), half);
-    Left query;
-    query.load_from(kQueries + group.left_place());
-    attend(p, group, query);
-    if (is_second()) send();
+  // The steps for a part of the queries.
+  NATTEN_EXT_DEVICE void attend_part(const NarrowParams& p, const GridWindow& window, int part) {
+    const Group group = group_of(warp() % kGroups, part);
+    attend(p, group);
+    if (key_part() > 0) send();
     sync_block();
-    if (!is_second()) {
+    if (key_part() == 0) {
       receive();
-      finish_queries(p, window, group, query);
+      finish_queries(p, window, group);
     }
     sync_block();
-    if (!is_second()) attend_keys(half);
-    else if (p.table_partials != nullptr) add_to_table(half);
+    if (!is_second()) attend_keys(part);
+    else if (p.table_partials != nullptr) add_to_table(part);
     sync_block();
   }
 
   // ------------------------------------------------------------------------------------------ queries
 
-  NATTEN_EXT_DEVICE void attend(const NarrowParams& p, const Group& group, const Left& query) {
-    Left grad_output;
+  NATTEN_EXT_DEVICE void attend(const NarrowParams& p, const Group& group) {
+    Left query, grad_output;
+    query.load_from(kQueries + group.left_place());
     grad_output.load_from(kGradOutputs + group.left_place());
     float d[2], base[2], log_sum[2], from[2];
     load_d(d, group, grad_output);
@@ -144,12 +152,12 @@ struct GridBackward {
   // Log-sum-exps up to this (in base 2) may be taken off products before these are scaled: the error is that of a float of this size.
   static constexpr float kPlain = 256;
 
-  // A group and half of the keys. Products start at what is taken off them. `Exact`: scores are formed as in the forward, and the
+  // A group and a part of the keys. Products start at what is taken off them. `Exact`: scores are formed as in the forward, and the
   // two parts of their log-sum-exp, `a` and `b`, taken off one by one; otherwise products start at `a`.
   template <bool Exact>
   NATTEN_EXT_DEVICE void attend_keys_of(const NarrowParams& p, const Group& group, const Left& query, const Left& grad_output,
                                         const float (&d)[2], const float (&a)[2], const float (&b)[2]) {
-    const int first = is_second() ? kHalf : 0;
+    const int first = key_part() * kRows;
     const uint32_t lane = narrow_lane();
     float of_scores[4], of_products[4];
     NATTEN_EXT_UNROLL
@@ -164,8 +172,8 @@ struct GridBackward {
     const Shared pairs = pair_chunk(kWeights, pair_row(group, lane % 16), 2 * first + lane / 16);
     Sums results;
     results.clear_all();
-    NATTEN_EXT_UNROLL
-    for (int r = 0; r < kHalf; ++r) {
+    NATTEN_EXT_UNROLL_BY(kUnroll)
+    for (int r = 0; r < kRows; ++r) {
       if (r % keys.kRowsAtATime == 0) {
         keys.load(r);
         values.load(r);
@@ -192,6 +200,13 @@ struct GridBackward {
       store_matrices(pairs ^ r * 32, packed);
       pack_weights<Element>(packed, ds);
       store_matrices((pairs ^ r * 32) + (kGradients - kWeights), packed);
+      if (p.table_partials != nullptr) {
+        uint32_t rest[4];
+        NATTEN_EXT_UNROLL
+        for (int e = 0; e < 8; ++e) ds[e / 4][e % 4] -= widen(Element{static_cast<uint16_t>(packed[e / 2] >> (16 * (e % 2)))});
+        pack_weights<Element>(rest, ds);
+        store_matrices((pairs ^ r * 32) + (kRests - kWeights), rest);
+      }
       if (r % key_rows.kProductsAtATime == 0) key_rows.load(r);
       results.add_packed(key_rows, r, packed);
       if (r % kTogether == kTogether - 1 && never(s[0][0])) return;
@@ -201,33 +216,37 @@ struct GridBackward {
     query_sums[0] = results.totals[0], query_sums[1] = results.totals[2];
   }
 
-  // The second warp of a group sends what it has to the first.
-  NATTEN_EXT_DEVICE static Shared exchange(int i) { return kExchange + place() * kExchangeBytes + (i * kWarp + narrow_lane()) * 16; }
-  NATTEN_EXT_DEVICE void send() const {
-    struct alignas(16) Four {
-      float e[4];
-    };
-    NATTEN_EXT_UNROLL
-    for (int n = 0; n < kChunks; ++n) store_shared(exchange(n), Four{{grad_query[n][0], grad_query[n][1], grad_query[n][2], grad_query[n][3]}});
-    store_shared(exchange(kChunks), Four{{query_sums[0], query_sums[1], 0, 0}});
+  // The other warps of a group send what they have to the first.
+  struct alignas(16) Four {
+    float e[4];
+  };
+  NATTEN_EXT_DEVICE static Shared exchange(int key_part, int i) {
+    return kExchange + ((key_part - 1) * kGroups + warp() % kGroups) * kExchangeBytes + (i * kWarp + narrow_lane()) * 16;
   }
-  NATTEN_EXT_DEVICE void receive() {
-    struct alignas(16) Four {
-      float e[4];
-    };
+  NATTEN_EXT_DEVICE void send() const {
     NATTEN_EXT_UNROLL
     for (int n = 0; n < kChunks; ++n) {
-      const Four sent = load_shared<Four>(exchange(n));
-      NATTEN_EXT_UNROLL
-      for (int e = 0; e < 4; ++e) grad_query[n][e] += sent.e[e];
+      store_shared(exchange(key_part(), n), Four{{grad_query[n][0], grad_query[n][1], grad_query[n][2], grad_query[n][3]}});
     }
-    const Four sent = load_shared<Four>(exchange(kChunks));
-    query_sums[0] += sent.e[0], query_sums[1] += sent.e[1];
+    store_shared(exchange(key_part(), kChunks), Four{{query_sums[0], query_sums[1], 0, 0}});
+  }
+  NATTEN_EXT_DEVICE void receive() {
+    NATTEN_EXT_UNROLL
+    for (int part = 1; part < kParts; ++part) {
+      NATTEN_EXT_UNROLL
+      for (int n = 0; n < kChunks; ++n) {
+        const Four sent = load_shared<Four>(exchange(part, n));
+        NATTEN_EXT_UNROLL
+        for (int e = 0; e < 4; ++e) grad_query[n][e] += sent.e[e];
+      }
+      const Four sent = load_shared<Four>(exchange(part, kChunks));
+      query_sums[0] += sent.e[0], query_sums[1] += sent.e[1];
+    }
   }
 
   // Rows of dS sum to y. What is left over is what D lacks, and roundings: see subtract_rows in rows.h. What gradients of keys lack is
   // P times the queries times it.
-  NATTEN_EXT_DEVICE void finish_queries(const NarrowParams& p, const GridWindow& window, const Group& group, const Left& query) {
+  NATTEN_EXT_DEVICE void finish_queries(const NarrowParams& p, const GridWindow& window, const Group& group) {
     struct alignas(4) Pair {
       Element e[2];
     };
@@ -250,9 +269,9 @@ struct GridBackward {
     for (uint32_t h = 0; h < 2; ++h) {
       NATTEN_EXT_UNROLL
       for (int n = 0; n < kChunks; ++n) {
-        const uint32_t word = query.a[n / 2][n % 2 * 2 + h];
-        const float low = widen(Element{static_cast<uint16_t>(word)}), high = widen(Element{static_cast<uint16_t>(word >> 16)});
-        store_shared(kCorrections + group.place(g + 8 * h, n) + 4 * t, pack<Element>(-lacking[h] * low, -lacking[h] * high));
+        const Shared place = group.place(g + 8 * h, n) + 4 * t;
+        const Pair query = load_shared<Pair>(kQueries + place);
+        store_shared(kCorrections + place, pack<Element>(-lacking[h] * widen(query.e[0]), -lacking[h] * widen(query.e[1])));
       }
     }
   }
@@ -262,31 +281,34 @@ struct GridBackward {
   // Adds pairs of rows of queries with keys `apart` rows below, or kGridWindow - apart above where the window ends before: a row of
   // pairs is a left operand, added by a product with ones on a diagonal. Zero times NaN is NaN: but where one of a query's dS is not
   // finite, none is, or they overflow, and their entries are its own.
-  NATTEN_EXT_DEVICE void add_to_table(int half) {
+  NATTEN_EXT_DEVICE void add_to_table(int part) {
     const uint32_t lane = narrow_lane(), g = lane / 4, t = lane % 4;
     const uint32_t one = pack<Element>(g == 2 * t ? 1.0f : 0.0f, g == 2 * t + 1 ? 1.0f : 0.0f);
     NATTEN_EXT_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int apart = half * kHalf + 2 * static_cast<int>(place()) + i, below = greater(lesser(kGridWindow - apart, kHalf), 0);
+      const int apart = part * kRows + 2 * static_cast<int>(place()) + i, below = greater(lesser(kGridWindow - apart, kRows), 0);
       const auto add = [&](float (&left)[4], float (&right)[4], int begin, int end) {
         // From one pair of rows to the next, a row of the map and 32 bytes further; rows of pairs are multiples of these.
         constexpr Shared kStep = kGridWindow * kPairRow + 32;
         Shared pairs = kGradients + (begin * kGridWindow + lane % 16) * kPairRow + (apart + begin) % kGridWindow * 32;
         NATTEN_EXT_NO_UNROLL
         for (int y = begin; y < end; ++y, pairs += kStep) {
-          uint32_t row[4];
-          load_matrices(row, pairs ^ (lane / 16 ^ lane % 8) * 16);
-          multiply<Element>(left, row, one, 0);
-          multiply<Element>(right, row, 0, one);
+          NATTEN_EXT_UNROLL
+          for (int rest = 0; rest < 2; ++rest) {
+            uint32_t row[4];
+            load_matrices(row, (pairs ^ (lane / 16 ^ lane % 8) * 16) + rest * (kRests - kGradients));
+            multiply<Element>(left, row, one, 0);
+            multiply<Element>(right, row, 0, one);
+          }
         }
       };
       add(sums[4 * i], sums[4 * i + 1], 0, below);
-      add(sums[4 * i + 2], sums[4 * i + 3], below, kHalf);
+      add(sums[4 * i + 2], sums[4 * i + 3], below, kRows);
     }
   }
-  // Rows of P and dS are those of half a window. Which is a group's row?
+  // Rows of P and dS are those of a part of the window. Which is a group's row?
   NATTEN_EXT_DEVICE static uint32_t pair_row(const Group& group, uint32_t row) {
-    return (group.y % kHalf + row / 8) * kGridWindow + group.x + row % 8;
+    return (group.y % kRows + row / 8) * kGridWindow + group.x + row % 8;
   }
   // Where a chunk of such a row lies.
   NATTEN_EXT_DEVICE static Shared pair_chunk(Shared region, uint32_t row, uint32_t chunk) { return region + row * kPairRow + (chunk ^ row % 8) * 16; }
@@ -319,11 +341,11 @@ struct GridBackward {
 
   // ------------------------------------------------------------------------------------------ keys
 
-  NATTEN_EXT_DEVICE void attend_keys(int half) {
+  NATTEN_EXT_DEVICE void attend_keys(int part) {
     const uint32_t lane = narrow_lane(), matrix = lane / 8;
     NATTEN_EXT_NO_UNROLL
-    for (uint32_t i = 0; i < 8; ++i) {
-      const Group group = Group::template of_warp<8>(i, half);
+    for (uint32_t i = 0; i < kGroups; ++i) {
+      const Group group = group_of(i, part);
       const Rows grad_outputs(kGradOutputs, group), queries(kQueries, group), corrections(kCorrections, group);
       NATTEN_EXT_UNROLL
       for (int k = 0; k < 2; ++k) {
