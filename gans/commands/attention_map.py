@@ -45,6 +45,10 @@ class AttentionMapArguments:
     backend: str | None = None
     """Attention backend of natten_ext for the sample; the weights are computed by plain PyTorch operations."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2^63 - 1")
+
 
 def parse_pixels(texts: tuple[str, ...], image_size: int) -> list[Pixel]:
     """Pixels from "row,column"; without any, the centre and a point up and to the left of it."""

@@ -32,6 +32,10 @@ class CostArguments:
     repeats: int = 3
     """Steps that are timed, of which the median is shown."""
 
+    def __post_init__(self) -> None:
+        if self.batch < 0:
+            raise ValueError(f"batch is {self.batch}; it cannot be negative")
+
 
 def run(arguments: list[str]) -> None:
     """Prints a Markdown table."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -38,10 +39,19 @@ class FigureArguments:
             raise ValueError(f"neighbours is {self.neighbours}; it cannot be negative")
 
 
+def _config_of(run: Path) -> dict[str, Any]:
+    """What a run was started with; ValueError for a folder that is no run's, say an export."""
+    path = run / "config.json"
+    resolved = json.loads(path.read_text()) if path.is_file() else {}
+    if not {"recipe", "run"} <= resolved.keys():
+        raise ValueError(f"run is {str(run)!r}, which is not the folder of a run")
+    return resolved
+
+
 def run(arguments: list[str]) -> None:
     """Writes figures and page."""
     parsed = tyro.cli(FigureArguments, args=arguments, prog="python -m gans figures")
-    resolved = json.loads((parsed.run / "config.json").read_text())
+    resolved = _config_of(parsed.run)
     config, run_config = from_dict(TrainConfig, resolved["recipe"]), from_dict(RunConfig, resolved["run"])
     parsed.out.mkdir(parents=True, exist_ok=True)
     size = config.generator.image_size

@@ -56,8 +56,8 @@ class InterpolateArguments(RenderArguments):
         for name, least in (("steps", 1), ("sheet_columns", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if not 0 < self.fps < math.inf:
-            raise ValueError(f"fps is {self.fps}; it must be positive and finite")
+        if not 0.01 <= self.fps < math.inf:  # a GIF's frame lasts 655 seconds at most
+            raise ValueError(f"fps is {self.fps}; it must be at least 0.01 and finite")
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ def run(arguments: list[str]) -> None:
     options = tyro.cli(SampleArguments, args=arguments, prog="python -m gans sample")
     seeds = parse_numbers("seeds", options.seeds)
     suffix = options.out.suffix.lower()
+    if suffix != ".png" and len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {options.seeds!r}, which names a seed twice; each has one file")
     if suffix not in ("", ".png", ".zip") or (suffix != "" and options.out.is_dir()):
         raise ValueError(f"out is {str(options.out)!r}; give a .png file, a .zip file or a folder")
     generator = options.load_generator()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +55,10 @@ class ThroughputArguments:
             raise ValueError("give either checkpoint or preset")
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"batches is {self.batches}; give sizes of at least 1")
-        if self.seconds <= 0:
-            raise ValueError(f"seconds is {self.seconds}; it must be positive")
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds is {self.seconds}; it must be positive and finite")
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}; it cannot be negative")
 
     def generator(self, device: torch.device) -> nn.Module:
         """What is to be timed."""

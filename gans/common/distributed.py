@@ -91,7 +91,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # of "meta" there are no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device is {name!r}, which torch cannot use here: {error}") from error
     return device
@@ -103,7 +103,10 @@ def join(device: str) -> World:
     `device` is "auto" or a torch device; of several processes each takes the GPU of its local number.
     """
     chosen = choose_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal():
+        raise ValueError(f"WORLD_SIZE must be a number of processes, got {size!r}")
+    if int(size) == 1:
         return World(chosen)
     state = PartialState(cpu=chosen.type == "cpu")
     return World(state.device, state.process_index, state.num_processes)

@@ -105,13 +105,14 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     # A folder cannot take the place of another at once: where this is killed in between, `remove_leftovers` puts the
-    # one before back.
+    # one before back. It may be a link, of a folder that the user moved elsewhere and that may be gone.
     replaced = root / f"{REPLACED}{final.name}"
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(partial, final)
-    _flush(root)
-    if replaced.exists():
+    with writing(final, root):
+        if os.path.lexists(final):
+            os.replace(final, replaced)
+        os.replace(partial, final)
+        _flush(root)
+    if os.path.lexists(replaced):
         _discard(replaced)
     for old in [] if best else list_checkpoints(root)[:-keep]:
         _discard(old)
@@ -163,9 +164,9 @@ def remove_leftovers(root: Path) -> None:
     """Removes what a process that was killed has left in `root`, half written or half deleted; what was whole, and to
     be replaced, gets its name again.
     """
-    for leftover in _folders(root, _LEFTOVER):
+    for leftover in _named(root, _LEFTOVER):
         final = root / leftover.name.removeprefix(REPLACED)
-        if leftover.name.startswith(REPLACED) and not final.exists():
+        if leftover.name.startswith(REPLACED) and not os.path.lexists(final):
             os.replace(leftover, final)
         else:
             _remove(leftover)
@@ -179,8 +180,9 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _folders(root: Path, name: re.Pattern[str]) -> list[Path]:
-    return [path for path in root.glob("*") if name.fullmatch(path.name) and path.is_dir()]
+def _named(root: Path, name: re.Pattern[str]) -> list[Path]:
+    """Folders and links, which may lead nowhere."""
+    return [path for path in root.glob("*") if name.fullmatch(path.name) and (path.is_symlink() or path.is_dir())]
 
 
 def step_of(path: Path) -> int:
@@ -190,7 +192,13 @@ def step_of(path: Path) -> int:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first: the folders named as `path_of` names them."""
-    return sorted(_folders(root, _NAME), key=step_of)
+    return sorted((path for path in _named(root, _NAME) if path.is_dir()), key=step_of)
+
+
+def holds_run(root: Path) -> bool:
+    """Whether a folder has any checkpoint, by whatever name a killed process may have left it under."""
+    put_aside = any(path.name.startswith(REPLACED) for path in _named(root, _LEFTOVER))
+    return put_aside or bool(list_checkpoints(root)) or os.path.lexists(root / BEST)
 
 
 def find(resume: str, root: Path) -> Path | None:

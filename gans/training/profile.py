@@ -140,7 +140,14 @@ def measure_apart(
 def compare(
     config: TrainConfig, *, device: str = "auto", update: Update = "both", threads: int = 0, repeats: int = 3
 ) -> list[StepCost]:
-    """A recipe's step with the backend that "auto" takes, and with naive attention, each in a fresh process."""
+    """A recipe's step with the backend that "auto" takes, and with naive attention, each in a fresh process.
+
+    Raises ValueError for a device that torch cannot use, negative ``threads`` and no ``repeats``.
+    """
+    choose_device(device)
+    for name, value, least in (("threads", threads, 0), ("repeats", repeats, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
     options = {"device": device, "update": update, "threads": threads, "repeats": repeats}
     return [measure_apart(config, backend=name, **options) for name in ("auto", "reference")]
 

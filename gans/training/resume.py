@@ -53,7 +53,7 @@ def find_start(config: TrainConfig, run: RunConfig, root: Path) -> Start:
     checkpoint that is damaged or has a recipe that this one cannot continue.
     """
     if not run.resume:
-        if checkpoint.list_checkpoints(root) or (root / checkpoint.BEST).exists():
+        if checkpoint.holds_run(root):
             raise FileExistsError(f"out {run.out!r} holds a run; continue it with resume 'latest' or give another out")
         return Start()
     path = checkpoint.find(run.resume, root)

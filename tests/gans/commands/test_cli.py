@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 import natten_ext
-from gans.commands import cost, presets
+from gans.commands import cost, demo, presets
 from gans.commands.cli import COMMANDS, main
 from gans.commands.train import parse
 from gans.data.sources import open_source
@@ -22,6 +23,7 @@ from gans.models.vitgan import ViTDiscriminatorConfig
 from gans.recipes.config import RunConfig
 from gans.recipes.named import preset
 from gans.training import checkpoint
+from gans.training.interrupt import Interrupted
 from gans.training.profile import StepCost
 
 OPTIONS = """--preset digits --data digits --steps 2 --batch-d 2 --batch-g 2 --n-critic 1
@@ -207,6 +209,41 @@ def test_cost_shows_fused_and_naive(monkeypatch, capsys):
     assert "| naive / fused | | 4.0 | 8.0 |" in capsys.readouterr().out
     expected = {"update": "discriminator", "device": "cpu", "threads": 2, "repeats": 3}
     assert asked == expected | {"batches": (3, 3, 1), "precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("cost --preset digits --threads -1", "threads is -1; it must be at least 0"),
+        ("cost --preset digits --repeats 0", "repeats is 0; it must be at least 1"),
+        ("cost --preset digits --batch -1", "batch is -1"),
+        ("cost --preset digits --device nope", "device is 'nope'"),
+        ("cost --preset digits --device meta", "device is 'meta'"),
+        ("throughput --preset digits --threads -1", "threads is -1"),
+        ("throughput --preset digits --seconds nan", "seconds is nan"),
+        ("figures --run /nowhere --out x", "run is '/nowhere', which is not the folder of a run"),
+        ("attention-map --checkpoint x --out y.png --seed -1", "seed is -1"),
+        ("sample --checkpoint x --out folder --seeds 1,1-2", "names a seed twice"),
+        ("interpolate --checkpoint x --out y.gif --seeds 0,1 --fps 1e-9", "fps is 1e-09"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_before_any_work(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert main(command.split()) == 1
+    except SystemExit as usage:
+        assert usage.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_that_is_interrupted_keeps_the_status(monkeypatch, capsys):
+    def interrupted(options):
+        raise Interrupted(signal.SIGTERM, "stopped at step 3; --resume latest goes on")
+
+    monkeypatch.setattr(demo, "_demo", interrupted)
+    assert main(["demo"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "interrupted; the next demo starts from the beginning\n"
 
 
 def test_interrupting(monkeypatch, capsys):

@@ -99,6 +99,14 @@ def test_killed_while_replacing(tmp_path, monkeypatch, best, killed_at):
     assert (model.weight == (2 if killed_at == 3 else 1)).all()
 
 
+def test_a_link_that_leads_nowhere_is_replaced(tmp_path):
+    """Of a user who moved the folder elsewhere, and it is gone."""
+    (tmp_path / checkpoint.BEST).symlink_to(tmp_path / "gone")
+    assert checkpoint.holds_run(tmp_path)
+    load_all(save(tmp_path, 1, best=True))
+    assert names(tmp_path) == {checkpoint.BEST}
+
+
 def test_find(tmp_path):
     assert checkpoint.find("latest", tmp_path / "nothing") is None
     with pytest.raises(FileNotFoundError, match="not a checkpoint folder"):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from gans.commands.cli import main
-from gans.common.distributed import World, batch_mean, choose_device
+from gans.common.distributed import World, batch_mean, choose_device, join
 from gans.training import logs
 from gans.training.loop import synchronize_batch_norm
 from gans.training.steps import local_parts
@@ -99,3 +99,9 @@ def test_batch_norm_needs_gpus_for_several_processes():
 def test_unknown_devices_are_refused():
     with pytest.raises(ValueError, match="device is 'quantum', which torch cannot use here"):
         choose_device("quantum")
+
+
+def test_a_world_size_that_is_no_number_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(ValueError, match="WORLD_SIZE must be a number of processes, got 'abc'"):
+        join("cpu")

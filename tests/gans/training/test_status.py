@@ -98,8 +98,9 @@ def test_the_best_checkpoint_goes_by_one_metric(tiny, tiny_run, monkeypatch):
     assert distances(lines, 1.0) == distances([]) == []
 
 
-def test_a_run_with_only_a_best_checkpoint_is_not_begun_again(tiny, tiny_run):
-    best = Path(tiny_run.out) / "checkpoints" / "best"
+@pytest.mark.parametrize("name", [checkpoint.BEST, f"{checkpoint.REPLACED}{checkpoint.BEST}"])
+def test_a_run_with_only_a_best_checkpoint_is_not_begun_again(tiny, tiny_run, name):
+    best = Path(tiny_run.out) / "checkpoints" / name
     best.mkdir(parents=True)  # what is there of a run that was killed before its first regular checkpoint
     with pytest.raises(FileExistsError, match="holds a run"):
         train(tiny, tiny_run, progress=False)
