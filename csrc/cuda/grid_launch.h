@@ -30,19 +30,17 @@ bool prepare_grid(NarrowParams& n, const Params& p, const Window& w) {
 }
 
 // Calls `use(std::type_identity<K>{}, params)` for the kernel K that takes the problem, with all but the heads filled in. False: none does.
-template <class M, template <class, int> class Kernel, class Use, int... Dims>
-bool with_grid_kernel(const Params& p, const std::vector<Window>& windows, const Context& context, std::integer_sequence<int, Dims...>, Use use) {
-  bool tried = false, takes = false;
-  const auto at_width = [&]<int Dim>() {
+template <class M, template <class, int> class Kernel, class Use, class Dims>
+bool with_grid_kernel(const Params& p, const std::vector<Window>& windows, const Context& context, Dims dims, Use use) {
+  bool takes = false;
+  with_padded(p.head_dim, dims, [&]<int Dim>() {
     using K = Kernel<M, Dim>;
-    tried = true;
     NarrowParams n{};
     if (K::kShared > static_cast<uint32_t>(context.shared_limit)) return;
     if (!prepare_grid<typename M::Element, K::kRowNumbers>(n, p, windows[0])) return;
     takes = true;
     use(std::type_identity<K>{}, n);
-  };
-  ((!tried && p.head_dim <= Dims ? at_width.template operator()<Dims>() : void()), ...);
+  });
   return takes;
 }
 template <class M, template <class, int> class Kernel, class Dims>

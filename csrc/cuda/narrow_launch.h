@@ -92,18 +92,15 @@ bool launch_narrow_heads(const Params& p, NarrowParams n, Context& context) {
 }
 
 // Launches the heads that these kernels can take, those with the same window together. Returns the others.
-template <class M, template <class, int, bool> class Kernel, int... Dims>
-std::vector<HeadRange> launch_narrow(const Params& p, const std::vector<Window>& windows, Context& context,
-                                     std::integer_sequence<int, Dims...>) {
+template <class M, template <class, int, bool> class Kernel, class Dims>
+std::vector<HeadRange> launch_narrow(const Params& p, const std::vector<Window>& windows, Context& context, Dims dims) {
   const auto start = [&](const Window& w, NarrowParams& n) {
     if (!prepare_narrow<typename M::Element, Kernel<M, 8, false>::kRowNumbers>(n, p, w)) return false;
     const bool whole = divide_up(n.height, w.dilation_y) <= 8 && divide_up(n.width, w.dilation_x) <= 8;
-    bool tried = false, done = false;
-    const auto at_width = [&]<int Dim>() {
-      tried = true;
+    bool done = false;
+    with_padded(p.head_dim, dims, [&]<int Dim>() {
       done = whole ? launch_narrow_heads<M, Kernel, Dim, true>(p, n, context) : launch_narrow_heads<M, Kernel, Dim, false>(p, n, context);
-    };
-    ((!tried && p.head_dim <= Dims ? at_width.template operator()<Dims>() : void()), ...);
+    });
     return done;
   };
   std::vector<bool> seen(p.heads), left(p.heads);

@@ -66,8 +66,9 @@ def cannot_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     if device.type == "cuda":
         if reason := cannot_use_gpu(device):
             return reason
-        _warn_of_ptx(gpu_of(device))
-        limit = _shared_limit(gpu_of(device))
+        gpu = gpu_of(device)
+        _warn_of_ptx(gpu)
+        limit = _shared_limit(gpu)
     else:
         limit = _ask_shared_limit(0)
     most = _most_channels(dtype, limit)

@@ -14,6 +14,8 @@ from tests.cuda import emulated
 from tests.cuda.test_narrow import (
     DTYPES,
     assert_alike,
+    assert_every_barrier_and_every_wait_is_needed,
+    assert_forward_is_that_of_the_general_kernel,
     assert_gradients_alike,
     both,
     gradients,
@@ -24,14 +26,10 @@ from tests.cuda.test_narrow import (
 from tests.operators.budget import assert_same_bits
 from tests.operators.cases import (
     Case,
-    Inputs,
     arguments_of,
     forward,
     grad_output_of,
     inputs_of,
-    magnitude,
-    oracle_forward,
-    ulp,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -69,12 +67,7 @@ EACH_SMALL = pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
 @EACH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_is_that_of_the_general_kernel(case, dtype):
-    inputs = inputs_of(case, dtype)
-    results, expected = both(run, case, inputs)
-    assert_alike(results, expected, dtype)
-    output, lse = oracle_forward(case, {n: x.double() for n, x in inputs.items()}, return_lse=True)
-    assert magnitude([results["output"].double() - output]) <= 3 * ulp(magnitude([output]), dtype)
-    assert magnitude([results["natural"].double() - lse.movedim(-1, 1)]) <= 4e-6 * magnitude([lse])
+    assert_forward_is_that_of_the_general_kernel(case, dtype)
 
 
 @pytest.mark.samples(emulated=6)
@@ -218,22 +211,5 @@ def test_what_the_general_kernel_takes(change):
 
 
 @pytest.mark.parametrize(("solve", "count"), [(run, 5), (gradients, 8)], ids=["forward", "backward"])
-def test_barriers_and_waits_are_needed(solve, count):
-    case = grid(16, 32, 16)
-    inputs = inputs_of(case, torch.bfloat16)
-
-    def solved(dropped_site: str = "") -> tuple[Inputs, list[str]]:
-        with emulated.settings(dropped_site=dropped_site, table_blocks=1, shared_limit=ROOM):
-            return solve(case, inputs)
-
-    expected, sites = solved()
-    assert len(sites) >= count, sites
-
-    def goes_unnoticed(site: str) -> bool:
-        try:
-            assert_same_bits(solved(site)[0], expected)
-        except (RuntimeError, AssertionError):
-            return False
-        return True
-
-    assert not [site for site in sites if goes_unnoticed(site)]
+def test_every_barrier_and_every_wait_is_needed(solve, count):
+    assert_every_barrier_and_every_wait_is_needed(grid(16, 32, 16), solve, count, ROOM)

@@ -92,6 +92,11 @@ def assert_alike(results: Inputs, expected: Inputs, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_is_that_of_the_general_kernel(case, dtype):
+    assert_forward_is_that_of_the_general_kernel(case, dtype)
+
+
+def assert_forward_is_that_of_the_general_kernel(case: Case, dtype: torch.dtype) -> None:
+    """And right."""
     inputs = inputs_of(case, dtype)
     results, expected = both(run, case, inputs)
     assert_alike(results, expected, dtype)
@@ -361,10 +366,15 @@ def test_what_the_general_kernel_takes(change):
     ids=["forward", "backward", "double_backward"],
 )
 def test_every_barrier_and_every_wait_is_needed(case, solve, count):
+    assert_every_barrier_and_every_wait_is_needed(case, solve, count, ROOM)
+
+
+def assert_every_barrier_and_every_wait_is_needed(case: Case, solve: Callable, count: int, room: int) -> None:
+    """Of at least ``count``, with ``room`` bytes of shared memory; one block has all the work of a head."""
     inputs = inputs_of(case, torch.bfloat16)
 
     def solved(dropped_site: str = "") -> tuple[Inputs, list[str]]:
-        with emulated.settings(dropped_site=dropped_site, table_blocks=1, shared_limit=ROOM):
+        with emulated.settings(dropped_site=dropped_site, table_blocks=1, shared_limit=room):
             return solve(case, inputs)
 
     expected, sites = solved()
