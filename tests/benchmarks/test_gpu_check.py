@@ -44,7 +44,7 @@ def cannot(run, stage):
 
 @pytest.fixture
 def check(tmp_path):
-    def run(minutes=0.2, load=load, **stages):
+    def run(minutes=1, load=load, **stages):
         made = {"load": (load, 60), **{name: (work, 60) for name, work in stages.items()}}
         arguments = ["--out", str(tmp_path), "--minutes", str(minutes), "--stages", ",".join(stages)]
         return gpu_check.main(arguments, made), Record.read(tmp_path / "gpu_check.json").more["stages"]
@@ -63,7 +63,7 @@ def test_a_stage_that_fails_takes_none_along(check, tmp_path):
 
 def test_what_hangs_is_ended_and_what_does_not_fit_is_listed(check):
     begin = time.monotonic()
-    status, stages = check(minutes=0.045, tests=hangs, peers=good)
+    status, stages = check(minutes=0.1, tests=hangs, peers=good)
     assert time.monotonic() - begin < 60  # not the 600 s of what hangs
     assert (stages["tests"]["status"], stages["tests"]["reason"]) == (OUT_OF_TIME, "out of time: sleeper")
     assert (stages["peers"]["status"], stages["peers"]["reason"]) == ("not run", OUT_OF_TIME)
@@ -310,7 +310,7 @@ def main(arguments):
 
 
 def test_tests_that_take_too_long_are_counted_as_far_as_they_went(tmp_path):
-    slow = "import pytest, time\n@pytest.mark.parametrize('n', range(200))\ndef test_x(target, n): time.sleep(0.5)\n"
+    slow = "import pytest, time\n@pytest.mark.parametrize('n', range(400))\ndef test_x(target, n): time.sleep(0.5)\n"
     (tmp_path / "test_slow.py").write_text(slow)
     (tmp_path / "conftest.py").write_text(
         "import pytest\n@pytest.fixture(params=['cpu-on-cpu'])\ndef target(request): pass\n"
@@ -320,12 +320,11 @@ def test_tests_that_take_too_long_are_counted_as_far_as_they_went(tmp_path):
     def load(run, stage):
         run.backends[:] = ["cpu"]
 
-    seconds = real.TEST_END + 12  # pytest starts within it on a busy machine too; all tests take 50
+    seconds = real.TEST_END + 24  # pytest starts within it on a busy machine too; all tests take 100
     gpu_check.main([*options, "--stages", "tests"], {"load": (load, 60), "tests": (real.tests, seconds)})
     stage = Record.read(tmp_path / "out" / "gpu_check.json").more["stages"]["tests"]
     assert stage["status"] == OUT_OF_TIME, stage
-    counts = stage["found"]["cpu"]
-    assert counts["passed"] + counts["not run"] == 200
+    assert sum(stage["found"]["cpu"].values()) == 400  # passed and not run, or none passed in time
 
 
 def test_the_sanitizer_watches_every_cuda_kernel_without_torch(tmp_path, monkeypatch):
