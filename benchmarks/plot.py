@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from .figures import OPERATORS
-from .record import Record, Row
+from .record import Record, Row, output_file
 
 ORDERS = {
     "forward": "forward", "backward": "forward + backward", "double": "gradient penalty (second order)",
@@ -137,12 +137,16 @@ def _finish(axis: Axes, result: Result, title: str, handles: list[Any]) -> None:
     )  # fmt: skip
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
-    parser.add_argument("figure", type=Path)
-    options = parser.parse_args()
-    draw(Record.read(options.result), options.figure)
+    parser.add_argument("figure", type=output_file)
+    options = parser.parse_args(arguments)
+    try:
+        record = Record.read(options.result)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    draw(record, options.figure)
 
 
 if __name__ == "__main__":

@@ -153,12 +153,16 @@ class Record:
 
     @staticmethod
     def read(path: Path) -> Record:
-        data = json.loads(path.read_text())
-        shapes = {shape["name"]: Shape.from_dict(shape) for shape in data.pop("shapes")}
-        rows, rates = [_from_dict(row, shapes) for row in data.pop("rows")], data.pop("rates")
-        record = Record(data.pop("environment"), data.pop("precision"), more=data)
-        if rates:
-            record.add(rows, Rates(**rates))
+        """Raises OSError where there is no such file, ValueError where it is no result."""
+        try:
+            data = json.loads(path.read_text())
+            shapes = {shape["name"]: Shape.from_dict(shape) for shape in data.pop("shapes")}
+            rows, rates = [_from_dict(row, shapes) for row in data.pop("rows")], data.pop("rates")
+            record = Record(data.pop("environment"), data.pop("precision"), more=data)
+            if rates:
+                record.add(rows, Rates(**rates))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no result of a benchmark: {type(error).__name__}: {error}") from None
         return record
 
 

@@ -225,10 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     stale = []
     for page in options.pages or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        text = page.read_text()
         try:
+            text = page.read_text()
             made = rewrite(text)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             print(f"tables: {page}: {error}", file=sys.stderr)
             return 2
         if made != text:

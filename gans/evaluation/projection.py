@@ -42,11 +42,11 @@ class ProjectionConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
-        if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}; it must be positive")
+        if not 0 < self.lr < math.inf:  # nor NaN
+            raise ValueError(f"lr is {self.lr}; it must be positive and finite")
         for name in ("noise", "pixels", "features"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite and not negative")
         if not self.pixels and not self.features:
             raise ValueError("pixels and features are 0; one of them must be positive")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +109,14 @@ class Schedule:
     """Decides initial weights, order and augmentation."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2 or self.lr <= 0 or not 0 < self.held_out < 1:
+        if self.epochs < 1 or self.batch < 2 or not 0 < self.held_out < 1:
             raise ValueError(
-                f"epochs ({self.epochs}) must be at least 1, batch ({self.batch}) at least 2, lr ({self.lr}) positive "
-                f"and held_out ({self.held_out}) between 0 and 1"
+                f"epochs ({self.epochs}) must be at least 1, batch ({self.batch}) at least 2 and held_out "
+                f"({self.held_out}) between 0 and 1"
+            )
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:  # nor NaN
+            raise ValueError(
+                f"lr ({self.lr}) must be positive and weight_decay ({self.weight_decay}) not negative, both finite"
             )
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import plot, tables
 from benchmarks.floors import Rates
 from benchmarks.memory import Memory
 from benchmarks.problem import ORDERS
@@ -175,3 +175,16 @@ def test_check_changes_nothing(tmp_path, capsys):
     assert tables.main(["--check", str(stale)]) == 0
     stale.write_text(page("figures none.json"))
     assert tables.main([str(stale)]) == 2
+
+
+def test_files_that_are_not_there_or_no_results(tmp_path, capsys):
+    assert tables.main([str(tmp_path / "none.md")]) == 2
+    assert "No such file" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    for result, message in {
+        "none.json": "No such file",
+        "other.json": "other.json is no result of a benchmark",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            plot.main([str(tmp_path / result), str(tmp_path / "figure.png")])
+        assert (stop.value.code, message in capsys.readouterr().err) == (2, True)

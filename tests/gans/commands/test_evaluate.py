@@ -409,3 +409,16 @@ def test_metrics_of_the_trainer(digits_judge):
             make_metric(choice, real)
     with pytest.raises(ValueError, match="needs at least 4"):
         Metric(real[:3], make_vectors("judge", judge=digits_judge))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": float("nan")}, r"lr \(nan\)"),
+        ({"weight_decay": -1.0}, r"weight_decay \(-1"),
+        ({"epochs": 0}, r"epochs \(0\)"),
+    ],
+)
+def test_schedules_of_a_judge_without_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        judge.Schedule(**change)

@@ -107,7 +107,9 @@ def test_the_image_is_read_as_training_reads_it(tiny, tiny_run, tmp_path, capsys
     [
         ({"steps": 0}, "steps is 0"),
         ({"lr": 0.0}, "lr is 0"),
+        ({"lr": float("nan")}, "lr is nan"),
         ({"noise": -1.0}, "noise is -1"),
+        ({"noise": float("inf")}, "noise is inf"),
         ({"pixels": 0.0}, "pixels and features are 0"),
     ],
 )
