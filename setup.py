@@ -32,11 +32,14 @@ ROOT = Path(__file__).parent.resolve()
 
 KERNELS = ("forward", "backward", "double_backward")
 CPU_KERNELS = (*KERNELS, "tangent")
-# csrc/cuda/narrow_*.cu and grid_*.cu, which are of half precision
+# csrc/cuda/narrow_*.cu, grid_*.cu and short_*.cu, which are of half precision
 NARROW_KERNELS = ("forward", "backward_key", "backward_query", "double_backward_key", "double_backward_query")
 GRID_KERNELS = ("forward", "backward")
-HALF_KERNELS = [f"narrow_{kernel}" for kernel in NARROW_KERNELS[::-1]] + [
-    f"grid_{kernel}" for kernel in GRID_KERNELS[::-1]
+SHORT_KERNELS = ("forward", "backward", "double_backward")
+HALF_KERNELS = [
+    f"{family}_{kernel}"
+    for family, kernels in [("narrow", NARROW_KERNELS), ("grid", GRID_KERNELS), ("short", SHORT_KERNELS)]
+    for kernel in kernels[::-1]
 ]
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 MINIMUM_TORCH = (2, 11)

@@ -394,10 +394,16 @@ std::vector<Case> grid_cases() {
   return cases;
 }
 
-// One number of channels for each that kernels pad to (HeadDims, NarrowDims and GridDims), most of them less than that.
+// And for short sequences.
+std::vector<Case> short_cases() {
+  return {{"short sequence", map(Kind::full, 2, 1, 1, 65, {}), false}, {"short sequence, l2", map(Kind::full, 2, 1, 1, 65, {}, true), false}};
+}
+
+// One number of channels for each that kernels pad to (HeadDims, NarrowDims, GridDims and ShortDims), most of them less than that.
 const int kChannels[] = {5, 16, 24, 64, 90, 128, 250};
 const int kNarrowChannels[] = {8, 16, 24};
 const int kGridChannels[] = {4, 16, 24, 64};
+const int kShortChannels[] = {24, 64, 72};
 
 int check_mode(const Mode& mode) {
   int wrong = 0;
@@ -433,6 +439,7 @@ int check_mode(const Mode& mode) {
     }
     int table = 0;
     for (const int channels : kGridChannels) run(grid_cases()[table++ % 2], channels, most);
+    for (const int channels : kShortChannels) run(short_cases()[channels / 8 % 2], channels, most);
   }
   return wrong;
 }

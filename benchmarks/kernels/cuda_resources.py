@@ -21,14 +21,14 @@ from natten_ext.backends import cuda
 REPORT = (cuda.library_folder() or Path(natten_ext.__file__).parent) / "cuda_resources.txt"
 
 # Of a block, at most: kThreads of csrc/cuda/kernel.h, which most of narrow windows' double backward has too; of their
-# others NarrowTile's. Kernels for grids say their own.
+# others NarrowTile's. Kernels for grids and short sequences say their own.
 THREADS, NARROW_THREADS = 128, 256
 
 _REGISTERS = 65536  # of a multiprocessor, since 3.5
 _MODES = {"4Half": "float16", "6Bfloat": "bfloat16", "ffLi1": "float32 (tf32)", "ffLi3": "float32", "ddLi0": "float64"}
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)a?'")
 _KERNEL = re.compile(r"attention_kernelI.*?4ModeI(.*?)EE?NS0_\d+(\w+?)ELi(\d+)ELb([01])E")
-_NARROW = re.compile(r"narrow_kernelINS0_\d+(\w+?)INS0_4ModeI(.*?)EELi(\d+)E(?:Lb([01])E)?")
+_NARROW = re.compile(r"(?:narrow|short)_kernelINS0_\d+(\w+?)INS0_4ModeI(.*?)EELi(\d+)E(?:Lb([01])E)?")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 
@@ -48,6 +48,8 @@ class Kernel:
     @property
     def warps(self) -> int:
         """Of a block, at most."""
+        if self.name.startswith("Short"):
+            return 5
         if self.name.startswith("Grid"):
             return 16 if self.name == "GridBackward" else 4 if self.head_dim <= 32 else 8
         small = self.name.startswith("NarrowDouble") and (self.name, self.head_dim) != ("NarrowDoubleBackwardKey", 32)

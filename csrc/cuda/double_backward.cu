@@ -361,7 +361,8 @@ struct DoubleBackwardKey {
 template <class M, bool General>
 void double_backward_query(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
   launch_all<M, DoubleBackwardQuery, General>(p, windows, context, [&](auto mode) {
-    return narrow_double_backward_query<decltype(mode)>(p, windows, context);
+    using Mode = decltype(mode);
+    return short_double_backward<Mode>(p, context) ? std::vector<HeadRange>{} : narrow_double_backward_query<Mode>(p, windows, context);
   });
 }
 template <class M, bool General>
@@ -370,7 +371,8 @@ void double_backward_key(const Params& p, const std::vector<WindowOf<General>>& 
     launch_key_heads<M, DoubleBackwardKey>(p, windows, context);
   } else {
     launch_all<M, DoubleBackwardKey, General>(p, windows, context, [&](auto mode) {
-      return narrow_double_backward_key<decltype(mode)>(p, windows, context);
+      using Mode = decltype(mode);
+      return short_double_backward_takes<Mode>(p, context) ? std::vector<HeadRange>{} : narrow_double_backward_key<Mode>(p, windows, context);
     });
   }
 }

@@ -62,6 +62,12 @@ template <class M> std::vector<HeadRange> narrow_double_backward_key(const Param
 template <class M> bool grid_forward(const Params&, const std::vector<Window>&, Context&);
 template <class M> bool grid_backward(const Params&, const std::vector<Window>&, Context&);
 template <class M> bool grid_backward_takes(const Params&, const std::vector<Window>&, const Context&);
+// The same for short sequences. The double backward is both sides, too.
+template <class M> bool short_forward(const Params&, Context&);
+template <class M> bool short_backward(const Params&, Context&);
+template <class M> bool short_backward_takes(const Params&, const Context&);
+template <class M> bool short_double_backward(const Params&, Context&);
+template <class M> bool short_double_backward_takes(const Params&, const Context&);
 template <class M> constexpr bool kHasNarrow = M::kTensor && sizeof(typename M::Element) == 2;
 
 // Bytes of shared memory that a block of an order needs at least.

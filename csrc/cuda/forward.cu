@@ -102,7 +102,8 @@ template <class M, bool General>
 void forward(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
   launch_all<M, Forward, General>(p, windows, context, [&](auto mode) {
     using Mode = decltype(mode);
-    return grid_forward<Mode>(p, windows, context) ? std::vector<HeadRange>{} : narrow_forward<Mode>(p, windows, context);
+    const bool done = short_forward<Mode>(p, context) || grid_forward<Mode>(p, windows, context);
+    return done ? std::vector<HeadRange>{} : narrow_forward<Mode>(p, windows, context);
   });
 }
 template <class M, bool General>

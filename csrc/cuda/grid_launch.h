@@ -15,7 +15,7 @@ struct GridBackwardDims : std::integer_sequence<int, 8, 16> {};
 // Fills in all but the heads. False: kernels for grids can't take the problem.
 template <class Element, int RowNumbers>
 bool prepare_grid(NarrowParams& n, const Params& p, const Window& w) {
-  if (p.kind != Kind::grid || w.kernel_y != kGridWindow || w.kernel_x != kGridWindow) return false;
+  if (p.kind != Kind::grid || p.l2 || w.kernel_y != kGridWindow || w.kernel_x != kGridWindow) return false;
   if (p.queries.height % kGridWindow != 0 || p.queries.width % kGridWindow != 0) return false;
   // Rows have whole chunks, or four channels.
   const int least = p.head_dim == 4 ? 8 : 16;

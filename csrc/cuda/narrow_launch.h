@@ -20,7 +20,7 @@ NATTEN_EXT_KERNEL(Kernel::Tile::kThreads, Kernel::kBlocksAtATime) narrow_kernel(
 template <class Element, int RowNumbers>
 bool prepare_tensors(NarrowParams& n, const Params& p, int kernel) {
   constexpr int kSize = sizeof(Element);
-  if (p.heads > UINT16_MAX || p.l2) return false;
+  if (p.heads > UINT16_MAX) return false;
   bool fits = int64_t{p.batch} * p.heads <= INT32_MAX;
   const auto steps_of = [&](const Rows& t, int size) {
     const auto bytes = [&](int64_t elements) {
@@ -56,7 +56,7 @@ bool prepare_tensors(NarrowParams& n, const Params& p, int kernel) {
 // Fills in all but the heads, for heads with the window `w`. False: kernels for narrow windows can't take them.
 template <class Element, int RowNumbers>
 bool prepare_narrow(NarrowParams& n, const Params& p, const Window& w) {
-  if (p.kind != Kind::neighborhood || p.vector_bytes != 16 || p.output_vector_bytes != 16) return false;
+  if (p.kind != Kind::neighborhood || p.l2 || p.vector_bytes != 16 || p.output_vector_bytes != 16) return false;
   if (w.kernel_y != kNarrowKernel || w.kernel_x != kNarrowKernel) return false;
   if (!prepare_tensors<Element, RowNumbers>(n, p, kNarrowKernel)) return false;
   n.dilation_y = w.dilation_y, n.dilation_x = w.dilation_x;

@@ -62,7 +62,8 @@ def test_every_kernel_is_reported(kernels):
     expected = ("Forward", "BackwardQuery", "BackwardKey", "DoubleBackwardQuery", "DoubleBackwardKey")
     narrow = [f"Narrow{kernel.title().replace('_', '')}" for kernel in setup.NARROW_KERNELS]
     grid = [f"Grid{kernel.title().replace('_', '')}" for kernel in setup.GRID_KERNELS]
-    expected += (*narrow, *(f"{name}Whole" for name in narrow), *grid)
+    short = [f"Short{kernel.title().replace('_', '')}" for kernel in setup.SHORT_KERNELS]
+    expected += (*narrow, *(f"{name}Whole" for name in narrow), *grid, *short)
     general = {(f"General{name}", "8.0") for name in ("Forward", "BackwardQuery", "BackwardKey")}
     assert names == general | {(name, capability) for name in expected for capability in CAPABILITIES}
     assert {kernel.dtype for kernel in kernels} == {"bfloat16", "float32 (tf32)", "float32"}
@@ -71,14 +72,15 @@ def test_every_kernel_is_reported(kernels):
 
 def test_nothing_spills(kernels):
     """But for what three blocks on a multiprocessor cost the double backward of narrow heads, several the derivatives
-    of narrow windows on newer GPUs, and rounding to TF32 the double backward of wide heads (a little), and splitting
-    float32 the backward of one width (a register or two)."""
+    of narrow windows and short sequences on newer GPUs, and rounding to TF32 the double backward of wide heads (a
+    little), and splitting float32 the backward of one width (a register or two)."""
     spilling = [kernel for kernel in kernels if kernel.spills or kernel.stack]
     assert all(
         (kernel.name.startswith("DoubleBackward") and kernel.head_dim == 8)
         or (kernel.name == "DoubleBackwardQuery" and kernel.dtype == "float32 (tf32)" and kernel.stack <= 16)
         or (kernel.name == "BackwardQuery" and kernel.dtype == "float32" and kernel.stack <= 8)
         or (kernel.name.startswith(("NarrowBackward", "NarrowDouble")) and kernel.capability == "10.0")
+        or (kernel.name.startswith("Short") and kernel.capability == "10.0" and kernel.stack <= 8)
         for kernel in spilling
     )
     assert all(kernel.stack <= 64 for kernel in spilling)
