@@ -402,7 +402,7 @@ std::vector<Case> short_cases() {
 // One number of channels for each that kernels pad to (HeadDims, NarrowDims, GridDims and ShortDims), most of them less than that.
 const int kChannels[] = {5, 16, 24, 64, 90, 128, 250};
 const int kNarrowChannels[] = {8, 16, 24};
-const int kGridChannels[] = {4, 16, 24, 64};
+const int kGridChannels[] = {4, 16, 24, 64, 72, 96};
 const int kShortChannels[] = {24, 64, 72};
 
 int check_mode(const Mode& mode) {

@@ -198,7 +198,8 @@ template <class M, bool General>
 void backward_query(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
   launch_all<M, BackwardQuery, General>(p, windows, context, [&](auto mode) {
     using Mode = decltype(mode);
-    const bool done = short_backward<Mode>(p, context) || grid_backward<Mode>(p, windows, context);
+    const bool done = short_backward<Mode>(p, context) || grid_backward<Mode>(p, windows, context) ||
+                    grid_wide_backward<Mode>(p, windows, context);
     return done ? std::vector<HeadRange>{} : narrow_backward_query<Mode>(p, windows, context);
   });
 }
@@ -209,7 +210,8 @@ void backward_key(const Params& p, const std::vector<WindowOf<General>>& windows
   } else {
     launch_all<M, BackwardKey, General>(p, windows, context, [&](auto mode) {
       using Mode = decltype(mode);
-      const bool done = short_backward_takes<Mode>(p, context) || grid_backward_takes<Mode>(p, windows, context);
+      const bool done = short_backward_takes<Mode>(p, context) || grid_backward_takes<Mode>(p, windows, context) ||
+                      grid_wide_backward_takes<Mode>(p, windows, context);
       return done ? std::vector<HeadRange>{} : narrow_backward_key<Mode>(p, windows, context);
     });
   }

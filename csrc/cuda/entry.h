@@ -62,6 +62,8 @@ template <class M> std::vector<HeadRange> narrow_double_backward_key(const Param
 template <class M> bool grid_forward(const Params&, const std::vector<Window>&, Context&);
 template <class M> bool grid_backward(const Params&, const std::vector<Window>&, Context&);
 template <class M> bool grid_backward_takes(const Params&, const std::vector<Window>&, const Context&);
+template <class M> bool grid_wide_backward(const Params&, const std::vector<Window>&, Context&);
+template <class M> bool grid_wide_backward_takes(const Params&, const std::vector<Window>&, const Context&);
 // The same for short sequences. The double backward is both sides, too.
 template <class M> bool short_forward(const Params&, Context&);
 template <class M> bool short_backward(const Params&, Context&);

@@ -17,7 +17,10 @@ struct GridTile {
   static constexpr int kDim = Dim, kWarps = Warps, kThreads = Warps * kWarp;
   static constexpr bool kWhole = false;
   static constexpr int kColumns = kGridWindow, kSlots = kGridWindow * kGridWindow;
-  static constexpr uint32_t kChunks = Dim / 8, kBytes = 16 * kChunks, kRowBytes = kColumns * kBytes;  // of a position; of a row of them
+  static constexpr uint32_t kChunks = Dim / 8;
+  // A power of two of chunks change places, as in narrow windows. Others have an odd pitch.
+  static constexpr bool kSwapped = (kChunks & (kChunks - 1)) == 0;
+  static constexpr uint32_t kBytes = 16 * (kSwapped ? kChunks : kChunks | 1), kRowBytes = kColumns * kBytes;  // of a position; of a row of them
   static constexpr Shared kRegion = kSlots * kBytes;  // a window of a tensor
   static constexpr int kGroups = kSlots / kWarpRows / Warps;  // of a warp
   // The table has two copies, the second one column to the left: so two adjacent entries are always one load.
@@ -27,7 +30,12 @@ struct GridTile {
   // Own rows lie from kOwn on, where narrow_frame.h looks for them.
   static constexpr Shared kKeys = 0, kValues = kRegion, kOwn = 2 * kRegion, kQueries = kOwn;
 
-  NATTEN_EXT_DEVICE static Shared place(uint32_t slot, uint32_t chunk) { return NarrowTile<Dim, false>::place(slot, chunk); }
+  NATTEN_EXT_DEVICE static Shared place(uint32_t slot, uint32_t chunk) {
+    if constexpr (kSwapped) return NarrowTile<Dim, false>::place(slot, chunk);
+    else return slot * kBytes + chunk * 16;
+  }
+  // From the place of a chunk to that of one `chunks` further, for the same even `chunks` of all.
+  NATTEN_EXT_DEVICE static Shared further(Shared place, uint32_t chunks) { return kSwapped ? place ^ 16 * chunks : place + 16 * chunks; }
 };
 
 // A window of a head.
@@ -61,12 +69,12 @@ NATTEN_EXT_DEVICE bool has_half_chunks(const NarrowParams& p) {
 template <class Tile, int Count>
 NATTEN_EXT_DEVICE void stage_grid_window(const NarrowParams& p, const GridWindow& window, const ByteRows* const (&tensors)[Count],
                                          const Shared (&regions)[Count]) {
-  constexpr int kPositions = Tile::kThreads / Tile::kChunks, kApart = kPositions / kGridWindow;
-  static_assert(kPositions % kGridWindow == 0);
+  constexpr int kMost = Tile::kThreads / Tile::kChunks / kGridWindow, kApart = kMost == 3 ? 2 : kMost;  // rows at a time
+  static_assert(kGridWindow % kApart == 0 || kApart > kGridWindow);
   const uint32_t chunk = narrow_thread() % Tile::kChunks, position = narrow_thread() / Tile::kChunks;
   const bool exists = 16 * chunk < p.head_bytes;
   const Shared to = Tile::place(position, chunk);
-  if (kApart > kGridWindow && position >= Tile::kSlots) return;
+  if (position >= (kApart > kGridWindow ? Tile::kSlots : kApart * kGridWindow)) return;
   NATTEN_EXT_UNROLL
   for (int i = 0; i < Count; ++i) {
     uint64_t from = forget(window.address(*tensors[i], position / kGridWindow, position % kGridWindow) + 16 * chunk);
@@ -93,12 +101,20 @@ NATTEN_EXT_DEVICE void fill_grid_table(const NarrowParams& p, int head, Shared t
   NATTEN_EXT_UNROLL
   for (float& entry : entries) entry = 0;
   if (p.bias.data != nullptr && column < Tile::kTableExtent) {
-    int64_t offset = head * p.bias.head + column * p.bias.x + first * p.bias.y;
-    NATTEN_EXT_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      if (first + i * Tile::kWarps < Tile::kTableExtent) entries[i] = table_entry<Element, float>(p.bias, offset);
-      offset += Tile::kWarps * p.bias.y;
-    }
+    const int64_t offset = head * p.bias.head + column * p.bias.x;
+    // Nothing that depends on a load stands between them.
+    const auto load = [&]<class Entry>() {
+      Entry loaded[kRows];
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const int row = lesser(first + i * Tile::kWarps, Tile::kTableExtent - 1);
+        loaded[i] = load_global(static_cast<const Entry*>(p.bias.data) + offset + row * p.bias.y);
+      }
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < kRows; ++i) entries[i] = widen(loaded[i]);
+    };
+    if (p.bias.is_float) load.template operator()<float>();
+    else load.template operator()<Element>();
   }
   const Shared to = table + first * Tile::kTableRow + column * static_cast<Shared>(sizeof(float));
   NATTEN_EXT_UNROLL
@@ -147,12 +163,14 @@ struct GridGroup {
     }
     sync_warp();
     constexpr uint32_t kRowsAtATime = kWarp / Tile::kChunks;
+    constexpr uint32_t kRowsThere = kRowsAtATime < kWarpRows ? kRowsAtATime : kWarpRows;
     const uint32_t first = lane / Tile::kChunks, chunk = lane % Tile::kChunks;
-    if (first >= kWarpRows || 16 * chunk >= p.head_bytes) return;
+    if (first >= kRowsThere || 16 * chunk >= p.head_bytes) return;
     const uint64_t origin = window.address(t, 0, x) + 16 * chunk;
     NATTEN_EXT_UNROLL
     for (uint32_t k = 0; k < kWarpRows; k += kRowsAtATime) {
       const uint32_t row = first + k;
+      if (kWarpRows % kRowsAtATime != 0 && row >= kWarpRows) return;
       const uint64_t to = advanced(advanced(origin, across(row), t.x), y + down(row), t.y);
       const Shared from = region + place(row, chunk);
       if (has_half_chunks<Tile>(p)) store_global(reinterpret_cast<uint64_t*>(to), load_shared<uint64_t>(from));

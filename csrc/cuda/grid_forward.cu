@@ -7,11 +7,11 @@ namespace natten_ext::cuda {
 template <class M, int Dim>
 struct GridForward {
   using Element = typename M::Element;
-  using Tile = GridTile<Dim, Dim <= 32 ? 4 : 8>;
+  using Tile = GridTile<Dim, Dim <= 32 ? 4 : Dim <= 64 ? 8 : 16>;
   using Group = GridGroup<Tile>;
   using Entries = GridEntries<Tile>;
-  static constexpr int kRows = Dim <= 16 ? 8 : Dim <= 32 ? 4 : 2;  // of keys, whose scores are in registers at a time
-  static constexpr int kBlocksAtATime = Dim <= 16 ? 4 : Dim <= 32 ? 3 : 2;  // on a multiprocessor
+  static constexpr int kRows = Dim <= 16 ? 8 : Dim <= 32 ? 4 : Dim <= 80 ? 2 : 1;  // of keys, whose scores are in registers at a time
+  static constexpr int kBlocksAtATime = Dim <= 16 ? 4 : Dim <= 32 ? 3 : Dim <= 64 ? 2 : 1;  // on a multiprocessor
   static constexpr Shared kTable = Tile::kOwn + Tile::kRegion;
   static constexpr uint32_t kShared = kTable + Tile::kTableBytes;
   static constexpr bool kTableGradient = false;

@@ -8,9 +8,11 @@ namespace natten_ext::cuda {
 
 // The widths of heads that there are kernels for.
 template <class M>
-struct GridDims : std::integer_sequence<int, 8, 16, 32, 64> {};
+struct GridDims : std::integer_sequence<int, 8, 16, 32, 64, 80, 96> {};
 template <class M>
 struct GridBackwardDims : std::integer_sequence<int, 8, 16> {};
+template <class M>
+struct GridWideBackwardDims : std::integer_sequence<int, 64, 80, 96> {};
 
 // Fills in all but the heads. False: kernels for grids can't take the problem.
 template <class Element, int RowNumbers>

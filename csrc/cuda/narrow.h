@@ -126,6 +126,7 @@ struct NarrowTile {
   NATTEN_EXT_DEVICE static Shared place(uint32_t slot, uint32_t chunk) {
     return slot * kBytes + ((chunk ^ slot * kChunks / 8 % kChunks) * 16);
   }
+  NATTEN_EXT_DEVICE static Shared further(Shared place, uint32_t chunks) { return place ^ 16 * chunks; }
 
  private:
   // Where a tile would begin that does begin there, or earlier so that it is full.

@@ -54,25 +54,27 @@ struct FrameScores {
   static constexpr int kChunks = Tile::kChunks, kBlocks = Blocks, kMatrices = kBlocks * kChunks;  // of a row
   static constexpr int kRowSlots = Tile::kWhole ? 8 * Blocks : Tile::kColumns;
   static constexpr int kLoads = kMatrices > 4 ? kMatrices / 4 : 1, kRowsAtATime = kMatrices < 4 ? 4 / kMatrices : 1;
+  static constexpr bool kHalves = kMatrices > 4 && kChunks % 4 != 0;  // a load has two chunks of both blocks, not four of one
   Shared address;
   uint32_t words[kLoads][4];
 
   // `region`: of keys or of values.
   NATTEN_EXT_DEVICE FrameScores(Shared region, uint32_t frame) {
     const uint32_t lane = narrow_lane(), matrix = lane / 8;
-    const uint32_t row = matrix / kMatrices, block = matrix / kChunks % kBlocks, chunk = matrix % kChunks;
+    const uint32_t row = matrix / kMatrices, block = matrix / (kHalves ? 2 : kChunks) % kBlocks, chunk = matrix % (kHalves ? 2 : kChunks);
     address = region + Tile::place(frame + row * kRowSlots + block * 8 + lane % 8, chunk);
   }
   // Loads frame row `row`, and what else comes with it.
   NATTEN_EXT_DEVICE void load(int row) {
     NATTEN_EXT_UNROLL
     for (int i = 0; i < kLoads; ++i) {
-      load_matrices(words[i], (address ^ 16 * (4 * i % kChunks)) + (row * kRowSlots + 4 * i / kChunks * 8) * Tile::kBytes);
+      const int further = kHalves ? 2 * i : 4 * i % kChunks, block = kHalves ? 0 : 4 * i / kChunks;
+      load_matrices(words[i], Tile::further(address, further) + (row * kRowSlots + block * 8) * Tile::kBytes);
     }
   }
   // A chunk of 8 rows of a block, `row` rows after the one that was asked for.
   NATTEN_EXT_DEVICE uint32_t word(int row, int block, int chunk) const {
-    const int matrix = (row * kBlocks + block) * kChunks + chunk;
+    const int matrix = kHalves ? chunk / 2 * 4 + block * 2 + chunk % 2 : (row * kBlocks + block) * kChunks + chunk;
     return words[matrix / 4][matrix % 4];
   }
 };
@@ -92,7 +94,7 @@ struct FrameResults {
   }
   NATTEN_EXT_DEVICE void load(int product) {
     NATTEN_EXT_UNROLL
-    for (int i = 0; i < kLoads; ++i) load_matrices_transposed(words[i], (address ^ 32 * i) + product * kSlots * Tile::kBytes);
+    for (int i = 0; i < kLoads; ++i) load_matrices_transposed(words[i], Tile::further(address, 2 * i) + product * kSlots * Tile::kBytes);
   }
   // Half of the rows in 8 channels, for a product not before the one that was asked for.
   NATTEN_EXT_DEVICE uint32_t word(int product, int chunk, int half) const {
@@ -116,7 +118,7 @@ struct NarrowLeft {
   // `address`: of chunk lane / 16 of row lane % 16.
   NATTEN_EXT_DEVICE void load_from(Shared address) {
     NATTEN_EXT_UNROLL
-    for (int k = 0; k < kSteps; ++k) load_matrices(a[k], address ^ 32 * k);
+    for (int k = 0; k < kSteps; ++k) load_matrices(a[k], Tile::further(address, 2 * k));
   }
   // c += a b for 8 right rows; `word(chunk)`: their chunks.
   template <class Word>

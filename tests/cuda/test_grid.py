@@ -56,9 +56,15 @@ CASES = {
     "several windows": grid(32, 16, 16, batch=2, heads=2),
     "without a table": grid(32, 32, bias=False),
     "half a chunk": grid(16, 32, 4, heads=3),
-    "wide": grid(16, 16, 64, heads=2),
+    "wide": grid(32, 16, 64, heads=2),
+    "of a discriminator": grid(16, 32, 72),
+    "widest": grid(16, 16, 96, bias=False),
 }  # fmt: skip
-SMALL = {name: CASES[name] for name in ("several windows", "half a chunk")}
+SMALL = {name: CASES[name] for name in ("several windows", "half a chunk", "wide")}
+# Backward of up to 16 channels, and of more.
+BOTH_WIDTHS = pytest.mark.parametrize(
+    "case", [CASES["several windows"], CASES["of a discriminator"]], ids=["narrow", "wide"]
+)
 EACH = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 EACH_SMALL = pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
 
@@ -74,16 +80,14 @@ def test_forward_is_that_of_the_general_kernel(case, dtype):
 @EACH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_are_those_of_the_general_kernel(case, dtype):
-    """With a gradient of the log-sum-exp, each from its own forward. The backward takes up to 16 channels."""
-    inputs = inputs_of(case, dtype)
-    results, taken = gradients(case, inputs)
-    assert bool(taken) == (case.head_dim <= 16)
-    expected, taken = gradients(case, unaligned(inputs))
-    assert not taken
+    """With a gradient of the log-sum-exp, each from its own forward."""
+    results, expected = both(gradients, case, inputs_of(case, dtype))
     assert_gradients_alike(results, expected, dtype)
 
 
-@pytest.mark.parametrize("case", [CASES["without a table"], grid(32, 32, 16, heads=2)], ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES["without a table"], grid(32, 32, 16, heads=2), grid(16, 32, 80, batch=2)], ids=str
+)
 def test_gradients_of_all_windows_in_one_block(case):
     """The same bits, but of the table's gradient, which is summed in another order."""
     inputs = inputs_of(case, torch.bfloat16)
@@ -95,9 +99,9 @@ def test_gradients_of_all_windows_in_one_block(case):
     assert_same_bits({n: results[n] for n in names}, {n: expected[n] for n in names})
 
 
+@BOTH_WIDTHS
 @pytest.mark.parametrize("wanted", range(4))
-def test_one_gradient_alone(wanted):
-    case = CASES["several windows"]
+def test_one_gradient_alone(case, wanted):
     inputs = inputs_of(case, torch.bfloat16)
     values, _ = run(case, inputs)
     arguments = [grad_output_of(case, inputs["query"]), None, *arguments_of(case, inputs)]
@@ -109,23 +113,31 @@ def test_one_gradient_alone(wanted):
     assert torch.equal(results[wanted], expected[wanted])
 
 
-def test_gradients_of_tables_in_float32_have_their_digits():
-    """dS is rounded for products, but the table's sums get what that leaves too."""
-    case = CASES["several windows"]
+@BOTH_WIDTHS
+def test_gradients_of_tables_in_float32_have_their_digits(case):
+    """dS is rounded for products, but the table's sums are not of what is left then."""
     inputs = inputs_of(case, torch.bfloat16)
     inputs["bias"] = inputs["bias"].float()
     results, expected = both(gradients, case, inputs)
     error = (results["bias"] - expected["bias"]).square().mean() / expected["bias"].square().mean()
-    assert error.sqrt() <= 5e-4
+    assert error.sqrt() <= 1e-3  # the general kernel's own; of rounded dS 2e-3
 
 
-def test_gradients_of_keys_do_not_lack_what_output_lost():
+@BOTH_WIDTHS
+def test_gradients_of_keys_do_not_lack_what_output_lost(case):
     """Outputs are rounded at the size of what values have in common, and so is D: sums of dS tell what it lacks."""
-    case = CASES["several windows"]
     inputs = inputs_of(case, torch.float16)
     inputs["value"] += 100
     results, expected = both(gradients, case, inputs)
     assert_gradients_alike({"key": results["key"]}, expected, torch.float16)
+
+
+def test_gradients_of_queries_do_not_get_what_keys_have_in_common():
+    case = CASES["of a discriminator"]
+    inputs = inputs_of(case, torch.bfloat16)
+    inputs["key"] += 100
+    results, expected = both(gradients, case, inputs)
+    assert_gradients_alike({"query": results["query"]}, expected, torch.bfloat16)
 
 
 def test_no_batch():
@@ -210,6 +222,10 @@ def test_what_the_general_kernel_takes(change):
         assert not run(grid(16, 16), inputs_of(grid(16, 16), torch.bfloat16))[1]
 
 
-@pytest.mark.parametrize(("solve", "count"), [(run, 5), (gradients, 8)], ids=["forward", "backward"])
-def test_every_barrier_and_every_wait_is_needed(solve, count):
-    assert_every_barrier_and_every_wait_is_needed(grid(16, 32, 16), solve, count, ROOM)
+@pytest.mark.parametrize(
+    ("head_dim", "solve", "count"),
+    [(16, run, 5), (16, gradients, 8), (72, gradients, 8)],
+    ids=["forward", "backward", "wide backward"],
+)
+def test_every_barrier_and_every_wait_is_needed(head_dim, solve, count):
+    assert_every_barrier_and_every_wait_is_needed(grid(16, 32, head_dim), solve, count, ROOM)
