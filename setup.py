@@ -34,7 +34,7 @@ KERNELS = ("forward", "backward", "double_backward")
 CPU_KERNELS = (*KERNELS, "tangent")
 # csrc/cuda/narrow_*.cu, grid_*.cu and short_*.cu, which are of half precision
 NARROW_KERNELS = ("forward", "backward_key", "backward_query", "double_backward_key", "double_backward_query")
-GRID_KERNELS = ("forward", "backward", "wide_backward")
+GRID_KERNELS = ("forward", "backward", "wide_backward", "double_backward_key", "double_backward_query")
 SHORT_KERNELS = ("forward", "backward", "double_backward")
 HALF_KERNELS = [
     f"{family}_{kernel}"

@@ -362,7 +362,8 @@ template <class M, bool General>
 void double_backward_query(const Params& p, const std::vector<WindowOf<General>>& windows, Context& context) {
   launch_all<M, DoubleBackwardQuery, General>(p, windows, context, [&](auto mode) {
     using Mode = decltype(mode);
-    return short_double_backward<Mode>(p, context) ? std::vector<HeadRange>{} : narrow_double_backward_query<Mode>(p, windows, context);
+    const bool taken = short_double_backward<Mode>(p, context) || grid_double_backward<Mode>(p, windows, context);
+    return taken ? std::vector<HeadRange>{} : narrow_double_backward_query<Mode>(p, windows, context);
   });
 }
 template <class M, bool General>
@@ -372,7 +373,8 @@ void double_backward_key(const Params& p, const std::vector<WindowOf<General>>& 
   } else {
     launch_all<M, DoubleBackwardKey, General>(p, windows, context, [&](auto mode) {
       using Mode = decltype(mode);
-      return short_double_backward_takes<Mode>(p, context) ? std::vector<HeadRange>{} : narrow_double_backward_key<Mode>(p, windows, context);
+      const bool taken = short_double_backward_takes<Mode>(p, context) || grid_double_backward_takes<Mode>(p, windows, context);
+      return taken ? std::vector<HeadRange>{} : narrow_double_backward_key<Mode>(p, windows, context);
     });
   }
 }

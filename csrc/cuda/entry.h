@@ -58,12 +58,16 @@ template <class M> std::vector<HeadRange> narrow_backward_query(const Params&, c
 template <class M> std::vector<HeadRange> narrow_backward_key(const Params&, const std::vector<Window>&, Context&);
 template <class M> std::vector<HeadRange> narrow_double_backward_query(const Params&, const std::vector<Window>&, Context&);
 template <class M> std::vector<HeadRange> narrow_double_backward_key(const Params&, const std::vector<Window>&, Context&);
-// The same for grids of 16 x 16 windows: whether they took all of it. The backward is both sides.
+// The same for grids of 16 x 16 windows: whether they took all of it. Derivatives are both sides.
 template <class M> bool grid_forward(const Params&, const std::vector<Window>&, Context&);
 template <class M> bool grid_backward(const Params&, const std::vector<Window>&, Context&);
 template <class M> bool grid_backward_takes(const Params&, const std::vector<Window>&, const Context&);
 template <class M> bool grid_wide_backward(const Params&, const std::vector<Window>&, Context&);
 template <class M> bool grid_wide_backward_takes(const Params&, const std::vector<Window>&, const Context&);
+template <class M> bool grid_double_backward(const Params&, const std::vector<Window>&, Context&);
+template <class M> bool grid_double_backward_takes(const Params&, const std::vector<Window>&, const Context&);
+template <class M> bool grid_double_backward_key(const Params&, const std::vector<Window>&, Context&);
+template <class M> bool grid_double_backward_key_takes(const Params&, const std::vector<Window>&, const Context&);
 // The same for short sequences. The double backward is both sides, too.
 template <class M> bool short_forward(const Params&, Context&);
 template <class M> bool short_backward(const Params&, Context&);

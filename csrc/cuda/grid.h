@@ -50,12 +50,19 @@ struct GridWindow {
   }
   // The place of a position of the window in a tensor.
   NATTEN_EXT_DEVICE uint64_t address(const ByteRows& t, int row, int column) const {
-    const uint64_t head_rows = advanced(advanced(reinterpret_cast<uint64_t>(t.data), batch, t.batch), head, t.head);
-    return advanced(advanced(head_rows, y + row, t.y), x + column, t.x);
+    return place(reinterpret_cast<uint64_t>(t.data), t, row, column);
   }
+  // The same as a pointer, from which the compiler knows that it is one to global memory.
+  NATTEN_EXT_DEVICE unsigned char* pointer(const ByteRows& t, int row, int column) const { return t.data + place(0, t, row, column); }
   // Index of a position into (batch, heads, queries).
   NATTEN_EXT_DEVICE uint64_t row_index(const NarrowParams& p, int row, int column) const {
     return multiply_add_wide(batch * p.heads + head, p.height * p.width, (y + row) * p.width + x + column);
+  }
+
+ private:
+  NATTEN_EXT_DEVICE uint64_t place(uint64_t origin, const ByteRows& t, int row, int column) const {
+    const uint64_t head_rows = advanced(advanced(origin, batch, t.batch), head, t.head);
+    return advanced(advanced(head_rows, y + row, t.y), x + column, t.x);
   }
 };
 

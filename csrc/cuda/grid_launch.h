@@ -13,6 +13,8 @@ template <class M>
 struct GridBackwardDims : std::integer_sequence<int, 8, 16> {};
 template <class M>
 struct GridWideBackwardDims : std::integer_sequence<int, 64, 80, 96> {};
+template <class M>
+struct GridDoubleBackwardDims : std::integer_sequence<int, 8, 16, 72, 96> {};
 
 // Fills in all but the heads. False: kernels for grids can't take the problem.
 template <class Element, int RowNumbers>

@@ -67,18 +67,20 @@ def test_every_kernel_is_reported(kernels):
     general = {(f"General{name}", "8.0") for name in ("Forward", "BackwardQuery", "BackwardKey")}
     assert names == general | {(name, capability) for name in expected for capability in CAPABILITIES}
     assert {kernel.dtype for kernel in kernels} == {"bfloat16", "float32 (tf32)", "float32"}
-    assert {kernel.head_dim for kernel in kernels} == {8, 16, 32, 64, 80, 96, 128, 256}
+    assert {kernel.head_dim for kernel in kernels} == {8, 16, 32, 64, 72, 80, 96, 128, 256}
 
 
 def test_nothing_spills(kernels):
     """But for what three blocks on a multiprocessor cost the double backward of narrow heads, several the derivatives
-    of narrow windows and short sequences on newer GPUs, and rounding to TF32 the double backward of wide heads (a
-    little), and splitting float32 the backward of one width (a register or two)."""
+    of narrow windows and short sequences on newer GPUs, the double backward of grids its widest heads (a few
+    registers), and rounding to TF32 the double backward of wide heads (a little), and splitting float32 the backward
+    of one width (a register or two)."""
     spilling = [kernel for kernel in kernels if kernel.spills or kernel.stack]
     assert all(
         (kernel.name.startswith("DoubleBackward") and kernel.head_dim == 8)
         or (kernel.name == "DoubleBackwardQuery" and kernel.dtype == "float32 (tf32)" and kernel.stack <= 16)
         or (kernel.name == "BackwardQuery" and kernel.dtype == "float32" and kernel.stack <= 8)
+        or (kernel.name.startswith("GridDouble") and kernel.head_dim == 96 and kernel.stack <= 48)
         or (kernel.name.startswith(("NarrowBackward", "NarrowDouble")) and kernel.capability == "10.0")
         or (kernel.name.startswith("Short") and kernel.capability == "10.0" and kernel.stack <= 8)
         for kernel in spilling
