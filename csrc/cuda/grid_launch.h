@@ -10,9 +10,9 @@ namespace natten_ext::cuda {
 template <class M>
 struct GridDims : std::integer_sequence<int, 8, 16, 32, 64, 80, 96> {};
 template <class M>
-struct GridBackwardDims : std::integer_sequence<int, 8, 16> {};
+struct GridBackwardDims : std::integer_sequence<int, 8> {};
 template <class M>
-struct GridWideBackwardDims : std::integer_sequence<int, 64, 80, 96> {};
+struct GridWideBackwardDims : std::integer_sequence<int, 16, 64, 80, 96> {};
 template <class M>
 struct GridDoubleBackwardDims : std::integer_sequence<int, 8, 16, 72, 96> {};
 
@@ -40,6 +40,7 @@ bool with_grid_kernel(const Params& p, const std::vector<Window>& windows, const
   with_padded(p.head_dim, dims, [&]<int Dim>() {
     using K = Kernel<M, Dim>;
     NarrowParams n{};
+    if (p.head_dim == 4 && Dim != 8) return;  // half of a chunk
     if (K::kShared > static_cast<uint32_t>(context.shared_limit)) return;
     if (!prepare_grid<typename M::Element, K::kRowNumbers>(n, p, windows[0])) return;
     takes = true;

@@ -1,10 +1,10 @@
-// Backward of grids of 16 x 16 windows (grid.h) in wide heads, both sides in one kernel.
+// Backward of grids of 16 x 16 windows (grid.h) in heads of more than 8 channels, both sides in one kernel.
 //
 // A block has a window, and each of its eight warps two rows of keys, whose gradients stay in its registers. It walks over the queries
 // twice, a row of them at a time:
-//   1. for the gradients of values, from scores and weights P;
+//   1. for the gradients of values, from scores and weights P; heads of up to 16 channels get them with the others;
 //   2. for all others. Sums of P dP over a warp's keys go to the other warps: so D is known in full before dS is rounded. dS adds to
-//      the gradients of keys and of the table, and goes to shared memory. Once four rows are there, each warp has half of the channels of
+//      the gradients of keys and of the table, and goes to shared memory. Once some rows are there, each warp has a share of the channels of
 //      the gradients of one of them. There is one barrier per row.
 // Outputs are not needed: D is the sum of P dP, less the gradient of the log-sum-exp.
 #include "grid_diagonals.h"
@@ -21,14 +21,16 @@ struct GridWideBackward {
   using Fragment = float[Tile::kChunks][4];
   using Products = float[2][2][4];  // of two rows of keys with both halves of a row of queries
   static constexpr int kChunks = Tile::kChunks, kSteps = Left::kSteps;
-  static constexpr int kBlocksAtATime = 1;  // on a multiprocessor
+  static constexpr bool kOnePass = Dim <= 16;  // all gradients in one walk, where registers have room for them
+  static constexpr int kBlocksAtATime = Dim <= 16 ? 2 : 1;  // on a multiprocessor
   static constexpr bool kTableGradient = true;
   static constexpr int kRowNumbers = 0;
 
   // Regions of a window's rows. Once a warp has its values in registers, nobody needs their region.
   static constexpr Shared kKeys = 0, kQueries = Tile::kRegion, kGradOutputs = 2 * Tile::kRegion, kValues = 3 * Tile::kRegion;
   // dS of some rows of queries, and of the one after: rows of keys, as those of a tensor with 16 channels.
-  static constexpr int kTogether = Dim > 80 ? 2 : 4, kShares = Tile::kWarps / kTogether;  // rows of gradients at a time; in how many shares of channels
+  static constexpr int kTogether = Dim > 80 ? 2 : 4;                                // rows of gradients at a time
+  static constexpr int kShares = Dim <= 16 ? 1 : Tile::kWarps / kTogether;  // in how many shares of channels
   static constexpr int kShare = kChunks / kShares;
   static_assert(kChunks % kShares == 0);
   using Pairs = GridTile<kGridWindow, Tile::kWarps>;
@@ -48,6 +50,12 @@ struct GridWideBackward {
   struct alignas(8) Pair {
     float e[2];
   };
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr bool kRuns = kShared <= 163 * 1024;  // there is no more, so the host never launches it
+#else
+  static constexpr bool kRuns = true;
+#endif
+
   Fragment sums[2];
 
   NATTEN_EXT_DEVICE static int warp() { return static_cast<int>(narrow_thread() / kWarp); }
@@ -64,9 +72,8 @@ struct GridWideBackward {
     for (int b = 0; b < 2; ++b) numbers[b] = load_shared<Pair>(number(which, row * kGridWindow + 8 * b + narrow_lane() % 4 * 2));
   }
 
-  static_assert(kShared > 163 * 1024);
   NATTEN_EXT_DEVICE static void run(const NarrowParams& p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // others have less shared memory, and never run it
+    if constexpr (!kRuns) return;
     const int head = p.head[narrow_launch_head(p)];
     Diagonals::clear_sums();
     const int first = narrow_block_of_head(p);
@@ -84,7 +91,6 @@ struct GridWideBackward {
       sync_block();  // shared memory is free again
     }
     if (p.table_partials != nullptr) Diagonals::write(p);
-#endif
   }
 
   NATTEN_EXT_DEVICE static void stage_numbers(const NarrowParams& p, const GridWindow& window) {
@@ -113,7 +119,7 @@ struct GridWideBackward {
       return room;
     }
   };
-  static constexpr bool kKeysHeld = Dim <= 80;  // as far as registers go
+  static constexpr bool kKeysHeld = Dim > 16 && Dim <= 80;  // as far as registers go
   // Of own rows of keys or values with a row of queries or gradients of outputs.
   template <bool Held>
   NATTEN_EXT_DEVICE static void multiply_rows(Products& c, const OwnRows<Held>& own, Shared rows) {
@@ -132,7 +138,7 @@ struct GridWideBackward {
     }
   }
   // Adds weights times a row of queries or gradients of outputs.
-  NATTEN_EXT_DEVICE void add_rows(const uint32_t (&weights)[2][4], Shared rows) {
+  NATTEN_EXT_DEVICE static void add_rows(Fragment (&sums)[2], const uint32_t (&weights)[2][4], Shared rows) {
     NATTEN_EXT_UNROLL
     for (int k = 0; k < kSteps; ++k) {
       uint32_t words[4];
@@ -182,7 +188,7 @@ struct GridWideBackward {
   // ------------------------------------------------------------------------------------------ values
 
   NATTEN_EXT_DEVICE void attend_values(const NarrowParams& p, const GridWindow& window) {
-    if (p.grad_value.data == nullptr) return;
+    if (kOnePass || p.grad_value.data == nullptr) return;
     clear(sums[0]), clear(sums[1]);
     const OwnRows<true> keys(kKeys);
     Entries entries;
@@ -193,7 +199,7 @@ struct GridWideBackward {
       uint32_t packed[2][4];
       NATTEN_EXT_UNROLL
       for (int r = 0; r < 2; ++r) pack_weights<Element>(packed[r], weights[r]);
-      add_rows(packed, kGradOutputs + row * Tile::kRowBytes + sum_place());
+      add_rows(sums, packed, kGradOutputs + row * Tile::kRowBytes + sum_place());
     }
   }
 
@@ -202,7 +208,9 @@ struct GridWideBackward {
   NATTEN_EXT_DEVICE void attend(const NarrowParams& p, const GridWindow& window) {
     const OwnRows<true> values(kValues);
     const OwnRows<kKeysHeld> keys(kKeys);
-    if (p.grad_value.data != nullptr) {
+    Fragment value_sums[2];
+    clear(value_sums[0]), clear(value_sums[1]);
+    if (!kOnePass && p.grad_value.data != nullptr) {
       NATTEN_EXT_UNROLL
       for (int r = 0; r < 2; ++r) own_row(r).template write<Element>(sums[r], {1, 1}, p, window, p.grad_value, kValues);
     }
@@ -215,6 +223,12 @@ struct GridWideBackward {
       load_weights(p, weights, entries, keys, row);
       multiply_rows(gradients, values, kGradOutputs + row * Tile::kRowBytes + score_place());
       send_sums(weights, gradients, row);
+      if constexpr (kOnePass) {
+        uint32_t packed[2][4];
+        NATTEN_EXT_UNROLL
+        for (int r = 0; r < 2; ++r) pack_weights<Element>(packed[r], weights[r]);
+        add_rows(value_sums, packed, kGradOutputs + row * Tile::kRowBytes + sum_place());
+      }
       sync_block();
       finish_gradients(weights, gradients, row);
       uint32_t packed[2][4];
@@ -225,7 +239,7 @@ struct GridWideBackward {
         store_matrices(pairs(row) + Pairs::place((2 * warp() + r) * kGridWindow + lane % 16, lane / 16), packed[r]);
       }
       if (p.table_partials != nullptr) diagonals.add(gradients, 2 * warp(), row);
-      add_rows(packed, kQueries + row * Tile::kRowBytes + sum_place());
+      add_rows(sums, packed, kQueries + row * Tile::kRowBytes + sum_place());
       if (row > 0 && row % kTogether == 0) attend_queries(p, window, row - kTogether);
     }
     if (p.table_partials != nullptr) diagonals.add_last(2 * warp());
@@ -233,6 +247,10 @@ struct GridWideBackward {
     if (p.grad_key.data != nullptr) {
       NATTEN_EXT_UNROLL
       for (int r = 0; r < 2; ++r) own_row(r).template write<Element>(sums[r], {p.scale, p.scale}, p, window, p.grad_key, kGradOutputs);
+    }
+    if (kOnePass && p.grad_value.data != nullptr) {
+      NATTEN_EXT_UNROLL
+      for (int r = 0; r < 2; ++r) own_row(r).template write<Element>(value_sums[r], {1, 1}, p, window, p.grad_value, kGradOutputs);
     }
     attend_queries(p, window, kGridWindow - kTogether);
     if (p.table_partials != nullptr) Diagonals::add_window();
@@ -292,7 +310,7 @@ struct GridWideBackward {
   // A warp adds a share of the channels of the gradients of one row of queries, of those from `first` on, from dS of all keys. What the
   // rows of dS sum to, but for the gradient of the log-sum-exp, is left over from rounding: see subtract_rows in rows.h.
   NATTEN_EXT_DEVICE static void attend_queries(const NarrowParams& p, const GridWindow& window, int first) {
-    if (p.grad_query.data == nullptr) return;
+    if (p.grad_query.data == nullptr || (kTogether * kShares < Tile::kWarps && warp() >= kTogether * kShares)) return;
     struct alignas(4) Two {
       Element e[2];
     };

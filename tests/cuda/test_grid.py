@@ -61,9 +61,11 @@ CASES = {
     "widest": grid(16, 16, 96, bias=False),
 }  # fmt: skip
 SMALL = {name: CASES[name] for name in ("several windows", "half a chunk", "wide")}
-# Backward of up to 16 channels, and of more.
-BOTH_WIDTHS = pytest.mark.parametrize(
-    "case", [CASES["several windows"], CASES["of a discriminator"]], ids=["narrow", "wide"]
+# Of the backward of 8 channels, of 16, and of more.
+EACH_BACKWARD = pytest.mark.parametrize(
+    "case",
+    [grid(16, 32, heads=2), CASES["several windows"], CASES["of a discriminator"]],
+    ids=["8 channels", "16 channels", "72 channels"],
 )
 EACH = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 EACH_SMALL = pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
@@ -99,7 +101,7 @@ def test_gradients_of_all_windows_in_one_block(case):
     assert_same_bits({n: results[n] for n in names}, {n: expected[n] for n in names})
 
 
-@BOTH_WIDTHS
+@EACH_BACKWARD
 @pytest.mark.parametrize("wanted", range(4))
 def test_one_gradient_alone(case, wanted):
     inputs = inputs_of(case, torch.bfloat16)
@@ -113,7 +115,7 @@ def test_one_gradient_alone(case, wanted):
     assert torch.equal(results[wanted], expected[wanted])
 
 
-@BOTH_WIDTHS
+@EACH_BACKWARD
 def test_gradients_of_tables_in_float32_have_their_digits(case):
     """dS is rounded for products, but the table's sums are not of what is left then."""
     inputs = inputs_of(case, torch.bfloat16)
@@ -123,7 +125,7 @@ def test_gradients_of_tables_in_float32_have_their_digits(case):
     assert error.sqrt() <= 1e-3  # the general kernel's own; of rounded dS 2e-3
 
 
-@BOTH_WIDTHS
+@EACH_BACKWARD
 def test_gradients_of_keys_do_not_lack_what_output_lost(case):
     """Outputs are rounded at the size of what values have in common, and so is D: sums of dS tell what it lacks."""
     inputs = inputs_of(case, torch.float16)
@@ -224,8 +226,8 @@ def test_what_the_general_kernel_takes(change):
 
 @pytest.mark.parametrize(
     ("head_dim", "solve", "count"),
-    [(16, run, 5), (16, gradients, 8), (72, gradients, 8)],
-    ids=["forward", "backward", "wide backward"],
+    [(16, run, 5), (8, gradients, 8), (16, gradients, 8), (72, gradients, 8)],
+    ids=["forward", "backward of 8 channels", "of 16", "of 72"],
 )
 def test_every_barrier_and_every_wait_is_needed(head_dim, solve, count):
     assert_every_barrier_and_every_wait_is_needed(grid(16, 32, head_dim), solve, count, ROOM)
