@@ -69,6 +69,12 @@ NATTEN_EXT_DEVICE void hold_back_loads() { __syncwarp(); }
 // The same where that does not help: false for a number that is not negative, which the compiler does not know. A branch on it
 // ends what loads are moved across.
 NATTEN_EXT_DEVICE bool never(float not_negative) { return __any_sync(0xffffffffu, not_negative < 0); }
+// Whether that has to be asked more often: for compute capability 10 the compiler loads further ahead, and spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kLoadsFarAhead = true;
+#else
+constexpr bool kLoadsFarAhead = false;
+#endif
 
 NATTEN_EXT_DEVICE int thread_index() { return threadIdx.x; }
 NATTEN_EXT_DEVICE int block_threads() { return blockDim.x; }

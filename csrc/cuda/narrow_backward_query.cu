@@ -20,7 +20,7 @@ struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowT
 #endif
   static constexpr int kRowNumbers = 4;
   static constexpr bool kKeepsTile = Dim == 8;
-  static constexpr int kTogether = Whole ? kRows : 2;  // rows that may be loaded ahead, as far as registers go
+  static constexpr int kTogether = kLoadsFarAhead ? 1 : Whole ? kRows : 2;  // rows that may be loaded ahead, as far as registers go
 
   typename Queries::Sums results;
 

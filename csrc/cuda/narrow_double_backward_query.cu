@@ -34,7 +34,7 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
 #endif
   static constexpr int kRowNumbers = 8;
   static constexpr bool kKeepsTile = false;
-  static constexpr int kTogether = Dim == 32 && !Whole ? 1 : 2;  // rows that may be loaded ahead, as far as registers go
+  static constexpr int kTogether = (kLoadsFarAhead && Dim == 8) || (Dim == 32 && !Whole) ? 1 : 2;  // rows that may be loaded ahead, as far as registers go
 
   NarrowLeft<M, Tile> cot_query;
   float y[2], r[2], t[2];

@@ -261,6 +261,7 @@ struct NarrowKeys {
       grad_key.add(query_rows, r, terms.of_query(), columns);
       if constexpr (Second) first.add_to(grad_key.acc, cot_query_rows, r, terms.dp, columns);
       lower[0] = upper[0], lower[1] = upper[1];
+      if (kLoadsFarAhead && !Second && never(terms.s[0])) return;
       hold_back_loads();
     }
   }

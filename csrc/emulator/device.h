@@ -25,6 +25,7 @@ inline uint64_t forget(uint64_t number) { return number; }
 inline float forget(float number) { return number; }
 inline void hold_back_loads() {}
 inline bool never(float) { return false; }
+constexpr bool kLoadsFarAhead = false;
 
 inline int thread_index() { return emulator::place().thread; }
 inline int block_threads() { return emulator::place().threads; }
