@@ -4,6 +4,7 @@ the general kernels do."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -138,8 +139,11 @@ def test_gradients_of_queries_do_not_get_what_keys_have_in_common():
     case = CASES["of a discriminator"]
     inputs = inputs_of(case, torch.bfloat16)
     inputs["key"] += 100
-    results, expected = both(gradients, case, inputs)
-    assert_gradients_alike({"query": results["query"]}, expected, torch.bfloat16)
+    of_output = partial(gradients, of_lse=False)  # the log-sum-exp's, the keys themselves, would hide the others
+    results, expected = both(of_output, case, inputs)
+    exact, _ = of_output(case, {name: x.double() for name, x in inputs.items()})
+    new, general = ((each["query"] - exact["query"]).square().mean().sqrt() for each in (results, expected))
+    assert new < 1.1 * general
 
 
 def test_no_batch():

@@ -114,12 +114,12 @@ def both(compute: Callable, case: Case, inputs: Inputs) -> tuple[Inputs, Inputs]
     return results, expected
 
 
-def gradients(case: Case, inputs: Inputs) -> tuple[Inputs, list[str]]:
-    """Gradients of output and log-sum-exp, of the inputs by name, and likewise."""
+def gradients(case: Case, inputs: Inputs, of_lse: bool = True) -> tuple[Inputs, list[str]]:
+    """Gradients of output and, ``of_lse``, log-sum-exp, of the inputs by name, and likewise."""
     values, _ = run(case, inputs)
     grad_output = grad_output_of(case, inputs["query"])
     natural = values["natural"]
-    grad_lse = torch.linspace(-1, 1, natural.numel()).view_as(natural)
+    grad_lse = torch.linspace(-1, 1, natural.numel()).view_as(natural) if of_lse else None
     narrow_sites()
     results = OPERATORS["cuda"].backward(
         grad_output, grad_lse, *arguments_of(case, inputs), values["output"], values["lse"],
