@@ -144,9 +144,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         record = Record.read(options.result)
+        if not record.rows:
+            raise ValueError(f"{options.result} has no times to draw")
+        draw(record, options.figure)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    draw(record, options.figure)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,8 @@ PENALTIES = ("penalty-accuracy", "penalty-cost", "penalty-curves")
 def make(description: str, root: Path = ROOT) -> str:
     """The table that a comment describes. Raises ValueError for an unknown kind, or where there is no such file."""
     kind, _, pattern = description.partition(" ")
+    if not pattern or Path(pattern).is_absolute():
+        raise ValueError(f"table {kind}: the file must be a path relative to the repository, got {pattern!r}")
     paths = sorted(root.glob(pattern))
     if kind == "ran":
         return ran_table([record for path in paths if "gpu" in (record := Record.read(path)).environment])
@@ -205,7 +207,10 @@ def make(description: str, root: Path = ROOT) -> str:
         from .penalties.page import TABLES  # which makes its tables with `table`
 
         part = kind.removeprefix("penalty-")
-        return TABLES[part](json.loads(paths[0].read_text())[part]["rows"])
+        study = json.loads(paths[0].read_text())
+        if part not in study:
+            raise ValueError(f"table {kind}: {pattern} is no result of benchmarks.penalty_study")
+        return TABLES[part](study[part]["rows"])
     return ONE_FILE[kind](Record.read(paths[0]))
 
 
@@ -228,13 +233,13 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             text = page.read_text()
             made = rewrite(text)
+            if made != text:
+                stale.append(page)
+                if not options.check:
+                    page.write_text(made)
         except (OSError, ValueError) as error:
             print(f"tables: {page}: {error}", file=sys.stderr)
             return 2
-        if made != text:
-            stale.append(page)
-            if not options.check:
-                page.write_text(made)
     for page in stale:
         print(f"{'out of date' if options.check else 'rewritten'}: {page}")
     return 1 if stale and options.check else 0

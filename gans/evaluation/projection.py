@@ -135,5 +135,13 @@ def project(
         optimizer.step()
         losses.append(loss.item())
         report(step, losses[-1], images.detach())
+        if not math.isfinite(losses[-1]):
+            break
     with torch.no_grad():
-        return Projection("w" if mapped else "z", code.detach(), image_of(code).detach(), losses)
+        image = image_of(code).detach()
+    if not math.isfinite(losses[-1]) or not image.isfinite().all():
+        raise ValueError(
+            f"step {len(losses)} led to numbers that are not finite (loss {losses[-1]}): lr is {config.lr}, pixels "
+            f"{config.pixels} and features {config.features}; lower them"
+        )
+    return Projection("w" if mapped else "z", code.detach(), image, losses)

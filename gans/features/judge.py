@@ -158,7 +158,8 @@ def train_judge(
     held = round(schedule.held_out * len(images))
     if held < 1 or len(images) - held < schedule.batch:
         raise ValueError(
-            f"{len(images)} images are too few: {held} held out, and the rest must fill a batch of {schedule.batch}"
+            f"{len(images)} images are too few: {held} held out, of which there must be one, and the rest must fill a "
+            f"batch of {schedule.batch}"
         )
     shuffler = torch.Generator().manual_seed(schedule.seed)
     order = torch.randperm(len(images), generator=shuffler)
@@ -191,6 +192,11 @@ def train_judge(
                 cycle.step()
                 losses.append(loss.detach())
             mean = float(torch.stack(losses).mean())
+            if not math.isfinite(mean) or not all(weights.isfinite().all() for weights in judge.parameters()):
+                raise ValueError(
+                    f"epoch {epoch} led to numbers that are not finite (loss {mean}): lr is {schedule.lr} and "
+                    f"weight_decay {schedule.weight_decay}; lower them"
+                )
             judge.eval()
             with torch.no_grad():
                 right = 0

@@ -156,6 +156,8 @@ def test_what_each_library_can_do():
         (page("dance gpu_h100.json"), "got 'dance'"),
         (page("figures gpu_*.json"), "'gpu_\\*.json' must be one file, it is 2"),
         (page("figures none.json"), "must be one file, it is 0"),
+        (page("speed /none.json"), "relative to the repository, got '/none.json'"),
+        (page("penalty-curves gpu_h100.json"), "no result of benchmarks.penalty_study"),
         ("<!-- table: ran x.json -->\nno end", "has no '<!-- end of table -->'"),
     ],
 )
@@ -181,10 +183,13 @@ def test_files_that_are_not_there_or_no_results(tmp_path, capsys):
     assert tables.main([str(tmp_path / "none.md")]) == 2
     assert "No such file" in capsys.readouterr().err
     (tmp_path / "other.json").write_text('{"rows": []}')
-    for result, message in {
+    Record({}, "float32").write(tmp_path / "empty.json")
+    messages = {
         "none.json": "No such file",
         "other.json": "other.json is no result of a benchmark",
-    }.items():
+        "empty.json": "has no times to draw",
+    }
+    for result, message in messages.items():
         with pytest.raises(SystemExit) as stop:
             plot.main([str(tmp_path / result), str(tmp_path / "figure.png")])
         assert (stop.value.code, message in capsys.readouterr().err) == (2, True)

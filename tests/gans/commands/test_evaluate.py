@@ -143,6 +143,14 @@ def test_judge_learns_rotations_and_repeats_itself():
         assert torch.equal(a, b)
 
 
+def test_a_judge_that_is_not_finite_is_none():
+    images = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
+    config = judge.JudgeConfig(size=8, channels=1, classes=4, width=8, features=32)
+    schedule = judge.Schedule(epochs=1, batch=16, weight_decay=1e300)
+    with pytest.raises(ValueError, match=r"epoch 1 led to numbers that are not finite .*weight_decay 1e\+300"):
+        judge.train_judge(config, schedule, images, None, device=torch.device("cpu"))
+
+
 def test_judge_augmentation_keeps_pixels():
     torch.manual_seed(0)
     images = torch.rand(50, 1, 16, 16)

@@ -102,6 +102,14 @@ def test_the_image_is_read_as_training_reads_it(tiny, tiny_run, tmp_path, capsys
     assert f"cannot read image '{tmp_path}/notes.png': Pillow knows no such format" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_is_not_finite_is_no_projection(tiny, steps):
+    generator = build(tiny.generator).eval().requires_grad_(False)
+    target = torch.zeros_like(generator(torch.randn(1, 6)))
+    with pytest.raises(ValueError, match=r"not finite .*lr is 1e\+36"):
+        project(generator, target, replace(CONFIG, steps=steps, lr=1e36))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
