@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 
+import natten_ext
 from tests.operators.cases import Case, Inputs, cotangents_of, derivatives, forward, grad_output_of, inputs_of
 
+NEEDED = pytest.mark.skipif(
+    not any(status.name == "cuda" and status.available for status in natten_ext.list_backends()),
+    reason="the cuda backend is not emulated here",
+)
 SHARED_LIMIT = 99 * 1024
+H100_SHARED = 227 * 1024  # bytes of shared memory that an H100 gives a block
 TABLE_BLOCKS = 2048
 
 

@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 
-import natten_ext
 from natten_ext.operators import OPERATORS
 from tests.cuda import emulated
 from tests.cuda.test_narrow import (
@@ -33,18 +32,7 @@ from tests.operators.cases import (
     inputs_of,
 )
 
-pytestmark = pytest.mark.skipif(
-    not any(status.name == "cuda" and status.available for status in natten_ext.list_backends()),
-    reason="the cuda backend is not emulated here",
-)
-
-ROOM = 227 * 1024  # bytes of shared memory, as an H100
-
-
-@pytest.fixture(autouse=True)
-def room():
-    with emulated.settings(shared_limit=ROOM):
-        yield
+pytestmark = [emulated.NEEDED, pytest.mark.usefixtures("h100")]
 
 
 def grid(height: int, width: int, head_dim: int = 8, heads: int = 1, batch: int = 1, **settings) -> Case:
@@ -95,7 +83,7 @@ def test_gradients_of_all_windows_in_one_block(case):
     """The same bits, but of the table's gradient, which is summed in another order."""
     inputs = inputs_of(case, torch.bfloat16)
     expected, _ = gradients(case, inputs)
-    with emulated.settings(shared_limit=ROOM, order=1, table_blocks=1):
+    with emulated.settings(shared_limit=emulated.H100_SHARED, order=1, table_blocks=1):
         results, _ = gradients(case, inputs)
     assert_gradients_alike(results, expected, torch.bfloat16)
     names = ("query", "key", "value")
@@ -212,7 +200,7 @@ def test_any_strides_and_any_order_of_warps(case):
     inputs = inputs_of(case, torch.bfloat16)
     expected, _ = run(case, inputs)
     inner = {n: x.transpose(1, 3).contiguous().transpose(1, 3) for n, x in inputs.items() if n != "bias"}
-    with emulated.settings(shared_limit=ROOM, order=1, table_blocks=1):
+    with emulated.settings(shared_limit=emulated.H100_SHARED, order=1, table_blocks=1):
         results, narrow = run(case, inner | {"bias": inputs["bias"].float().mT.contiguous().mT})
     assert narrow
     assert_same_bits(results, expected)
@@ -234,4 +222,4 @@ def test_what_the_general_kernel_takes(change):
     ids=["forward", "backward of 8 channels", "of 16", "of 72"],
 )
 def test_every_barrier_and_every_wait_is_needed(head_dim, solve, count):
-    assert_every_barrier_and_every_wait_is_needed(grid(16, 32, head_dim), solve, count, ROOM)
+    assert_every_barrier_and_every_wait_is_needed(grid(16, 32, head_dim), solve, count, emulated.H100_SHARED)

@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import natten_ext
 from tests.cuda import emulated
-from tests.cuda.test_grid import ROOM, grid
+from tests.cuda.test_grid import grid
 from tests.cuda.test_narrow import (
     DTYPES,
     all_cotangents,
@@ -24,16 +23,7 @@ from tests.cuda.test_narrow import (
 from tests.operators.budget import assert_same_bits
 from tests.operators.cases import cotangents_of, inputs_of
 
-pytestmark = pytest.mark.skipif(
-    not any(status.name == "cuda" and status.available for status in natten_ext.list_backends()),
-    reason="the cuda backend is not emulated here",
-)
-
-
-@pytest.fixture(autouse=True)
-def room():
-    with emulated.settings(shared_limit=ROOM):
-        yield
+pytestmark = [emulated.NEEDED, pytest.mark.usefixtures("h100")]
 
 
 CASES = {
@@ -59,7 +49,7 @@ def test_all_windows_in_one_block(case):
     """The same bits, but of the table's gradient, which is summed in another order."""
     inputs = inputs_of(case, torch.bfloat16)
     expected, _ = second_gradients(case, inputs)
-    with emulated.settings(shared_limit=ROOM, order=1, table_blocks=1):
+    with emulated.settings(shared_limit=emulated.H100_SHARED, order=1, table_blocks=1):
         results, _ = second_gradients(case, inputs)
     assert_gradients_alike(results, expected, torch.bfloat16)
     results.pop("bias"), expected.pop("bias")
@@ -140,4 +130,4 @@ def test_gradients_of_tables_in_float32_have_their_digits():
 
 
 def test_every_barrier_and_every_wait_is_needed():
-    assert_every_barrier_and_every_wait_is_needed(grid(16, 32), second_gradients, 7, ROOM)
+    assert_every_barrier_and_every_wait_is_needed(grid(16, 32), second_gradients, 7, emulated.H100_SHARED)

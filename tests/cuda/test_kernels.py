@@ -23,10 +23,7 @@ from tests.operators.cases import (
 from tests.operators.conftest import Target
 from tests.operators.test_forward_mode import tangent_of
 
-pytestmark = pytest.mark.skipif(
-    not any(status.name == "cuda" and status.available for status in natten_ext.list_backends()),
-    reason="the cuda backend is not emulated here",
-)
+pytestmark = emulated.NEEDED
 
 # Several tiles in both directions, halos larger than a piece, dilated classes of different sizes.
 LARGER = [

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import natten_ext
 from natten_ext.operators import OPERATORS
 from tests.cuda import emulated
 from tests.operators.budget import assert_same_bits
@@ -26,10 +25,7 @@ from tests.operators.cases import (
     ulp,
 )
 
-pytestmark = pytest.mark.skipif(
-    not any(status.name == "cuda" and status.available for status in natten_ext.list_backends()),
-    reason="the cuda backend is not emulated here",
-)
+pytestmark = emulated.NEEDED
 
 NEIGHBORHOOD = Case("narrow", "neighborhood", (1, 7, 7, 1, 8), kernel=7, bias=True)
 

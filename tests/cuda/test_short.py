@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import natten_ext
 from natten_ext.operators import OPERATORS
 from tests.cuda import emulated
 from tests.cuda.test_narrow import (
@@ -30,20 +29,10 @@ from tests.cuda.test_narrow import (
 from tests.operators.budget import assert_same_bits
 from tests.operators.cases import Case, arguments_of, cotangents_of, forward, grad_output_of, inputs_of
 
-pytestmark = pytest.mark.skipif(
-    not any(status.name == "cuda" and status.available for status in natten_ext.list_backends()),
-    reason="the cuda backend is not emulated here",
-)
+pytestmark = [emulated.NEEDED, pytest.mark.usefixtures("h100")]
 
 # Of gradients of queries the general kernel's, whose D lacks something at first, are the less exact ones.
 ULPS = 4
-ROOM = 227 * 1024  # bytes of shared memory, as an H100
-
-
-@pytest.fixture(autouse=True)
-def room():
-    with emulated.settings(shared_limit=ROOM):
-        yield
 
 
 def sequence(tokens: int, head_dim: int = 32, heads: int = 1, batch: int = 1, **settings) -> Case:
@@ -77,7 +66,7 @@ def test_gradients_are_those_of_float64(case, dtype, solve):
     inputs = inputs_of(case, dtype)
     assert assert_gradients_are_those_of_float64(case, inputs, dtype, solve)
     results, _ = both(solve, case, inputs)
-    with emulated.settings(shared_limit=ROOM, order=1):
+    with emulated.settings(shared_limit=emulated.H100_SHARED, order=1):
         assert_same_bits(solve(case, inputs)[0], results)
 
 
@@ -229,4 +218,4 @@ def test_what_the_general_double_backward_takes():
     ids=["forward", "backward", "double_backward"],
 )
 def test_every_barrier_and_every_wait_is_needed(solve, count):
-    assert_every_barrier_and_every_wait_is_needed(CASES["65 tokens, l2"], solve, count, ROOM)
+    assert_every_barrier_and_every_wait_is_needed(CASES["65 tokens, l2"], solve, count, emulated.H100_SHARED)
