@@ -289,6 +289,7 @@ NATTEN_EXT_DEVICE float widen(Half value) {
 }
 NATTEN_EXT_DEVICE float widen(Bfloat value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
 
+NATTEN_EXT_DEVICE float magnitude(float value) { return fabsf(value); }
 NATTEN_EXT_DEVICE bool is_negative_zero(float value) { return __float_as_uint(value) == 0x80000000u; }
 NATTEN_EXT_DEVICE bool is_negative_zero(double value) { return __double_as_longlong(value) == static_cast<long long>(1ull << 63); }
 

@@ -27,7 +27,10 @@ struct NarrowParams {
   void *base, *log_sum, *natural_lse, *grad_lse, *grad_grad_lse;  // as in Params
   void* table_partials;  // (blocks_per_head, launch_heads, table_rows, table_columns) in float; null: not wanted
   int table_rows, table_columns;
-  float scale, factor;  // factor: the scale times log2(e)
+  float scale, factor, inverse_factor;  // factor: the scale times log2(e)
+  // The log-sum-exp comes off scores before these are scaled, where it is not larger than this (in base 2): the error is that of a float
+  // of this size.
+  float most_log_sum;
   uint32_t head_bytes;  // of a row
   int height, width, heads;
   int dilation_y, dilation_x;
@@ -51,6 +54,10 @@ NATTEN_EXT_DEVICE uint32_t narrow_lane() { return narrow_thread() % kWarp; }
 // Blocks next to each other have different heads of the launch.
 NATTEN_EXT_DEVICE int narrow_block_of_head(const NarrowParams& p) { return p.by_launch_heads(block_x()); }
 NATTEN_EXT_DEVICE int narrow_launch_head(const NarrowParams& p) { return block_x() - narrow_block_of_head(p) * p.launch_heads; }
+
+// Numbers that parts of `Element` can be summed to (narrow_numbers.h).
+template <class Element>
+constexpr float kMostInParts = std::is_same_v<Element, Half> ? 32768.0f : 1e30f;
 
 // What a block of `Warps` works on, `Groups` each, and where things lie in its shared memory.
 template <int Dim, bool Whole, int Warps = 8, int Groups = Dim <= 16 ? 4 : 2>

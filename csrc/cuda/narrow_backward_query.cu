@@ -1,16 +1,16 @@
 // Backward of windows of 7 x 7 keys, the query-centred side (narrow.h): gradients of queries and of the table, and the numbers
 // of each row for the key-centred kernel. backward.cu says what corrects D.
 #include "narrow_launch.h"
-#include "narrow_queries.h"
+#include "narrow_sides.h"
 
 namespace natten_ext::cuda {
 
 template <class M, int Dim, bool Whole>
-struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowTile<Dim, Whole>::kOwn, Dim == 8> {
-  using Queries = NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowTile<Dim, Whole>::kOwn, Dim == 8>;
+struct NarrowBackwardQuery : BackwardQueries<M, Dim, Whole> {
+  using Queries = BackwardQueries<M, Dim, Whole>;
   using typename Queries::Element, typename Queries::Tile, typename Queries::Group, typename Queries::Columns, typename Queries::Rows;
   using typename Queries::Results, typename Queries::Table;
-  using Queries::own_slot, Queries::query, Queries::grad_output, Queries::base, Queries::log_sum, Queries::d, Queries::kRows;
+  using Queries::own_slot, Queries::query, Queries::grad_output, Queries::of_scores, Queries::of_products, Queries::kRows;
   enum OwnTensor { kQuery, kGradOutput, kOutput };
   // On a multiprocessor; of 32 channels, those with compute capability 8 have no shared memory for two.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -18,8 +18,10 @@ struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowT
 #else
   static constexpr int kBlocksAtATime = 2;
 #endif
+  static constexpr uint32_t kSharedOfOrder = kBackwardShared<M, Dim, Whole>;
   static constexpr int kRowNumbers = 4;
   static constexpr bool kKeepsTile = Dim == 8;
+  static constexpr bool kStartsAtD = Dim < 32 || Whole;  // products for dP, where registers allow; otherwise D comes off them
   static constexpr int kTogether = kLoadsFarAhead ? 1 : Whole ? kRows : 2;  // rows that may be loaded ahead, as far as registers go
 
   typename Queries::Sums results;
@@ -34,11 +36,16 @@ struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowT
   NATTEN_EXT_DEVICE void load(const NarrowParams& p, const Tile& tile, const Group& group) {
     query.load(own_slot(kQuery));
     grad_output.load(own_slot(kGradOutput));
-    this->load_log_sum();
-    this->load_d(kOutput);
-    float y[2];
+    this->load_log_sum(p);
+    float d[2], y[2];
+    this->load_d(d, kOutput);
     Queries::load_y(y, p, tile, group);
-    d[0] -= y[0], d[1] -= y[1];
+    if constexpr (kStartsAtD) {
+      Queries::start(of_products, y[0] - d[0], y[1] - d[1]);
+    } else {
+      NATTEN_EXT_UNROLL
+      for (int e = 0; e < 4; ++e) of_products[e] = y[e / 2] - d[e / 2];
+    }
   }
 
   // Whether results are finite. The table's sums are right in any case: those of columns that a query does not attend are never read.
@@ -57,14 +64,15 @@ struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowT
       }
       float s[4], dp[4], weights[4] = {0, 0, 0, 0}, ds[4] = {0, 0, 0, 0}, upper[2] = {0, 0};
       if (r < kNarrowKernel) columns.load_entries(upper, r + 1);
-      frame_products(s, query, keys, r % Rows::kRowsAtATime, columns);
-      frame_products(dp, grad_output, values, r % Rows::kRowsAtATime, columns);
+      frame_products_from(s, of_scores, query, keys, r % Rows::kRowsAtATime, columns);
+      if constexpr (kStartsAtD) frame_products_from(dp, of_products, grad_output, values, r % Rows::kRowsAtATime, columns);
+      else frame_products(dp, grad_output, values, r % Rows::kRowsAtATime, columns);
       NATTEN_EXT_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int h = e / 2, c = e % 2;
         if (!Group::may_have(r, h)) continue;
-        weights[e] = this->weight(s[e], p.scale * kLog2E<float>, h ? lower[c] : upper[c], h);
-        ds[e] = weights[e] * (dp[e] - d[h]);
+        weights[e] = power_of_two(fused_multiply_add(s[e], p.scale * kLog2E<float>, h ? lower[c] : upper[c]));
+        ds[e] = weights[e] * (kStartsAtD ? dp[e] : dp[e] + of_products[e]);
         if (r == 0 && h == 1 && group.lower) ds[e] = 0;
         table.own[r + 1 - h][c] += ds[e];
       }
@@ -75,8 +83,10 @@ struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowT
     return !any_in_warp(!all_finite(results.acc));
   }
 
-  // All of it in ordinary arithmetic that leaves out what no query attends; but for the table's gradient, which has nothing else.
-  NATTEN_EXT_DEVICE void attend_carefully(const NarrowParams& p, const Group& group, const Columns& columns) {
+  // All of it in ordinary arithmetic that leaves out what no query attends. `with_table`: the table's gradient too, otherwise it is there.
+  NATTEN_EXT_DEVICE void attend_carefully(const NarrowParams& p, const Tile& tile, const Group& group, const Columns& columns, bool with_table) {
+    const uint32_t g = narrow_lane() / 4;
+    const typename Queries::LogSum log_sums[2] = {{p, tile, group, g}, {p, tile, group, g + 8}};
     results.clear_all();
     Rows keys(Tile::kKeys, group.frame), values(Tile::kValues, group.frame);
     NATTEN_EXT_NO_UNROLL
@@ -91,8 +101,10 @@ struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowT
         const int h = e / 2;
         const bool exists = columns.valid[e % 2] && group.has(r, h);
         const float entry = exists ? load_shared<float>(columns.entry(e % 2, r, h)) : 0;
-        s[e] = exists ? product_of(this->weight(s[e], p.scale * kLog2E<float>, entry, h), dp[e] - d[h]) : kMasked<float>;
+        const float weight = weight_of(fused_multiply_add(s[e], p.scale * kLog2E<float>, entry), log_sums[h].base, log_sums[h].log_sum);
+        s[e] = exists ? product_of(weight, dp[e] + of_products[e]) : kMasked<float>;
       }
+      if (with_table) Table::add_valid(s, columns, r);
       results.add_valid(Tile::kKeys, s, [&](int column) { return group.frame + r * Tile::kColumns + columns.frame_column(column); });
     }
   }
@@ -107,13 +119,12 @@ struct NarrowBackwardQuery : NarrowQueries<M, NarrowTile<Dim, Whole>, 3, NarrowT
     if (p.grad_query.data != nullptr) group.template write<Element>(results.acc, {p.scale, p.scale}, p, tile, p.grad_query, Queries::result_slot());
     else sync_warp();  // the next group's rows come to where this one's are
     if (t >= 2 || !group.owns(g + 8 * t)) return;
-    NumberChunk<float> numbers;
-    NATTEN_EXT_UNROLL
-    for (int i = 0; i < 4; ++i) numbers.numbers[i] = 0;
-    numbers.numbers[kBase] = t ? base[1] : base[0];
-    numbers.numbers[kLogSum] = t ? log_sum[1] : log_sum[0];
-    numbers.numbers[kD] = t ? d[1] + lacking[1] : d[0] + lacking[0];
-    store_global(reinterpret_cast<NumberChunk<float>*>(p.row_numbers.data) + group.row_index(p, tile, g + 8 * t), numbers);
+    const float of_score = t ? of_scores[2] : of_scores[0], of_product = t ? of_products[2] - lacking[1] : of_products[0] - lacking[0];
+    const uint64_t row = group.row_index(p, tile, g + 8 * t);
+    Queries::store_numbers(p, row, of_score, of_product, [&] {
+      const typename Queries::LogSum exact(p, row);
+      return NumberParts<Element>::exactly(exact.base, exact.log_sum, -of_product);
+    });
   }
 };
 

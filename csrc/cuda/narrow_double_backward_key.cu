@@ -1,16 +1,13 @@
 // Double backward of windows of 7 x 7 keys, the key-centred side: gradients of keys and values.
-#include "narrow_keys.h"
 #include "narrow_launch.h"
+#include "narrow_sides.h"
 
 namespace natten_ext::cuda {
 
-// A tile must have 16 rows: of 12 or 13 rows all see the keys in the middle.
-template <int Dim, bool Whole>
-using DoubleBackwardKeyTile = NarrowTile<Dim, Whole, Dim == 32 && !Whole ? 8 : 4, Dim == 32 ? 2 : 4>;
-
 template <class M, int Dim, bool Whole>
-struct NarrowDoubleBackwardKey : NarrowKeys<M, DoubleBackwardKeyTile<Dim, Whole>, true, !(Dim == 16 && Whole)> {
+struct NarrowDoubleBackwardKey : DoubleBackwardKeys<M, Dim, Whole> {
   static constexpr int kBlocksAtATime = Dim == 32 && !Whole ? 1 : Dim == 8 || (Dim == 16 && Whole) ? 3 : 2;  // on a multiprocessor
+  static constexpr uint32_t kSharedOfOrder = kDoubleBackwardShared<M, Dim, Whole>;
   NATTEN_EXT_DEVICE static void run(const NarrowParams& p) { NarrowDoubleBackwardKey::run_keys(p); }
 };
 

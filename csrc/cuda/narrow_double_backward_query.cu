@@ -2,21 +2,9 @@
 // numbers of each row for the key-centred kernel. A warp goes over a frame twice, for the sums of rows and for the gradients, and keeps
 // the weights of all its pairs in registers. double_backward.cu and docs/double_backward.md say what is computed.
 #include "narrow_launch.h"
-#include "narrow_queries.h"
+#include "narrow_sides.h"
 
 namespace natten_ext::cuda {
-
-// Where things lie: behind the table the cotangents of keys and values, then own rows.
-template <int Dim, bool Whole>
-struct NarrowDoubleBackwardQueryPlaces {
-  // Tiles are small, so that several blocks fit a multiprocessor: of 32 channels two, else three.
-  using Tile = NarrowTile<Dim, Whole, 4, Dim == 8 ? 4 : 2>;
-  static constexpr Shared kCotKeys = Tile::kOwn, kCotValues = kCotKeys + Tile::kSlots * Tile::kBytes;
-  static constexpr Shared kOwn = kCotValues + (Tile::kSlots + 8) * Tile::kBytes;
-};
-
-template <class M, class Places>
-using DoubleBackwardQueries = NarrowQueries<M, typename Places::Tile, 4, Places::kOwn, true>;
 
 template <class M, int Dim, bool Whole>
 struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackwardQueryPlaces<Dim, Whole>> {
@@ -24,7 +12,7 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
   using Queries = DoubleBackwardQueries<M, Places>;
   using typename Queries::Element, typename Queries::Tile, typename Queries::Group, typename Queries::Columns, typename Queries::Rows;
   using typename Queries::Results, typename Queries::Sums, typename Queries::Table;
-  using Queries::own_slot, Queries::query, Queries::grad_output, Queries::base, Queries::log_sum, Queries::d, Queries::kRows;
+  using Queries::own_slot, Queries::query, Queries::grad_output, Queries::of_scores, Queries::of_products, Queries::kRows;
   enum OwnTensor { kQuery, kGradOutput, kOutput, kCotQuery };
   // On a multiprocessor; those with compute capability 8 have shared memory for two of 16 channels.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -32,12 +20,15 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
 #else
   static constexpr int kBlocksAtATime = Dim == 32 ? 2 : 3;
 #endif
+  static constexpr uint32_t kSharedOfOrder = kDoubleBackwardShared<M, Dim, Whole>;
   static constexpr int kRowNumbers = 8;
   static constexpr bool kKeepsTile = false;
+  static constexpr bool kStartsAtT = Dim != 16 || Whole;  // products for G, where registers allow; otherwise t comes off them
   static constexpr int kTogether = (kLoadsFarAhead && Dim == 8) || (Dim == 32 && !Whole) ? 1 : 2;  // rows that may be loaded ahead, as far as registers go
 
   NarrowLeft<M, Tile> cot_query;
-  float y[2], r[2], t[2];
+  float y[2], r[2];
+  float of_g[4];  // where products of G start: at -t
   Sums grad_query, grad_grad_output;  // with the sums of Sb and of P (X - r)
   Sums first;                         // the sum of dS
 
@@ -57,9 +48,11 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
     query.load(own_slot(kQuery));
     grad_output.load(own_slot(kGradOutput));
     cot_query.load(own_slot(kCotQuery));
-    this->load_log_sum();
-    this->load_d(kOutput);
+    this->load_log_sum(p);
+    float d[2];
+    this->load_d(d, kOutput);
     Queries::load_y(y, p, tile, group);
+    Queries::start(of_products, -d[0], -d[1]);
   }
 
   // What is staged of the frame, as right operands of scores.
@@ -78,11 +71,14 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
   struct Products {
     float s[4], dp[4], x[4], g[4];
   };
+  // dP less D; in the first pass S less the log-sum-exp, otherwise G less t.
+  template <bool First>
   NATTEN_EXT_DEVICE void find_products(Products& products, const Staged& staged, int row, const Columns& columns) const {
-    frame_products(products.s, query, staged.keys, row, columns);
-    frame_products(products.dp, grad_output, staged.values, row, columns);
+    if constexpr (First) frame_products_from(products.s, of_scores, query, staged.keys, row, columns);
+    frame_products_from(products.dp, of_products, grad_output, staged.values, row, columns);
     frame_products(products.x, cot_query, staged.keys, row, columns, query, staged.cot_keys);
-    frame_products(products.g, grad_output, staged.cot_values, row, columns);
+    if constexpr (!First && kStartsAtT) frame_products_from(products.g, of_g, grad_output, staged.cot_values, row, columns);
+    else frame_products(products.g, grad_output, staged.cot_values, row, columns);
   }
 
   // Sums over the keys of a query: of P, and of P times dP - D, X, both, and G.
@@ -107,13 +103,20 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
     NATTEN_EXT_UNROLL
     for (auto& sum : sums.of) add_over_columns(sum);
     const auto& [mass, of_difference, of_x, of_both, of_g] = sums.of;
+    float minus_t[2];
     NATTEN_EXT_UNROLL
     for (int h = 0; h < 2; ++h) {
       const float inverse = mass[h] == 0 ? 0 : reciprocal(mass[h]);
       r[h] = of_x[h] * inverse;
-      t[h] = (of_g[h] + fused_multiply_add(-of_difference[h], r[h], of_both[h])) * inverse;
-      d[h] += of_difference[h] - y[h];
+      minus_t[h] = -(of_g[h] + fused_multiply_add(-of_difference[h], r[h], of_both[h])) * inverse;
     }
+    if constexpr (kStartsAtT) {
+      Queries::start(this->of_g, minus_t[0], minus_t[1]);
+    } else {
+      NATTEN_EXT_UNROLL
+      for (int e = 0; e < 4; ++e) this->of_g[e] = minus_t[e / 2];
+    }
+    Queries::start(of_products, of_products[0] - (of_difference[0] - y[0]), of_products[2] - (of_difference[1] - y[1]));
   }
 
   NATTEN_EXT_DEVICE void clear_all() {
@@ -139,13 +142,13 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
       float upper[2] = {0, 0};
       if (row < kNarrowKernel) columns.load_entries(upper, row + 1);
       Products products;
-      find_products(products, staged, row % kAtATime, columns);
+      find_products<true>(products, staged, row % kAtATime, columns);
       NATTEN_EXT_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int h = e / 2, c = e % 2;
         if (!Group::may_have(row, h)) continue;
-        weights[row][e] = this->weight(products.s[e], p.factor, h ? lower[c] : upper[c], h);
-        sums.add(h, weights[row][e], products.dp[e] - d[h], products.x[e] * p.scale, products.g[e]);
+        weights[row][e] = power_of_two(fused_multiply_add(products.s[e], p.factor, h ? lower[c] : upper[c]));
+        sums.add(h, weights[row][e], products.dp[e], products.x[e] * p.scale, products.g[e]);
       }
       lower[0] = upper[0], lower[1] = upper[1];
       if (row % kTogether == kTogether - 1 && never(weights[row][2])) return false;
@@ -162,15 +165,15 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
       if (row == kNarrowKernel && !group.lower) continue;
       if (row % kAtATime == 0) staged.load(row);
       Products products;
-      find_products(products, staged, row % kAtATime, columns);
+      find_products<false>(products, staged, row % kAtATime, columns);
       float sb[4] = {0, 0, 0, 0}, ds[4] = {0, 0, 0, 0}, deviations[4] = {0, 0, 0, 0};
       NATTEN_EXT_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int h = e / 2, c = e % 2;
         if (!Group::may_have(row, h)) continue;
-        const float weight = weights[row][e], difference = products.dp[e] - d[h];
+        const float weight = weights[row][e], difference = products.dp[e];
         const float deviation = fused_multiply_add(products.x[e], p.scale, -r[h]);
-        sb[e] = columns.valid[c] ? weight * fused_multiply_add(deviation, difference, products.g[e] - t[h]) : 0;
+        sb[e] = columns.valid[c] ? weight * fused_multiply_add(deviation, difference, kStartsAtT ? products.g[e] : products.g[e] + of_g[e]) : 0;
         if (row == 0 && h == 1 && group.lower) sb[e] = 0;
         ds[e] = weight * difference;
         deviations[e] = weight * deviation;
@@ -186,7 +189,11 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
   }
 
   // All of it in ordinary arithmetic that leaves out what no query attends.
-  NATTEN_EXT_DEVICE void attend_carefully(const NarrowParams& p, const Group& group, const Columns& columns) {
+  NATTEN_EXT_DEVICE void attend_carefully(const NarrowParams& p, const Tile& tile, const Group& group, const Columns& columns, bool) {
+    const uint32_t g = narrow_lane() / 4;
+    const typename Queries::LogSum log_sums[2] = {{p, tile, group, g}, {p, tile, group, g + 8}};
+    NATTEN_EXT_UNROLL
+    for (float& start : of_scores) start = 0;
     const int rows = kNarrowKernel + (group.lower ? 1 : 0);
     Staged staged(group.frame);
     RowSums sums;
@@ -199,19 +206,20 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
       Products products;
       float weights[4];
       staged.load(row);
-      find_products(products, staged, 0, columns);
+      find_products<true>(products, staged, 0, columns);
       NATTEN_EXT_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int h = e / 2;
         const bool exists = columns.valid[e % 2] && group.has(row, h);
         const float entry = exists ? load_shared<float>(columns.entry(e % 2, row, h)) : 0;
-        const float weight = this->weight(products.s[e], p.factor, entry, h), difference = products.dp[e] - d[h];
+        const float score = fused_multiply_add(products.s[e], p.factor, entry);
+        const float weight = weight_of(score, log_sums[h].base, log_sums[h].log_sum), difference = products.dp[e];
         if (i < rows) {
           if (exists) sums.add(h, weight, difference, products.x[e] * p.scale, products.g[e]);
           continue;
         }
         const float deviation = fused_multiply_add(products.x[e], p.scale, -r[h]);
-        const float gradient = product_of(weight, fused_multiply_add(deviation, difference, products.g[e] - t[h]));
+        const float gradient = product_of(weight, fused_multiply_add(deviation, difference, products.g[e] + of_g[e]));
         products.s[e] = exists ? gradient : kMasked<float>;
         products.dp[e] = exists ? product_of(weight, difference) : kMasked<float>;
         products.x[e] = exists ? product_of(weight, deviation) : kMasked<float>;
@@ -243,17 +251,17 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
     // Of each four lanes, 0 and 1 write the first half of the numbers of query row 0 and 1, and 2 and 3 the second.
     const uint32_t lane = narrow_lane(), h = lane % 2, query = lane / 4 + 8 * h;
     if (!group.owns(query)) return;
-    const auto of = [&](const float(&numbers)[2]) { return h ? numbers[1] : numbers[0]; };
     const bool is_second = lane % 4 >= 2;
+    const float of_r = h ? r[1] : r[0], of_product = h ? of_products[2] : of_products[0], minus_t = h ? of_g[2] : of_g[0];
     const uint64_t row = group.row_index(p, tile, query);
-    NumberChunk<float> numbers;
-    numbers.numbers[kBase] = load_global(static_cast<const float*>(p.base) + row);  // again, which saves registers
-    numbers.numbers[kLogSum] = load_global(static_cast<const float*>(p.log_sum) + row);
-    numbers.numbers[kD] = of(d);
-    numbers.numbers[kHalfNorm] = 0;
-    if (is_second) numbers = {{of(r), of(t), 0, 0}};
-    store_global(reinterpret_cast<NumberChunk<float>*>(p.row_numbers.data) + 2 * row + (is_second ? 1 : 0), numbers);
-    if (p.grad_grad_lse != nullptr && is_second) store_global(static_cast<float*>(p.grad_grad_lse) + row, of(r));
+    // Computed again, which saves registers.
+    const typename Queries::LogSum log_sum(p, row);
+    const float of_score = start_of_scores(p, log_sum.base, log_sum.log_sum), of_x = -of_r * p.inverse_factor * kLog2E<float>;
+    Queries::store_numbers(p, 2 * row + (is_second ? 1 : 0), is_second ? of_x : of_score, is_second ? minus_t : of_product, [&] {
+      return is_second ? NumberParts<Element>::exactly(of_r, -minus_t, 0)
+                       : NumberParts<Element>::exactly(log_sum.base, log_sum.log_sum, -of_product);
+    });
+    if (p.grad_grad_lse != nullptr && is_second) store_global(static_cast<float*>(p.grad_grad_lse) + row, of_r);
   }
 };
 

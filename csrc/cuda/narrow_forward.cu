@@ -14,6 +14,7 @@ struct NarrowForward {
   static constexpr int kRows = Group::kFrameRows;
   static constexpr int kBlocksAtATime = 2;  // on a multiprocessor
   static constexpr uint32_t kShared = Tile::kOwn + Tile::kWarps * Tile::kGroups * kWarpRows * Tile::kBytes;
+  static constexpr uint32_t kSharedOfOrder = kShared;
   static constexpr bool kTableGradient = false;
   static constexpr int kRowNumbers = 0;
 

@@ -152,17 +152,34 @@ NATTEN_EXT_DEVICE void add_frame_products(float (&c)[Blocks][4], const NarrowLef
   for (int b = 0; b < Blocks; ++b) left.multiply_rows(c[b], [&](int chunk) { return rows.word(row, b, chunk); });
 }
 
-// The sum of one or two such products, both blocks folded into one.
+// The sum of one or two such products, both blocks folded into one. `begin(c, block, word)` forms the first one, from wherever it starts.
+template <class M, class Tile, class Begin, class... More>
+NATTEN_EXT_DEVICE void folded_products(float (&s)[4], Begin begin, const FrameScores<Tile>& rows, int row, const FrameColumns<Tile>& columns,
+                                       const More&... more) {
+  constexpr int kBlocks = FrameScores<Tile>::kBlocks;
+  float c[kBlocks][4];
+  NATTEN_EXT_UNROLL
+  for (int b = 0; b < kBlocks; ++b) begin(c[b], b, [&](int chunk) { return rows.word(row, b, chunk); });
+  if constexpr (sizeof...(More) > 0) add_frame_products<M, Tile>(c, more..., row);
+  NATTEN_EXT_UNROLL
+  for (int e = 0; e < 4; ++e) s[e] = columns.second[e % 2] ? c[kBlocks - 1][e] : c[0][e];
+}
+// From zero,
 template <class M, class Tile, class... More>
 NATTEN_EXT_DEVICE void frame_products(float (&s)[4], const NarrowLeft<M, Tile>& left, const FrameScores<Tile>& rows, int row,
                                       const FrameColumns<Tile>& columns, const More&... more) {
-  constexpr int kBlocks = FrameScores<Tile>::kBlocks;
-  float c[kBlocks][4];
-  clear(c);
-  add_frame_products(c, left, rows, row);
-  if constexpr (sizeof...(More) > 0) add_frame_products(c, more..., row);
-  NATTEN_EXT_UNROLL
-  for (int e = 0; e < 4; ++e) s[e] = columns.second[e % 2] ? c[kBlocks - 1][e] : c[0][e];
+  const auto begin = [&](float (&c)[4], int, auto word) {
+    NATTEN_EXT_UNROLL
+    for (float& sum : c) sum = 0;
+    left.multiply_rows(c, word);
+  };
+  folded_products<M, Tile>(s, begin, rows, row, columns, more...);
+}
+// and from numbers of the left rows.
+template <class M, class Tile>
+NATTEN_EXT_DEVICE void frame_products_from(float (&s)[4], const float (&start)[4], const NarrowLeft<M, Tile>& left, const FrameScores<Tile>& rows,
+                                           int row, const FrameColumns<Tile>& columns) {
+  folded_products<M, Tile>(s, [&](float (&c)[4], int, auto word) { left.multiply_rows_from(c, start, word); }, rows, row, columns);
 }
 
 // Sums over the frame of weights times rows, in `acc` or in another's; `Totals`: and of the weights, rounded as in the products.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "narrow_frame.h"
+#include "narrow_numbers.h"
 
 namespace natten_ext::cuda {
 
@@ -95,22 +96,20 @@ struct NarrowKeys {
   using Group = NarrowGroup<Tile, true>;
   using Columns = FrameColumns<Tile>;
   using Frame = KeyFrame<M, Tile>;
-  using Rows = FrameScores<Tile>;
   using Results = FrameResults<Tile>;
   using Sums = FrameSums<M, Tile, false>;
-  using Numbers = NumberChunk<float>;
+  using Numbers = NumberParts<Element>;
   static constexpr bool Whole = Tile::kWhole, kTableGradient = false;
-  static constexpr int kRowNumbers = Second ? 8 : 4, kNumberChunks = kRowNumbers / 4, kOwnTensors = Second ? 4 : 2, kOwnRooms = kOwnTensors + Early;
-  static constexpr Shared kNumberBytes = kRowNumbers * sizeof(float);  // of a query
-  using NumberRows = NarrowTile<8 * kNumberChunks, Whole>;
-  // Behind the tables: numbers of the staged queries, their cotangents, and a warp's own rows, of a group at a time.
-  static constexpr Shared kNumbers = Tile::kTable + Frame::kCopies * Tile::kTableBytes;
-  static constexpr Shared kCotQueries = kNumbers + Tile::kSlots * kNumberBytes;
+  static constexpr int kRowNumbers = Second ? 8 : 4, kOwnTensors = Second ? 4 : 2, kOwnRooms = kOwnTensors + Early;
+  // Behind the tables: what picks numbers, the numbers of the staged queries, their cotangents, and a warp's own rows, of a group at a time.
+  static constexpr Shared kPicks = Tile::kTable + Frame::kCopies * Tile::kTableBytes, kNumbers = kPicks + 128;
+  static constexpr Shared kMoreNumbers = kNumbers + Tile::kSlots * sizeof(Numbers), kCotQueries = kMoreNumbers + (Second ? kMoreNumbers - kNumbers : 0);
   static constexpr Shared kOwn = kCotQueries + (Second ? (Tile::kSlots + 8) * Tile::kBytes : 0);
   static_assert((kOwn - Tile::kOwn) % Tile::kBytes == 0);
   static constexpr uint32_t kShared = kOwn + Tile::kWarps * kOwnRooms * kWarpRows * Tile::kBytes;
 
-  NarrowLeft<M, Tile> key, value, cot_key, cot_value;
+  PickingLeft<M, Tile> key, value, cot_value;
+  NarrowLeft<M, Tile> cot_key;
   Sums grad_key, grad_value, first;  // `first`: of the cotangents of queries, which go to grad_key's results
 
   NATTEN_EXT_DEVICE static uint32_t own_slot(int tensor) {
@@ -127,8 +126,12 @@ struct NarrowKeys {
     } else {
       stage_narrow_halo<Tile::kChunks>(p, tile, {&p.query, &p.grad_output}, {Tile::kKeys, Tile::kValues}, p.head_bytes);
     }
-    stage_narrow_halo<kNumberChunks>(p, tile, {&p.row_numbers}, {kNumbers}, kNumberBytes);
+    ByteRows more = p.row_numbers;
+    more.data += sizeof(Numbers);
+    if constexpr (Second) stage_narrow_halo<1>(p, tile, {&p.row_numbers, &more}, {kNumbers, kMoreNumbers}, sizeof(Numbers));
+    else stage_narrow_halo<1>(p, tile, {&p.row_numbers}, {kNumbers}, sizeof(Numbers));
     Frame::fill_tables(p, head);
+    if (const uint32_t i = narrow_thread(); i < 8) store_shared(kPicks + 4 * i, Numbers::picking(i / 4));
     if (Early) stage_own(p, tile, 0);
     NATTEN_EXT_NO_UNROLL
     for (int i = 0; i < Tile::kGroups; ++i) {
@@ -163,11 +166,11 @@ struct NarrowKeys {
   }
 
   NATTEN_EXT_DEVICE void load() {
-    key.load(own_slot(0));
-    value.load(own_slot(1));
+    key.load(own_slot(0), kPicks);
+    value.load(own_slot(1), kPicks + 16);
     if constexpr (Second) {
       cot_key.load(own_slot(2));
-      cot_value.load(own_slot(3));
+      cot_value.load(own_slot(3), kPicks + 16);
     }
   }
   // Starts the copies of a group's own rows.
@@ -189,8 +192,21 @@ struct NarrowKeys {
     if (p.grad_value.data != nullptr) group.template write<Element>(grad_value.acc, {1, 1}, p, tile, p.grad_value, result_slot());
   }
 
-  // Numbers of the query at a slot. Slots a multiple of eight further are as many rows of numbers further.
-  NATTEN_EXT_DEVICE static Shared numbers_at(uint32_t slot) { return kNumbers + NumberRows::place(slot, 0); }
+  // Staged queries, and what comes with them, as right operands of products. Both numbers of dP and G come with rows of grad_output.
+  template <int Blocks>
+  struct Staged {
+    using Rows = NumberedRows<Tile, Blocks>;
+    Rows queries, grad_outputs, cot_queries, more;
+    NATTEN_EXT_DEVICE explicit Staged(uint32_t frame)
+        : queries(Tile::kKeys, kNumbers, frame), grad_outputs(Tile::kValues, kNumbers, frame), cot_queries(kCotQueries, kMoreNumbers, frame),
+          more(Tile::kValues, kMoreNumbers, frame) {}
+    NATTEN_EXT_DEVICE void load(int row) {
+      queries.load(row);
+      grad_outputs.load_rows(row);
+      if constexpr (Second) cot_queries.load(row);
+      if constexpr (Second && Rows::kTogether) more.load(row);
+    }
+  };
 
   // What becomes of the products of pairs: weights of rows of grad_output in `s`, and of rows of queries and of their cotangents.
   struct Terms {
@@ -198,23 +214,70 @@ struct NarrowKeys {
 
     NATTEN_EXT_DEVICE float (&of_query())[4] { return Second ? x : dp; }
 
-    NATTEN_EXT_DEVICE void finish(int e, const NarrowParams& p, float entry, Shared numbers) {
-      const Numbers of_query = load_shared<Numbers>(numbers);
-      const float weight = weight_of(fused_multiply_add(s[e], p.scale * kLog2E<float>, entry), of_query.numbers[kBase], of_query.numbers[kLogSum]);
-      const float difference = dp[e] - of_query.numbers[kD];
+    // Forms the products of own keys and the row of block b that is loaded. `Careful`: of them alone.
+    template <bool Careful, int Blocks>
+    NATTEN_EXT_DEVICE Terms(const NarrowKeys& keys, const Staged<Blocks>& staged, int b, std::bool_constant<Careful>) {
+      using Rows = NumberedRows<Tile, Blocks>;
+      const auto form = [&](float (&c)[4], const PickingLeft<M, Tile>& left, const Rows& rows, const Rows& numbers) {
+        const auto word = [&](int chunk) { return rows.word(b, chunk); };
+        NATTEN_EXT_UNROLL
+        for (float& sum : c) sum = 0;
+        if constexpr (Careful) left.multiply_rows(c, word);
+        else left.multiply_rows_and_number(c, numbers.number(b), word);
+      };
+      constexpr bool kTogether = Rows::kTogether;
+      form(s, keys.key, staged.queries, staged.queries);
+      form(dp, keys.value, staged.grad_outputs, kTogether ? staged.grad_outputs : staged.queries);
+      if constexpr (Second) {
+        form(x, keys.key, staged.cot_queries, staged.cot_queries);
+        keys.cot_key.multiply_rows(x, [&](int chunk) { return staged.queries.word(b, chunk); });
+        form(g, keys.cot_value, kTogether ? staged.more : staged.grad_outputs, kTogether ? staged.more : staged.cot_queries);
+      }
+    }
+    // Both blocks folded into one.
+    NATTEN_EXT_DEVICE void fold(const Terms& second, const Columns& columns) {
+      NATTEN_EXT_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        if (!columns.second[e % 2]) continue;
+        s[e] = second.s[e], dp[e] = second.dp[e];
+        if constexpr (Second) x[e] = second.x[e], g[e] = second.g[e];
+      }
+    }
+    // Of products less what is taken off them.
+    NATTEN_EXT_DEVICE void finish(int e, const NarrowParams& p, float entry) {
+      finish(e, power_of_two(fused_multiply_add(s[e], p.scale * kLog2E<float>, entry)), Second ? x[e] * p.scale : 0);
+    }
+    // Of products with the query in slot `query`.
+    NATTEN_EXT_DEVICE void finish_carefully(int e, const NarrowParams& p, float entry, uint32_t query) {
+      const Numbers numbers = load_shared<Numbers>(kNumbers + query * sizeof(Numbers));
+      const float factor = p.scale * kLog2E<float>;
+      float weight, deviation = 0;
+      if (numbers.is_exact()) {
+        weight = weight_of(fused_multiply_add(s[e], factor, entry), numbers.exact(0), numbers.exact(1));
+        dp[e] -= numbers.exact(2);
+      } else {
+        weight = power_of_two(fused_multiply_add(s[e] + numbers.number(0), factor, entry));
+        dp[e] += numbers.number(1);
+      }
+      if constexpr (Second) {
+        const Numbers more = load_shared<Numbers>(kMoreNumbers + query * sizeof(Numbers));
+        deviation = more.is_exact() ? fused_multiply_add(x[e], p.scale, -more.exact(0)) : (x[e] + more.number(0)) * p.scale;
+        g[e] += more.is_exact() ? -more.exact(1) : more.number(1);
+      }
+      finish(e, weight, deviation);
+    }
+    NATTEN_EXT_DEVICE void mask(int e) { s[e] = dp[e] = x[e] = kMasked<float>; }
+
+   private:
+    NATTEN_EXT_DEVICE void finish(int e, float weight, float deviation) {
+      const float difference = dp[e];
       s[e] = weight;
       dp[e] = product_of(weight, difference);
       if constexpr (Second) {
-        struct alignas(8) More {
-          float r, t;
-        };
-        const More more = load_shared<More>(numbers ^ 16);
-        const float deviation = fused_multiply_add(x[e], p.scale, -more.r);
-        x[e] = product_of(weight, fused_multiply_add(deviation, difference, g[e] - more.t));
+        x[e] = product_of(weight, fused_multiply_add(deviation, difference, g[e]));
         s[e] = product_of(weight, deviation);
       }
     }
-    NATTEN_EXT_DEVICE void mask(int e) { s[e] = dp[e] = x[e] = kMasked<float>; }
   };
 
   NATTEN_EXT_DEVICE void clear_all() {
@@ -227,41 +290,28 @@ struct NarrowKeys {
   NATTEN_EXT_DEVICE void attend(const NarrowParams& p, const Group& group, const Columns& columns) {
     float lower[2] = {-kInfinity<float>, -kInfinity<float>};  // entries for the lower keys
     if (!group.lower) columns.load_entries(lower, 0);
-    Rows queries(Tile::kKeys, group.frame), grad_outputs(Tile::kValues, group.frame), cot_queries(kCotQueries, group.frame);
+    Staged<2> staged(group.frame);
     Results query_rows(Tile::kKeys, group.frame), grad_output_rows(Tile::kValues, group.frame), cot_query_rows(kCotQueries, group.frame);
-    Shared numbers[2];
-    NATTEN_EXT_UNROLL
-    for (int c = 0; c < 2; ++c) numbers[c] = numbers_at(group.frame + columns.frame_column(static_cast<int>(narrow_lane() % 4 * 2) + c));
     clear_all();
     NATTEN_EXT_UNROLL
     for (int r = 0; r < Group::kFrameRows; ++r) {
       if (r == kNarrowKernel && !group.lower) continue;
-      constexpr int kAtATime = Rows::kRowsAtATime;
-      if (r % kAtATime == 0) {
-        queries.load(r);
-        grad_outputs.load(r);
-        if constexpr (Second) cot_queries.load(r);
-      }
+      staged.load(r);
       float upper[2] = {0, 0};
       if (r < kNarrowKernel) columns.load_entries(upper, r + 1);
-      Terms terms;
-      frame_products(terms.s, key, queries, r % kAtATime, columns);
-      frame_products(terms.dp, value, grad_outputs, r % kAtATime, columns);
-      if constexpr (Second) {
-        frame_products(terms.x, key, cot_queries, r % kAtATime, columns, cot_key, queries);
-        frame_products(terms.g, cot_value, grad_outputs, r % kAtATime, columns);
-      }
+      Terms terms(*this, staged, 0, std::false_type{});
+      terms.fold(Terms(*this, staged, 1, std::false_type{}), columns);
       NATTEN_EXT_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int h = e / 2, c = e % 2;
-        if (Group::may_have(r, h)) terms.finish(e, p, h ? lower[c] : upper[c], numbers[c] + r * Tile::kColumns * kNumberBytes);
+        if (Group::may_have(r, h)) terms.finish(e, p, h ? lower[c] : upper[c]);
         else terms.s[e] = terms.dp[e] = terms.x[e] = 0;
       }
       grad_value.add(grad_output_rows, r, terms.s, columns);
       grad_key.add(query_rows, r, terms.of_query(), columns);
       if constexpr (Second) first.add_to(grad_key.acc, cot_query_rows, r, terms.dp, columns);
       lower[0] = upper[0], lower[1] = upper[1];
-      if (kLoadsFarAhead && !Second && never(terms.s[0])) return;
+      if ((kLoadsFarAhead || Tile::kDim == 32) && !Second && never(terms.s[0])) return;
       hold_back_loads();
     }
   }
@@ -270,43 +320,28 @@ struct NarrowKeys {
   template <bool Careful>
   NATTEN_EXT_DEVICE void attend_units(const NarrowParams& p, const Frame& frame) {
     constexpr int kUnroll = Whole && !Careful ? Frame::kWholeUnits : 1;
-    using UnitRows = FrameScores<Tile, 2>;
-    UnitRows queries(Tile::kKeys, frame.slot), grad_outputs(Tile::kValues, frame.slot), cot_queries(kCotQueries, frame.slot);
+    Staged<2> staged(frame.slot);
     Results query_rows(Tile::kKeys, frame.slot), grad_output_rows(Tile::kValues, frame.slot), cot_query_rows(kCotQueries, frame.slot);
-    constexpr int kAtATime = UnitRows::kRowsAtATime;
-    static_assert(kAtATime == Results::kProductsAtATime);
-    Shared numbers[2];
-    NATTEN_EXT_UNROLL
-    for (int c = 0; c < 2; ++c) numbers[c] = numbers_at(frame.slot + narrow_lane() % 4 * 2 + c);
+    constexpr int kAtATime = Results::kProductsAtATime;
     clear_all();
     NATTEN_EXT_UNROLL_BY(kUnroll)
     for (int from = 0; from < frame.units; from += kAtATime) {
-      queries.load(from);
-      grad_outputs.load(from);
-      if constexpr (Second) cot_queries.load(from);
       NATTEN_EXT_UNROLL
       for (int i = 0; i < kAtATime; ++i) {
         const int unit = from + i;
         if (!Whole && unit >= frame.units) break;
+        staged.load(unit);
         float of_grad_output[2][4], of_query[2][4], of_cot_query[2][4];
         NATTEN_EXT_UNROLL
         for (int b = 0; b < 2; ++b) {
-          Terms terms{};
-          const auto add_products = [&](float (&c)[4], const NarrowLeft<M, Tile>& left, const UnitRows& rows) {
-            left.multiply_rows(c, [&](int chunk) { return rows.word(i, b, chunk); });
-          };
-          add_products(terms.s, key, queries);
-          add_products(terms.dp, value, grad_outputs);
-          if constexpr (Second) {
-            add_products(terms.x, key, cot_queries);
-            add_products(terms.x, cot_key, queries);
-            add_products(terms.g, cot_value, grad_outputs);
-          }
+          Terms terms(*this, staged, b, std::bool_constant<Careful>{});
           NATTEN_EXT_UNROLL
           for (int e = 0; e < 4; ++e) {
             const int h = e / 2, c = e % 2;
-            const Shared further = (unit * Frame::kUnitSlots + 8 * b) * kNumberBytes;
-            terms.finish(e, p, load_shared<float>(frame.entry(unit, b, h, c)), numbers[c] + further);
+            const float entry = load_shared<float>(frame.entry(unit, b, h, c));
+            const uint32_t query = frame.slot + unit * Frame::kUnitSlots + 8 * b + narrow_lane() % 4 * 2 + c;
+            if (Careful) terms.finish_carefully(e, p, entry, query);
+            else terms.finish(e, p, entry);
             if (Careful && !(frame.valid_column(b, c) && frame.has(unit, b, h))) terms.mask(e);
             of_grad_output[b][e] = terms.s[e], of_query[b][e] = terms.of_query()[e], of_cot_query[b][e] = terms.dp[e];
           }

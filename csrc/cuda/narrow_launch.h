@@ -1,6 +1,9 @@
 // Which heads the kernels for windows of 7 x 7 keys take (narrow.h), and their launches. On the host.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "launch.h"
 #include "narrow_frame.h"
 
@@ -47,7 +50,8 @@ bool prepare_tensors(NarrowParams& n, const Params& p, int kernel) {
   n.base = p.base, n.log_sum = p.log_sum, n.natural_lse = p.natural_lse;
   n.grad_lse = p.grad_lse, n.grad_grad_lse = p.grad_grad_lse;
   n.table_rows = p.table_rows, n.table_columns = p.table_columns;
-  n.scale = static_cast<float>(p.scale), n.factor = n.scale * kLog2E<float>;
+  n.scale = static_cast<float>(p.scale), n.factor = n.scale * kLog2E<float>, n.inverse_factor = 1 / n.factor;
+  n.most_log_sum = std::min(1024.0f, kMostInParts<Element> * std::fabs(n.factor));
   n.head_bytes = p.head_dim * kSize;
   n.height = p.queries.height, n.width = p.queries.width, n.heads = p.heads;
   return true;
@@ -79,7 +83,7 @@ bool launch_narrow_heads(const Params& p, NarrowParams n, Context& context) {
   n.by_tiles_y = Divisor(n.tiles_y), n.by_tiles_x = Divisor(n.tiles_x), n.by_launch_heads = Divisor(n.launch_heads);
   const bool gradient = K::kTableGradient && p.table_gradient;
   const int64_t tiles = int64_t{n.tiles_y} * n.tiles_x * n.dilation_y * (Whole ? 1 : n.dilation_x) * p.batch;
-  if (tiles * n.launch_heads > INT32_MAX || K::kShared > static_cast<uint32_t>(context.shared_limit)) return false;
+  if (tiles * n.launch_heads > INT32_MAX || K::kSharedOfOrder > static_cast<uint32_t>(context.shared_limit)) return false;
   n.tiles = static_cast<int>(tiles);
   n.blocks_per_head = gradient ? std::min(n.tiles, std::max(1, context.table_blocks / n.launch_heads)) : n.tiles;
   const int64_t table = int64_t{p.table_rows} * p.table_columns;

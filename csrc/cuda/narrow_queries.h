@@ -3,6 +3,7 @@
 #pragma once
 
 #include "narrow_frame.h"
+#include "narrow_numbers.h"
 
 namespace natten_ext::cuda {
 
@@ -130,7 +131,7 @@ struct NarrowQueries {
   };
 
   NarrowLeft<M, Tile> query, grad_output;
-  float base[2], log_sum[2], d[2];
+  float of_scores[4], of_products[4];  // where products start: of S at less than the log-sum-exp, of dP at -D
 
   NATTEN_EXT_DEVICE static uint32_t own_slot(int tensor) {
     return (Own - Tile::kOwn) / Tile::kBytes + (narrow_thread() / kWarp * kOwnRooms + tensor) * kWarpRows;
@@ -172,12 +173,14 @@ struct NarrowQueries {
         if (group.empty()) continue;
         const Columns columns(group);
         table.begin(group, columns);
-        const bool is_finite = gradients.attend(p, group, columns, table);
+        // The table's gradient is summed as it is found: of numbers that are not finite, by `attend_carefully`.
+        const bool is_plain = !any_in_warp(is_nan(gradients.of_scores[0]) || is_nan(gradients.of_scores[2]));
+        const bool is_finite = is_plain && gradients.attend(p, group, columns, table);
         // Computed again, which saves registers.
         const Tile again = K::kKeepsTile ? tile : Tile(p, head, forget(index));
         const Group same(p, again, forget(i));
         // Zero times NaN is NaN: as in `with_care`.
-        if (!is_finite) gradients.attend_carefully(p, same, Columns(same));
+        if (!is_finite) gradients.attend_carefully(p, again, same, Columns(same), !is_plain);
         gradients.write(p, again, same);
       }
     }
@@ -196,13 +199,44 @@ struct NarrowQueries {
     if (group.owns(row)) copy_async<4>(log_sum_at(lane), from + group.row_index(p, tile, row), true);
     else store_shared(log_sum_at(lane), kInfinity<float>);
   }
-  NATTEN_EXT_DEVICE void load_log_sum() {
+  NATTEN_EXT_DEVICE void load_log_sum(const NarrowParams& p) {
+    float starts[2];
     NATTEN_EXT_UNROLL
     for (uint32_t h = 0; h < 2; ++h) {
       const uint32_t row = narrow_lane() / 4 + 8 * h;
-      base[h] = load_shared<float>(log_sum_at(row));
-      log_sum[h] = load_shared<float>(log_sum_at(row + kWarpRows));
+      const float base = load_shared<float>(log_sum_at(row)), log_sum = load_shared<float>(log_sum_at(row + kWarpRows));
+      starts[h] = start_of_scores(p, base, log_sum);
     }
+    start(of_scores, starts[0], starts[1]);
+  }
+  // A product of zeros, so that the compiler takes the four for different numbers: it would copy equal ones each time.
+  NATTEN_EXT_DEVICE static void start(float (&products)[4], float upper, float lower) {
+    products[0] = products[1] = upper;
+    products[2] = products[3] = lower;
+    const uint32_t zeros[2] = {0, 0};
+    multiply<Element>(products, zeros, 0);
+  }
+  // The two parts of the log-sum-exp, as they are.
+  struct LogSum {
+    float base, log_sum;
+    NATTEN_EXT_DEVICE LogSum(const NarrowParams& p, uint64_t row) {
+      base = load_global(static_cast<const float*>(p.base) + row);
+      log_sum = load_global(static_cast<const float*>(p.log_sum) + row);
+    }
+    // Of a row of the group; infinite if it is another's.
+    NATTEN_EXT_DEVICE LogSum(const NarrowParams& p, const Tile& tile, const Group& group, uint32_t row) {
+      base = log_sum = kInfinity<float>;
+      if (group.owns(row)) *this = LogSum(p, group.row_index(p, tile, row));
+    }
+  };
+  // Writes chunk `chunk` of what key-centred kernels take off products of a row: `first` and `second`, or if these are too large or not
+  // finite what `exactly()` returns.
+  template <class Exactly>
+  NATTEN_EXT_DEVICE static void store_numbers(const NarrowParams& p, uint64_t chunk, float first, float second, Exactly exactly) {
+    using Parts = NumberParts<Element>;
+    Parts parts = Parts::of(first, second);
+    if (!Parts::fits(first) || !Parts::fits(second)) parts = exactly();
+    store_global(reinterpret_cast<Parts*>(p.row_numbers.data) + chunk, parts);
   }
 
   NATTEN_EXT_DEVICE static void load_y(float (&y)[2], const NarrowParams& p, const Tile& tile, const Group& group) {
@@ -217,7 +251,7 @@ struct NarrowQueries {
   }
 
   // D: products of rows of grad_output and output, formed as dP is: the diagonals of two blocks.
-  NATTEN_EXT_DEVICE void load_d(int output) {
+  NATTEN_EXT_DEVICE void load_d(float (&d)[2], int output) const {
     const uint32_t lane = narrow_lane(), g = lane / 4, matrix = lane / 8;
     float c[2][4];
     clear(c);
@@ -230,11 +264,6 @@ struct NarrowQueries {
     }
     NATTEN_EXT_UNROLL
     for (int h = 0; h < 2; ++h) d[h] = shuffle(g % 2 ? c[h][2 * h + 1] : c[h][2 * h], 4 * g + g / 2);
-  }
-
-  // Weight of a pair from the product of query and key.
-  NATTEN_EXT_DEVICE float weight(float product, float factor, float entry, int h) const {
-    return weight_of(fused_multiply_add(product, factor, entry), base[h], log_sum[h]);
   }
 
   // Takes what is left over of sums that should be zero, times the keys at the queries' own places, off their results. `region`: of

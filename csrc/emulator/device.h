@@ -162,6 +162,7 @@ inline uint32_t pack<Bfloat>(float low, float high) {
   return round_to_bfloat(low) | static_cast<uint32_t>(round_to_bfloat(high)) << 16;
 }
 
+inline float magnitude(float value) { return std::fabs(value); }
 template <class Real>
 bool is_negative_zero(Real value) {
   return value == 0 && std::signbit(value);
