@@ -23,7 +23,8 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
   static constexpr uint32_t kSharedOfOrder = kDoubleBackwardShared<M, Dim, Whole>;
   static constexpr int kRowNumbers = 8;
   static constexpr bool kKeepsTile = false;
-  static constexpr bool kStartsAtT = Dim != 16 || Whole;  // products for G, where registers allow; otherwise t comes off them
+  // Whether products for G start at -t, where registers allow; otherwise t comes off them.
+  static constexpr bool kStartsAtT = Dim == 32 || (!kLoadsFarAhead && (Dim == 8 || Whole));
   static constexpr int kTogether = (kLoadsFarAhead && Dim == 8) || (Dim == 32 && !Whole) ? 1 : 2;  // rows that may be loaded ahead, as far as registers go
 
   NarrowLeft<M, Tile> cot_query;

@@ -173,7 +173,7 @@ struct NarrowQueries {
         if (group.empty()) continue;
         const Columns columns(group);
         table.begin(group, columns);
-        // The table's gradient is summed as it is found: of numbers that are not finite, by `attend_carefully`.
+        // Not with NaN where products start: the table's gradient is summed as it is found.
         const bool is_plain = !any_in_warp(is_nan(gradients.of_scores[0]) || is_nan(gradients.of_scores[2]));
         const bool is_finite = is_plain && gradients.attend(p, group, columns, table);
         // Computed again, which saves registers.

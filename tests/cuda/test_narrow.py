@@ -330,6 +330,25 @@ def test_tiny_weights_are_zero(case):
 
 
 @pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
+@pytest.mark.parametrize("all_queries", [False, True], ids=["some queries", "all queries"])
+@BOTH_ORDERS
+def test_numbers_too_large_for_the_start_of_products(case, all_queries, solve, room, monkeypatch):
+    """Log-sum-exps and D that come off with care."""
+    inputs = inputs_of(case, torch.float16)
+    grad_output = grad_output_of(case, inputs["query"])
+    if all_queries:  # where their scores would start, float16 has no numbers
+        case = replace(case, scale=0.002)
+        inputs["bias"] += 100
+    else:
+        inputs["query"][:, 5:] *= 300
+        grad_output[:, 3:7] *= 10000
+    monkeypatch.setattr("tests.cuda.test_narrow.grad_output_of", lambda *_: grad_output)
+    results, expected = both(solve, case, inputs)
+    assert_gradients_alike(results, expected, torch.float16)
+    assert all(result.isfinite().any() for result in results.values())
+
+
+@pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
 def test_bits_do_not_depend_on_the_order_of_warps(case):
     inputs = inputs_of(case, torch.bfloat16)
     ascending, _ = run(case, inputs)
