@@ -1,12 +1,11 @@
-// Backward of grids of 16 x 16 windows (grid.h), both sides in one kernel: scores, weights P and their gradients dS are computed once.
+// Backward of grids of 16 x 16 windows (grid.h) in heads of up to 16 channels, both sides in one kernel.
 //
-// A block has a window and 16 warps, and takes a quarter of the queries at a time, in three steps with a barrier between:
-//   1. four warps have a group of queries, each with a quarter of the keys: they leave P and dS in shared memory, rounded, and
-//      what rounding left of dS;
-//   2. the first of the four adds their gradients of queries, and finds out what D lacks;
-//   3. each of the first eight warps has two rows of keys, whose gradients it sums from P and dS. The other eight sum the
-//      table's gradient from dS: each has the pairs of rows of queries and keys that lie so far apart.
-// backward.cu says what corrects D.
+// A block has a window, and a warp two rows of queries at a time, then two rows of keys, with their gradients in registers:
+//   1. queries meet all keys, a row of them at a time: that gives their gradients, what D lacks, and the table's gradient;
+//   2. keys meet all queries, with the D that is known now: that gives the gradients of keys and values.
+// So scores and weights are computed twice, and no sums over warps are needed. backward.cu says what corrects D.
+#include "grid_diagonals.h"
+#include "grid_double.h"
 #include "grid_launch.h"
 
 namespace natten_ext::cuda {
@@ -14,370 +13,299 @@ namespace natten_ext::cuda {
 template <class M, int Dim>
 struct GridBackward {
   using Element = typename M::Element;
-  using Tile = GridTile<Dim, kGridWindow>;
-  using Group = GridGroup<Tile>;
-  using Entries = GridEntries<Tile>;
+  using Tile = GridTile<Dim, Dim == 8 ? 4 : 8>;
+  using Rows = GridGroup<Tile, true>;
   using Left = NarrowLeft<M, Tile>;
-  using Sums = FrameSums<M, Tile, true>;
   using Fragment = float[Tile::kChunks][4];
   static constexpr int kChunks = Tile::kChunks;
-  static constexpr int kBlocksAtATime = 1;  // on a multiprocessor
-  // Rows of keys that may be loaded ahead, and those in a loop's code, as far as registers go.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr int kTogether = 1, kUnroll = Dim == 8 ? 4 : 1;
-#else
-  static constexpr int kTogether = 2, kUnroll = 4;
-#endif
+  static constexpr int kBlocksAtATime = 16 / Tile::kWarps;  // on a multiprocessor
   static constexpr bool kTableGradient = true;
   static constexpr int kRowNumbers = 0;
-  static constexpr int kParts = 4, kRows = kGridWindow / kParts;  // of a window, of queries as of keys; rows of a part
-  static constexpr int kGroups = kRows * kGridWindow / kWarpRows;  // of a part
 
-  // Regions of a window's rows, those of `Tile` first. Once D is known, queries times what D lacks come to the places of outputs.
-  static constexpr Shared kQueries = Tile::kQueries, kGradOutputs = kQueries + Tile::kRegion, kOutputs = kGradOutputs + Tile::kRegion;
-  static constexpr Shared kCorrections = kOutputs;
-  // P and dS of a part of the queries, and what rounding left of dS: rows of 256 keys, whose chunks change places so that those of
-  // eight rows lie in different banks.
-  static constexpr Shared kPairRow = Tile::kSlots * sizeof(Element), kPairs = kRows * kGridWindow * kPairRow;
-  static constexpr Shared kWeights = (kOutputs + Tile::kRegion + kPairRow - 1) / kPairRow * kPairRow;
-  static constexpr Shared kGradients = kWeights + kPairs, kRests = kGradients + kPairs;
-  // A warp's gradient of queries on its way to the first of the group, and the sums of rows of dS.
-  static constexpr Shared kExchange = kRests + kPairs, kExchangeBytes = (kChunks + 1) * kWarp * 16;
-  static constexpr Shared kTable = kExchange + (kParts - 1) * kGroups * kExchangeBytes;
-  static constexpr Shared kNumbers = kTable + Tile::kTableBytes;  // of queries: the two parts of the log-sum-exp, and its gradient
-  static constexpr uint32_t kShared = kNumbers + 3 * Tile::kSlots * sizeof(float);
+  // Regions of a window's rows.
+  static constexpr Shared kKeys = 0, kValues = Tile::kRegion, kQueries = 2 * Tile::kRegion, kGradOutputs = 3 * Tile::kRegion;
+  static constexpr Shared kOutputs = 4 * Tile::kRegion, kTable = 5 * Tile::kRegion;
+  // Where products of scores and of dP start: numbers of two queries, twice, as products of keys with queries want them. The second come
+  // to the places of outputs.
+  static constexpr Shared kStarts = kTable + Tile::kTableBytes;
+  // The two parts of the log-sum-exp.
+  static constexpr Shared kBases = kStarts + Tile::kSlots * 8, kLogSums = kBases + Tile::kSlots * 4;
+  using Diagonals = GridDiagonals<Tile, false, kLogSums + Tile::kSlots * 4>;
+  static constexpr uint32_t kShared = Diagonals::kEnd;
 
-  // Sums that a warp keeps: one of the first eight has gradients of values and keys of two rows, one of the others those of two
-  // rows of the table, down and up.
-  float sums[8][4];
-  Fragment grad_query;
-  float query_sums[2];  // of dS, of a lane's two queries
-
-  NATTEN_EXT_DEVICE static uint32_t warp() { return narrow_thread() / kWarp; }
-  // Which part of the keys a warp has in the first step.
-  NATTEN_EXT_DEVICE static int key_part() { return static_cast<int>(warp() / kGroups); }
-  // The place among eight warps, and which eight, in the last.
-  NATTEN_EXT_DEVICE static uint32_t place() { return warp() % 8; }
-  NATTEN_EXT_DEVICE static bool is_second() { return warp() >= 8; }
-  // A group of a part of the queries.
-  NATTEN_EXT_DEVICE static Group group_of(uint32_t i, int part) { return Group::template of_warp<kGroups>(i, part); }
-  template <int Which>
-  NATTEN_EXT_DEVICE Fragment& of_key_row(int i) { return reinterpret_cast<Fragment&>(sums[(2 * i + Which) * kChunks]); }
+  NATTEN_EXT_DEVICE static int first_row() { return static_cast<int>(narrow_thread() / kWarp) * 2; }
+  NATTEN_EXT_DEVICE static Shared score_start(int slot) { return kStarts + slot / 2 * 16 + slot % 2 * 4; }
+  NATTEN_EXT_DEVICE static Shared product_start(int slot) { return kOutputs + Tile::place(slot / 2 * 2, 0) + slot % 2 * 4; }
+  NATTEN_EXT_DEVICE static void store_start(Shared to, float value) {
+    store_shared(to, value);
+    store_shared(to + 8, value);
+  }
+  // What a (batch, heads, queries) array has for a query of the window.
+  NATTEN_EXT_DEVICE static float number(const NarrowParams& p, const GridWindow& window, const void* array, int slot) {
+    return load_global(static_cast<const float*>(array) + window.row_index(p, slot / kGridWindow, slot % kGridWindow));
+  }
+  NATTEN_EXT_DEVICE static float grad_lse(const NarrowParams& p, const GridWindow& window, int slot) {
+    return p.grad_lse != nullptr ? number(p, window, p.grad_lse, slot) : 0;
+  }
+  // Of the lane's queries g and g + 8 of a row.
+  NATTEN_EXT_DEVICE static int slot_of(int row, int h) { return row * kGridWindow + static_cast<int>(narrow_lane() / 4) + 8 * h; }
 
   NATTEN_EXT_DEVICE static void run(const NarrowParams& p) {
     const int head = p.head[narrow_launch_head(p)];
+    Diagonals::clear();
     fill_grid_table<Element, Tile>(p, head, kTable);
-    GridBackward gradients;
-    clear(gradients.sums);
     for (int index = narrow_block_of_head(p); index < p.tiles; index += p.blocks_per_head) {
       const GridWindow window(p, head, index);
       stage_grid_window<Tile>(p, window, {&p.query, &p.key, &p.value, &p.grad_output, &p.output},
-                              {kQueries, Tile::kKeys, Tile::kValues, kGradOutputs, kOutputs});
-      stage_numbers(p, window);
+                              {kQueries, kKeys, kValues, kGradOutputs, kOutputs});
       copy_async_commit();
+      const bool plain = find_score_starts(p, window);
       copy_async_wait<0>();
-      sync_block();
-      if (!is_second()) clear(gradients.sums);
+      // If not, scores are formed as in the forward, and the two parts of their log-sum-exp taken off one by one.
+      const bool exact = any_in_block(!plain);
+      if (exact) {
+        for (int slot = thread_index(); slot < Tile::kSlots; slot += Tile::kThreads) store_start(score_start(slot), 0);
+        sync_block();
+      }
       NATTEN_EXT_NO_UNROLL
-      for (int part = 0; part < kParts; ++part) gradients.attend_part(p, window, part);
-      if (!is_second()) gradients.write_keys(p, window);
+      for (int row = first_row(); row < kGridWindow; row += 2 * Tile::kWarps) attend_keys(p, window, row, exact);
+      sync_block();
+      NATTEN_EXT_NO_UNROLL
+      for (int row = first_row(); row < kGridWindow; row += 2 * Tile::kWarps) attend_queries(p, window, row, exact);
       sync_block();  // shared memory is free again
     }
-    if (p.table_partials != nullptr && is_second()) gradients.write_table(p);
-  }
-
-  // Each thread copies a number or two.
-  NATTEN_EXT_DEVICE static void stage_numbers(const NarrowParams& p, const GridWindow& window) {
-    const uint32_t slot = narrow_thread() % Tile::kSlots, which = narrow_thread() / Tile::kSlots;
-    const uint64_t row = window.row_index(p, slot / kGridWindow, slot % kGridWindow);
-    const auto number = [&](uint32_t i) { return kNumbers + (i * Tile::kSlots + slot) * static_cast<Shared>(sizeof(float)); };
-    copy_async<4>(number(which), static_cast<const float*>(which == 0 ? p.base : p.log_sum) + row, true);
-    if (which == 0) copy_async<4>(number(2), static_cast<const float*>(p.grad_lse) + row, p.grad_lse != nullptr);
-  }
-
-  // The steps for a part of the queries.
-  NATTEN_EXT_DEVICE void attend_part(const NarrowParams& p, const GridWindow& window, int part) {
-    const Group group = group_of(warp() % kGroups, part);
-    attend(p, group);
-    if (key_part() > 0) send();
-    sync_block();
-    if (key_part() == 0) {
-      receive();
-      finish_queries(p, window, group);
-    }
-    sync_block();
-    if (!is_second()) attend_keys(part);
-    else if (p.table_partials != nullptr) add_to_table(part);
-    sync_block();
-  }
-
-  // ------------------------------------------------------------------------------------------ queries
-
-  NATTEN_EXT_DEVICE void attend(const NarrowParams& p, const Group& group) {
-    Left query, grad_output;
-    query.load_from(kQueries + group.left_place());
-    grad_output.load_from(kGradOutputs + group.left_place());
-    float d[2], base[2], log_sum[2], from[2];
-    load_d(d, group, grad_output);
-    bool plain = true;
-    NATTEN_EXT_UNROLL
-    for (uint32_t h = 0; h < 2; ++h) {
-      const uint32_t slot = (group.y + h) * kGridWindow + group.x + narrow_lane() / 4;
-      const auto number = [&](uint32_t i) { return load_shared<float>(kNumbers + (i * Tile::kSlots + slot) * static_cast<Shared>(sizeof(float))); };
-      base[h] = number(0), log_sum[h] = number(1);
-      d[h] -= number(2);
-      const float lse = base[h] + log_sum[h];
-      from[h] = -lse / p.factor;
-      plain = plain && lse * lse <= kPlain * kPlain && from[h] * 0 == 0;
-    }
-    if (any_in_warp(!plain)) attend_keys_of<true>(p, group, query, grad_output, d, base, log_sum);
-    else attend_keys_of<false>(p, group, query, grad_output, d, from, from);
-  }
-
-  // D: products of rows of grad_output and output, formed as dP is: the diagonals of two blocks.
-  NATTEN_EXT_DEVICE static void load_d(float (&d)[2], const Group& group, const Left& grad_output) {
-    const uint32_t lane = narrow_lane(), g = lane / 4;
-    float c[2][4];
-    clear(c);
-    NATTEN_EXT_UNROLL
-    for (int b = 0; b < 2; ++b) {
-      uint32_t words[4];
-      load_matrices(words, kOutputs + group.place(8 * b + lane % 8, lane / 8 % kChunks));
-      grad_output.multiply_rows(c[b], [&](int chunk) { return words[chunk]; });
-    }
-    NATTEN_EXT_UNROLL
-    for (int h = 0; h < 2; ++h) d[h] = shuffle(g % 2 ? c[h][2 * h + 1] : c[h][2 * h], 4 * g + g / 2);
+    if (p.table_partials == nullptr) return;
+    float* to = Diagonals::partials(p);
+    Diagonals::for_each_sum([&](int entry, float sum) { store_global(to + entry, sum); });
   }
 
   // Log-sum-exps up to this (in base 2) may be taken off products before these are scaled: the error is that of a float of this size.
   static constexpr float kPlain = 256;
 
-  // A group and a part of the keys. Products start at what is taken off them. `Exact`: scores are formed as in the forward, and the
-  // two parts of their log-sum-exp, `a` and `b`, taken off one by one; otherwise products start at `a`.
-  template <bool Exact>
-  NATTEN_EXT_DEVICE void attend_keys_of(const NarrowParams& p, const Group& group, const Left& query, const Left& grad_output,
-                                        const float (&d)[2], const float (&a)[2], const float (&b)[2]) {
-    const int first = key_part() * kRows;
-    const uint32_t lane = narrow_lane();
-    float of_scores[4], of_products[4];
+  // Whether products may start at log-sum-exps.
+  NATTEN_EXT_DEVICE static bool find_score_starts(const NarrowParams& p, const GridWindow& window) {
+    bool plain = true;
     NATTEN_EXT_UNROLL
-    for (int e = 0; e < 4; ++e) of_scores[e] = forget(Exact ? 0 : a[e / 2]), of_products[e] = forget(-d[e / 2]);
-    const Shared skipped = first * Tile::kRowBytes;
-    FrameScores<Tile> keys(Tile::kKeys + skipped, 0), values(Tile::kValues + skipped, 0);
-    FrameResults<Tile> key_rows(Tile::kKeys + skipped, 0);
-    Entries entries(group, kTable + first * Tile::kTableRow);
-    typename Entries::Pair upper[2], lower[2];
-    entries.load(lower, -1);
-    // The lane's row of the group and half of a row of keys, as store_matrices asks for them.
-    const Shared pairs = pair_chunk(kWeights, pair_row(group, lane % 16), 2 * first + lane / 16);
-    Sums results;
-    results.clear_all();
-    NATTEN_EXT_UNROLL_BY(kUnroll)
-    for (int r = 0; r < kRows; ++r) {
-      if (r % keys.kRowsAtATime == 0) {
-        keys.load(r);
-        values.load(r);
-      }
-      entries.load(upper, r);
-      float s[2][4], ds[2][4];
-      NATTEN_EXT_UNROLL
-      for (int block = 0; block < 2; ++block) {
-        query.multiply_rows_from(s[block], of_scores, [&](int chunk) { return keys.word(r % keys.kRowsAtATime, block, chunk); });
-        grad_output.multiply_rows_from(ds[block], of_products, [&](int chunk) { return values.word(r % keys.kRowsAtATime, block, chunk); });
-      }
-      NATTEN_EXT_UNROLL
-      for (int e = 0; e < 8; ++e) {
-        const int block = e / 4, h = e / 2 % 2;
-        float& weight = s[block][e % 4];
-        const float score = fused_multiply_add(weight, p.factor, h ? lower[block].e[e % 2] : upper[block].e[e % 2]);
-        weight = Exact ? weight_of(score, a[h], b[h]) : power_of_two(score);
-        ds[block][e % 4] *= weight;
-      }
-      NATTEN_EXT_UNROLL
-      for (int i = 0; i < 2; ++i) lower[i] = upper[i];
-      uint32_t packed[4];
-      pack_weights<Element>(packed, s);
-      store_matrices(pairs ^ r * 32, packed);
-      pack_weights<Element>(packed, ds);
-      store_matrices((pairs ^ r * 32) + (kGradients - kWeights), packed);
-      if (p.table_partials != nullptr) {
-        uint32_t rest[4];
-        NATTEN_EXT_UNROLL
-        for (int e = 0; e < 8; ++e) ds[e / 4][e % 4] -= widen(Element{static_cast<uint16_t>(packed[e / 2] >> (16 * (e % 2)))});
-        pack_weights<Element>(rest, ds);
-        store_matrices((pairs ^ r * 32) + (kRests - kWeights), rest);
-      }
-      if (r % key_rows.kProductsAtATime == 0) key_rows.load(r);
-      results.add_packed(key_rows, r, packed);
-      if (r % kTogether == kTogether - 1 && never(s[0][0])) return;
+    for (int first = 0; first < Tile::kSlots; first += Tile::kThreads) {
+      const int slot = first + thread_index();
+      const float base = number(p, window, p.base, slot), log_sum = number(p, window, p.log_sum, slot);
+      const float lse = base + log_sum, start = -lse / p.factor;
+      store_shared(kBases + 4 * slot, base);
+      store_shared(kLogSums + 4 * slot, log_sum);
+      store_start(score_start(slot), start);
+      plain = plain && lse * lse <= kPlain * kPlain && start * 0 == 0;
     }
-    NATTEN_EXT_UNROLL
-    for (int i = 0; i < 4 * kChunks; ++i) grad_query[i / 4][i % 4] = results.acc[i / 4][i % 4];
-    query_sums[0] = results.totals[0], query_sums[1] = results.totals[2];
+    return plain;
   }
 
-  // The other warps of a group send what they have to the first.
-  struct alignas(16) Four {
-    float e[4];
+  // ------------------------------------------------------------------------------------------ pairs
+
+  // Pairs of a warp's two rows with a staged row: weights, and their gradients dS.
+  struct Pairs {
+    float weights[2][2][4], gradients[2][2][4];
   };
-  NATTEN_EXT_DEVICE static Shared exchange(int key_part, int i) {
-    return kExchange + ((key_part - 1) * kGroups + warp() % kGroups) * kExchangeBytes + (i * kWarp + narrow_lane()) * 16;
-  }
-  NATTEN_EXT_DEVICE void send() const {
-    NATTEN_EXT_UNROLL
-    for (int n = 0; n < kChunks; ++n) {
-      store_shared(exchange(key_part(), n), Four{{grad_query[n][0], grad_query[n][1], grad_query[n][2], grad_query[n][3]}});
-    }
-    store_shared(exchange(key_part(), kChunks), Four{{query_sums[0], query_sums[1], 0, 0}});
-  }
-  NATTEN_EXT_DEVICE void receive() {
-    NATTEN_EXT_UNROLL
-    for (int part = 1; part < kParts; ++part) {
+  // `ByKey`: own rows are keys, and staged ones queries.
+  template <bool ByKey>
+  struct Side {
+    using Entries = RowEntries<Tile, ByKey>;
+    // Where a lane finds its part of 16 staged rows: as right operands of scores, and of sums over these rows.
+    static constexpr Shared kStaged = ByKey ? kQueries : kKeys, kOthers = ByKey ? kGradOutputs : kValues;
+    Left own[2], others[2];  // queries and gradients of outputs, or keys and values
+    int first_row;
+    bool exact;
+    Shared entries_at, of_scores, of_sums;
+    Entries before;  // the second own row has those that the first had with the staged row before
+
+    NATTEN_EXT_DEVICE Side(int first_row, bool exact)
+        : first_row(first_row), exact(exact), entries_at(Entries::first(first_row, kTable)), before(entries_at - Entries::kStep) {
       NATTEN_EXT_UNROLL
-      for (int n = 0; n < kChunks; ++n) {
-        const Four sent = load_shared<Four>(exchange(part, n));
-        NATTEN_EXT_UNROLL
-        for (int e = 0; e < 4; ++e) grad_query[n][e] += sent.e[e];
+      for (int r = 0; r < 2; ++r) {
+        own[r].load_from((ByKey ? kKeys : kQueries) + Rows(first_row + r, 0).left_place());
+        others[r].load_from((ByKey ? kValues : kGradOutputs) + Rows(first_row + r, 0).left_place());
       }
-      const Four sent = load_shared<Four>(exchange(part, kChunks));
-      query_sums[0] += sent.e[0], query_sums[1] += sent.e[1];
+      const uint32_t lane = narrow_lane();
+      of_scores = Tile::place(kChunks == 1 ? lane % 16 : lane % 8 + lane / 16 * 8, lane / 8 % kChunks);
+      of_sums = Tile::place(lane % 16, lane / 16 % kChunks);
+    }
+    // Products start at numbers of queries, of own row r or of half b of a staged row.
+    NATTEN_EXT_DEVICE void find(Pairs& pairs, const NarrowParams& p, const float (&score_starts)[2][4], const float (&product_starts)[2][4],
+                                int row) {
+      const auto multiply = [&](float (&c)[2][2][4], const float (&starts)[2][4], const Left (&left)[2], Shared region) {
+        uint32_t words[2 * kChunks];
+        load_matrices(words, region + of_scores + row * Tile::kRowBytes);
+        NATTEN_EXT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int r = i / 2, b = i % 2;
+          left[r].multiply_rows_from(c[r][b], starts[ByKey ? b : r], [&](int chunk) { return words[b * kChunks + chunk]; });
+        }
+      };
+      multiply(pairs.weights, score_starts, own, kStaged);
+      multiply(pairs.gradients, product_starts, others, kOthers);
+      const Entries entries(entries_at + row * Entries::kStep);
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        const int r = i / 8, b = i / 4 % 2, e = i % 4;
+        float& score = pairs.weights[r][b][e];
+        score = fused_multiply_add(score, p.factor, (r ? before : entries).of(b, e));
+      }
+      before = entries;
+      if (exact) subtract_log_sum_exps(pairs.weights, row);
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        float& weight = pairs.weights[i / 8][i / 4 % 2][i % 4];
+        weight = power_of_two(weight);
+        pairs.gradients[i / 8][i / 4 % 2][i % 4] *= weight;
+      }
+    }
+    // Numbers of queries differ by two of a lane's indices only: its own rows and their halves, or columns of both halves of a staged row.
+    NATTEN_EXT_DEVICE void subtract_log_sum_exps(float (&scores)[2][2][4], int row) const {
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int column = 8 * (i / 2) + static_cast<int>(narrow_lane() % 4) * 2 + i % 2;
+        const int slot = ByKey ? row * kGridWindow + column : slot_of(first_row + i / 2, i % 2);
+        const float base = load_shared<float>(kBases + 4 * slot), log_sum = load_shared<float>(kLogSums + 4 * slot);
+        NATTEN_EXT_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          float& score = ByKey ? scores[k / 2][i / 2][k % 2 * 2 + i % 2] : scores[i / 2][k / 2][i % 2 * 2 + k % 2];
+          score = score - base - log_sum;
+        }
+      }
+    }
+    // Adds `weights` of own rows times the rows of a region.
+    NATTEN_EXT_DEVICE void add_rows(Fragment (&sums)[2], const uint32_t (&weights)[2][4], Shared region, int row) const {
+      uint32_t words[2 * kChunks];
+      load_matrices_transposed(words, region + of_sums + row * Tile::kRowBytes);
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < 2 * kChunks; ++i) {
+        const int r = i / kChunks, n = i % kChunks;
+        multiply<Element>(sums[r][n], weights[r], words[2 * n], words[2 * n + 1]);
+      }
+    }
+  };
+
+  // ------------------------------------------------------------------------------------------ queries
+
+  NATTEN_EXT_DEVICE static void attend_keys(const NarrowParams& p, const GridWindow& window, int first_row, bool exact) {
+    Side<false> side(first_row, exact);
+    float score_starts[2][4], product_starts[2][4], d[2][2];
+    NATTEN_EXT_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      find_d(d[r], p, window, side.others[r], first_row + r);
+      NATTEN_EXT_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        // Numbers that are equal but come from different places: or the compiler would keep one, and copy it before each product.
+        const Shared from = score_start(slot_of(first_row + r, h));
+        score_starts[r][2 * h] = load_shared<float>(from), score_starts[r][2 * h + 1] = load_shared<float>(from + 8);
+        product_starts[r][2 * h] = -d[r][h], product_starts[r][2 * h + 1] = shuffle_xor(-d[r][h], 1);
+      }
+    }
+    Fragment sums[2];
+    float totals[2][4];
+    clear(sums[0]), clear(sums[1]), clear(totals);
+    Diagonals diagonals(first_row);
+    const uint32_t ones = pack<Element>(1, 1);
+    NATTEN_EXT_NO_UNROLL
+    for (int first = 0; first < kGridWindow; first += 2) {
+      NATTEN_EXT_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        Pairs pairs;
+        side.find(pairs, p, score_starts, product_starts, first + i);
+        uint32_t packed[2][4];
+        NATTEN_EXT_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          pack_weights<Element>(packed[r], pairs.gradients[r]);
+          multiply<Element>(totals[r], packed[r], ones, ones);
+        }
+        side.add_rows(sums, packed, kKeys, first + i);
+        if (p.table_partials != nullptr) diagonals.add(pairs.gradients);
+      }
+      if (p.table_partials != nullptr) sync_block();
+    }
+    // Without barriers so far: the warp's outputs, which are written over, must have been read.
+    if (p.table_partials != nullptr) diagonals.add_last();
+    else sync_warp();
+    NATTEN_EXT_UNROLL
+    for (int r = 0; r < 2; ++r) finish_queries(p, window, sums[r], totals[r], d[r], first_row + r);
+  }
+  // D: products of rows of grad_output and output, formed as dP is: the diagonals of two blocks. The gradient of the log-sum-exp comes off.
+  NATTEN_EXT_DEVICE static void find_d(float (&d)[2], const NarrowParams& p, const GridWindow& window, const Left& grad_output, int row) {
+    const uint32_t g = narrow_lane() / 4;
+    Left output;
+    output.load_from(kOutputs + Rows(row, 0).left_place());
+    float c[2][4];
+    clear(c);
+    NATTEN_EXT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      grad_output.multiply_rows(c[h], [&](int chunk) { return output.a[0][2 * chunk + h]; });
+      d[h] = shuffle(g % 2 ? c[h][2 * h + 1] : c[h][2 * h], 4 * g + g / 2) - grad_lse(p, window, slot_of(row, h));
     }
   }
 
-  // Rows of dS sum to y. What is left over is what D lacks, and roundings: see subtract_rows in rows.h. What gradients of keys lack is
-  // P times the queries times it.
-  NATTEN_EXT_DEVICE void finish_queries(const NarrowParams& p, const GridWindow& window, const Group& group) {
+  // Rows of dS sum to y. What is left over is what D lacks, and roundings: see subtract_rows in rows.h.
+  NATTEN_EXT_DEVICE static void finish_queries(const NarrowParams& p, const GridWindow& window, Fragment& sums, const float (&totals)[4],
+                                               const float (&d)[2], int row) {
     struct alignas(4) Pair {
       Element e[2];
     };
     const uint32_t g = narrow_lane() / 4, t = narrow_lane() % 4;
-    float lacking[2];
     NATTEN_EXT_UNROLL
     for (uint32_t h = 0; h < 2; ++h) {
-      const uint32_t slot = (group.y + h) * kGridWindow + group.x + g;
-      lacking[h] = query_sums[h] - load_shared<float>(kNumbers + (2 * Tile::kSlots + slot) * static_cast<Shared>(sizeof(float)));
+      const int slot = slot_of(row, h);
+      const float lacking = totals[2 * h] - grad_lse(p, window, slot);
+      if (t == 0) store_start(product_start(slot), -d[h] - lacking);
       NATTEN_EXT_UNROLL
       for (int n = 0; n < kChunks; ++n) {
-        const Pair key = load_shared<Pair>(Tile::kKeys + group.place(g + 8 * h, n) + 4 * t);
+        const Pair key = load_shared<Pair>(kKeys + Rows(row, 0).place(g + 8 * h, n) + 4 * t);
         NATTEN_EXT_UNROLL
-        for (int e = 0; e < 2; ++e) grad_query[n][2 * h + e] = fused_multiply_add(-lacking[h], widen(key.e[e]), grad_query[n][2 * h + e]);
+        for (int e = 0; e < 2; ++e) sums[n][2 * h + e] = fused_multiply_add(-lacking, widen(key.e[e]), sums[n][2 * h + e]);
       }
     }
-    if (p.grad_query.data != nullptr) group.template write<Element>(grad_query, {p.scale, p.scale}, p, window, p.grad_query, kOutputs);
-    sync_warp();
-    NATTEN_EXT_UNROLL
-    for (uint32_t h = 0; h < 2; ++h) {
-      NATTEN_EXT_UNROLL
-      for (int n = 0; n < kChunks; ++n) {
-        const Shared place = group.place(g + 8 * h, n) + 4 * t;
-        const Pair query = load_shared<Pair>(kQueries + place);
-        store_shared(kCorrections + place, pack<Element>(-lacking[h] * widen(query.e[0]), -lacking[h] * widen(query.e[1])));
-      }
-    }
-  }
-
-  // ------------------------------------------------------------------------------------------ the table
-
-  // Adds pairs of rows of queries with keys `apart` rows below, or kGridWindow - apart above where the window ends before: a row of
-  // pairs is a left operand, added by a product with ones on a diagonal. Zero times NaN is NaN: but where one of a query's dS is not
-  // finite, none is, or they overflow, and their entries are its own.
-  NATTEN_EXT_DEVICE void add_to_table(int part) {
-    const uint32_t lane = narrow_lane(), g = lane / 4, t = lane % 4;
-    const uint32_t one = pack<Element>(g == 2 * t ? 1.0f : 0.0f, g == 2 * t + 1 ? 1.0f : 0.0f);
-    NATTEN_EXT_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int apart = part * kRows + 2 * static_cast<int>(place()) + i, below = greater(lesser(kGridWindow - apart, kRows), 0);
-      const auto add = [&](float (&left)[4], float (&right)[4], int begin, int end) {
-        // From one pair of rows to the next, a row of the map and 32 bytes further; rows of pairs are multiples of these.
-        constexpr Shared kStep = kGridWindow * kPairRow + 32;
-        Shared pairs = kGradients + (begin * kGridWindow + lane % 16) * kPairRow + (apart + begin) % kGridWindow * 32;
-        NATTEN_EXT_NO_UNROLL
-        for (int y = begin; y < end; ++y, pairs += kStep) {
-          NATTEN_EXT_UNROLL
-          for (int rest = 0; rest < 2; ++rest) {
-            uint32_t row[4];
-            load_matrices(row, (pairs ^ (lane / 16 ^ lane % 8) * 16) + rest * (kRests - kGradients));
-            multiply<Element>(left, row, one, 0);
-            multiply<Element>(right, row, 0, one);
-          }
-        }
-      };
-      add(sums[4 * i], sums[4 * i + 1], 0, below);
-      add(sums[4 * i + 2], sums[4 * i + 3], below, kRows);
-    }
-  }
-  // Rows of P and dS are those of a part of the window. Which is a group's row?
-  NATTEN_EXT_DEVICE static uint32_t pair_row(const Group& group, uint32_t row) {
-    return (group.y % kRows + row / 8) * kGridWindow + group.x + row % 8;
-  }
-  // Where a chunk of such a row lies.
-  NATTEN_EXT_DEVICE static Shared pair_chunk(Shared region, uint32_t row, uint32_t chunk) { return region + row * kPairRow + (chunk ^ row % 8) * 16; }
-
-  // At the end of the block: offsets of pairs are equal on diagonals.
-  NATTEN_EXT_DEVICE void write_table(const NarrowParams& p) const {
-    constexpr Shared kRow = kGridWindow * sizeof(float);
-    const uint32_t lane = narrow_lane();
-    const Shared scratch = kWeights + place() * kGridWindow * kRow;
-    auto* to = static_cast<float*>(p.table_partials) + (int64_t{narrow_block_of_head(p)} * p.launch_heads + narrow_launch_head(p)) *
-                                                           Tile::kTableExtent * Tile::kTableExtent;
-    NATTEN_EXT_UNROLL
-    for (int part = 0; part < 4; ++part) {
-      const int up = part % 2, apart = static_cast<int>(2 * place()) + part / 2;
-      sync_warp();
-      NATTEN_EXT_UNROLL
-      for (int e = 0; e < 8; ++e) {
-        const int y = lane / 4 + e / 2 % 2 * 8, x = lane % 4 * 2 + e % 2 + e / 4 * 8;
-        store_shared(scratch + y * kRow + x * static_cast<Shared>(sizeof(float)), sums[2 * part + e / 4][e % 4]);
-      }
-      sync_warp();
-      const int right = static_cast<int>(lane) - kGridWindow + 1, row = apart - up * kGridWindow + kGridWindow - 1;
-      float sum = 0;
-      for (int y = 0; y < kGridWindow; ++y) {
-        if (inside(y + right, kGridWindow)) sum += load_shared<float>(scratch + y * kRow + (y + right) * static_cast<Shared>(sizeof(float)));
-      }
-      if (row >= 0 && lane < Tile::kTableExtent) store_global(to + row * Tile::kTableExtent + lane, sum);
-    }
+    if (p.grad_query.data != nullptr) write_row<Element>(sums, p.scale, p, window, p.grad_query, row);
   }
 
   // ------------------------------------------------------------------------------------------ keys
 
-  NATTEN_EXT_DEVICE void attend_keys(int part) {
-    const uint32_t lane = narrow_lane(), matrix = lane / 8;
+  NATTEN_EXT_DEVICE static void attend_queries(const NarrowParams& p, const GridWindow& window, int first_row, bool exact) {
+    Side<true> side(first_row, exact);
+    Fragment grad_key[2], grad_value[2];
+    NATTEN_EXT_UNROLL
+    for (int r = 0; r < 2; ++r) clear(grad_key[r]), clear(grad_value[r]);
     NATTEN_EXT_NO_UNROLL
-    for (uint32_t i = 0; i < kGroups; ++i) {
-      const Group group = group_of(i, part);
-      const Rows grad_outputs(kGradOutputs, group), queries(kQueries, group), corrections(kCorrections, group);
+    for (int first = 0; first < kGridWindow; first += 2) {
       NATTEN_EXT_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        uint32_t weights[4], gradients[4];
-        const Shared pairs = pair_chunk(kWeights, pair_row(group, lane % 8 + matrix / 2 * 8), 2 * (2 * place() + k) + matrix % 2);
-        load_matrices_transposed(weights, pairs);
-        load_matrices_transposed(gradients, pairs + (kGradients - kWeights));
-        grad_outputs.add_to(of_key_row<0>(k), weights);
-        queries.add_to(of_key_row<1>(k), gradients);
-        corrections.add_to(of_key_row<1>(k), weights);
+      for (int i = 0; i < 2; ++i) {
+        const int row = first + i;
+        float score_starts[2][4], product_starts[2][4];
+        load_starts(score_starts, product_starts, row);
+        Pairs pairs;
+        side.find(pairs, p, score_starts, product_starts, row);
+        uint32_t weights[2][4], gradients[2][4];
+        NATTEN_EXT_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          pack_weights<Element>(weights[r], pairs.weights[r]);
+          pack_weights<Element>(gradients[r], pairs.gradients[r]);
+        }
+        side.add_rows(grad_value, weights, kGradOutputs, row);
+        side.add_rows(grad_key, gradients, kQueries, row);
       }
     }
-  }
-  // A group's rows in a region, as right operands.
-  struct Rows {
-    uint32_t words[kChunks * 2];
-    NATTEN_EXT_DEVICE Rows(Shared region, const Group& group) {
-      const uint32_t lane = narrow_lane();
-      load_matrices_transposed(words, region + group.place(lane % 16, lane / 16 % kChunks));
-    }
-    NATTEN_EXT_DEVICE void add_to(Fragment& acc, const uint32_t (&weights)[4]) const {
-      NATTEN_EXT_UNROLL
-      for (int n = 0; n < kChunks; ++n) multiply<Element>(acc[n], weights, words[2 * n], words[2 * n + 1]);
-    }
-  };
-
-  NATTEN_EXT_DEVICE void write_keys(const NarrowParams& p, const GridWindow& window) {
     NATTEN_EXT_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      const GridGroup<Tile, true> keys(static_cast<int>(2 * place()) + k, 0);
-      if (p.grad_value.data != nullptr) keys.template write<Element>(of_key_row<0>(k), {1, 1}, p, window, p.grad_value, Tile::kValues);
-      if (p.grad_key.data != nullptr) keys.template write<Element>(of_key_row<1>(k), {p.scale, p.scale}, p, window, p.grad_key, Tile::kKeys);
+    for (int r = 0; r < 2; ++r) {
+      if (p.grad_value.data != nullptr) write_row<Element>(grad_value[r], 1, p, window, p.grad_value, first_row + r);
+      if (p.grad_key.data != nullptr) write_row<Element>(grad_key[r], p.scale, p, window, p.grad_key, first_row + r);
+    }
+  }
+  // Of queries 2t and 2t + 1 of both halves of a row.
+  NATTEN_EXT_DEVICE static void load_starts(float (&scores)[2][4], float (&products)[2][4], int row) {
+    struct alignas(16) Four {
+      float e[4];
+    };
+    NATTEN_EXT_UNROLL
+    for (int b = 0; b < 2; ++b) {
+      const int slot = row * kGridWindow + 8 * b + static_cast<int>(narrow_lane() % 4) * 2;
+      const Four score = load_shared<Four>(score_start(slot)), product = load_shared<Four>(product_start(slot));
+      NATTEN_EXT_UNROLL
+      for (int e = 0; e < 4; ++e) scores[b][e] = score.e[e], products[b][e] = product.e[e];
     }
   }
 };

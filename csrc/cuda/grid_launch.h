@@ -10,9 +10,9 @@ namespace natten_ext::cuda {
 template <class M>
 struct GridDims : std::integer_sequence<int, 8, 16, 32, 64, 80, 96> {};
 template <class M>
-struct GridBackwardDims : std::integer_sequence<int, 8> {};
+struct GridBackwardDims : std::integer_sequence<int, 8, 16> {};
 template <class M>
-struct GridWideBackwardDims : std::integer_sequence<int, 16, 64, 80, 96> {};
+struct GridWideBackwardDims : std::integer_sequence<int, 64, 80, 96> {};
 template <class M>
 struct GridDoubleBackwardDims : std::integer_sequence<int, 8, 16, 72, 96> {};
 

@@ -1,8 +1,8 @@
-// Backward of grids of 16 x 16 windows (grid.h) in heads of more than 8 channels, both sides in one kernel.
+// Backward of grids of 16 x 16 windows (grid.h) in heads of more than 16 channels, both sides in one kernel.
 //
 // A block has a window, and each of its eight warps two rows of keys, whose gradients stay in its registers. It walks over the queries
 // twice, a row of them at a time:
-//   1. for the gradients of values, from scores and weights P; heads of up to 16 channels get them with the others;
+//   1. for the gradients of values, from scores and weights P;
 //   2. for all others. Sums of P dP over a warp's keys go to the other warps: so D is known in full before dS is rounded. dS adds to
 //      the gradients of keys and of the table, and goes to shared memory. Once some rows are there, each warp has a share of the channels of
 //      the gradients of one of them. There is one barrier per row.
@@ -21,8 +21,7 @@ struct GridWideBackward {
   using Fragment = float[Tile::kChunks][4];
   using Products = float[2][2][4];  // of two rows of keys with both halves of a row of queries
   static constexpr int kChunks = Tile::kChunks, kSteps = Left::kSteps;
-  static constexpr bool kOnePass = Dim <= 16;  // all gradients in one walk, where registers have room for them
-  static constexpr int kBlocksAtATime = Dim <= 16 ? 2 : 1;  // on a multiprocessor
+  static constexpr int kBlocksAtATime = 1;  // on a multiprocessor
   static constexpr bool kTableGradient = true;
   static constexpr int kRowNumbers = 0;
 
@@ -30,13 +29,14 @@ struct GridWideBackward {
   static constexpr Shared kKeys = 0, kQueries = Tile::kRegion, kGradOutputs = 2 * Tile::kRegion, kValues = 3 * Tile::kRegion;
   // dS of some rows of queries, and of the one after: rows of keys, as those of a tensor with 16 channels.
   static constexpr int kTogether = Dim > 80 ? 2 : 4;                                // rows of gradients at a time
-  static constexpr int kShares = Dim <= 16 ? 1 : Tile::kWarps / kTogether;  // in how many shares of channels
+  static constexpr int kShares = Tile::kWarps / kTogether;  // in how many shares of channels
   static constexpr int kShare = kChunks / kShares;
   static_assert(kChunks % kShares == 0);
   using Pairs = GridTile<kGridWindow, Tile::kWarps>;
   static constexpr Shared kPairs = kValues;
   static constexpr Shared kDiagonals = kPairs + (kTogether + 1) * Pairs::kRegion;  // of the table's gradient
-  static constexpr Shared kScratchEnd = GridDiagonals<Tile, kDiagonals, 0>::kEnd, kRegionsEnd = kValues + Tile::kRegion;
+  using Diagonals = GridDiagonals<Tile, true, kDiagonals>;
+  static constexpr Shared kScratchEnd = Diagonals::kEnd, kRegionsEnd = kValues + Tile::kRegion;
   static constexpr Shared kTable = ((kScratchEnd > kRegionsEnd ? kScratchEnd : kRegionsEnd) + 127) / 128 * 128;
   // Of queries: the two parts of the log-sum-exp, and its gradient.
   enum Number { kBase, kLogSum, kGradLse, kNumberCount };
@@ -44,7 +44,6 @@ struct GridWideBackward {
   // Sums of P dP over the keys of a warp, of two rows of queries in turn.
   static constexpr Shared kSums = kNumbers + kNumberCount * kNumberBytes, kSumBytes = 24 * sizeof(float);  // so that banks differ
   static constexpr Shared kTableSums = kSums + 2 * Tile::kWarps * kSumBytes;  // of all windows of the block
-  using Diagonals = GridDiagonals<Tile, kDiagonals, kTableSums>;
   static constexpr uint32_t kShared = kTableSums + Diagonals::kExtent * Diagonals::kExtent * sizeof(float);
 
   struct alignas(8) Pair {
@@ -75,7 +74,7 @@ struct GridWideBackward {
   NATTEN_EXT_DEVICE static void run(const NarrowParams& p) {
     if constexpr (!kRuns) return;
     const int head = p.head[narrow_launch_head(p)];
-    Diagonals::clear_sums();
+    Diagonals::for_each_entry([](int entry) { store_shared(table_sum(entry), 0.0f); });
     const int first = narrow_block_of_head(p);
     for (int index = first; index < p.tiles; index += p.blocks_per_head) {
       const GridWindow window(p, head, index);
@@ -90,8 +89,11 @@ struct GridWideBackward {
       gradients.attend(p, window);
       sync_block();  // shared memory is free again
     }
-    if (p.table_partials != nullptr) Diagonals::write(p);
+    if (p.table_partials == nullptr) return;
+    float* to = Diagonals::partials(p);
+    Diagonals::for_each_entry([&](int entry) { store_global(to + entry, load_shared<float>(table_sum(entry))); });
   }
+  NATTEN_EXT_DEVICE static Shared table_sum(int entry) { return kTableSums + entry * static_cast<Shared>(sizeof(float)); }
 
   NATTEN_EXT_DEVICE static void stage_numbers(const NarrowParams& p, const GridWindow& window) {
     const uint32_t slot = narrow_thread();
@@ -119,7 +121,7 @@ struct GridWideBackward {
       return room;
     }
   };
-  static constexpr bool kKeysHeld = Dim > 16 && Dim <= 80;  // as far as registers go
+  static constexpr bool kKeysHeld = Dim <= 80;  // as far as registers go
   // Of own rows of keys or values with a row of queries or gradients of outputs.
   template <bool Held>
   NATTEN_EXT_DEVICE static void multiply_rows(Products& c, const OwnRows<Held>& own, Shared rows) {
@@ -188,7 +190,7 @@ struct GridWideBackward {
   // ------------------------------------------------------------------------------------------ values
 
   NATTEN_EXT_DEVICE void attend_values(const NarrowParams& p, const GridWindow& window) {
-    if (kOnePass || p.grad_value.data == nullptr) return;
+    if (p.grad_value.data == nullptr) return;
     clear(sums[0]), clear(sums[1]);
     const OwnRows<true> keys(kKeys);
     Entries entries;
@@ -208,14 +210,12 @@ struct GridWideBackward {
   NATTEN_EXT_DEVICE void attend(const NarrowParams& p, const GridWindow& window) {
     const OwnRows<true> values(kValues);
     const OwnRows<kKeysHeld> keys(kKeys);
-    Fragment value_sums[2];
-    clear(value_sums[0]), clear(value_sums[1]);
-    if (!kOnePass && p.grad_value.data != nullptr) {
+    if (p.grad_value.data != nullptr) {
       NATTEN_EXT_UNROLL
       for (int r = 0; r < 2; ++r) own_row(r).template write<Element>(sums[r], {1, 1}, p, window, p.grad_value, kValues);
     }
     clear(sums[0]), clear(sums[1]);
-    Diagonals diagonals;
+    Diagonals diagonals(2 * warp());
     Entries entries;
     NATTEN_EXT_NO_UNROLL
     for (int row = 0; row < kGridWindow; ++row) {
@@ -223,12 +223,6 @@ struct GridWideBackward {
       load_weights(p, weights, entries, keys, row);
       multiply_rows(gradients, values, kGradOutputs + row * Tile::kRowBytes + score_place());
       send_sums(weights, gradients, row);
-      if constexpr (kOnePass) {
-        uint32_t packed[2][4];
-        NATTEN_EXT_UNROLL
-        for (int r = 0; r < 2; ++r) pack_weights<Element>(packed[r], weights[r]);
-        add_rows(value_sums, packed, kGradOutputs + row * Tile::kRowBytes + sum_place());
-      }
       sync_block();
       finish_gradients(weights, gradients, row);
       uint32_t packed[2][4];
@@ -238,22 +232,19 @@ struct GridWideBackward {
         const uint32_t lane = narrow_lane();
         store_matrices(pairs(row) + Pairs::place((2 * warp() + r) * kGridWindow + lane % 16, lane / 16), packed[r]);
       }
-      if (p.table_partials != nullptr) diagonals.add(gradients, 2 * warp(), row);
+      if (p.table_partials != nullptr) diagonals.add(gradients, row < 2 || warp() == 0);
       add_rows(sums, packed, kQueries + row * Tile::kRowBytes + sum_place());
       if (row > 0 && row % kTogether == 0) attend_queries(p, window, row - kTogether);
     }
-    if (p.table_partials != nullptr) diagonals.add_last(2 * warp());
+    if (p.table_partials != nullptr) diagonals.add_last(warp() == 0);
     sync_block();
     if (p.grad_key.data != nullptr) {
       NATTEN_EXT_UNROLL
       for (int r = 0; r < 2; ++r) own_row(r).template write<Element>(sums[r], {p.scale, p.scale}, p, window, p.grad_key, kGradOutputs);
     }
-    if (kOnePass && p.grad_value.data != nullptr) {
-      NATTEN_EXT_UNROLL
-      for (int r = 0; r < 2; ++r) own_row(r).template write<Element>(value_sums[r], {1, 1}, p, window, p.grad_value, kGradOutputs);
-    }
     attend_queries(p, window, kGridWindow - kTogether);
-    if (p.table_partials != nullptr) Diagonals::add_window();
+    if (p.table_partials == nullptr) return;
+    Diagonals::for_each_sum([](int entry, float sum) { store_shared(table_sum(entry), load_shared<float>(table_sum(entry)) + sum); });
   }
   NATTEN_EXT_DEVICE static Shared pairs(int row) { return kPairs + row % (kTogether + 1) * Pairs::kRegion; }
 
@@ -310,7 +301,7 @@ struct GridWideBackward {
   // A warp adds a share of the channels of the gradients of one row of queries, of those from `first` on, from dS of all keys. What the
   // rows of dS sum to, but for the gradient of the log-sum-exp, is left over from rounding: see subtract_rows in rows.h.
   NATTEN_EXT_DEVICE static void attend_queries(const NarrowParams& p, const GridWindow& window, int first) {
-    if (p.grad_query.data == nullptr || (kTogether * kShares < Tile::kWarps && warp() >= kTogether * kShares)) return;
+    if (p.grad_query.data == nullptr) return;
     struct alignas(4) Two {
       Element e[2];
     };
