@@ -1,8 +1,8 @@
 // Backward of grids of 16 x 16 windows (grid.h) in heads of up to 16 channels, both sides in one kernel.
 //
 // A block has a window, and a warp two rows of queries at a time, then two rows of keys, with their gradients in registers:
-//   1. queries meet all keys, a row of them at a time: that gives their gradients, what D lacks, and the table's gradient;
-//   2. keys meet all queries, with the D that is known now: that gives the gradients of keys and values.
+//   1. queries meet all keys, a row of them at a time: that gives their gradients, and what D lacks;
+//   2. keys meet all queries, with the D that is known now: that gives the gradients of keys, values and the table.
 // So scores and weights are computed twice, and no sums over warps are needed. backward.cu says what corrects D.
 #include "grid_diagonals.h"
 #include "grid_double.h"
@@ -30,7 +30,7 @@ struct GridBackward {
   static constexpr Shared kStarts = kTable + Tile::kTableBytes;
   // The two parts of the log-sum-exp.
   static constexpr Shared kBases = kStarts + Tile::kSlots * 8, kLogSums = kBases + Tile::kSlots * 4;
-  using Diagonals = GridDiagonals<Tile, false, kLogSums + Tile::kSlots * 4>;
+  using Diagonals = GridDiagonals<Tile, true, kLogSums + Tile::kSlots * 4>;
   static constexpr uint32_t kShared = Diagonals::kEnd;
 
   NATTEN_EXT_DEVICE static int first_row() { return static_cast<int>(narrow_thread() / kWarp) * 2; }
@@ -202,7 +202,6 @@ struct GridBackward {
     Fragment sums[2];
     float totals[2][4];
     clear(sums[0]), clear(sums[1]), clear(totals);
-    Diagonals diagonals(first_row);
     const uint32_t ones = pack<Element>(1, 1);
     NATTEN_EXT_NO_UNROLL
     for (int first = 0; first < kGridWindow; first += 2) {
@@ -217,13 +216,9 @@ struct GridBackward {
           multiply<Element>(totals[r], packed[r], ones, ones);
         }
         side.add_rows(sums, packed, kKeys, first + i);
-        if (p.table_partials != nullptr) diagonals.add(pairs.gradients);
       }
-      if (p.table_partials != nullptr) sync_block();
     }
-    // Without barriers so far: the warp's outputs, which are written over, must have been read.
-    if (p.table_partials != nullptr) diagonals.add_last();
-    else sync_warp();
+    sync_warp();  // the warp's outputs, which are written over, have been read
     NATTEN_EXT_UNROLL
     for (int r = 0; r < 2; ++r) finish_queries(p, window, sums[r], totals[r], d[r], first_row + r);
   }
@@ -270,6 +265,7 @@ struct GridBackward {
     Fragment grad_key[2], grad_value[2];
     NATTEN_EXT_UNROLL
     for (int r = 0; r < 2; ++r) clear(grad_key[r]), clear(grad_value[r]);
+    Diagonals diagonals(first_row);
     NATTEN_EXT_NO_UNROLL
     for (int first = 0; first < kGridWindow; first += 2) {
       NATTEN_EXT_UNROLL
@@ -287,8 +283,11 @@ struct GridBackward {
         }
         side.add_rows(grad_value, weights, kGradOutputs, row);
         side.add_rows(grad_key, gradients, kQueries, row);
+        if (p.table_partials != nullptr) diagonals.add(pairs.gradients);
       }
+      if (p.table_partials != nullptr) sync_block();
     }
+    if (p.table_partials != nullptr) diagonals.add_last();
     NATTEN_EXT_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (p.grad_value.data != nullptr) write_row<Element>(grad_value[r], 1, p, window, p.grad_value, first_row + r);
