@@ -19,6 +19,11 @@ struct GridBackward {
   using Fragment = float[Tile::kChunks][4];
   static constexpr int kChunks = Tile::kChunks;
   static constexpr int kBlocksAtATime = 16 / Tile::kWarps;  // on a multiprocessor
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr bool kVotes = Dim == 16;  // after each row of queries, against spills
+#else
+  static constexpr bool kVotes = false;
+#endif
   static constexpr bool kTableGradient = true;
   static constexpr int kRowNumbers = 0;
 
@@ -284,6 +289,7 @@ struct GridBackward {
         side.add_rows(grad_value, weights, kGradOutputs, row);
         side.add_rows(grad_key, gradients, kQueries, row);
         if (p.table_partials != nullptr) diagonals.add(pairs.gradients);
+        if (kVotes && never(pairs.weights[0][0][0])) return;
       }
       if (p.table_partials != nullptr) sync_block();
     }
