@@ -49,6 +49,8 @@ class TrainJudgeArguments:
             raise ValueError(f"limit ({self.limit}) and workers ({self.workers}) cannot be negative")
         if self.out.suffix != ".safetensors":
             raise ValueError(f"out is {str(self.out)!r}; its name must end in .safetensors")
+        if self.out.is_dir():
+            raise ValueError(f"out is {str(self.out)!r}, which is a folder; it must be a file to write")
 
 
 def run(arguments: list[str]) -> None:

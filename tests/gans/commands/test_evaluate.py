@@ -113,6 +113,13 @@ def digits_judge(tmp_path_factory):
     return path
 
 
+def test_a_judge_is_no_folder(tmp_path, capsys):
+    folder = tmp_path / "judge.safetensors"
+    folder.mkdir()
+    assert main(["train-judge", "--data", "digits", "--out", str(folder)]) == 1
+    assert capsys.readouterr().err == f"error: out is {str(folder)!r}, which is a folder; it must be a file to write\n"
+
+
 def test_judge_learns_and_is_loaded_as_saved(digits_judge):
     network = make_vectors("judge", judge=digits_judge)
     assert not network.judge.training and network.num_features == 32
