@@ -116,8 +116,10 @@ def digits_judge(tmp_path_factory):
 def test_a_judge_is_no_folder(tmp_path, capsys):
     folder = tmp_path / "judge.safetensors"
     folder.mkdir()
-    assert main(["train-judge", "--data", "digits", "--out", str(folder)]) == 1
-    assert capsys.readouterr().err == f"error: out is {str(folder)!r}, which is a folder; it must be a file to write\n"
+    with pytest.raises(SystemExit) as stop:
+        main(["train-judge", "--data", "digits", "--out", str(folder)])
+    assert stop.value.code == 2
+    assert "is a folder" in capsys.readouterr().err
 
 
 def test_judge_learns_and_is_loaded_as_saved(digits_judge):
