@@ -252,7 +252,8 @@ struct GridBackward {
     for (uint32_t h = 0; h < 2; ++h) {
       const int slot = slot_of(row, h);
       const float lacking = totals[2 * h] - grad_lse(p, window, slot);
-      if (t == 0) store_start(product_start(slot), -d[h] - lacking);
+      // If float16 has no numbers for dS, as D is: the table's gradient, in float32, may have them.
+      if (t == 0) store_start(product_start(slot), -d[h] - (lacking * 0 == 0 ? lacking : 0));
       NATTEN_EXT_UNROLL
       for (int n = 0; n < kChunks; ++n) {
         const Pair key = load_shared<Pair>(kKeys + Rows(row, 0).place(g + 8 * h, n) + 4 * t);

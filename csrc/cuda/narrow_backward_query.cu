@@ -88,7 +88,7 @@ struct NarrowBackwardQuery : BackwardQueries<M, Dim, Whole> {
     const uint32_t g = narrow_lane() / 4;
     const typename Queries::LogSum log_sums[2] = {{p, tile, group, g}, {p, tile, group, g + 8}};
     results.clear_all();
-    Rows keys(Tile::kKeys, group.frame), values(Tile::kValues, group.frame);
+    Rows keys(Tile::kKeys, group.frame, true), values(Tile::kValues, group.frame, true);
     NATTEN_EXT_NO_UNROLL
     for (int r = 0; r < kNarrowKernel + (group.lower ? 1 : 0); ++r) {
       float s[4], dp[4];

@@ -59,8 +59,9 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
   // What is staged of the frame, as right operands of scores.
   struct Staged {
     Rows keys, values, cot_keys, cot_values;
-    NATTEN_EXT_DEVICE explicit Staged(uint32_t frame)
-        : keys(Tile::kKeys, frame), values(Tile::kValues, frame), cot_keys(Places::kCotKeys, frame), cot_values(Places::kCotValues, frame) {}
+    NATTEN_EXT_DEVICE explicit Staged(uint32_t frame, bool one = false)
+        : keys(Tile::kKeys, frame, one), values(Tile::kValues, frame, one), cot_keys(Places::kCotKeys, frame, one),
+          cot_values(Places::kCotValues, frame, one) {}
     NATTEN_EXT_DEVICE void load(int row) {
       keys.load(row);
       values.load(row);
@@ -196,7 +197,7 @@ struct NarrowDoubleBackwardQuery : DoubleBackwardQueries<M, NarrowDoubleBackward
     NATTEN_EXT_UNROLL
     for (float& start : of_scores) start = 0;
     const int rows = kNarrowKernel + (group.lower ? 1 : 0);
-    Staged staged(group.frame);
+    Staged staged(group.frame, true);
     RowSums sums;
     clear_all();
     FrameSums<M, Tile, false> others;

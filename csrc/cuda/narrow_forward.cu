@@ -108,7 +108,7 @@ struct NarrowForward {
     float largest[2] = {-kInfinity<float>, -kInfinity<float>}, from[2] = {0, 0};
     results.clear_all();
     sum[0] = sum[1] = 0;
-    Keys keys(Tile::kKeys, group.frame);
+    Keys keys(Tile::kKeys, group.frame, true);
     NATTEN_EXT_NO_UNROLL
     for (int i = 0; i < 2 * rows; ++i) {
       const int r = i < rows ? i : i - rows;

@@ -58,10 +58,10 @@ struct FrameScores {
   Shared address;
   uint32_t words[kLoads][4];
 
-  // `region`: of keys or of values.
-  NATTEN_EXT_DEVICE FrameScores(Shared region, uint32_t frame) {
+  // `region`: of keys or of values. `one`: a load has one row only, so that it can be the frame's last.
+  NATTEN_EXT_DEVICE FrameScores(Shared region, uint32_t frame, bool one = false) {
     const uint32_t lane = narrow_lane(), matrix = lane / 8;
-    const uint32_t row = matrix / kMatrices, block = matrix / (kHalves ? 2 : kChunks) % kBlocks, chunk = matrix % (kHalves ? 2 : kChunks);
+    const uint32_t row = kRowsAtATime > 1 && one ? 0 : matrix / kMatrices, block = matrix / (kHalves ? 2 : kChunks) % kBlocks, chunk = matrix % (kHalves ? 2 : kChunks);
     address = region + Tile::place(frame + row * kRowSlots + block * 8 + lane % 8, chunk);
   }
   // Loads frame row `row`, and what else comes with it.

@@ -14,6 +14,7 @@ from gans.common.distributed import choose_device
 from gans.data.sources import open_source
 from gans.evaluation.reference import choose, digest, read_batches
 from gans.features.judge import JudgeConfig, Schedule, save_judge, train_judge
+from gans.training.lock import check_folder
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TrainJudgeArguments:
 
 def run(arguments: list[str]) -> None:
     options = tyro.cli(TrainJudgeArguments, args=arguments, prog="python -m gans train-judge")
+    check_folder(options.out.parent)
     source = open_source(options.data, options.split)
     task = options.task if options.task != "auto" else ("classes" if source.labels else "rotation")
     if task == "classes" and not source.labels:

@@ -76,6 +76,20 @@ def test_gradients_are_those_of_the_general_kernel(case, dtype):
     assert_gradients_alike(results, expected, dtype)
 
 
+@EACH_BACKWARD
+def test_gradients_of_tables_have_no_limit_of_float16(case, monkeypatch):
+    """Others do: what dS sums to is beyond float16's numbers."""
+    inputs = inputs_of(case, torch.float16)
+    inputs["bias"] = inputs["bias"].float()
+    inputs["value"] *= 30
+    grad_output = grad_output_of(case, inputs["query"]) * 10000
+    monkeypatch.setattr("tests.cuda.test_narrow.grad_output_of", lambda *_: grad_output)
+    results, expected = both(gradients, case, inputs)
+    assert not results["query"].isfinite().all()
+    difference = (results["bias"].double() - expected["bias"].double()).abs().max()
+    assert difference <= 1e-3 * expected["bias"].abs().max()
+
+
 @pytest.mark.parametrize(
     "case", [CASES["without a table"], grid(32, 32, 16, heads=2), grid(16, 32, 80, batch=2)], ids=str
 )

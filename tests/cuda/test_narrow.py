@@ -329,7 +329,7 @@ def test_tiny_weights_are_zero(case):
     assert_alike(results, run(case, unaligned(inputs))[0], torch.bfloat16)
 
 
-@pytest.mark.parametrize("case", SMALL.values(), ids=list(SMALL))
+@pytest.mark.parametrize("case", [*SMALL.values(), neighborhood(21, 7)], ids=[*SMALL, "higher than a tile, 8 channels"])
 @pytest.mark.parametrize("all_queries", [False, True], ids=["some queries", "all queries"])
 @BOTH_ORDERS
 def test_numbers_too_large_for_the_start_of_products(case, all_queries, solve, room, monkeypatch):

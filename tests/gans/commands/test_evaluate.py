@@ -120,6 +120,9 @@ def test_a_judge_is_no_folder(tmp_path, capsys):
         main(["train-judge", "--data", "digits", "--out", str(folder)])
     assert stop.value.code == 2
     assert "is a folder" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["train-judge", "--data", "digits", "--out", str(tmp_path / "file" / "x.safetensors")]) == 1
+    assert capsys.readouterr().err.endswith(f"{str(tmp_path / 'file')!r} is something else\n")
 
 
 def test_judge_learns_and_is_loaded_as_saved(digits_judge):
