@@ -53,7 +53,7 @@ class Kernel:
         if self.name.startswith("Grid"):
             if self.name == "GridForward":
                 return 4 if self.head_dim <= 32 else 8 if self.head_dim <= 64 else 16
-            return 16 if self.name == "GridBackward" else 8
+            return 4 if (self.name, self.head_dim) == ("GridBackward", 8) else 8
         small = self.name.startswith("NarrowDouble") and (self.name, self.head_dim) != ("NarrowDoubleBackwardKey", 32)
         return (NARROW_THREADS if self.name.startswith("Narrow") and not small else THREADS) // 32
 

@@ -1,6 +1,7 @@
 // Backward, in two kernels that gather what they write: the query-centred one has the gradients of queries and of the
 // table, and leaves D for the key-centred one, which has those of keys and values. D = rowsum(dO * O) lacks what O lost
-// by rounding; the sum of the row's dS has it. The gradient y of the log-sum-exp is taken off D.
+// by rounding; the sum of the row's dS has it. dQ has what D lacks times the mean of keys under the weights, which comes off: a
+// product more. The gradient y of the log-sum-exp is taken off D.
 // The formulas are in docs/double_backward.md.
 #include "launch.h"
 #include "rows.h"
@@ -13,7 +14,7 @@ struct BackwardQuery {
   using Own = Side<false, General>;
   static constexpr bool kByKey = false, kTableGradient = true;
   static constexpr int kOwn = 3, kStaged = 2, kScalars = 1, kTables = 1;  // query, grad_output, output; key, value; half norms of keys
-  static constexpr int kChannels = kResultChannels<M, Dim, 128>;
+  static constexpr int kChannels = kResultChannels<M, Dim, 96>;
   static constexpr int kBlocks = !General && Dim * sizeof(typename M::Element) <= 64 ? 3 : 2;  // on a multiprocessor, as far as registers go
 
   static void choose_tensors(Params& p) {
@@ -39,14 +40,16 @@ struct BackwardQuery {
       const RowNumbers<Real> base(p, p.base, tile, own), log_sum(p, p.log_sum, tile, own);
       Real d[2], half_norm[2] = {0, 0};
       WeightSums<M> sums;
-      Real acc[kChannels / 8][4];
+      Real acc[kChannels / 8][4], mean_key[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
         stage_piece<M, Dim, kStaged, 0>(stage, p, again().staged_side(p), pieces.piece(i));
       };
-      with_care<M>([&](bool careful) {
+      // Rows of dS: their sums, and without `only_sums` the results. `knows_d`: D is the whole one already.
+      const auto walk = [&](bool careful, bool only_sums, bool knows_d) {
         sums = {};
         clear(acc);
+        clear(mean_key);
         for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
           const Rectangle piece = pieces.piece(i);
           const Shared half_key_norms = shared.scalars(stage, 0);
@@ -54,13 +57,11 @@ struct BackwardQuery {
             write_row_products<M, Dim>(half_key_norms, shared.rows(stage, 0), shared.rows(stage, 0), piece, Real(0.5));
             sync_block();
           }
-          if (i == 0 && !careful) {
+          if (i == 0 && !knows_d) {
             row_products<M, Dim>(d, shared.own(1), shared.own(2), own);
             const RowNumbers<Real> y(p, p.grad_lse, again(), own);
             for (int h = 0; h < 2; ++h) d[h] -= y[h];
             if (p.l2) own_half_norms<M, Dim>(half_norm, shared.own(0), own);
-            sync_warp();
-            stage_own_keys<M, Dim>(shared.own(2), p.key, p, again().staged_side(p), own);
           }
           for_each_unit(p, own, piece, [&](const Unit& unit, const UnitPairs<Own>& pairs) {
             Scores<Real> s, dp;
@@ -75,25 +76,41 @@ struct BackwardQuery {
                             [&](int c) { return staged_scalar<Real>(half_key_norms, block, c); }, needs_masks<M>(careful));
               NATTEN_EXT_UNROLL
               for (int e = 0; e < 4; ++e) {
-                const Real weight = weight_of(s[b][e], base[e / 2], log_sum[e / 2]);
-                s[b][e] = product_of(weight, dp[b][e] - d[e / 2]);
+                s[b][e] = weight_of(s[b][e], base[e / 2], log_sum[e / 2]);
+                dp[b][e] = product_of(s[b][e], dp[b][e] - d[e / 2]);
               }
-              if (needs_masks<M>(careful) || table) mark_masked(s[b], block);
+              if (needs_masks<M>(careful)) mark_masked(s[b], block);
+              if (needs_masks<M>(careful) || table) mark_masked(dp[b], block);
             });
             pairs.unfold(s);
-            sums.add(s);
-            if (table && !careful) table.add(s, own, unit, tile.x.kernel);
-            accumulate<M, Dim, kChannels>(acc, s, shared.rows(stage, 0) + first * sizeof(typename M::Element), unit, careful);
+            pairs.unfold(dp);
+            sums.add(dp);
+            if (only_sums) return;
+            if (table && !careful) table.add(dp, own, unit, tile.x.kernel);
+            const Shared keys = shared.rows(stage, 0) + first * sizeof(typename M::Element);
+            accumulate<M, Dim, kChannels>(acc, dp, keys, unit, careful);
+            accumulate<M, Dim, kChannels>(mean_key, s, keys, unit, careful);
           });
         });
+      };
+      with_care<M>([&](bool careful) {
+        // Sums of the table's gradient can't be corrected later: for them D is made whole first.
+        NATTEN_EXT_NO_UNROLL
+        for (int i = table ? 0 : 1; i < 2; ++i) {
+          walk(careful, i == 0, table && i == 1);
+          const RowNumbers<Real> y(p, p.grad_lse, again(), own);
+          for (int h = 0; h < 2 && i == 0; ++h) {
+            const Real lacking = sums[h] - y[h];
+            if (lacking * 0 == 0) d[h] += lacking;  // not if float16 has no numbers for dS: the table's gradient, in float32, may have them
+          }
+        }
         return all_finite(acc);
       });
 
-      await_own_keys();
       // Rows of dS sum to y. What is left over is what D lacks, and roundings.
       const RowNumbers<Real> y(p, p.grad_lse, again(), own);
       const Real lacking[2] = {sums[0] - y[0], sums[1] - y[1]};
-      subtract_rows<M, Dim, kChannels>(acc, lacking, shared.own(2), own, first);
+      subtract_products(acc, lacking, mean_key);
       if (p.l2 && p.grad_lse != nullptr) subtract_rows<M, Dim, kChannels>(acc, y, shared.own(0), own, first);
       if (p.grad_query.data != nullptr) {
         const Real scale = static_cast<Real>(p.scale);

@@ -19,11 +19,7 @@ struct GridBackward {
   using Fragment = float[Tile::kChunks][4];
   static constexpr int kChunks = Tile::kChunks;
   static constexpr int kBlocksAtATime = 16 / Tile::kWarps;  // on a multiprocessor
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr bool kVotes = Dim == 16;  // after each row of queries, against spills
-#else
-  static constexpr bool kVotes = false;
-#endif
+  static constexpr bool kVotes = Dim == 16;         // after each row of queries, against spills
   static constexpr bool kTableGradient = true;
   static constexpr int kRowNumbers = 0;
 
@@ -176,10 +172,18 @@ struct GridBackward {
         }
       }
     }
-    // Adds `weights` of own rows times the rows of a region.
-    NATTEN_EXT_DEVICE void add_rows(Fragment (&sums)[2], const uint32_t (&weights)[2][4], Shared region, int row) const {
+    // A staged row of a region, as right operand of sums.
+    struct Operand {
       uint32_t words[2 * kChunks];
-      load_matrices_transposed(words, region + of_sums + row * Tile::kRowBytes);
+    };
+    NATTEN_EXT_DEVICE Operand operand(Shared region, int row) const {
+      Operand operand;
+      load_matrices_transposed(operand.words, region + of_sums + row * Tile::kRowBytes);
+      return operand;
+    }
+    // Adds `weights` of own rows times that row.
+    NATTEN_EXT_DEVICE static void add(Fragment (&sums)[2], const uint32_t (&weights)[2][4], const Operand& operand) {
+      const auto& words = operand.words;
       NATTEN_EXT_UNROLL
       for (int i = 0; i < 2 * kChunks; ++i) {
         const int r = i / kChunks, n = i % kChunks;
@@ -192,21 +196,22 @@ struct GridBackward {
 
   NATTEN_EXT_DEVICE static void attend_keys(const NarrowParams& p, const GridWindow& window, int first_row, bool exact) {
     Side<false> side(first_row, exact);
-    float score_starts[2][4], product_starts[2][4], d[2][2];
+    float score_starts[2][4], product_starts[2][4];
     NATTEN_EXT_UNROLL
     for (int r = 0; r < 2; ++r) {
-      find_d(d[r], p, window, side.others[r], first_row + r);
+      float d[2];
+      find_d(d, p, window, side.others[r], first_row + r);
       NATTEN_EXT_UNROLL
       for (int h = 0; h < 2; ++h) {
         // Numbers that are equal but come from different places: or the compiler would keep one, and copy it before each product.
         const Shared from = score_start(slot_of(first_row + r, h));
         score_starts[r][2 * h] = load_shared<float>(from), score_starts[r][2 * h + 1] = load_shared<float>(from + 8);
-        product_starts[r][2 * h] = -d[r][h], product_starts[r][2 * h + 1] = shuffle_xor(-d[r][h], 1);
+        product_starts[r][2 * h] = -d[h], product_starts[r][2 * h + 1] = shuffle_xor(-d[h], 1);
       }
     }
-    Fragment sums[2];
+    Fragment sums[2], mean_keys[2];
     float totals[2][4];
-    clear(sums[0]), clear(sums[1]), clear(totals);
+    clear(sums[0]), clear(sums[1]), clear(mean_keys[0]), clear(mean_keys[1]), clear(totals);
     const uint32_t ones = pack<Element>(1, 1);
     NATTEN_EXT_NO_UNROLL
     for (int first = 0; first < kGridWindow; first += 2) {
@@ -214,18 +219,21 @@ struct GridBackward {
       for (int i = 0; i < 2; ++i) {
         Pairs pairs;
         side.find(pairs, p, score_starts, product_starts, first + i);
-        uint32_t packed[2][4];
+        uint32_t gradients[2][4], weights[2][4];
         NATTEN_EXT_UNROLL
         for (int r = 0; r < 2; ++r) {
-          pack_weights<Element>(packed[r], pairs.gradients[r]);
-          multiply<Element>(totals[r], packed[r], ones, ones);
+          pack_weights<Element>(gradients[r], pairs.gradients[r]);
+          pack_weights<Element>(weights[r], pairs.weights[r]);
+          multiply<Element>(totals[r], gradients[r], ones, ones);
         }
-        side.add_rows(sums, packed, kKeys, first + i);
+        const auto keys = side.operand(kKeys, first + i);
+        side.add(sums, gradients, keys);
+        side.add(mean_keys, weights, keys);
       }
     }
     sync_warp();  // the warp's outputs, which are written over, have been read
     NATTEN_EXT_UNROLL
-    for (int r = 0; r < 2; ++r) finish_queries(p, window, sums[r], totals[r], d[r], first_row + r);
+    for (int r = 0; r < 2; ++r) finish_queries(p, window, sums[r], mean_keys[r], totals[r], product_starts[r], first_row + r);
   }
   // D: products of rows of grad_output and output, formed as dP is: the diagonals of two blocks. The gradient of the log-sum-exp comes off.
   NATTEN_EXT_DEVICE static void find_d(float (&d)[2], const NarrowParams& p, const GridWindow& window, const Left& grad_output, int row) {
@@ -241,26 +249,18 @@ struct GridBackward {
     }
   }
 
-  // Rows of dS sum to y. What is left over is what D lacks, and roundings: see subtract_rows in rows.h.
-  NATTEN_EXT_DEVICE static void finish_queries(const NarrowParams& p, const GridWindow& window, Fragment& sums, const float (&totals)[4],
-                                               const float (&d)[2], int row) {
-    struct alignas(4) Pair {
-      Element e[2];
-    };
-    const uint32_t g = narrow_lane() / 4, t = narrow_lane() % 4;
+  // Rows of dS sum to y. What is left over is what D lacks, and roundings.
+  NATTEN_EXT_DEVICE static void finish_queries(const NarrowParams& p, const GridWindow& window, Fragment& sums, const Fragment& mean_keys,
+                                               const float (&totals)[4], const float (&product_starts)[4], int row) {
+    float lacking[2];
     NATTEN_EXT_UNROLL
-    for (uint32_t h = 0; h < 2; ++h) {
+    for (int h = 0; h < 2; ++h) {
       const int slot = slot_of(row, h);
-      const float lacking = totals[2 * h] - grad_lse(p, window, slot);
+      lacking[h] = totals[2 * h] - grad_lse(p, window, slot);
       // If float16 has no numbers for dS, as D is: the table's gradient, in float32, may have them.
-      if (t == 0) store_start(product_start(slot), -d[h] - (lacking * 0 == 0 ? lacking : 0));
-      NATTEN_EXT_UNROLL
-      for (int n = 0; n < kChunks; ++n) {
-        const Pair key = load_shared<Pair>(kKeys + Rows(row, 0).place(g + 8 * h, n) + 4 * t);
-        NATTEN_EXT_UNROLL
-        for (int e = 0; e < 2; ++e) sums[n][2 * h + e] = fused_multiply_add(-lacking, widen(key.e[e]), sums[n][2 * h + e]);
-      }
+      if (narrow_lane() % 4 == 0) store_start(product_start(slot), product_starts[2 * h] - (lacking[h] * 0 == 0 ? lacking[h] : 0));
     }
+    subtract_products(sums, lacking, mean_keys);
     if (p.grad_query.data != nullptr) write_row<Element>(sums, p.scale, p, window, p.grad_query, row);
   }
 
@@ -287,8 +287,8 @@ struct GridBackward {
           pack_weights<Element>(weights[r], pairs.weights[r]);
           pack_weights<Element>(gradients[r], pairs.gradients[r]);
         }
-        side.add_rows(grad_value, weights, kGradOutputs, row);
-        side.add_rows(grad_key, gradients, kQueries, row);
+        side.add(grad_value, weights, side.operand(kGradOutputs, row));
+        side.add(grad_key, gradients, side.operand(kQueries, row));
         if (p.table_partials != nullptr) diagonals.add(pairs.gradients);
         if (kVotes && never(pairs.weights[0][0][0])) return;
       }

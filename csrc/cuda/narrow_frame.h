@@ -201,13 +201,17 @@ struct FrameSums {
   // Adds frame row r, in order. Of whole classes two rows are one product, and the last row is half of one.
   NATTEN_EXT_DEVICE void add(Rows& rows, int r, const float (&weights)[4], const Columns& columns) { add_to(acc, rows, r, weights, columns); }
   NATTEN_EXT_DEVICE void add_to(float (&acc)[kChunks][4], Rows& rows, int r, const float (&weights)[4], const Columns& columns) {
-    const uint32_t packed[2] = {pack<Element>(weights[0], weights[1]), pack<Element>(weights[2], weights[3])};
+    add_row_to<false>(acc, rows, r, {pack<Element>(weights[0], weights[1]), pack<Element>(weights[2], weights[3])}, columns);
+  }
+  // `Loaded`: by other sums, which have just added the same row.
+  template <bool Loaded>
+  NATTEN_EXT_DEVICE void add_row_to(float (&acc)[kChunks][4], Rows& rows, int r, const uint32_t (&packed)[2], const Columns& columns) {
     if constexpr (Tile::kWhole) {
       if (r % 2 == 0) {
         above[0] = packed[0], above[1] = packed[1];
         if (r + 1 < kFrameRows) return;
       }
-      if (r / 2 % Rows::kProductsAtATime == 0) rows.load(r / 2);
+      if (!Loaded && r / 2 % Rows::kProductsAtATime == 0) rows.load(r / 2);
       if (r % 2 == 0) {
         add_product(acc, above, [&](int n, int half) { return rows.word(r / 2, n, half); });
       } else {
@@ -215,7 +219,7 @@ struct FrameSums {
         add_product(acc, left, [&](int n, int half) { return rows.word(r / 2, n, half); });
       }
     } else {
-      if (r % Rows::kProductsAtATime == 0) rows.load(r);
+      if (!Loaded && r % Rows::kProductsAtATime == 0) rows.load(r);
       const uint32_t second = (columns.second[0] ? 0xffffu : 0) | (columns.second[1] ? 0xffff0000u : 0);
       const uint32_t left[4] = {packed[0] & ~second, packed[1] & ~second, packed[0] & second, packed[1] & second};
       add_product(acc, left, [&](int n, int half) { return rows.word(r, n, half); });

@@ -82,12 +82,19 @@ NATTEN_EXT_DEVICE void own_half_norms(typename M::Real (&half_norms)[2], Shared 
   for (int h = 0; h < 2; ++h) half_norms[h] *= typename M::Real(0.5);
 }
 
+// acc -= total * rows, of a lane's two rows.
+template <int N, class Real, class Totals>
+NATTEN_EXT_DEVICE void subtract_products(Real (&acc)[N][4], const Totals& totals, const Real (&rows)[N][4]) {
+  NATTEN_EXT_UNROLL
+  for (int i = 0; i < N * 4; ++i) acc[i / 4][i % 4] = fused_multiply_add(-totals[i % 4 / 2], rows[i / 4][i % 4], acc[i / 4][i % 4]);
+}
+
 // acc -= total * row, for channels `first` and on of a warp's rows of a tile.
 //
 // Of keys at the places of queries (stage_own_keys): what multiplies keys (Sb, and dS where y is zero) sums to zero along a row,
-// so any vector may be taken off the keys. Roundings, in D above all, leave a sum over; so it multiplies only the differences
-// of keys, not what they have in common, and nothing where a query attends itself alone. Rows of dS sum to y: of them it is
-// the sum without y that is left over.
+// so any vector may be taken off the keys. Roundings leave a sum over; so it multiplies only the differences of keys, not what they
+// have in common, and nothing where a query attends itself alone. Rows of dS sum to y: of them it is the sum without y that is
+// left over.
 template <class M, int Dim, int Channels, class Totals, class Own>
 NATTEN_EXT_DEVICE void subtract_rows(typename M::Real (&acc)[Channels / 8][4], const Totals& totals, Shared tile, const Own& own,
                                      int first) {

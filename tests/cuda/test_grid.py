@@ -145,7 +145,7 @@ def test_gradients_of_queries_do_not_get_what_keys_have_in_common():
     results, expected = both(of_output, case, inputs)
     exact, _ = of_output(case, {name: x.double() for name, x in inputs.items()})
     new, general = ((each["query"] - exact["query"]).square().mean().sqrt() for each in (results, expected))
-    assert new < 1.1 * general
+    assert new < 1.5 * general
 
 
 def test_no_batch():
