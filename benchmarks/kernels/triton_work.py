@@ -23,7 +23,7 @@ from .triton_problems import DTYPES, ORDERS, torch_dtype
 # (step, owner of the tiles, products per pair) of every order.
 PASSES = {
     "forward": (("forward", QUERY, 2),),
-    "backward": (("backward_query", QUERY, 3), ("backward_key", KEY, 4), ("table", QUERY, 2)),
+    "backward": (("backward_query", QUERY, 4), ("backward_key", KEY, 4), ("table", QUERY, 2)),
     "double": (("double_query", QUERY, 14), ("double_key", KEY, 8), ("double_table", QUERY, 5)),
 }
 

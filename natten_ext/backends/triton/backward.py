@@ -29,11 +29,24 @@ from .tiles import (
     scaled,
     store_about_own_keys,
     store_rows,
+    subtract_multiples,
     subtract_scaled,
     totals_of,
+    two_fit,
     zero_rows,
     zero_totals,
+    zeros,
 )
+
+
+@triton.jit
+def _weights_and_ds(
+    q, row, do, key, score_terms, value, queries, table, scale, lattice, halo, block, S: tl.constexpr
+):  # fmt: skip
+    """K of a block, P and dS, rounded, of a tile of queries."""
+    k, v, scores = block_of_keys(key, value, score_terms, q, row.term, queries, table, scale, lattice, halo, block, S)
+    weights = tl.exp2(scores - row.base - row.log_sum)
+    return k, weights, rounded(weights * (pair_products(do, v, False, S) - row.d), k, S)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -42,14 +55,15 @@ def backward_query_kernel(
     scale, heads, tiles, depth, height, width, window_z, window_y, window_x, table_planes, table_rows, table_columns,
     S: tl.constexpr,
 ):  # fmt: skip
-    """D, less the gradient of the log-sum-exp, for the other passes, and dQ unless ``grad_query`` is None: three
-    products per block.
+    """D, less the gradient of the log-sum-exp, for the other passes (two products per block), and dQ unless
+    ``grad_query`` is None (two more).
 
     D = rowsum(dO * O) has the rounding of O. So the sum of a row of dS, which should be that gradient or zero, shows
-    what D lacks. And dQ is taken from keys relative to the row's own: what is left in the sum then counts keys'
-    differences only.
+    what D lacks. That sum times the mean of keys under the weights is what dQ has too much. Where the registers do
+    not hold the sum of keys besides dQ, D gets what it lacks before dQ, in a walk of its own; roundings are left over.
     """
     OWN: tl.constexpr = S.own
+    D_FIRST: tl.constexpr = grad_query is not None and not two_fit(S.chunks)
     lattice, box = own_tile(heads, tiles, members, depth, height, width, window_z, window_y, window_x, False, S)
     if empty(box):
         return
@@ -63,27 +77,46 @@ def backward_query_kernel(
     q_term = per_query(score_terms, lattice, tile, S)
     do = load_rows(grad_output, lattice, tile, False, S)
     near_d = row_products(do, load_rows(output, lattice, tile, False, S), OWN, S)
+    dl = zeros(OWN, 1, S.accumulate)
     if grad_lse is not None:
         dl = load_column(grad_lse, lattice, tile, S)
         near_d -= dl
+    row = RowNumbers(base, log_sum, near_d, q_term)
+    halo = keys_of(box, lattice, S)
+    if D_FIRST:
+        rest = zero_totals(OWN, S)
+        for block in range(block_count(halo, S)):
+            _, _, ds = _weights_and_ds(
+                q, row, do, key, score_terms, value, queries, table, scale, lattice, halo, block, S
+            )
+            rest = add_totals(rest, ds, S)
+        row = RowNumbers(base, log_sum, near_d + totals_of(rest) - dl, q_term)
     rest = zero_totals(OWN, S)
     dq = zero_rows(OWN, S)
-    halo = keys_of(box, lattice, S)
+    key_sums = zero_rows(OWN, S)
+    weight_sums = zero_totals(OWN, S)
     for block in range(block_count(halo, S)):
-        k, v, scores = block_of_keys(key, value, score_terms, q, q_term, queries, table, scale, lattice, halo, block, S)
-        weights = tl.exp2(scores - base - log_sum)
-        ds = rounded(weights * (pair_products(do, v, False, S) - near_d), k, S)
+        k, weights, ds = _weights_and_ds(
+            q, row, do, key, score_terms, value, queries, table, scale, lattice, halo, block, S
+        )
         rest = add_totals(rest, ds, S)
         if grad_query is not None:
             dq = add_weighted(dq, ds, k, S)
-    rest = totals_of(rest)
-    if grad_lse is not None:
-        rest -= dl
-    store_numbers(numbers, lattice, tile, RowNumbers(base, log_sum, near_d + rest, q_term), 0, FIRST, S)
+            if not D_FIRST:
+                weights = rounded(weights, k, S)
+                key_sums = add_weighted(key_sums, weights, k, S)
+                weight_sums = add_totals(weight_sums, weights, S)
+    rest = totals_of(rest) - dl
+    store_numbers(numbers, lattice, tile, RowNumbers(base, log_sum, row.d + rest, q_term), 0, FIRST, S)
     if grad_query is not None:
         if S.l2 and grad_lse is not None:
             dq = subtract_scaled(dq, dl, q, S)
-        store_about_own_keys(grad_query, lattice, tile, dq, rest, key, scale, S)
+        if D_FIRST:
+            store_about_own_keys(grad_query, lattice, tile, dq, rest, key, scale, S)
+        else:
+            # Rounded weights do not sum to one, and keys may be large.
+            dq = subtract_multiples(dq, rest / totals_of(weight_sums), key_sums, S)
+            store_rows(grad_query, lattice, tile, False, scaled(dq, scale, S), S)
 
 
 @triton.jit(do_not_specialize=SIZES)

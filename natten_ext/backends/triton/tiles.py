@@ -96,6 +96,12 @@ def wide(chunks):
 
 
 @triton.constexpr_function
+def two_fit(chunks):
+    """Whether the registers hold two sums of rows over a walk."""
+    return sum(chunks) <= 128
+
+
+@triton.constexpr_function
 def _width(chunks, index):
     return chunks[index]
 
@@ -339,6 +345,15 @@ def subtract_scaled(rows, factor, operand, S: tl.constexpr):
     for index in tl.static_range(len(S.chunks)):
         chunk = chunk_of(operand, index, S).to(S.accumulate)
         results = results + (rows[index] - factor * chunk,)
+    return results
+
+
+@triton.jit
+def subtract_multiples(rows, factor, others, S: tl.constexpr):
+    """rows - factor * others, of results of ``add_weighted``; ``factor`` is a column."""
+    results = ()
+    for index in tl.static_range(len(S.chunks)):
+        results = results + (rows[index] - factor * others[index],)
     return results
 
 
