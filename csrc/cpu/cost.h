@@ -35,7 +35,7 @@ struct OrderCost {
 };
 constexpr OrderCost kForwardCost{2, 2, 0, 4, 0};
 constexpr OrderCost kTangentCost{5, 5, 0, 8, 0};
-constexpr OrderCost kBackwardCost{5, 3, 4, 8, 0};
+constexpr OrderCost kBackwardCost{5, 3, 4, 8, 1};
 constexpr OrderCost kDoubleBackwardCost{12, 9, 8, 12, 4};
 
 // So many queries against so many keys.

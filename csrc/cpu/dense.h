@@ -192,20 +192,21 @@ class KeyOperand {
  public:
   static constexpr int64_t kWholeAtMost = 1 << 16;
 
-  KeyOperand(const View& view, const DensePlan<T>& plan, Origin<T>* origin = nullptr)
-      : view_(view), plan_(plan), origin_(origin), whole_(plan.keys * plan.padded <= kWholeAtMost) {
+  KeyOperand(const View& view, const DensePlan<T>& plan, Origin<T>* origin = nullptr, int64_t whole_at_most = kWholeAtMost)
+      : view_(view), plan_(plan), origin_(origin), whole_(plan.keys * plan.padded <= whole_at_most) {
     if (view) buffer_ = Buffer<T>((whole_ ? plan.keys : plan.block_keys) * plan.padded);
   }
   void start(const DenseJob& job) {
-    if (whole_ && job.same_keys(job_)) return;  // another part of the job before, or another head
+    if (job.same_keys(job_)) return;  // another part of the job before, or another head
     job_ = job;
+    packed_ = -1;
     origin_of_job_ = origin_ == nullptr ? nullptr : origin_->at(job.batch, job.key_head);
     if (whole_ && view_) pack(0, plan_.keys);
   }
   // Rows [first, first + count), at most a block of them, [count][padded].
   const T* block(int64_t first, int64_t count) {
     if (whole_) return buffer_ + first * plan_.padded;
-    pack(first, count);
+    if (packed_ != first) pack(first, count);
     return buffer_;
   }
   // What the rows of the job are counted from; null: zero.
@@ -214,6 +215,7 @@ class KeyOperand {
  private:
   void pack(int64_t first, int64_t count) {
     pack_rows<T>(buffer_, view_, plan_, job_, plan_.key_window_x, first, count, 1, origin_of_job_);
+    packed_ = first;
   }
 
   View view_;
@@ -223,6 +225,7 @@ class KeyOperand {
   bool whole_;
   Buffer<T> buffer_;
   DenseJob job_{};
+  int64_t packed_ = -1;  // first row of the block at hand
 };
 
 // Key-side gradient of a job, added up over the blocks of queries: in working memory, or, where a job is large,

@@ -3,7 +3,9 @@
 // with y the gradient of the log-sum-exp,
 // and the table's gradient is the sum of dS over equal offsets. Q, K and V are counted from the places in origin.h.
 //
-// Where a whole row of keys is at hand, D is summed there. Otherwise it is rowsum(dO * O), with the rounding of O.
+// D must be known before the first dS: taken as rowsum(dO * O) it would have the rounding of O, which costs digits where
+// values have a mean. So P and dP of a block of queries are held for all keys: a first walk over blocks of keys computes them
+// and D, a second dS and all products, from the last block on, which is still in the cache and has its dS already.
 #pragma once
 
 #include "dense_query_sums.h"
@@ -14,35 +16,26 @@
 
 namespace natten_ext::NATTEN_EXT_ISA {
 
-// What one block of queries needs for P and dS; shared with the double backward.
+// What one block of queries needs for P and dP; shared with the double backward.
 template <class T>
 class BackwardQueries : public SavedQueries<T> {
  public:
   using SavedQueries<T>::query;
 
-  // `need_output`: whether D is taken from the output, else it is zero.
-  BackwardQueries(const Arguments& a, const DensePlan<T>& plan, bool need_output)
+  BackwardQueries(const Arguments& a, const DensePlan<T>& plan)
       : SavedQueries<T>(a, plan),
         a_(a),
         plan_(plan),
-        need_output_(need_output),
         grad_output(plan.block_queries * plan.padded),
         grad_output_t(plan.padded * plan.block_queries),
-        d(plan.block_queries),
-        grad_lse(plan.block_queries),
-        output_t_(need_output ? plan.padded * plan.block_queries : 0) {
-    for (Buffer<T>* zero : {&d, &grad_lse}) std::fill_n(zero->data(), plan.block_queries, T(0));
+        grad_lse(plan.block_queries) {
+    std::fill_n(grad_lse.data(), plan.block_queries, T(0));
   }
 
-  // The origins are those of the job's keys and values.
-  void load(const DenseJob& job, int64_t first, int64_t count, const T* key_origin, const T* value_origin) {
+  // The origin is that of the job's keys.
+  void load(const DenseJob& job, int64_t first, int64_t count, const T* key_origin) {
     lanes = round_up_to_lanes<T>(count);
     pack_queries<T>(grad_output, grad_output_t, a_.grad_output, plan_, job, first, count, 1);
-    // As long as they are not in use, the queries' rows hold those of the output.
-    if (need_output_) {
-      pack_queries<T>(query, output_t_, a_.output, plan_, job, first, count, 1, value_origin);
-      dot_lanes<T>(d, grad_output_t, output_t_, plan_.channels, lanes);
-    }
     SavedQueries<T>::load(job, first, count, key_origin);
     if (!a_.grad_lse) return;
     RowCursor row(a_.grad_lse, job, plan_.window_x, first);
@@ -66,21 +59,29 @@ class BackwardQueries : public SavedQueries<T> {
  private:
   const Arguments& a_;
   const DensePlan<T>& plan_;
-  const bool need_output_;
 
  public:
   int64_t lanes = 0;  // whole vectors of queries, by which rows of scores are apart
   Buffer<T> grad_output, grad_output_t;
-  Buffer<T> d;     // D so far
   Buffer<T> grad_lse;  // y
-
- private:
-  Buffer<T> output_t_;
 };
 
 template <class T>
 class DenseBackward {
  public:
+  static constexpr int64_t kBlockKeys = 128;
+  // Keys and values are packed once up to this size: both passes want the keys.
+  static constexpr int64_t kWholeAtMost = 1 << 18;
+
+  // At most so many queries at once. Against many keys three vectors of 16 lanes, whole tiles of gemm, as long as what is held
+  // of them has at most kHeldAtMost bytes. With fewer than 32, gradients of keys take longer to add up.
+  static constexpr double kHeldAtMost = 8 << 20;
+  static int64_t queries_at_once(const Problem& p, int64_t keys) {
+    if (keys <= kBlockKeys) return p.head_dim > 128 ? 32 : 64;
+    const int64_t at_most = static_cast<int64_t>(kHeldAtMost / (2 * sizeof(T) * double(keys)));
+    return std::clamp<int64_t>(at_most, 32, p.head_dim > 128 ? 32 : 48);
+  }
+
   DenseBackward(const Arguments& a, const DensePlan<T>& plan, const DenseTables<T>& tables, int64_t keys_at_once)
       : a_(a),
         plan_(plan),
@@ -88,16 +89,17 @@ class DenseBackward {
         windows_(a, plan),
         key_origin_(a.key, a.problem, plan.key_heads()),
         value_origin_(a.value, a.problem, plan.key_heads()),
-        queries_(a, plan, plan.keys > plan.block_keys),
-        key_(a.key, plan, &key_origin_),
-        value_(a.value, plan, &value_origin_),
+        queries_(a, plan),
+        key_(a.key, plan, &key_origin_, kWholeAtMost),
+        value_(a.value, plan, &value_origin_, kWholeAtMost),
         grad_key_(a.grad_key, plan, keys_at_once),
         grad_value_(a.grad_value, plan, keys_at_once),
         table_gradient_(plan, static_cast<bool>(a.grad_bias)),
         index_(plan, tables.head(plan.heads.first) != nullptr),
-        probability_(plan.block_keys * plan.block_queries),
-        grad_score_(plan.block_keys * plan.block_queries),
+        probability_(plan.keys * plan.block_queries),
+        grad_score_(plan.keys * plan.block_queries),
         grad_query_(plan, static_cast<bool>(a.grad_query)),
+        d_(plan.block_queries),
         row_sum_(plan.block_queries),
         key_bias_(plan.block_keys) {}
 
@@ -130,12 +132,23 @@ class DenseBackward {
 
  private:
   void run_head(const DenseJob& job, const DenseShare<T>& share, int64_t member) {
+    const T* table = tables_.head(job.head);
     for (int64_t first = share.query_begin; first < share.query_end; first += plan_.block_queries) {
       const int64_t count = std::min(plan_.block_queries, share.query_end - first);
-      queries_.load(job, first, count, key_.origin(), value_.origin());
-      if (tables_.head(job.head) != nullptr) index_.start(first, count);
-      for (int64_t k = share.key_begin; k < share.key_end; k += plan_.block_keys) {
-        block(job, share, member, first, count, k, std::min(plan_.block_keys, share.key_end - k));
+      queries_.load(job, first, count, key_.origin());
+      if (table != nullptr) index_.start(first, count);
+      for (int64_t lane = 0; lane < queries_.lanes; lane += kLanes<T>) store(d_ + lane, -load(queries_.grad_lse + lane));
+      std::fill_n(row_sum_.data(), queries_.lanes, T(0));
+      for (int64_t k = 0; share.want_query_side && k < plan_.keys; k += plan_.block_keys) {
+        scores(table, share, member, k, std::min(plan_.block_keys, plan_.keys - k));
+      }
+      if (share.sums != nullptr) pass_sums(share, member, first, count);
+      for (int64_t end = share.key_end; end > share.key_begin;) {
+        const int64_t k = (end - 1) / plan_.block_keys * plan_.block_keys, keys = end - k;
+        if (!share.want_query_side) scores(table, share, member, k, keys);
+        else if (end < plan_.keys) grad_scores(share, member, k, keys);
+        products(share, first == 0 && member == 0, count, k, keys);
+        end = k;
       }
       if (share.want_query_side && a_.grad_query) {
         T* rows = grad_query_.rows(count);
@@ -146,61 +159,91 @@ class DenseBackward {
     }
   }
 
-  void block(const DenseJob& job, const DenseShare<T>& share, int64_t member, int64_t first, int64_t count,
-             int64_t first_key, int64_t keys) {
-    const bool first_queries = first == 0 && member == 0, first_keys = first_key == share.key_begin;
+  // D - y from the call for the query side of a job to those for its key side.
+  void pass_sums(const DenseShare<T>& share, int64_t member, int64_t first, int64_t count) {
+    T* kept = share.sums + member * plan_.queries + first;
+    if (share.want_query_side) std::copy_n(d_.data(), count, kept);
+    else std::copy_n(kept, count, d_.data());
+    std::fill(d_ + count, d_ + queries_.lanes, T(0));
+  }
+
+  // Where a block of keys begins in what is held of P and dP.
+  int64_t held(const DenseShare<T>& share, int64_t first_key) const {
+    return share.want_query_side ? first_key * queries_.lanes : 0;
+  }
+  T* grad_table(const DenseShare<T>& share, int64_t member) const {
+    return share.want_query_side ? table_gradient_.data(member) : nullptr;
+  }
+
+  // P and dP of one block of keys, which for the query side are added to D. Where D is known then, dS.
+  void scores(const T* table, const DenseShare<T>& share, int64_t member, int64_t first_key, int64_t keys) {
     const int64_t lanes = queries_.lanes, padded = plan_.padded, channels = plan_.channels;
-    const Problem& p = a_.problem;
+    const bool l2 = a_.problem.l2, sum_rows = share.want_query_side, known = !sum_rows || first_key + keys == plan_.keys;
+    T* probability = probability_ + held(share, first_key);
+    T* grad_probability = grad_score_ + held(share, first_key);
+    T* to_table = grad_table(share, member);
     const T* key = key_.block(first_key, keys);
-    gemm<T>(keys, lanes, channels, {key, padded, 1}, queries_.query_t, lanes, probability_, lanes, false);
+    gemm<T>(keys, lanes, channels, {key, padded, 1}, queries_.query_t, lanes, probability, lanes, false);
     gemm<T>(keys, lanes, channels, {value_.block(first_key, keys), padded, 1}, queries_.grad_output_t, lanes,
-            grad_score_, lanes, false);
-    if (p.l2) l2_key_bias<T>(key_bias_, key, keys, plan_, p.scale);
-    if (first_keys) std::fill_n(row_sum_.data(), lanes, T(0));
-    const T* table = tables_.head(job.head);
-    T* grad_table = share.want_query_side ? table_gradient_.data(member) : nullptr;
-    for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) scores(table, first_key, keys, lane, grad_table);
-    if (share.want_query_side && a_.grad_query) grad_query_.add(grad_score_, count, keys, key, !first_keys);
-    if (!share.want_key_side) return;
-    if (grad_value_) {
-      gemm<T>(keys, padded, count, {probability_, lanes, 1}, queries_.grad_output, padded, grad_value_.row(first_key),
-              grad_value_.stride(), !first_queries);
-    }
-    if (grad_key_) {
-      gemm<T>(keys, padded, count, {grad_score_, lanes, 1}, queries_.query, padded, grad_key_.row(first_key),
-              grad_key_.stride(), !first_queries);
-      if (!p.l2) return;
-      for (int64_t j = 0; j < keys; ++j) {
-        const T sum = sum_row(grad_score_ + j * lanes, count);
-        subtract_row<T>(grad_key_.row(first_key) + j * grad_key_.stride(), key + j * padded,
-                        sum * T(p.dot_scale()) * kLog2E<T>, channels);
+            grad_probability, lanes, false);
+    if (l2) l2_key_bias<T>(key_bias_, key, keys, plan_, a_.problem.scale);
+    for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
+      const LaneWeights<T> weights(queries_, table, index_, l2 ? key_bias_.data() : nullptr, lane);
+      Vector<T> d{};  // of this block, which rounds less than to go on adding up the row
+      for (int64_t at = lane, j = 0; j < keys; ++j, at += lanes) {
+        const Vector<T> weight = weights(load(probability + at), first_key, j);
+        store(probability + at, weight);
+        d += weight * load(grad_probability + at);
       }
+      if (sum_rows) store(d_ + lane, load(d_ + lane) + d);
+      if (known) grad_scores(probability, grad_probability, to_table, first_key, keys, lane);
     }
   }
 
-  // One vector of queries: scores to P, and dP to dS.
-  NATTEN_EXT_INLINE void scores(const T* table, int64_t first_key, int64_t keys, int64_t lane, T* grad_table) {
+  // dS of one block of keys.
+  void grad_scores(const DenseShare<T>& share, int64_t member, int64_t first_key, int64_t keys) {
+    const T* probability = probability_ + held(share, first_key);
+    T* grad_score = grad_score_ + held(share, first_key);
+    T* to_table = grad_table(share, member);
+    for (int64_t lane = 0; lane < queries_.lanes; lane += kLanes<T>) {
+      grad_scores(probability, grad_score, to_table, first_key, keys, lane);
+    }
+  }
+  NATTEN_EXT_INLINE void grad_scores(const T* probability, T* grad_score, T* to_table, int64_t first_key, int64_t keys,
+                                     int64_t lane) {
     const int64_t lanes = queries_.lanes;
     const bool l2 = a_.problem.l2;
-    const LaneWeights<T> weights(queries_, table, index_, l2 ? key_bias_.data() : nullptr, lane);
-    const bool whole_row = keys == plan_.keys;
-    Vector<T> d = load(queries_.d + lane) - load(queries_.grad_lse + lane), row_sum = load(row_sum_ + lane);
-    const auto finish = [&](int64_t j, Vector<T> probability) __attribute__((always_inline)) {
-      T* dp = grad_score_ + j * lanes + lane;
-      const Vector<T> grad = probability * (load(dp) - d);
+    const Vector<T> d = load(d_ + lane);
+    Vector<T> row_sum = load(row_sum_ + lane);
+    for (int64_t at = lane, j = 0; j < keys; ++j, at += lanes) {
+      const Vector<T> grad = load(probability + at) * (load(grad_score + at) - d);
       if (l2) row_sum += grad;
-      store(dp, grad);
-      if (grad_table != nullptr) index_.add(grad_table, first_key + j, lane, grad);
-    };
-    for (int64_t j = 0; j < keys; ++j) {
-      T* s = probability_ + j * lanes + lane;
-      const Vector<T> probability = weights(load(s), first_key, j);
-      store(s, probability);
-      if (whole_row) d += probability * load(grad_score_ + j * lanes + lane);
-      else finish(j, probability);
+      store(grad_score + at, grad);
+      if (to_table != nullptr) index_.add(to_table, first_key + j, lane, grad);
     }
-    for (int64_t j = 0; whole_row && j < keys; ++j) finish(j, load(probability_ + j * lanes + lane));
     store(row_sum_ + lane, row_sum);
+  }
+
+  // The shares of one block of keys in all gradients but the table's.
+  void products(const DenseShare<T>& share, bool first_queries, int64_t count, int64_t first_key, int64_t keys) {
+    const int64_t lanes = queries_.lanes, padded = plan_.padded;
+    const T* probability = probability_ + held(share, first_key);
+    const T* grad_score = grad_score_ + held(share, first_key);
+    const T* key = key_.block(first_key, keys);
+    if (share.want_query_side && a_.grad_query) grad_query_.add(grad_score, count, keys, key, first_key + keys < plan_.keys);
+    if (!share.want_key_side) return;
+    if (grad_value_) {
+      gemm<T>(keys, padded, count, {probability, lanes, 1}, queries_.grad_output, padded, grad_value_.row(first_key),
+              grad_value_.stride(), !first_queries);
+    }
+    if (!grad_key_) return;
+    T* grad_key = grad_key_.row(first_key);
+    const int64_t stride = grad_key_.stride();
+    gemm<T>(keys, padded, count, {grad_score, lanes, 1}, queries_.query, padded, grad_key, stride, !first_queries);
+    for (int64_t j = 0; a_.problem.l2 && j < keys; ++j) {
+      const T sum = sum_row(grad_score + j * lanes, count);
+      subtract_row<T>(grad_key + j * stride, key + j * padded, sum * T(a_.problem.dot_scale()) * kLog2E<T>, plan_.channels);
+    }
   }
 
   const Arguments& a_;
@@ -213,18 +256,19 @@ class DenseBackward {
   KeyGradient<T> grad_key_, grad_value_;
   DenseTableGradient<T> table_gradient_;
   TableIndex<T> index_;
-  Buffer<T> probability_, grad_score_;
+  Buffer<T> probability_, grad_score_;  // of all keys: P, and dP that becomes dS
   QuerySums<T> grad_query_;
-  Buffer<T> row_sum_, key_bias_;
+  Buffer<T> d_, row_sum_, key_bias_;  // D - y, the sums of dS
 };
 
 template <class T>
 void dense_backward(const Arguments& a, HeadRange heads) {
-  const Problem& p = a.problem;
-  const DensePlan<T> plan(p, heads, p.head_dim > 128 ? 32 : 64, 128);
+  using Kernel = DenseBackward<T>;
+  const int64_t keys = DensePlan<T>(a.problem, heads, 1, 1).keys;
+  const DensePlan<T> plan(a.problem, heads, Kernel::queries_at_once(a.problem, keys), Kernel::kBlockKeys);
   const auto tables = DenseTables<T>::scores(a.bias, plan);
   run_dense_gradients<T>(
-      a, plan, kBackwardCost, [&](int64_t keys_at_once) { return DenseBackward<T>(a, plan, tables, keys_at_once); });
+      a, plan, kBackwardCost, [&](int64_t keys_at_once) { return Kernel(a, plan, tables, keys_at_once); });
 }
 
 }  // namespace natten_ext::NATTEN_EXT_ISA

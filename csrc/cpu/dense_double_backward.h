@@ -28,7 +28,7 @@ class DenseDoubleBackward {
         windows_(a, plan),
         key_origin_(a.key, a.problem, plan.key_heads()),
         value_origin_(a.value, a.problem, plan.key_heads()),
-        queries_(a, plan, true),
+        queries_(a, plan),
         key_(a.key, plan, &key_origin_),
         value_(a.value, plan, &value_origin_),
         cot_value_(a.cot_value, plan),
@@ -41,9 +41,11 @@ class DenseDoubleBackward {
         grad_probability_(kept_keys() * plan.block_queries),
         x_(kept_keys() * plan.block_queries),
         scratch_(plan.block_keys * plan.block_queries),
+        output_t_(plan.padded * plan.block_queries),
         transposed_(a.cot_value ? plan.padded * plan.block_queries : 0),
         grad_grad_output_(plan, a.grad_grad_output || a.cot_value),
         grad_query_(plan, static_cast<bool>(a.grad_query)),
+        d_(plan.block_queries),
         d_rest_(plan.block_queries),
         r_(plan.block_queries),
         r_rest_(plan.block_queries),
@@ -111,7 +113,10 @@ class DenseDoubleBackward {
   int64_t kept(int64_t first_key) const { return keep_ ? first_key * queries_.lanes : 0; }
 
   void load_queries(const DenseJob& job, int64_t first, int64_t count) {
-    queries_.load(job, first, count, key_.origin(), value_.origin());
+    // As long as they are not in use, the queries' rows hold those of the output.
+    pack_queries<T>(queries_.query, output_t_, a_.output, plan_, job, first, count, 1, value_.origin());
+    queries_.load(job, first, count, key_.origin());
+    dot_lanes<T>(d_, queries_.grad_output_t, output_t_, plan_.channels, queries_.lanes);
     score_tangent_.load_queries(job, first, count);
     if (tables_.head(job.head) != nullptr) index_.start(first, count);
   }
@@ -132,7 +137,7 @@ class DenseDoubleBackward {
     const T* table = tables_.head(job.head);
     for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
       const LaneWeights<T> weights(queries_, table, index_, p.l2 ? key_bias_.data() : nullptr, lane);
-      const Vector<T> d = load(queries_.d + lane);
+      const Vector<T> d = load(d_ + lane);
       Vector<T> d_rest = load(d_rest_ + lane), r = load(r_ + lane), t = load(t_ + lane);
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t at = j * lanes + lane;
@@ -276,9 +281,9 @@ class DenseDoubleBackward {
   KeyGradient<T> grad_key_, grad_value_;
   DenseTableGradient<T> table_gradient_;
   TableIndex<T> index_;
-  Buffer<T> probability_, grad_probability_, x_, scratch_, transposed_;
+  Buffer<T> probability_, grad_probability_, x_, scratch_, output_t_, transposed_;
   QuerySums<T> grad_grad_output_, grad_query_;
-  Buffer<T> d_rest_, r_, r_rest_, t_, score_bar_sum_, grad_score_sum_, key_bias_;
+  Buffer<T> d_, d_rest_, r_, r_rest_, t_, score_bar_sum_, grad_score_sum_, key_bias_;
 };
 
 template <class T>

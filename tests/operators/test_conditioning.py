@@ -36,7 +36,6 @@ from tests.operators.cases import (
 # Backend -> problems and dtypes (by the first words) that it does not solve well enough yet.
 NOT_YET: dict[str, set[str]] = {
     # "shifted": twice the bound where keys are equal to rounding.
-    "cpu": {"values-windows-16", "values-full"},
     "cuda": {"shifted by 1000 bfloat16", "values-full-160 float32"},  # the latter by a quarter
 }
 
