@@ -39,17 +39,17 @@ struct BackwardQuery {
       const LeftRows<M, Dim> query(shared.own(0), own), grad_output(shared.own(1), own);
       const RowNumbers<Real> base(p, p.base, tile, own), log_sum(p, p.log_sum, tile, own);
       Real d[2], half_norm[2] = {0, 0};
-      WeightSums<M> sums;
-      Real acc[kChannels / 8][4], mean_key[kChannels / 8][4];
+      WeightSums<M> sums, masses;  // of dS and of the weights, as products see them
+      Real acc[kChannels / 8][4], key_sums[kChannels / 8][4];
 
       const auto issue = [&](int i, int stage) {
         stage_piece<M, Dim, kStaged, 0>(stage, p, again().staged_side(p), pieces.piece(i));
       };
       // Rows of dS: their sums, and without `only_sums` the results. `knows_d`: D is the whole one already.
       const auto walk = [&](bool careful, bool only_sums, bool knows_d) {
-        sums = {};
+        sums = masses = {};
         clear(acc);
-        clear(mean_key);
+        clear(key_sums);
         for_each_piece(pieces.count, p.plan.stages, issue, [&](int i, int stage) {
           const Rectangle piece = pieces.piece(i);
           const Shared half_key_norms = shared.scalars(stage, 0);
@@ -89,7 +89,8 @@ struct BackwardQuery {
             if (table && !careful) table.add(dp, own, unit, tile.x.kernel);
             const Shared keys = shared.rows(stage, 0) + first * sizeof(typename M::Element);
             accumulate<M, Dim, kChannels>(acc, dp, keys, unit, careful);
-            accumulate<M, Dim, kChannels>(mean_key, s, keys, unit, careful);
+            masses.add(s);
+            accumulate<M, Dim, kChannels>(key_sums, s, keys, unit, careful);
           });
         });
       };
@@ -110,7 +111,9 @@ struct BackwardQuery {
       // Rows of dS sum to y. What is left over is what D lacks, and roundings.
       const RowNumbers<Real> y(p, p.grad_lse, again(), own);
       const Real lacking[2] = {sums[0] - y[0], sums[1] - y[1]};
-      subtract_products(acc, lacking, mean_key);
+      // Rounded weights do not sum to one, and keys may be large.
+      const Real multiples[2] = {lacking[0] / masses[0], lacking[1] / masses[1]};
+      subtract_products(acc, multiples, key_sums);
       if (p.l2 && p.grad_lse != nullptr) subtract_rows<M, Dim, kChannels>(acc, y, shared.own(0), own, first);
       if (p.grad_query.data != nullptr) {
         const Real scale = static_cast<Real>(p.scale);
