@@ -79,7 +79,8 @@ def test_nothing_spills(kernels):
     assert all(
         (kernel.name.startswith("DoubleBackward") and kernel.head_dim == 8)
         or (kernel.name == "DoubleBackwardQuery" and kernel.dtype == "float32 (tf32)" and kernel.stack <= 16)
-        or (kernel.name == "BackwardQuery" and kernel.dtype == "float32" and kernel.stack <= 16)
+        or (kernel.name == "BackwardQuery" and kernel.dtype == "float32" and kernel.stack <= 24)
+        or (kernel.name == "BackwardQuery" and kernel.head_dim == 32 and kernel.stack <= 8)
         or (kernel.name.startswith("GridDouble") and kernel.head_dim == 96 and kernel.stack <= 48)
         or ((kernel.name, kernel.head_dim, kernel.capability) == ("NarrowDoubleBackwardQuery", 16, "10.0"))
         or (kernel.name.startswith("NarrowBackwardQuery") and (kernel.head_dim == 32 or kernel.capability == "10.0"))
