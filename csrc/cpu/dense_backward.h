@@ -42,6 +42,17 @@ class BackwardQueries : public SavedQueries<T> {
     for (int64_t i = 0; i < count; ++i, ++row) grad_lse[i] = static_cast<const T*>(a_.grad_lse.data)[row.offset];
     std::fill(grad_lse + count, grad_lse + lanes, T(0));
   }
+  // Passes row sums from the call for the query side of a job to those for its key side.
+  void pass_sums(const DenseShare<T>& share, int64_t member, int64_t first, int64_t count,
+                 std::initializer_list<Buffer<T>*> all) const {
+    T* kept = share.sums + member * static_cast<int64_t>(all.size()) * plan_.queries + first;
+    for (Buffer<T>* sums : all) {
+      if (share.want_query_side) std::copy_n(sums->data(), count, kept);
+      else std::copy_n(kept, count, sums->data());
+      std::fill(*sums + count, *sums + lanes, T(0));
+      kept += plan_.queries;
+    }
+  }
   // The l2 term of a gradient of the queries of the tensor that `packed` holds: row[i] -= sums[i] q_i, in units of `row`.
   // Without grad_lse the sums vanish but for rounding, which they keep from being multiplied by whole keys rather than
   // distances.
@@ -142,7 +153,7 @@ class DenseBackward {
       for (int64_t k = 0; share.want_query_side && k < plan_.keys; k += plan_.block_keys) {
         scores(table, share, member, k, std::min(plan_.block_keys, plan_.keys - k));
       }
-      if (share.sums != nullptr) pass_sums(share, member, first, count);
+      if (share.sums != nullptr) queries_.pass_sums(share, member, first, count, {&d_});
       for (int64_t end = share.key_end; end > share.key_begin;) {
         const int64_t k = (end - 1) / plan_.block_keys * plan_.block_keys, keys = end - k;
         if (!share.want_query_side) scores(table, share, member, k, keys);
@@ -157,14 +168,6 @@ class DenseBackward {
         unpack_rows<T>(rows, a_.grad_query, plan_, job, plan_.window_x, first, count, a_.problem.dot_scale());
       }
     }
-  }
-
-  // D - y from the call for the query side of a job to those for its key side.
-  void pass_sums(const DenseShare<T>& share, int64_t member, int64_t first, int64_t count) {
-    T* kept = share.sums + member * plan_.queries + first;
-    if (share.want_query_side) std::copy_n(d_.data(), count, kept);
-    else std::copy_n(kept, count, d_.data());
-    std::fill(d_ + count, d_ + queries_.lanes, T(0));
   }
 
   // Where a block of keys begins in what is held of P and dP.

@@ -89,7 +89,7 @@ class DenseDoubleBackward {
       const int64_t count = std::min(plan_.block_queries, share.query_end - first);
       load_queries(job, first, count);
       if (share.want_query_side) first_pass(job, count);
-      if (share.sums != nullptr) pass_sums(share, member, first, count);
+      if (share.sums != nullptr) queries_.pass_sums(share, member, first, count, {&d_rest_, &r_, &r_rest_, &t_});
       for (Buffer<T>* sums : {&score_bar_sum_, &grad_score_sum_}) std::fill_n(sums->data(), queries_.lanes, T(0));
       for (int64_t k = share.key_begin; k < share.key_end; k += plan_.block_keys) {
         second_pass(job, share, member, first, count, k, std::min(plan_.block_keys, share.key_end - k));
@@ -184,17 +184,6 @@ class DenseDoubleBackward {
       t_[i] -= r_[i] * d_rest_[i];
       if (a_.cot_value) t_[i] += score_bar_sum_[i];
       d_rest_[i] -= queries_.grad_lse[i];
-    }
-  }
-
-  // Row sums from the call for the query side of a job to those for its key side.
-  void pass_sums(const DenseShare<T>& share, int64_t member, int64_t first, int64_t count) {
-    T* kept = share.sums + member * kDoubleBackwardCost.sums * plan_.queries + first;
-    for (Buffer<T>* sums : {&d_rest_, &r_, &r_rest_, &t_}) {
-      if (share.want_query_side) std::copy_n(sums->data(), count, kept);
-      else std::copy_n(kept, count, sums->data());
-      std::fill(*sums + count, *sums + queries_.lanes, T(0));
-      kept += plan_.queries;
     }
   }
 

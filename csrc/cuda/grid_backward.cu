@@ -19,7 +19,7 @@ struct GridBackward {
   using Fragment = float[Tile::kChunks][4];
   static constexpr int kChunks = Tile::kChunks;
   static constexpr int kBlocksAtATime = 16 / Tile::kWarps;  // on a multiprocessor
-  static constexpr bool kVotes = Dim == 16;         // after each row of queries, against spills
+  static constexpr bool kVotes = Dim == 16;  // after each row of queries, against spills
   static constexpr bool kTableGradient = true;
   static constexpr int kRowNumbers = 0;
 
